@@ -1,0 +1,44 @@
+# Two commands do it all on a fresh machine: `make demo` and `make test`. Each makes its own .venv first.
+PYTHON ?= python3
+# PyTorch goes in before what depends on it, so that pip does not choose another build of it. Set TORCH= to keep pip's choice.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: install demo test lint format dense bench-latency floor clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),"$(TORCH)")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/prune_digit_vqa.py --output_dir outputs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Trains the shipped dense checkpoint anew.
+dense: install
+	$(BIN)/python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
+
+# How far the words of a question go without its image.
+floor: install
+	$(BIN)/python benchmarks/question_only_floor.py
+
+bench-latency: install
+	$(BIN)/python benchmarks/latency.py
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,173 @@
+"""Prune a fine-tuned BLIP for visual question answering, on the digit scenes: the whole way, in one file.
+
+Loads the dense checkpoint, fine-tunes it under pruning with the stock `Trainer`, calibrates, evaluates at several budgets, saves, draws, and
+asks the saved checkpoint through a pipeline in a process of its own. For a BLIP of your own, change the checkpoint and the data.
+
+    python examples/prune_digit_vqa.py --output_dir outputs/demo
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
+
+from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, calibrate
+from madtp_hf.calibration import answer_tokens
+from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions
+from madtp_hf.flops import count_flops, reduction_of_flops
+from madtp_hf.visualization import draw_surviving_patches
+
+
+HERE = Path(__file__).parent
+
+
+@torch.no_grad()
+def evaluate(model, processor, dataset, collator, reductions, batch_size):
+    """Accuracy, FLOPs and time at every reduction. The budgets take turns on each batch, so that their times compare."""
+    model.eval()
+    rows = {reduction: {"right": 0, "flops": 0.0, "saved": 0.0, "seconds": 0.0} for reduction in reductions}
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    for batch in tqdm(loader, desc="evaluating", leave=False):
+        labels = batch.pop("labels")
+        answers = processor.tokenizer.batch_decode(labels.where(labels >= 0, 0), skip_special_tokens=True)
+        for reduction, row in rows.items():
+            model.set_pruning(reduction=reduction)
+            started = time.perf_counter()
+            written = model.generate(**batch, max_new_tokens=3)
+            row["seconds"] += time.perf_counter() - started
+            written = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+            row["right"] += sum(mine == answer for mine, answer in zip(written, answers))
+            output = model(**batch, labels=labels)
+            counts = (output.vision_tokens, output.text_tokens, answer_tokens({"labels": labels}, model.config))
+            row["flops"] += count_flops(model.config, model.task, *counts).sum().item()
+            row["saved"] += reduction_of_flops(model.config, model.task, *counts).sum().item()
+    dense_seconds = rows[reductions[0]]["seconds"]
+    return [
+        {
+            "reduction_asked": reduction,
+            "reduction_reached": row["saved"] / len(dataset),
+            "accuracy": row["right"] / len(dataset),
+            "gflops": row["flops"] / len(dataset) / 1e9,
+            "time_ratio": row["seconds"] / dense_seconds,
+        }
+        for reduction, row in rows.items()
+    ]
+
+
+def print_table(results, title):
+    table = Table(title=title)
+    for name in ("reduction asked", "reached", "accuracy", "GFLOPs", "time / dense"):
+        table.add_column(name, justify="right")
+    for row in results:
+        table.add_row(
+            f"{row['reduction_asked']:.1f}",
+            f"{row['reduction_reached']:.3f}",
+            f"{row['accuracy']:.1%}",
+            f"{row['gflops']:.4f}",
+            f"{row['time_ratio']:.2f}",
+        )
+    Console().print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(HERE / "blip-vqa-digits"), help="dense BLIP: a folder or Hub id")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--train_questions", type=int, default=12800)
+    parser.add_argument("--test_questions", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--target_reduction", type=float, nargs="+", default=[0.3, 0.8], help="one, or the ends of a range"
+    )
+    parser.add_argument("--num_alignment_tokens", type=int, default=16)
+    parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.time()
+    set_seed(args.seed)
+
+    # 1. The dense model, with alignment tokens beside it.
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = MadtpBlipForQuestionAnswering.from_blip(args.model, num_alignment_tokens=args.num_alignment_tokens)
+    collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id)
+    train = load_digit_questions("train", args.train_questions, args.seed)
+    validation = load_digit_questions("validation", 512, args.seed)
+    test = load_digit_questions("test", args.test_questions, args.seed)
+    dense = evaluate(model, processor, test, collator, [0.0], args.batch_size)
+
+    # 2. Fine-tune it under pruning: the callback steers the temperature.
+    target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output_dir / "trainer"),
+            per_device_train_batch_size=args.batch_size,
+            num_train_epochs=1,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+            seed=args.seed,
+        ),
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=[ReductionCallback(target)],
+    )
+    trainer.train()
+
+    # 3. Which temperature saves how much, exactly.
+    calibrate(model, DataLoader(validation, batch_size=args.batch_size, collate_fn=collator), args.reductions)
+
+    # 4. One checkpoint, every budget.
+    results = evaluate(model, processor, test, collator, [0.0, *args.reductions], args.batch_size)
+    print_table(results, f"{len(test)} questions about unseen scans (before pruning: {dense[0]['accuracy']:.1%})")
+
+    # 5. What a user of the model loads, and a picture.
+    model.set_pruning(reduction=args.reductions[-1])
+    checkpoint = args.output_dir / "checkpoint"
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    scenes = [test[index] for index in range(3)]
+    picture = draw_surviving_patches(
+        model,
+        processor,
+        [row["image"] for row in scenes],
+        [row["question"] for row in scenes],
+        layers=[
+            layer for layer in (1, 2, 3, 4, 6, 8, 10, 12) if layer <= model.config.vision_config.num_hidden_layers
+        ],
+    )
+    picture.save(args.output_dir / "surviving_patches.png")
+    summary = {"before_pruning": dense[0], "results": results, "seconds": round(time.time() - started)}
+    (args.output_dir / "results.json").write_text(json.dumps(summary, indent=2))
+
+    # 6. Ask it, where this package can't be imported.
+    for index, row in enumerate(scenes):
+        row["image"].save(args.output_dir / f"scene_{index}.png")
+    asked = [(str(args.output_dir / f"scene_{index}.png"), row["question"]) for index, row in enumerate(scenes)]
+    subprocess.run(
+        [sys.executable, str(HERE / "ask_checkpoint.py"), str(checkpoint), json.dumps(asked)],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    print("The scenes' own answers: " + ", ".join(row["answer"] for row in scenes))
+    print(f"Wrote {checkpoint} and {args.output_dir / 'surviving_patches.png'} in {time.time() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

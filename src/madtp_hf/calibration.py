@@ -1,0 +1,130 @@
+"""Calibration: which pruning temperature saves which share of a model's FLOPs."""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+
+from .flops import reduction_of_flops
+
+
+TOLERANCE = 0.002  # of the reduction; a search that comes this close stops
+ACCEPTED = 0.01  # and one that ends this close has found it
+MAX_PASSES = 14  # over the data, for one reduction
+SCAN = [10 ** (exponent / 2) for exponent in range(-6, 9)]  # temperatures, 1e-3 to 1e4
+
+
+def answer_tokens(batch, config) -> torch.Tensor | int:
+    """How many tokens the answer decoder reads for each sample of a batch (B,), padding not counted."""
+    answers = batch.get("decoder_input_ids", batch.get("labels"))
+    if answers is None:
+        return 0
+    return ((answers != -100) & (answers != config.text_config.pad_token_id)).sum(dim=1)
+
+
+@contextmanager
+def restored(model):
+    """Leave a model in the mode and at the temperature that it had."""
+    training, temperature = model.training, model.config.pruning_temperature
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+        model.config.pruning_temperature = temperature
+
+
+@torch.no_grad()
+def measure_reduction(model, batches, temperature: float) -> float:
+    """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature."""
+    model.set_pruning(temperature=temperature)
+    reductions = []
+    for batch in batches:
+        batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        if "labels" not in batch and "decoder_input_ids" not in batch:
+            start = model.config.text_config.bos_token_id
+            batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
+        output = model(**batch)
+        tokens = answer_tokens(batch, model.config)
+        reductions.append(
+            reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
+        )
+    return torch.cat(reductions).mean().item()
+
+
+def calibrate(model, dataloader, reductions) -> list[list[float]]:
+    """Find the pruning temperatures at which a model saves given shares of its FLOPs, and write them into its configuration.
+
+    No training, no gradients: the reduction is measured at a few temperatures and bracketed. It need not grow with the temperature
+    everywhere; of the temperatures that reach a reduction, the search takes those where it grows.
+
+    Args:
+        model (`MadtpBlipPreTrainedModel`):
+            The model; afterwards it has a schedule, `model.set_pruning(reduction=...)` works, and its temperature is what it was.
+        dataloader (`Iterable`):
+            Batches as `forward` takes them, dicts of tensors. It is read several times; a few hundred samples are enough.
+        reductions (`list[float]`):
+            The shares of FLOPs to save, each in (0, 1).
+
+    Returns:
+        `list[list[float]]`: the schedule, pairs of a reduction and its temperature.
+
+    Raises:
+        ValueError: if a reduction is out of bounds or the model can't reach it on this data; its old schedule is kept.
+    """
+    targets = sorted(set(float(reduction) for reduction in reductions))
+    if not targets or not all(0 < target < 1 for target in targets):
+        raise ValueError(
+            f"reductions={list(reductions)!r}: expected numbers between 0 and 1, shares of FLOPs to save."
+        )
+    first = next(iter(dataloader), None)
+    if first is None:
+        raise ValueError("dataloader gave no batch: expected at least one.")
+
+    with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
+        measured: dict[float, float] = {}  # log temperature -> reduction, on all of the data
+
+        def measure(log_temperature):
+            if log_temperature not in measured:
+                measured[log_temperature] = measure_reduction(model, dataloader, math.exp(log_temperature))
+                progress.update()
+            return measured[log_temperature]
+
+        # Where it grows: from its lowest point to its highest, as one batch shows them.
+        scan = [(math.log(t), measure_reduction(model, [first], t)) for t in SCAN]
+        top = max(range(len(scan)), key=lambda i: scan[i][1])
+        bottom = min(range(top + 1), key=lambda i: scan[i][1])
+        curve = scan[bottom : top + 1]
+
+        schedule = []
+        for target in targets:
+            crossing = [i for i in range(1, len(curve)) if curve[i - 1][1] <= target <= curve[i][1]]
+            middle = crossing[-1] if crossing else (1 if target < curve[0][1] else len(curve) - 1)
+            low, high = curve[max(middle - 1, 0)][0], curve[min(middle, len(curve) - 1)][0]
+            # One batch differs from all of the data: widen until they bracket the target, or the curve ends.
+            while measure(low) > target and low > curve[0][0]:
+                low = max(point for point, _ in curve if point < low)
+            while measure(high) < target and high < curve[-1][0]:
+                high = min(point for point, _ in curve if point > high)
+            for _ in range(MAX_PASSES):
+                best = min((low, high), key=lambda point: abs(measure(point) - target))
+                if abs(measure(best) - target) <= TOLERANCE or not measure(low) < target < measure(high):
+                    break
+                share = (target - measure(low)) / (measure(high) - measure(low))
+                point = low + (high - low) * min(max(share, 0.1), 0.9)
+                if measure(point) < target:
+                    low = point
+                else:
+                    high = point
+            best = min(measured, key=lambda point: abs(measured[point] - target))
+            if abs(measured[best] - target) > ACCEPTED:
+                raise ValueError(
+                    f"reduction={target} is out of this model's reach on this data: the nearest that a temperature gives is"
+                    f" {measured[best]:.3f}, and all of them lie between {min(measured.values()):.3f} and"
+                    f" {max(measured.values()):.3f}. Ask for one in there, or fine-tune with"
+                    f" `madtp_hf.ReductionCallback({target})` first."
+                )
+            schedule.append([target, math.exp(best)])
+
+    model.config.pruning_schedule = schedule
+    return schedule

@@ -1,0 +1,5 @@
+from .collators import QuestionAnsweringCollator
+from .digit_scenes import load_digit_questions
+
+
+__all__ = ["QuestionAnsweringCollator", "load_digit_questions"]

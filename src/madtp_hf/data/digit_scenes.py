@@ -1,0 +1,276 @@
+"""Digit scenes: real scans of handwritten digits on a cluttered canvas, and questions about them.
+
+scikit-learn ships 1,797 scans of handwritten digits, 8x8 pixels each. A scene lays four or five of them, in colour,
+on a canvas of 80x80 pixels among strokes and blobs that are no digits. Every digit has a row and a column of its own, so
+"leftmost" and "below" have one answer. Nothing is downloaded: a seed gives the same scenes on every machine.
+
+The splits are by scan: a digit seen in the test split was never seen, in any scene, in training.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+CANVAS_SIZE = 80
+CELL_SIZE = 8  # the size of a scan: a digit falls into one patch or two
+GRID_SIZE = CANVAS_SIZE // CELL_SIZE
+MAX_DIGITS = 5
+NUM_CLUTTER = 18
+MAX_JITTER = 1  # pixels, either way
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLORS = {
+    "red": (240, 60, 50),
+    "green": (60, 210, 80),
+    "blue": (80, 120, 255),
+    "yellow": (250, 220, 60),
+    "white": (245, 245, 245),
+}
+COLOR_NAMES = tuple(COLORS)
+QUESTION_KINDS = ("exists", "count", "color", "extreme", "neighbor")
+ANSWERS = ("yes", "no", *DIGIT_NAMES, *COLOR_NAMES)
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+
+# Which order a direction reads, and which way: the rank 0 digit of "left" is the leftmost one.
+_DIRECTIONS = {
+    "left": ("columns", 1, "leftmost", "left of"),
+    "right": ("columns", -1, "rightmost", "right of"),
+    "top": ("rows", 1, "topmost", "above"),
+    "bottom": ("rows", -1, "bottommost", "below"),
+}
+
+
+@dataclass
+class Scenes:
+    """A batch of S scenes with up to K = `MAX_DIGITS` digits each; missing digits are -1 in `digits`.
+
+    images (S, 80, 80, 3) uint8; digits, colors, rows, columns (S, K) int64; targets, counts (S,) int64: the one digit that may
+    occur several times (or not at all) in its scene, and how often it does.
+    """
+
+    images: np.ndarray
+    digits: np.ndarray
+    colors: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    targets: np.ndarray
+    counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@lru_cache
+def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The scans of a split: (n, 8, 8) float32 in [0, 1] and their digits (n,) int64.
+
+    Two thirds of each digit's scans are for training, a ninth for validation, the rest for the test split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    # Every ninth scan of a digit, in shuffled order, plays the same part: 6 train, 1 validation, 2 test.
+    part = np.empty(len(order), dtype=np.int64)
+    for digit in range(10):
+        members = order[bunch.target[order] == digit]
+        part[members] = np.array([0, 0, 0, 0, 0, 0, 1, 2, 2])[np.arange(len(members)) % 9]
+    chosen = part == SPLITS[split]
+    return (bunch.images[chosen] / 16).astype(np.float32), bunch.target[chosen].astype(np.int64)
+
+
+@lru_cache
+def _clutter_patterns(count: int = 512) -> np.ndarray:
+    """(count, 8, 8) float32 in [0, 1]: short strokes, bars and blobs, none of them a digit."""
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[0:CELL_SIZE, 0:CELL_SIZE].astype(np.float32)
+    center = rng.uniform(1.5, 5.5, (count, 2, 1, 1)).astype(np.float32)
+    angle = rng.uniform(0, np.pi, (count, 1, 1)).astype(np.float32)
+    length = rng.uniform(0.5, 3.5, (count, 1, 1)).astype(np.float32)
+    dy, dx = y - center[:, 0], x - center[:, 1]
+    along = dx * np.cos(angle) + dy * np.sin(angle)
+    across = dy * np.cos(angle) - dx * np.sin(angle)
+    distance = np.hypot(np.maximum(np.abs(along) - length, 0), across)
+    return np.clip(1.6 - distance, 0, 1)
+
+
+def _stamp(canvas, patterns, colors, top, left) -> None:
+    """Blend `patterns` (S, K, 8, 8), each in its colour (S, K, 3), into `canvas` (S, 80, 80, 3) at `top`, `left` (S, K)."""
+    offset = np.arange(CELL_SIZE)
+    scene = np.arange(len(canvas))[:, None, None, None]
+    y = (top[:, :, None] + offset)[:, :, :, None]
+    x = (left[:, :, None] + offset)[:, :, None, :]
+    alpha = patterns[..., None]
+    canvas[scene, y, x] = canvas[scene, y, x] * (1 - alpha) + colors[:, :, None, None, :] * alpha
+
+
+def draw_scenes(num_scenes: int, split: str, rng: np.random.Generator) -> Scenes:
+    """Draw `num_scenes` scenes from the scans of `split`, all at once."""
+    scans, scan_digits = digit_scans(split)
+    palette = np.array(list(COLORS.values()), dtype=np.float32)
+    shape = (num_scenes, MAX_DIGITS)
+
+    # One digit, the target, occurs 0 to 3 times, each equally often; the others are distinct and different from it.
+    names = rng.permuted(np.broadcast_to(np.arange(10), (num_scenes, 10)), axis=1)
+    targets, others = names[:, 0], names[:, 1 : 1 + MAX_DIGITS]
+    counts = rng.integers(0, 4, num_scenes)
+    num_digits = rng.integers(4, MAX_DIGITS + 1, num_scenes)
+    slot = np.arange(MAX_DIGITS)
+    digits = np.where(slot < counts[:, None], targets[:, None], others)
+    digits = np.where(slot < num_digits[:, None], digits, -1)
+    digits = rng.permuted(digits, axis=1)
+    present = digits >= 0
+
+    rows = rng.permuted(np.broadcast_to(np.arange(GRID_SIZE), (num_scenes, GRID_SIZE)), axis=1)
+    columns = rng.permuted(np.broadcast_to(np.arange(GRID_SIZE), (num_scenes, GRID_SIZE)), axis=1)
+    rows, columns = rows[:, :MAX_DIGITS], columns[:, :MAX_DIGITS]
+    colors = rng.integers(0, len(COLORS), shape)
+
+    canvas = np.empty((num_scenes, CANVAS_SIZE, CANVAS_SIZE, 3), dtype=np.float32)
+    canvas[:] = rng.uniform(10, 70, (num_scenes, 1, 1, 3))
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6
+
+    def jittered(cells):
+        return np.clip(
+            cells * CELL_SIZE + rng.integers(-MAX_JITTER, MAX_JITTER + 1, cells.shape), 0, CANVAS_SIZE - CELL_SIZE
+        )
+
+    # Clutter takes cells that hold no digit: theirs get a key beyond every other.
+    key = rng.random((num_scenes, GRID_SIZE * GRID_SIZE))
+    np.put_along_axis(key, rows * GRID_SIZE + columns, np.where(present, 2.0, 1.5), axis=1)
+    cells = np.argpartition(key, NUM_CLUTTER, axis=1)[:, :NUM_CLUTTER]
+    patterns = _clutter_patterns()
+    _stamp(
+        canvas,
+        patterns[rng.integers(0, len(patterns), cells.shape)],
+        palette[rng.integers(0, len(palette), cells.shape)]
+        * rng.uniform(0.5, 0.9, (*cells.shape, 1)).astype(np.float32),
+        jittered(cells // GRID_SIZE),
+        jittered(cells % GRID_SIZE),
+    )
+
+    # A scan of each digit: the n-th of those of its kind, n drawn per slot.
+    by_digit = np.argsort(scan_digits, kind="stable")
+    per_digit = np.bincount(scan_digits, minlength=10)
+    first = np.concatenate([[0], np.cumsum(per_digit)[:-1]])
+    kind = np.maximum(digits, 0)
+    chosen = by_digit[first[kind] + (rng.random(shape) * per_digit[kind]).astype(np.int64)]
+    ink = scans[chosen] * rng.uniform(0.85, 1.0, (*shape, 1, 1)).astype(np.float32) * present[..., None, None]
+    _stamp(canvas, ink, palette[colors], jittered(rows), jittered(columns))
+
+    images = np.clip(canvas, 0, 255).astype(np.uint8)
+    return Scenes(images, digits, colors, rows, columns, targets, counts)
+
+
+def _in_order(scenes: Scenes, index: int, direction: str) -> np.ndarray:
+    """The slots of scene `index`'s digits, the one furthest in `direction` first."""
+    axis, sign, _, _ = _DIRECTIONS[direction]
+    slots = np.flatnonzero(scenes.digits[index] >= 0)
+    return slots[np.argsort(sign * getattr(scenes, axis)[index, slots])]
+
+
+def ask(scenes: Scenes, index: int, kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A question of `kind` about scene `index`, and its answer.
+
+    Balanced so that the question's words don't give the answer away: "exists" is yes half of the time, "count" is each of zero
+    to three a quarter of the time, colours and digits are uniform.
+    """
+    digits = scenes.digits[index]
+    if kind == "exists":
+        answer = bool(rng.integers(2))
+        present = np.unique(digits[digits >= 0])
+        digit = rng.choice(present if answer else np.setdiff1d(np.arange(10), present))
+        name = DIGIT_NAMES[digit]
+        question = (f"is there a {name}?", f"does the image show a {name}?")[rng.integers(2)]
+        return question, "yes" if answer else "no"
+    if kind == "count":
+        name = DIGIT_NAMES[scenes.targets[index]]
+        plural = name + ("es" if name == "six" else "s")
+        question = (f"how many {plural} are there?", f"what is the number of {plural} in the image?")[rng.integers(2)]
+        return question, DIGIT_NAMES[scenes.counts[index]]
+    direction = tuple(_DIRECTIONS)[rng.integers(4)]
+    _, _, superlative, preposition = _DIRECTIONS[direction]
+    slots = _in_order(scenes, index, direction)
+    if kind == "extreme":
+        question = (f"which digit is {superlative}?", f"what is the {superlative} digit in the image?")[
+            rng.integers(2)
+        ]
+        return question, DIGIT_NAMES[digits[slots[0]]]
+    unique = [slot for slot in slots if (digits == digits[slot]).sum() == 1]
+    if kind == "color":
+        slot = unique[rng.integers(len(unique))]
+        name = DIGIT_NAMES[digits[slot]]
+        question = (f"what color is the {name}?", f"which color does the {name} have?")[rng.integers(2)]
+        return question, COLOR_NAMES[scenes.colors[index, slot]]
+    if kind == "neighbor":
+        anchors = [slot for slot in unique if slot != slots[0]]
+        if (
+            not anchors
+        ):  # the only digit that occurs once is the outermost: look the other way, where it has a neighbour
+            opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[direction]
+            _, _, superlative, preposition = _DIRECTIONS[opposite]
+            slots, anchors = slots[::-1], unique
+        anchor = anchors[rng.integers(len(anchors))]
+        neighbor = slots[list(slots).index(anchor) - 1]
+        name = DIGIT_NAMES[digits[anchor]]
+        question = (
+            f"which digit is next {preposition} the {name}?",
+            f"what is the first digit {preposition} the {name}?",
+        )[rng.integers(2)]
+        return question, DIGIT_NAMES[digits[neighbor]]
+    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(QUESTION_KINDS)}")
+
+
+def describe(scenes: Scenes, index: int, direction: str) -> str:
+    """A caption of scene `index`: its digits with their colours, read from `direction` on."""
+    slots = _in_order(scenes, index, direction)
+    words = " ".join(f"{COLOR_NAMES[scenes.colors[index, s]]} {DIGIT_NAMES[scenes.digits[index, s]]}" for s in slots)
+    return f"from the {direction}: {words}"
+
+
+def _question_rows(split: str, num_questions: int, seed: int):
+    from PIL import Image
+
+    rng = np.random.default_rng([seed, SPLITS[split]])
+    chunk = 256  # scenes drawn at a time: few enough for the processor's cache
+    for start in range(0, num_questions, chunk):
+        scenes = draw_scenes(min(chunk, num_questions - start), split, rng)
+        for index in range(len(scenes)):
+            kind = QUESTION_KINDS[(start + index) % len(QUESTION_KINDS)]
+            question, answer = ask(scenes, index, kind, rng)
+            image = Image.fromarray(scenes.images[index])
+            yield {"image": image, "question": question, "answer": answer, "kind": kind}
+
+
+def load_digit_questions(split: str, num_questions: int, seed: int = 0):
+    """Questions about digit scenes, a scene each: a `datasets.Dataset`, made once and then read from the cache of `datasets`.
+
+    Args:
+        split (`str`):
+            `"train"`, `"validation"` or `"test"`: whose scans the scenes are made of.
+        num_questions (`int`):
+            How many rows; the kinds of question take turns.
+        seed (`int`, *optional*, defaults to 0):
+            The same split, number and seed give the same rows.
+
+    Returns:
+        `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.
+    """
+    from datasets import Dataset, Features, Image, Value
+
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    if num_questions < 1:
+        raise ValueError(f"num_questions={num_questions}: expected at least 1")
+    features = Features(
+        {"image": Image(), "question": Value("string"), "answer": Value("string"), "kind": Value("string")}
+    )
+    return Dataset.from_generator(
+        _question_rows,
+        features=features,
+        gen_kwargs={"split": split, "num_questions": num_questions, "seed": seed},
+    )

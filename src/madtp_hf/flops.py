@@ -1,0 +1,118 @@
+"""FLOPs of a forward pass in closed form, from the number of tokens in each layer.
+
+The paper's convention: one multiply-accumulate of a convolution, a linear map or an attention product counts as one FLOP, a layer norm
+as five an element, the alignment scores as the linear map they are. Nothing is run and nothing is traced.
+"""
+
+import torch
+
+
+TASKS = ("vqa", "nlvr2")
+LAYER_NORM = 5
+
+
+def _alignment(tokens, width, config):
+    """The alignment scores of a layer that `tokens` enter, the class token among them."""
+    alignment_width = config.alignment_dim or config.text_config.hidden_size
+    projection = width * alignment_width if alignment_width != width else 0
+    return (tokens - 1) * (config.num_alignment_tokens * alignment_width + projection)
+
+
+def _vision(config, tokens, aligned):
+    vision = config.vision_config
+    width, hidden = vision.hidden_size, vision.intermediate_size
+    total = (tokens[0] - 1) * 3 * vision.patch_size**2 * width
+    for enter, leave in zip(tokens[:-1], tokens[1:]):
+        total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
+        total = total + leave * (2 * width * hidden + LAYER_NORM * width)
+        if aligned:
+            total = total + _alignment(enter, width, config)
+    return total + tokens[-1] * LAYER_NORM * width
+
+
+def _cross_attention(width, queries, context, context_width):
+    return queries * 2 * width**2 + context * 2 * context_width * width + 2 * queries * context * width
+
+
+def _text_encoder(config, tokens, image_tokens, aligned):
+    """`image_tokens`: one (B,) tensor for each image that the text meets."""
+    text = config.text_config
+    width, hidden, image_width = text.hidden_size, text.intermediate_size, config.vision_config.hidden_size
+    total = tokens[0] * LAYER_NORM * width
+    for layer, (enter, leave) in enumerate(zip(tokens[:-1], tokens[1:])):
+        total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
+        if aligned:
+            total = total + _alignment(enter, width, config)
+        for image in image_tokens:
+            total = total + _cross_attention(width, leave, image, image_width)
+        if len(image_tokens) == 2 and layer >= 6:
+            total = total + leave * 2 * width**2  # the merge layer
+        total = total + leave * (2 * width * hidden + 2 * LAYER_NORM * width)
+    return total
+
+
+def _answer_decoder(config, tokens, question_tokens):
+    text = config.text_config
+    width, hidden = text.hidden_size, text.intermediate_size
+    layer = tokens * (4 * width**2 + 2 * width * hidden + 3 * LAYER_NORM * width) + 2 * tokens**2 * width
+    layer = layer + _cross_attention(width, tokens, question_tokens, width)
+    head = tokens * (width**2 + width * text.vocab_size + LAYER_NORM * width)
+    return tokens * LAYER_NORM * width + text.num_hidden_layers * layer + head
+
+
+def _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning) -> torch.FloatTensor:
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, TASKS))}.")
+    if text_tokens is None:
+        raise ValueError(f"text_tokens is missing: task {task!r} has a text encoder.")
+    vision_tokens = torch.as_tensor(vision_tokens).double()
+    text_tokens = torch.as_tensor(text_tokens).to(vision_tokens)
+    answer_tokens = torch.as_tensor(answer_tokens).to(vision_tokens)
+    for name, tokens, branch in (
+        ("vision_tokens", vision_tokens, config.vision_config),
+        ("text_tokens", text_tokens, config.text_config),
+    ):
+        if len(tokens) != branch.num_hidden_layers + 1:
+            raise ValueError(
+                f"{name} has {len(tokens)} rows: expected one more than layers, {branch.num_hidden_layers + 1}."
+            )
+
+    vision_aligned, text_aligned = (pruning and branch in config.pruning_modalities for branch in ("vision", "text"))
+    if task == "nlvr2":
+        images = vision_tokens.unbind(1)
+        width, labels = config.text_config.hidden_size, 2
+        total = sum(_vision(config, image, vision_aligned) for image in images)
+        total = total + _text_encoder(config, text_tokens, [image[-1] for image in images], text_aligned)
+        return (total + width**2 + width * labels).float()
+    total = _vision(config, vision_tokens, vision_aligned)
+    total = total + _text_encoder(config, text_tokens, [vision_tokens[-1]], text_aligned)
+    return (total + _answer_decoder(config, answer_tokens, text_tokens[-1]) * (answer_tokens > 0)).float()
+
+
+def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
+    """Multiply-accumulates of each sample's inference forward pass.
+
+    Args:
+        config (`MadtpBlipConfig`):
+            The model's; the alignment scores count where its temperature is above 0.
+        task (`str`):
+            `"vqa"` or `"nlvr2"`.
+        vision_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, for NLVR2 `(layers + 1, 2, batch_size)`):
+            As in the model's outputs: what enters the encoder, then what each layer leaves.
+        text_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`):
+            Likewise.
+        answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*, defaults to 0):
+            How many tokens the answer decoder reads, in one pass; 0 leaves it out.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size,)`.
+    """
+    return _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning=config.pruning_temperature > 0)
+
+
+def reduction_of_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
+    """1 - FLOPs(pruned) / FLOPs(dense) of each sample, (batch_size,): dense is what enters the encoders staying to the end."""
+    pruned = count_flops(config, task, vision_tokens, text_tokens, answer_tokens)
+    dense_vision = vision_tokens[:1].expand_as(vision_tokens)
+    dense_text = None if text_tokens is None else text_tokens[:1].expand_as(text_tokens)
+    return 1 - pruned / _count(config, task, dense_vision, dense_text, answer_tokens, pruning=False)

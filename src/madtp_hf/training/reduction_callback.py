@@ -1,0 +1,102 @@
+"""Steering the pruning temperature to a reduction of FLOPs while a model trains."""
+
+import math
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..calibration import answer_tokens
+from ..flops import reduction_of_flops
+
+
+class ReductionCallback(TrainerCallback, ExportableState):
+    """A `Trainer` callback that holds a model at a reduction of FLOPs as it learns.
+
+    After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured reduction is from the
+    target: an integral controller, so that it settles where the mean reduction is the target, whatever the model, data or learning
+    rate, and follows as the model changes. `calibrate` afterwards finds the exact temperatures.
+
+    Args:
+        target_reduction (`float` or `tuple[float, float]`):
+            The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced targets between the two,
+            each with a temperature of its own, so that one checkpoint learns them all.
+        num_targets (`int`, *optional*, defaults to 5):
+            How many, with a pair.
+        gain (`float`, *optional*, defaults to 1.5):
+            By how much the logarithm of the temperature moves for a distance of 1 from the target.
+        seed (`int`, *optional*, defaults to 0):
+            Of the draw.
+    """
+
+    def __init__(self, target_reduction, num_targets: int = 5, gain: float = 1.5, seed: int = 0):
+        low, high = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,) * 2
+        if not 0 < low <= high < 1:
+            raise ValueError(
+                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of them, the smaller first."
+            )
+        if num_targets < 2:
+            raise ValueError(f"num_targets={num_targets}: expected at least 2.")
+        self.target_reduction = target_reduction
+        self.num_targets = num_targets
+        self.gain = gain
+        self.seed = seed
+        self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
+        self.log_temperatures = None
+        self._measured = []
+        self._hook = None
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, so that resumed training goes on where it stopped (see `ExportableState`)."""
+        return {
+            "args": {
+                "target_reduction": self.target_reduction,
+                "num_targets": self.num_targets,
+                "gain": self.gain,
+                "seed": self.seed,
+            },
+            "attributes": {"log_temperatures": self.log_temperatures},
+        }
+
+    def _current(self, step: int) -> int:
+        """The target of a step: drawn from the step's number, so the same on every process and after resuming."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return int(torch.randint(len(self.targets), (), generator=generator))
+
+    def _measure(self, model, args, kwargs, output) -> None:
+        if model.training:
+            reductions = reduction_of_flops(
+                model.config, model.task, output.vision_tokens, output.text_tokens, answer_tokens(kwargs, model.config)
+            )
+            self._measured.append(reductions.mean())
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.log_temperatures is None:
+            start = model.config.pruning_temperature or model.config.text_config.hidden_size**0.5 / 4
+            self.log_temperatures = [math.log(start)] * len(self.targets)
+        self._hook = model.register_forward_hook(self._measure, with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._measured.clear()
+        model.set_pruning(temperature=math.exp(self.log_temperatures[self._current(state.global_step)]))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        reduction = torch.stack(self._measured).mean()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(reduction)
+            reduction = reduction / torch.distributed.get_world_size()
+        # `global_step` has been advanced since the step began.
+        current = self._current(state.global_step - 1)
+        self.reduction = reduction.item()
+        move = self.gain * (self.targets[current] - self.reduction)
+        self.log_temperatures[current] += min(max(move, -0.5), 0.5)
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if logs is not None and self._measured:
+            measured = {"reduction": self.reduction, "pruning_temperature": model.config.pruning_temperature}
+            logs.update(measured)
+            state.log_history[-1].update(measured)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._hook.remove()
+        model.set_pruning(temperature=math.exp(self.log_temperatures[-1]))
