@@ -336,7 +336,7 @@ def test_set_pruning(model):
     with pytest.raises(ValueError, match="one of them"):
         model.set_pruning(temperature=1.0, reduction=0.5)
     model.config.pruning_schedule = [[0.4, 1.0], [0.6, 4.0]]
-    with pytest.raises(ValueError, match="0.4 to 0.6"):
+    with pytest.raises(ValueError, match=r"0\.4 to 0\.6"):
         model.set_pruning(reduction=0.7)
     assert model.config.pruning_temperature == 2.0
     for reduction, temperature in ((0.4, 1.0), (0.5, 2.0), (0.6, 4.0), (0, 0.0)):

@@ -72,7 +72,10 @@ def test_a_layer_follows_the_equations_padded_or_not(temperature, seed):
         if padding:
             mask = (torch.arange(len(x) + padding) < len(x))[None]
         # What lies in the padding is large, so that it shows wherever it takes part.
-        pad = lambda tensor: torch.nn.functional.pad(tensor, (0, 0, 0, padding), value=30.0)[None]  # noqa: E731
+
+        def pad(tensor, padding=padding):
+            return torch.nn.functional.pad(tensor, (0, 0, 0, padding), value=30.0)[None]
+
         scores = alignment_scores(pad(x)[:, 1:], alignment)
         _, attention = scored_attention(pad(query), pad(key), pad(value), mask)
         result, result_mask, source = prune_tokens(pad(states), attention, scores, temperature, mask=mask)

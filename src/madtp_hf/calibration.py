@@ -72,7 +72,7 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
     Raises:
         ValueError: if a reduction is out of bounds or the model can't reach it on this data; its old schedule is kept.
     """
-    targets = sorted(set(float(reduction) for reduction in reductions))
+    targets = sorted({float(reduction) for reduction in reductions})
     if not targets or not all(0 < target < 1 for target in targets):
         raise ValueError(
             f"reductions={list(reductions)!r}: expected numbers between 0 and 1, shares of FLOPs to save."

@@ -65,7 +65,7 @@ def _read_config(state_dict: dict[str, torch.Tensor], config: MadtpBlipConfig | 
         fields["vision_config"].update(layer_norm_eps=1e-6, hidden_act="gelu")
         fields["text_config"].update(num_attention_heads=12, layer_norm_eps=1e-12)
         # BLIP's large vision tower (width 1024) has heads of the base one's size.
-        fields["vision_config"]["num_attention_heads"] = state_dict["visual_encoder.cls_token"].shape[-1] // 64
+        fields["vision_config"]["num_attention_heads"] = max(state_dict["visual_encoder.cls_token"].shape[-1] // 64, 1)
     else:
         fields = config.to_dict()
     fields.pop("model_type", None)

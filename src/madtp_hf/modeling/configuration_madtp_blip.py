@@ -1,5 +1,6 @@
 """Configuration of BLIP with MADTP token pruning."""
 
+import itertools
 import math
 
 from transformers import BlipConfig
@@ -118,7 +119,7 @@ class MadtpBlipConfig(BlipConfig):
                 len(schedule) > 0
                 and all(len(pair) == 2 and all(map(_is_number, pair)) for pair in schedule)
                 and all(0 < reduction < 1 and temperature > 0 for reduction, temperature in schedule)
-                and all(low[0] < high[0] for low, high in zip(schedule, schedule[1:]))
+                and all(low[0] < high[0] for low, high in itertools.pairwise(schedule))
             ),
             "pruning_schedule",
             "None or pairs [reduction, temperature] in order of reduction, 0 < reduction < 1, temperature > 0",

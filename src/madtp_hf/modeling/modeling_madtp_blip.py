@@ -442,6 +442,9 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         if isinstance(module, MadtpBlipAlignment):
             # Their products with states of norm sqrt(D) then spread about 1 after division by sqrt(D).
             init.normal_(module.tokens, mean=0.0, std=1.0)
+        elif isinstance(module, BlipTextEmbeddings):
+            # In no checkpoint, and empty when a model is built on the meta device to be loaded.
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
 
     @classmethod
     def from_blip(cls, source, **config_overrides):

@@ -15,7 +15,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
 
     After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured reduction is from the
     target: an integral controller, so that it settles where the mean reduction is the target, whatever the model, data or learning
-    rate, and follows as the model changes. `calibrate` afterwards finds the exact temperatures.
+    rate, and follows as the model changes. While the reduction stays on one side of the target the steps grow, so that a start far
+    off, where the temperature hardly matters, is left quickly. `calibrate` afterwards finds the exact temperatures.
 
     Args:
         target_reduction (`float` or `tuple[float, float]`):
@@ -43,6 +44,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.seed = seed
         self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
         self.log_temperatures = None
+        self.boosts = [1.0] * len(self.targets)
+        self.errors = [0.0] * len(self.targets)
         self._measured = []
         self._hook = None
 
@@ -55,7 +58,11 @@ class ReductionCallback(TrainerCallback, ExportableState):
                 "gain": self.gain,
                 "seed": self.seed,
             },
-            "attributes": {"log_temperatures": self.log_temperatures},
+            "attributes": {
+                "log_temperatures": self.log_temperatures,
+                "boosts": self.boosts,
+                "errors": self.errors,
+            },
         }
 
     def _current(self, step: int) -> int:
@@ -88,11 +95,13 @@ class ReductionCallback(TrainerCallback, ExportableState):
         # `global_step` has been advanced since the step began.
         current = self._current(state.global_step - 1)
         self.reduction = reduction.item()
-        move = self.gain * (self.targets[current] - self.reduction)
-        self.log_temperatures[current] += min(max(move, -0.5), 0.5)
+        error = self.targets[current] - self.reduction
+        self.boosts[current] = min(self.boosts[current] * 1.3, 8.0) if error * self.errors[current] > 0 else 1.0
+        self.errors[current] = error
+        self.log_temperatures[current] += min(max(self.gain * self.boosts[current] * error, -0.5), 0.5)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if logs is not None and self._measured:
+        if logs is not None and "loss" in logs:
             measured = {"reduction": self.reduction, "pruning_temperature": model.config.pruning_temperature}
             logs.update(measured)
             state.log_history[-1].update(measured)

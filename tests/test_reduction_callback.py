@@ -1,0 +1,98 @@
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from madtp_hf import ReductionCallback
+
+from .conftest import make_inputs
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count=256):
+        inputs = make_inputs(lengths=(8,) * count, seed=3)
+        self.rows = [{name: value[index] for name, value in inputs.items()} for index in range(count)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def train(model, callback, folder, **settings):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 60,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**{**defaults, **settings}),
+        train_dataset=Rows(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("target", (0.35, 0.5))
+@pytest.mark.parametrize("start", (0.0, 0.01, 1000.0))
+def test_the_reduction_settles_at_the_target(model, target, start, tmp_path):
+    model.set_pruning(temperature=start)
+    trainer = train(model, ReductionCallback(target), tmp_path)
+    reductions = [entry["reduction"] for entry in trainer.state.log_history if "reduction" in entry]
+    assert len(reductions) == 60
+    assert sum(reductions[-20:]) / 20 == pytest.approx(target, abs=0.02)
+    assert model.config.pruning_temperature > 0
+    # The trained model is free of the callback: a forward pass measures nothing any more.
+    assert not model._forward_hooks
+
+
+def test_a_range_learns_a_temperature_for_each_target(model, tmp_path):
+    callback = ReductionCallback((0.3, 0.5), num_targets=3)
+    trainer = train(model, callback, tmp_path, max_steps=100)
+    last = {}
+    for step, entry in enumerate(entry for entry in trainer.state.log_history if "reduction" in entry):
+        last.setdefault(callback._current(step), []).append(entry["reduction"])
+    for index, target in enumerate(callback.targets):
+        assert sum(last[index][-8:]) / 8 == pytest.approx(target, abs=0.03)
+
+
+def test_resumed_training_goes_on_at_the_same_temperature(model, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 20, "max_steps": 20}
+    callback = ReductionCallback(0.5)
+    train(model, callback, tmp_path, **settings)
+    resumed = ReductionCallback(0.5)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=21,
+            per_device_train_batch_size=8,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_steps=1,
+            remove_unused_columns=False,
+            restore_callback_states_from_checkpoint=True,
+        ),
+        train_dataset=Rows(),
+        callbacks=[resumed],
+    )
+    trainer.train(resume_from_checkpoint=True)
+    restored = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReductionCallback))
+    assert restored.log_temperatures == pytest.approx(callback.log_temperatures, abs=0.5)
+    assert restored.log_temperatures != ReductionCallback(0.5).log_temperatures
+
+
+@pytest.mark.parametrize("target", (0.0, 1.0, -0.2, (0.6, 0.3)))
+def test_bad_targets_are_named(target):
+    with pytest.raises(ValueError, match="target_reduction="):
+        ReductionCallback(target)
