@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint format dense bench-latency floor clean
+.PHONY: install demo test lint format dense bench-latency clean
 
 install: .venv/.installed
 
@@ -32,10 +32,6 @@ format: install
 # Trains the shipped dense checkpoint anew.
 dense: install
 	$(BIN)/python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
-
-# How far the words of a question go without its image.
-floor: install
-	$(BIN)/python benchmarks/question_only_floor.py
 
 bench-latency: install
 	$(BIN)/python benchmarks/latency.py

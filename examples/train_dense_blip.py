@@ -1,7 +1,9 @@
 """Train the tiny dense BLIP that the examples prune: digit scenes, from scratch, on a CPU.
 
-As BLIP itself was trained: first to caption scenes, then to answer questions about them, the question encoder and the answer
-decoder both starting from the caption decoder. Scenes are drawn afresh at every step. Each stage is a plain loop.
+As BLIP itself was trained: the vision tower on labelled images, then the whole to caption scenes, then to answer questions about them, the
+question encoder and the answer decoder both starting from the caption decoder. Then the class token learns to look at the digits in
+every layer, as class tokens of large vision towers come to do by themselves, at last while patches without a digit are dropped at random. Scenes
+are drawn afresh at every step.
 
     python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
 """
@@ -26,12 +28,12 @@ from transformers import (
 from madtp_hf.data import digit_scenes as ds
 
 
-def build_processor(folder: Path) -> BlipProcessor:
+def build_processor() -> BlipProcessor:
     """A BLIP processor with a word-piece vocabulary of just the words that the scenes' questions, answers and captions use."""
     words = (
         "is there a does the image show how many are what number of in which digit color have next first from".split()
     )
-    words += "leftmost rightmost topmost bottommost left right top bottom above below pair pairs has more than than same no yes".split()
+    words += "leftmost rightmost topmost bottommost left right top bottom above below pair pairs has more than same no yes".split()
     words += [*ds.DIGIT_NAMES, *ds.COLOR_NAMES, "##s", "##es", "?", ":", ",", "."]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words), "[DEC]", "[ENC]"]
     tokenizer = BertTokenizer(
@@ -121,7 +123,7 @@ def patch_loss(vision_model, head, processor, scenes):
     return loss, torch.stack(right)
 
 
-def caption_step(model, processor, scenes, rng, device):
+def caption_step(model, processor, scenes, rng):
     directions = rng.choice(["left", "right", "top", "bottom"], len(scenes))
     captions = [ds.describe(scenes, i, directions[i]) for i in range(len(scenes))]
     ids, labels = answer_ids(processor.tokenizer, captions)
@@ -130,13 +132,45 @@ def caption_step(model, processor, scenes, rng, device):
     return model(pixel_values=pixels, input_ids=ids, labels=labels)
 
 
-def question_loss(model, processor, scenes, rng, kinds):
+def encode_images(vision_model, pixels, is_digit, rng):
+    """The vision tower on what is left when patches without a digit are dropped at random: all but a share drawn anew each time.
+
+    Returns the states (S, L, D), the layers' attention maps and where digits are among the L.
+    """
+    states = vision_model.embeddings(pixels)
+    kept = int(rng.integers(1 + 2 * ds.MAX_DIGITS, states.shape[1] + 1))
+    key = torch.from_numpy(rng.random(is_digit.shape)) + is_digit
+    key[:, 0] = 2  # the class token
+    order = key.topk(kept, dim=1).indices
+    states = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    maps = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
+        for layer in vision_model.encoder.layers
+    ]
+    states = vision_model.post_layernorm(vision_model.encoder(inputs_embeds=states).last_hidden_state)
+    for hook in hooks:
+        hook.remove()
+    return states, maps, is_digit.gather(1, order)
+
+
+def question_loss(model, processor, scenes, rng, stage):
     """One question of every kind about every scene; a scene is encoded once for all its questions."""
+    kinds = ds.QUESTION_KINDS
     asked = [ds.ask(scenes, i, kind, rng) for i in range(len(scenes)) for kind in kinds]
     questions, answers = zip(*asked)
     text = processor.tokenizer(list(questions), padding=True, return_tensors="pt")
     ids, labels = answer_ids(processor.tokenizer, list(answers))
-    image_embeds = model.vision_model(to_pixels(scenes.images, processor.image_processor)).last_hidden_state
+    pixels = to_pixels(scenes.images, processor.image_processor)
+    cells = torch.from_numpy(scenes.rows * ds.GRID_SIZE + scenes.columns)
+    is_digit = torch.zeros(len(scenes), ds.GRID_SIZE**2 + 1).scatter(
+        1, cells + 1, torch.from_numpy(scenes.digits >= 0).float()
+    )
+    if stage == "thin":
+        image_embeds, maps, is_digit = encode_images(model.vision_model, pixels, is_digit, rng)
+    else:
+        vision = model.vision_model(pixels, output_attentions=stage == "settle")
+        image_embeds, maps = vision.last_hidden_state, vision.attentions
     image_embeds = image_embeds.repeat_interleave(len(kinds), dim=0)
     states = model.text_encoder(
         input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
@@ -146,6 +180,12 @@ def question_loss(model, processor, scenes, rng, kinds):
     ).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     right = (logits[:, 0].argmax(-1) == labels[:, 1]).view(len(scenes), len(kinds)).float().mean(0)
+    if stage in ("settle", "thin"):
+        # The class token's attention is to be shared by the scene's digits alike, in each layer.
+        attended = torch.stack([layer[:, :, 0].float().mean(1) for layer in maps])
+        share = is_digit / is_digit.sum(1, keepdim=True)
+        missed = (share * (share.clamp(min=1e-6) / attended.clamp(min=1e-6)).log()).sum(-1).mean()
+        loss = loss + 0.05 * missed
     return loss, right
 
 
@@ -167,9 +207,17 @@ def main():
     parser.add_argument("--vision_layers", type=int, default=12)
     parser.add_argument("--text_layers", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--patch_steps", type=int, default=600)
-    parser.add_argument("--caption_steps", type=int, default=1500)
-    parser.add_argument("--question_steps", type=int, default=2000)
+    parser.add_argument("--patch_steps", type=int, default=1200)
+    parser.add_argument("--caption_steps", type=int, default=1200)
+    parser.add_argument("--question_steps", type=int, default=4000)
+    parser.add_argument("--settle_steps", type=int, default=1000)
+    parser.add_argument("--thin_steps", type=int, default=800)
+    parser.add_argument(
+        "--start_from",
+        choices=("patch", "question", "settle", "thin"),
+        default="patch",
+        help="a later stage starts from the model in the output folder",
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--initializer_range", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
@@ -180,7 +228,7 @@ def main():
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    log = open(args.output_dir / "train.log", "a")
+    log = open(args.output_dir / "train.log", "w" if args.start_from == "patch" else "a")
     started = time.time()
 
     def say(**record):
@@ -188,83 +236,87 @@ def main():
         print(json.dumps(record), flush=True)
         print(json.dumps(record), file=log, flush=True)
 
-    say(args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    processor = build_processor(args.output_dir)
+    say(args={key: value for key, value in vars(args).items() if key != "output_dir"})
+    processor = build_processor()
     config = build_config(processor.tokenizer, args)
 
-    captioner = BlipForConditionalGeneration(config)
-    say(stage="caption", parameters=sum(p.numel() for p in captioner.parameters()))
-    init_position_embeddings(captioner, config)
-    captioner.train()
-    head = torch.nn.Linear(args.width, len(ds.DIGIT_NAMES) * len(ds.COLORS) + 1 + 2 * ds.MAX_DIGITS)
-    parameters = [*captioner.vision_model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    scheduler = schedule(optimizer, max(args.patch_steps, 1))
-    for step in range(1, args.patch_steps + 1):
-        scenes = ds.draw_scenes(args.batch_size, "train", rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, right = patch_loss(captioner.vision_model, head, processor, scenes)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 50 == 0 or step < 4:
-            say(stage="patch", step=step, loss=round(loss.item(), 3), accuracy=[round(r, 3) for r in right.tolist()])
+    if args.start_from == "patch":
+        captioner = BlipForConditionalGeneration(config)
+        say(stage="caption", parameters=sum(p.numel() for p in captioner.parameters()))
+        init_position_embeddings(captioner, config)
+        captioner.train()
+        head = torch.nn.Linear(args.width, len(ds.DIGIT_NAMES) * len(ds.COLORS) + 1 + 2 * ds.MAX_DIGITS)
+        parameters = [*captioner.vision_model.parameters(), *head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+        scheduler = schedule(optimizer, max(args.patch_steps, 1))
+        for step in range(1, args.patch_steps + 1):
+            scenes = ds.draw_scenes(args.batch_size, "train", rng)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, right = patch_loss(captioner.vision_model, head, processor, scenes)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+            if step % 50 == 0 or step < 4:
+                say(
+                    stage="patch",
+                    step=step,
+                    loss=round(loss.item(), 3),
+                    accuracy=[round(r, 3) for r in right.tolist()],
+                )
 
-    optimizer = torch.optim.AdamW(captioner.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    scheduler = schedule(optimizer, max(args.caption_steps, 1))
-    for step in range(1, args.caption_steps + 1):
-        scenes = ds.draw_scenes(args.batch_size, "train", rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = caption_step(captioner, processor, scenes, rng, "cpu").loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 50 == 0 or step < 4:
-            say(stage="caption", step=step, loss=round(loss.item(), 3))
-    captioner.save_pretrained(args.output_dir / "caption")
+        optimizer = torch.optim.AdamW(
+            captioner.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
+        )
+        scheduler = schedule(optimizer, max(args.caption_steps, 1))
+        for step in range(1, args.caption_steps + 1):
+            scenes = ds.draw_scenes(args.batch_size, "train", rng)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = caption_step(captioner, processor, scenes, rng).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            if step % 50 == 0 or step < 4:
+                say(stage="caption", step=step, loss=round(loss.item(), 3))
+        model = BlipForQuestionAnswering(config)
+        model.vision_model.load_state_dict(captioner.vision_model.state_dict())
+        model.text_decoder.load_state_dict(captioner.text_decoder.state_dict())
+        model.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
+    else:
+        model = BlipForQuestionAnswering.from_pretrained(args.output_dir)
 
-    model = BlipForQuestionAnswering(config)
-    model.vision_model.load_state_dict(captioner.vision_model.state_dict())
-    model.text_decoder.load_state_dict(captioner.text_decoder.state_dict())
-    model.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    scheduler = schedule(optimizer, args.question_steps)
-    average = None
-    for step in range(1, args.question_steps + 1):
-        scenes = ds.draw_scenes(args.batch_size, "train", rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, right = question_loss(model, processor, scenes, rng, ds.QUESTION_KINDS)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        average = right if average is None else 0.95 * average + 0.05 * right
-        if step % 50 == 0 or step < 4:
-            say(
-                stage="question",
-                step=step,
-                loss=round(loss.item(), 3),
-                accuracy={k: round(a, 3) for k, a in zip(ds.QUESTION_KINDS, average.tolist())},
-            )
-        if step % 500 == 0:
-            model.save_pretrained(args.output_dir)
-    model.save_pretrained(args.output_dir)
+    stages = {"question": args.question_steps, "settle": args.settle_steps, "thin": args.thin_steps}
+    if args.start_from in stages:
+        stages = dict(list(stages.items())[list(stages).index(args.start_from) :])
+    for stage, steps in stages.items():
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+        scheduler = schedule(optimizer, steps)
+        average = None
+        for step in range(1, steps + 1):
+            scenes = ds.draw_scenes(args.batch_size, "train", rng)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, right = question_loss(model, processor, scenes, rng, stage)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            average = right if average is None else 0.95 * average + 0.05 * right
+            if step % 50 == 0 or step < 4:
+                accuracy = {kind: round(a, 3) for kind, a in zip(ds.QUESTION_KINDS, average.tolist())}
+                say(stage=stage, step=step, loss=round(loss.item(), 3), accuracy=accuracy)
+        model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 
     model.eval()
     rng = np.random.default_rng(args.seed)
     with torch.no_grad():
         right = torch.stack(
-            [
-                question_loss(model, processor, ds.draw_scenes(100, "test", rng), rng, ds.QUESTION_KINDS)[1]
-                for _ in range(20)
-            ]
+            [question_loss(model, processor, ds.draw_scenes(100, "test", rng), rng, "test")[1] for _ in range(20)]
         ).mean(0)
     say(
         stage="test",

@@ -40,7 +40,9 @@ def test_what_cannot_be_reached_is_named_and_the_old_schedule_kept(model, batche
     ):
         calibrate(model, batches, [0.5, 0.99])
     with pytest.raises(ValueError, match="expected numbers between 0 and 1"):
-        calibrate(model, batches, [0.0, 0.5])
+        calibrate(model, batches, [1.0, 0.5])
+    with pytest.raises(ValueError, match="only once"):
+        calibrate(model, iter(batches), [0.5])
     with pytest.raises(ValueError, match="gave no batch"):
         calibrate(model, [], [0.5])
     assert model.config.pruning_schedule == [[0.5, 1.0]]

@@ -122,7 +122,7 @@ print("RESULT" + json.dumps({"logits": logits, "answers": answers[0]}))
     assert as_dict == one
     assert len(three) == 3 and [a["score"] for a in three] == sorted((a["score"] for a in three), reverse=True)
     assert len(listed) == 2 and listed[0] == one
-    assert len(product) == 4 and product[0] == product[2]
+    assert len(product) == 4 and product[0] == product[1]
     assert product[0][0]["answer"] == one[0]["answer"] and product[0][0]["score"] == pytest.approx(
         one[0]["score"], abs=1e-4
     )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BlipForConditionalGeneration
 
 from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering
 
@@ -217,6 +218,26 @@ def test_ranked_answers_are_those_of_scoring_each_answer_on_its_own(model, tempe
         assert chosen[row] == max(shortlist, key=lambda i: totals[i])
 
 
+def test_answers_to_rank_are_checked(model):
+    inputs = make_inputs()
+    inputs.pop("labels")
+    for answers, message in (
+        (torch.tensor([[2, 7, 9, 3], [2, 0, 0, 0]]), "answers of 1 to 4 tokens"),
+        (torch.full((2, 30), 7), "at most 24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.rank_answers(**inputs, answer_input_ids=answers)
+
+
+def test_settings_changed_by_hand_are_checked(model):
+    for field, value in (("pruning_granularity", "sample"), ("pruning_modalities", ("audio",))):
+        before = getattr(model.config, field)
+        setattr(model.config, field, value)
+        with pytest.raises(ValueError, match=field):
+            model(**make_inputs())
+        setattr(model.config, field, before)
+
+
 # Training
 
 
@@ -272,6 +293,16 @@ def test_bfloat16_weights(model):
     assert output.logits.dtype == torch.bfloat16 and abs(output.loss - exact) < 0.1 * abs(exact)
     inputs.pop("labels")
     assert model.generate(**inputs, max_new_tokens=3).shape[0] == 3
+
+
+def test_small_temperatures_prune_in_float16_as_in_float32(model):
+    model.set_pruning(temperature=1e-5)
+    inputs = make_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).vision_tokens
+        with torch.autocast("cpu", dtype=torch.float16):
+            counts = model(**inputs).vision_tokens
+    assert (expected[-1] < 37).all() and (counts[-1] < 37).all()
 
 
 def test_labels_at_minus_100_count_in_no_loss(model):
@@ -367,7 +398,10 @@ def test_from_blip_copies(blip, tmp_path):
     assert blip.vision_model.post_layernorm.weight.abs().min() > 0
 
 
-def test_from_blip_names_what_does_not_fit(blip, model):
+def test_from_blip_names_what_does_not_fit(blip, model, tmp_path):
+    BlipForConditionalGeneration(blip_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint of a BlipForQuestionAnswering"):
+        MadtpBlipForQuestionAnswering.from_blip(tmp_path)
     with pytest.raises(TypeError, match="expected a BlipForQuestionAnswering"):
         MadtpBlipForQuestionAnswering.from_blip(model)
     with pytest.raises(TypeError, match="prunning_temperature"):

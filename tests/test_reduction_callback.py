@@ -1,6 +1,8 @@
+import math
+
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from madtp_hf import ReductionCallback
 
@@ -66,10 +68,15 @@ def test_a_range_learns_a_temperature_for_each_target(model, tmp_path):
 
 
 def test_resumed_training_goes_on_at_the_same_temperature(model, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 20, "max_steps": 20}
     callback = ReductionCallback(0.5)
-    train(model, callback, tmp_path, **settings)
-    resumed = ReductionCallback(0.5)
+    train(model, callback, tmp_path, save_strategy="steps", save_steps=20, max_steps=20)
+
+    class Seen(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.temperature = model.config.pruning_temperature
+
+    model.set_pruning(None)  # so that the temperature comes from the checkpoint or from nowhere
+    seen = Seen()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -79,17 +86,20 @@ def test_resumed_training_goes_on_at_the_same_temperature(model, tmp_path):
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-            logging_steps=1,
             remove_unused_columns=False,
             restore_callback_states_from_checkpoint=True,
         ),
         train_dataset=Rows(),
-        callbacks=[resumed],
+        callbacks=[ReductionCallback(0.5), seen],
     )
     trainer.train(resume_from_checkpoint=True)
-    restored = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReductionCallback))
-    assert restored.log_temperatures == pytest.approx(callback.log_temperatures, abs=0.5)
-    assert restored.log_temperatures != ReductionCallback(0.5).log_temperatures
+    assert seen.temperature == pytest.approx(math.exp(callback.log_temperatures[0]))
+
+
+def test_a_target_out_of_reach_does_not_wind_up(model, tmp_path):
+    callback = ReductionCallback(0.99, gain=1000.0)
+    train(model, callback, tmp_path, max_steps=50)
+    assert math.exp(callback.log_temperatures[0]) <= 1e6 * 1.001 and model.config.pruning_temperature > 0
 
 
 @pytest.mark.parametrize("target", (0.0, 1.0, -0.2, (0.6, 0.3)))

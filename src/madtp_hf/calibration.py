@@ -10,9 +10,10 @@ from .flops import reduction_of_flops
 
 
 TOLERANCE = 0.002  # of the reduction; a search that comes this close stops
-ACCEPTED = 0.01  # and one that ends this close has found it
+ACCEPTED = 0.02  # and one that ends this close has found it
 MAX_PASSES = 14  # over the data, for one reduction
-SCAN = [10 ** (exponent / 2) for exponent in range(-6, 9)]  # temperatures, 1e-3 to 1e4
+SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures that the search starts from
+SCAN_SAMPLES = 8
 
 
 def answer_tokens(batch, config) -> torch.Tensor | int:
@@ -64,7 +65,7 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
         dataloader (`Iterable`):
             Batches as `forward` takes them, dicts of tensors. It is read several times; a few hundred samples are enough.
         reductions (`list[float]`):
-            The shares of FLOPs to save, each in (0, 1).
+            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no temperature.
 
     Returns:
         `list[list[float]]`: the schedule, pairs of a reduction and its temperature.
@@ -72,10 +73,14 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
     Raises:
         ValueError: if a reduction is out of bounds or the model can't reach it on this data; its old schedule is kept.
     """
-    targets = sorted({float(reduction) for reduction in reductions})
+    targets = sorted({float(reduction) for reduction in reductions} - {0.0})
     if not targets or not all(0 < target < 1 for target in targets):
         raise ValueError(
             f"reductions={list(reductions)!r}: expected numbers between 0 and 1, shares of FLOPs to save."
+        )
+    if iter(dataloader) is dataloader:
+        raise ValueError(
+            "dataloader can be read only once, it is an iterator: expected a DataLoader or a list of batches."
         )
     first = next(iter(dataloader), None)
     if first is None:
@@ -90,8 +95,11 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
                 progress.update()
             return measured[log_temperature]
 
-        # Where it grows: from its lowest point to its highest, as one batch shows them.
-        scan = [(math.log(t), measure_reduction(model, [first], t)) for t in SCAN]
+        # Where it grows: from its lowest point to its highest, as a few samples show them.
+        few = {name: value[:SCAN_SAMPLES] for name, value in first.items() if isinstance(value, torch.Tensor)}
+        scan = []
+        for temperature in SCAN:
+            scan.append((math.log(temperature), measure_reduction(model, [few], temperature)))
         top = max(range(len(scan)), key=lambda i: scan[i][1])
         bottom = min(range(top + 1), key=lambda i: scan[i][1])
         curve = scan[bottom : top + 1]
@@ -120,8 +128,8 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
             if abs(measured[best] - target) > ACCEPTED:
                 raise ValueError(
                     f"reduction={target} is out of this model's reach on this data: the nearest that a temperature gives is"
-                    f" {measured[best]:.3f}, and all of them lie between {min(measured.values()):.3f} and"
-                    f" {max(measured.values()):.3f}. Ask for one in there, or fine-tune with"
+                    f" {measured[best]:.3f}, and all of them lie between about {curve[0][1]:.2f} and {curve[-1][1]:.2f}."
+                    " Ask for one in there, give more samples if it is in there, or fine-tune with"
                     f" `madtp_hf.ReductionCallback({target})` first."
                 )
             schedule.append([target, math.exp(best)])

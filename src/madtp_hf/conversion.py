@@ -108,7 +108,8 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config: MadtpB
         task (`str`):
             The task that it was trained for: `"vqa"`.
         config (`MadtpBlipConfig`, *optional*):
-            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. BLIP-base's if not given.
+            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. BLIP-base's if not given. Where it has
+            no label smoothing, the original's, 0.1, is set.
 
     Returns:
         The task's model, in eval mode with pruning as `config` says (off if not given). From a BLIP checkpoint the alignment tokens are
@@ -119,7 +120,10 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config: MadtpB
     """
     if task not in TASK_MODELS:
         raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, TASK_MODELS))}.")
-    original = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_state_dict(path_or_state_dict)
+    if isinstance(path_or_state_dict, dict):
+        original = path_or_state_dict.get("model", path_or_state_dict)
+    else:
+        original = read_state_dict(path_or_state_dict)
     original = {name: tensor for name, tensor in original.items() if not _TRAINING_ONLY.search(name)}
 
     state_dict = {}

@@ -75,7 +75,7 @@ def _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning) -> 
         raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, TASKS))}.")
     if text_tokens is None:
         raise ValueError(f"text_tokens is missing: task {task!r} has a text encoder.")
-    vision_tokens = torch.as_tensor(vision_tokens).double()
+    vision_tokens = torch.as_tensor(vision_tokens).float()
     text_tokens = torch.as_tensor(text_tokens).to(vision_tokens)
     answer_tokens = torch.as_tensor(answer_tokens).to(vision_tokens)
     for name, tokens, branch in (
@@ -93,10 +93,10 @@ def _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning) -> 
         width, labels = config.text_config.hidden_size, 2
         total = sum(_vision(config, image, vision_aligned) for image in images)
         total = total + _text_encoder(config, text_tokens, [image[-1] for image in images], text_aligned)
-        return (total + width**2 + width * labels).float()
+        return total + width**2 + width * labels
     total = _vision(config, vision_tokens, vision_aligned)
     total = total + _text_encoder(config, text_tokens, [vision_tokens[-1]], text_aligned)
-    return (total + _answer_decoder(config, answer_tokens, text_tokens[-1]) * (answer_tokens > 0)).float()
+    return total + _answer_decoder(config, answer_tokens, text_tokens[-1]) * (answer_tokens > 0)
 
 
 def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:

@@ -1,5 +1,5 @@
 from .collators import QuestionAnsweringCollator
-from .digit_scenes import load_digit_questions
+from .digit_scenes import load_digit_questions, question_only_accuracy
 
 
-__all__ = ["QuestionAnsweringCollator", "load_digit_questions"]
+__all__ = ["QuestionAnsweringCollator", "load_digit_questions", "question_only_accuracy"]

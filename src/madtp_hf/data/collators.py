@@ -36,7 +36,7 @@ class QuestionAnsweringCollator:
         )
         batch.pop("token_type_ids", None)
         batch["pixel_values"] = self.processor.image_processor(images=images, return_tensors="pt").pixel_values
-        answers = tokenizer([row["answer"] for row in rows], padding=True, return_tensors="pt")
+        answers = tokenizer([row["answer"] for row in rows], padding=True, padding_side="right", return_tensors="pt")
         labels = answers.input_ids.masked_fill(answers.attention_mask == 0, -100)
         labels[:, 0] = self.decoder_start_token_id
         batch["labels"] = labels

@@ -77,7 +77,10 @@ class MadtpBlipConfig(BlipConfig):
         self.alignment_dim = alignment_dim
         self.alignment_loss_weight = alignment_loss_weight
         self.pruning_temperature = pruning_temperature
-        self.pruning_modalities = tuple(pruning_modalities)
+        # JSON knows no tuples.
+        self.pruning_modalities = (
+            tuple(pruning_modalities) if isinstance(pruning_modalities, list) else pruning_modalities
+        )
         self.pruning_granularity = pruning_granularity
         self.pruning_schedule = pruning_schedule
         self.encoder_token_id = encoder_token_id
@@ -103,7 +106,9 @@ class MadtpBlipConfig(BlipConfig):
             "a finite number, 0 to switch pruning off or larger to prune more",
         )
         require(
-            set(self.pruning_modalities) <= set(MODALITIES), "pruning_modalities", f"some of {', '.join(MODALITIES)}"
+            isinstance(self.pruning_modalities, tuple) and set(self.pruning_modalities) <= set(MODALITIES),
+            "pruning_modalities",
+            f"a tuple of some of {', '.join(MODALITIES)}",
         )
         require(self.pruning_granularity in GRANULARITIES, "pruning_granularity", f"one of {', '.join(GRANULARITIES)}")
         require(
@@ -116,8 +121,10 @@ class MadtpBlipConfig(BlipConfig):
         require(
             schedule is None
             or (
-                len(schedule) > 0
-                and all(len(pair) == 2 and all(map(_is_number, pair)) for pair in schedule)
+                isinstance(schedule, (list, tuple))
+                and len(schedule) > 0
+                and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in schedule)
+                and all(_is_number(number) for pair in schedule for number in pair)
                 and all(0 < reduction < 1 and temperature > 0 for reduction, temperature in schedule)
                 and all(low[0] < high[0] for low, high in itertools.pairwise(schedule))
             ),

@@ -440,8 +440,11 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MadtpBlipAlignment):
-            # Their products with states of norm sqrt(D) then spread about 1 after division by sqrt(D).
-            init.normal_(module.tokens, mean=0.0, std=1.0)
+            # Norms from large to a hundredth of that. At a temperature, alignment tokens of small norm look at all tokens alike and those
+            # of large norm at their likeliest alone: graded norms let the threshold, the least of what they see, move smoothly from
+            # the lowest importance to the mean, so that an untrained model reaches small reductions and large ones.
+            scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
+            init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))
         elif isinstance(module, BlipTextEmbeddings):
             # In no checkpoint, and empty when a model is built on the meta device to be loaded.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
@@ -459,7 +462,15 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         Raises:
             TypeError: if the source is another model than this task's BLIP, or an override is no field of the configuration.
         """
-        blip = source if isinstance(source, PreTrainedModel) else cls._blip_class.from_pretrained(source)
+        blip = source
+        if not isinstance(source, PreTrainedModel):
+            blip, info = cls._blip_class.from_pretrained(source, output_loading_info=True)
+            amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+            if amiss:
+                raise ValueError(
+                    f"{source} is no checkpoint of a {cls._blip_class.__name__}: {len(amiss)} of its tensors are missing, not"
+                    f" expected or of another shape ({', '.join(sorted(amiss)[:3])}, ...). Expected one of that class."
+                )
         if not isinstance(blip, cls._blip_class):
             raise TypeError(
                 f"{cls.__name__}.from_blip got a {type(blip).__name__}: expected a {cls._blip_class.__name__}, or a path or Hub id"
@@ -566,6 +577,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         cut_padding=True,
         **vision_outputs,
     ) -> tuple[BranchOutput, BranchOutput]:
+        self.config.check_pruning()
         if len(input_ids) != len(pixel_values):
             raise ValueError(
                 f"input_ids holds {len(input_ids)} questions and pixel_values {len(pixel_values)} images: expected as many of one"
@@ -625,6 +637,11 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions=True: this model keeps no attention maps. Expected None or False.")
         if decoder_input_ids is None:
             decoder_input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
+        longest = self.config.text_config.max_position_embeddings
+        if decoder_input_ids.shape[1] > longest:
+            raise ValueError(
+                f"Answers of {decoder_input_ids.shape[1]} tokens: this model's decoder reads at most {longest}."
+            )
         if len(decoder_input_ids) != len(input_ids):
             raise ValueError(
                 f"{len(decoder_input_ids)} answers for {len(input_ids)} questions: expected one for each."
@@ -769,10 +786,16 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         if k < 1:
             raise ValueError(f"k={k}: expected the number of answers to score, at least 1.")
         text_config = self.config.text_config
+        if answer_attention_mask is None:
+            answer_attention_mask = answer_input_ids != text_config.pad_token_id
         answer_ids, answer_mask = left_align(answer_input_ids, answer_attention_mask)
-        if answer_ids.shape[1] < 2:
+        lengths = (
+            torch.full((len(answer_ids),), answer_ids.shape[1]) if answer_mask is None else answer_mask.sum(dim=1)
+        )
+        if lengths.amin() < 2 or lengths.amax() > text_config.max_position_embeddings:
             raise ValueError(
-                "answer_input_ids hold a start token alone: expected answers of at least one token behind it."
+                f"answer_input_ids hold answers of {int(lengths.amin())} to {int(lengths.amax())} tokens: expected a start token, at"
+                f" least one token behind it and at most {text_config.max_position_embeddings} in all."
             )
         answer_ids = F.pad(answer_ids[:, 1:], (1, 0), value=text_config.bos_token_id)
         targets = answer_ids if answer_mask is None else answer_ids.masked_fill(~answer_mask, -100)

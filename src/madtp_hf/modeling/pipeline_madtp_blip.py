@@ -60,7 +60,8 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
                 An image, or a path, URL or base64 string of one; or, without a question, `{"image": ..., "question": ...}`, a list or a
                 dataset of such.
             question (`str` or `list[str]`, *optional*):
-                One question or several. Of several images and several questions, each image is asked each question, image by image.
+                One question or several. Of several images and several questions, each question is asked about each image,
+                question by question.
 
         Returns:
             A list of `{"answer": str, "score": float}`, the likeliest first; for several questions or images a list of such lists.
@@ -72,11 +73,11 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
         if image is None:
             raise ValueError("image is missing: expected image=... and question=..., or a dict of both.")
         one_image = isinstance(image, str) or hasattr(image, "size")
-        images = [image] if one_image else image
+        images = [image] if one_image else list(image)
         if one_image and isinstance(question, str):
             return super().__call__({"image": image, "question": question}, **kwargs)
-        questions = [question] if isinstance(question, str) else question
-        return super().__call__([{"image": i, "question": q} for i in images for q in questions], **kwargs)
+        questions = [question] if isinstance(question, str) else list(question)
+        return super().__call__([{"image": i, "question": q} for q in questions for i in images], **kwargs)
 
     def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
         image = load_image(inputs["image"], timeout=timeout)
@@ -95,15 +96,9 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
         }
 
     def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None):
-        settings = {"num_beams": top_k, "do_sample": False, **(generate_kwargs or {})}
-        output = self.model.generate(
-            **model_inputs,
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=top_k,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **settings,
-        )
+        defaults = {"num_beams": top_k, "do_sample": False, "max_new_tokens": max_new_tokens}
+        fixed = {"num_return_sequences": top_k, "return_dict_in_generate": True, "output_scores": True}
+        output = self.model.generate(**model_inputs, **{**defaults, **(generate_kwargs or {}), **fixed})
         beams = getattr(output, "beam_indices", None)
         log_probabilities = self.model.text_decoder.compute_transition_scores(
             output.sequences, output.scores, beams, normalize_logits=beams is None

@@ -23,9 +23,6 @@ import torch
 import torch.nn.functional as F
 
 
-GRANULARITIES = ("instance", "batch")
-
-
 class AttentionScores(NamedTuple):
     """What the importance of tokens needs of a self-attention A (B, H, L, L) with per-head outputs O (B, H, L, d).
 
@@ -40,13 +37,11 @@ class AttentionScores(NamedTuple):
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the tokens, dimension 1 of `scores` (B, N, T), in float32; padding gets exactly 0."""
-    if mask is None:
-        return scores.softmax(dim=1, dtype=torch.float32)
-    mask = mask.unsqueeze(-1)
-    # The lowest finite number, not -inf: a text of its class token alone has no token to attend to, and must not become NaN.
-    scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
-    return scores.softmax(dim=1) * mask
+    """Softmax over the tokens, dimension 1 of `scores` (B, N, T), in float32; padding gets 0, where there is a real token at all."""
+    if mask is not None:
+        # The lowest finite number, not -inf: a text of its class token alone has no token to attend to, and must not become NaN.
+        scores = scores.float().masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
+    return scores.softmax(dim=1, dtype=torch.float32)
 
 
 def normalize_over_tokens(scores: torch.Tensor) -> torch.Tensor:
@@ -61,6 +56,8 @@ def alignment_scores(tokens: torch.Tensor, alignment_tokens: torch.Tensor) -> to
 def alignment_feature(scores: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Step 2: what each alignment token gathers from the tokens: a (B, N, T), tokens (B, N, D) -> (B, T, D)."""
     weights = masked_softmax(scores / tokens.shape[-1] ** 0.5, mask)
+    if mask is not None:
+        weights = weights * mask.unsqueeze(-1)
     return weights.transpose(1, 2).to(tokens.dtype) @ tokens
 
 
@@ -106,8 +103,10 @@ def importance_threshold(
     scores: torch.Tensor, importance: torch.Tensor, temperature: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Step 5: theta (B,): the smallest importance that an alignment token sees, looking at the tokens with `temperature`."""
-    gate = masked_softmax(scores / temperature, mask)
-    return (gate * importance.unsqueeze(-1)).sum(dim=1).amin(dim=-1)
+    gate = masked_softmax(scores.float() / temperature, mask)  # float16 would overflow at small temperatures
+    with torch.autocast(gate.device.type, enabled=False):
+        seen = importance.float().unsqueeze(1) @ gate  # padding has no importance
+    return seen.amin(dim=-1).squeeze(1)
 
 
 def select_tokens(

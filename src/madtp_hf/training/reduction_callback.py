@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..calibration import answer_tokens
+from ..calibration import SCAN, answer_tokens
 from ..flops import reduction_of_flops
 
 
@@ -77,10 +77,19 @@ class ReductionCallback(TrainerCallback, ExportableState):
             )
             self._measured.append(reductions.mean())
 
+    @staticmethod
+    def _start(config, target: float) -> float:
+        """The temperature to begin with: by the calibrated schedule where there is one, or the one that is set, or a moderate one."""
+        schedule = config.pruning_schedule
+        if schedule and schedule[0][0] <= target <= schedule[-1][0]:
+            return config.temperature_for(target)
+        return config.pruning_temperature or config.text_config.hidden_size**0.5 / 4
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.log_temperatures is None:
-            start = model.config.pruning_temperature or model.config.text_config.hidden_size**0.5 / 4
-            self.log_temperatures = [math.log(start)] * len(self.targets)
+            self.log_temperatures = [math.log(self._start(model.config, target)) for target in self.targets]
+        if self._hook is not None:  # of a run that was interrupted
+            self._hook.remove()
         self._hook = model.register_forward_hook(self._measure, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -98,7 +107,9 @@ class ReductionCallback(TrainerCallback, ExportableState):
         error = self.targets[current] - self.reduction
         self.boosts[current] = min(self.boosts[current] * 1.3, 8.0) if error * self.errors[current] > 0 else 1.0
         self.errors[current] = error
-        self.log_temperatures[current] += min(max(self.gain * self.boosts[current] * error, -0.5), 0.5)
+        moved = self.log_temperatures[current] + min(max(self.gain * self.boosts[current] * error, -0.5), 0.5)
+        # A target out of reach must not wind the temperature up or down without end.
+        self.log_temperatures[current] = min(max(moved, math.log(SCAN[0])), math.log(SCAN[-1]))
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and "loss" in logs:
