@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from madtp_hf.modeling import token_pruning
 from madtp_hf.modeling.token_pruning import (
     AttentionScores,
     alignment_feature,
@@ -93,6 +94,17 @@ def test_attention_output_is_that_of_fused_attention():
     output, _ = scored_attention(query, key, value, mask)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask[:, None, None])
     torch.testing.assert_close(output, expected)
+
+
+def test_blocks_of_queries_add_up(monkeypatch):
+    query, key, value = torch.randn(3, 2, 3, 50, 4)
+    mask = torch.arange(50) < torch.tensor([[50], [31]])
+    whole = scored_attention(query, key, value, mask)
+    monkeypatch.setattr(token_pruning, "ATTENTION_BLOCK", 1)  # the smallest blocks: 16 queries
+    blocks = scored_attention(query, key, value, mask)
+    torch.testing.assert_close(blocks[0], whole[0])
+    for mine, theirs in zip(blocks[1], whole[1]):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_alignment_feature_and_loss_by_hand():

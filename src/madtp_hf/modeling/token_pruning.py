@@ -23,6 +23,9 @@ import torch
 import torch.nn.functional as F
 
 
+ATTENTION_BLOCK = 2**20  # attention probabilities at a time on a CPU: 4 MB
+
+
 class AttentionScores(NamedTuple):
     """What the importance of tokens needs of a self-attention A (B, H, L, L) with per-head outputs O (B, H, L, d).
 
@@ -73,17 +76,31 @@ def scored_attention(
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, AttentionScores]:
-    """Step 3: self-attention of (B, H, L, d) queries, keys and values: its output O (B, H, L, d) and its scores."""
-    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
-    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    received = probabilities[:, :, 1:, 1:].amax(dim=1)
-    if mask is not None:
-        received = received * mask[:, 1:, None]  # what padding asks for is not asked
-    output = F.dropout(probabilities, dropout).to(value.dtype) @ value
-    output_norm = output[:, :, 1:].norm(dim=-1, dtype=torch.float32)
-    return output, AttentionScores(received.sum(dim=1), probabilities[:, :, 0, 1:], output_norm)
+    """Step 3: self-attention of (B, H, L, d) queries, keys and values: its output O (B, H, L, d) and its scores.
+
+    A block of queries at a time, so that all heads' maps of a long sequence are never held at once and a block's stay in cache.
+    """
+    batch_size, num_heads, length, width = query.shape
+    block = length
+    if query.device.type == "cpu":
+        block = max(ATTENTION_BLOCK // (batch_size * num_heads * length), 16)
+    query, key = query * width**-0.5, key.transpose(-1, -2)
+    outputs, received, from_class = [], 0, None
+    for start in range(0, length, block):
+        rows = slice(start, start + block)
+        logits = query[:, :, rows] @ key
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
+        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+        outputs.append(F.dropout(probabilities, dropout).to(value.dtype) @ value)
+        strongest = probabilities[..., 1:].amax(dim=1)
+        if mask is not None:
+            strongest = strongest * mask[:, rows, None]  # what padding asks for is not asked
+        if start == 0:
+            from_class, strongest = probabilities[:, :, 0, 1:], strongest[:, 1:]
+        received = received + strongest.sum(dim=1)
+    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+    return output, AttentionScores(received, from_class, output[:, :, 1:].norm(dim=-1, dtype=torch.float32))
 
 
 def token_importance(
