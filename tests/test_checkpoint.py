@@ -106,7 +106,11 @@ for source in (folder, again):
         ask([{"image": image, "question": question}, {"image": image, "question": "is there a seven?"}]),
         ask(image=[image, image], question=[question, "is there a seven?"], batch_size=3),
     ])
-assert answers[0] == answers[1]
+def same(mine, theirs):  # to rounding: two copies of a model lie differently in memory
+    if isinstance(mine, list):
+        return len(mine) == len(theirs) and all(map(same, mine, theirs))
+    return mine["answer"] == theirs["answer"] and abs(mine["score"] / theirs["score"] - 1) < 1e-3
+assert same(*answers), answers
 print("RESULT" + json.dumps({"logits": logits, "answers": answers[0]}))
 """,
         checkpoint,
@@ -119,10 +123,14 @@ print("RESULT" + json.dumps({"logits": logits, "answers": answers[0]}))
         torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
     one, as_dict, three, listed, product = result["answers"]
     assert len(one) == 1 and set(one[0]) == {"answer", "score"} and 0 < one[0]["score"] <= 1
-    assert as_dict == one
+    assert as_dict[0]["answer"] == one[0]["answer"] and as_dict[0]["score"] == pytest.approx(one[0]["score"], rel=1e-3)
     assert len(three) == 3 and [a["score"] for a in three] == sorted((a["score"] for a in three), reverse=True)
-    assert len(listed) == 2 and listed[0] == one
-    assert len(product) == 4 and product[0] == product[1]
+    assert len(listed) == 2 and listed[0][0]["answer"] == one[0]["answer"]
+    assert len(product) == 4
+    assert product[0][0]["score"] == pytest.approx(
+        product[1][0]["score"], rel=1e-3
+    )  # the same question, the same image twice
+    assert product[2][0]["score"] == pytest.approx(listed[1][0]["score"], rel=1e-3)  # the other question
     assert product[0][0]["answer"] == one[0]["answer"] and product[0][0]["score"] == pytest.approx(
         one[0]["score"], abs=1e-4
     )
