@@ -34,7 +34,7 @@ dense: install
 	$(BIN)/python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
 
 bench-latency: install
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/latency.py --rounds 20 --output benchmarks/results/latency_cpu.json
 
 clean:
 	rm -rf .venv outputs
