@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 
-ATTENTION_BLOCK = 2**20  # attention probabilities at a time on a CPU: 4 MB
+ATTENTION_BLOCK = 2**21  # attention probabilities at a time on a CPU: 8 MB
 
 
 class AttentionScores(NamedTuple):
