@@ -106,7 +106,7 @@ class MadtpBlipConfig(BlipConfig):
             "a finite number, 0 to switch pruning off or larger to prune more",
         )
         require(
-            isinstance(self.pruning_modalities, tuple) and set(self.pruning_modalities) <= set(MODALITIES),
+            isinstance(self.pruning_modalities, (list, tuple)) and set(self.pruning_modalities) <= set(MODALITIES),
             "pruning_modalities",
             f"a tuple of some of {', '.join(MODALITIES)}",
         )
