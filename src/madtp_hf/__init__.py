@@ -4,13 +4,21 @@ from .calibration import calibrate
 from .conversion import convert_original_checkpoint
 from .flops import count_flops
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
-from .modeling.modeling_madtp_blip import MadtpBlipForQuestionAnswering
+from .modeling.modeling_madtp_blip import (
+    MadtpBlipForConditionalGeneration,
+    MadtpBlipForImagesAndTextClassification,
+    MadtpBlipForImageTextRetrieval,
+    MadtpBlipForQuestionAnswering,
+)
 from .training.reduction_callback import ReductionCallback
 from .version import __version__
 
 
 __all__ = [
     "MadtpBlipConfig",
+    "MadtpBlipForConditionalGeneration",
+    "MadtpBlipForImageTextRetrieval",
+    "MadtpBlipForImagesAndTextClassification",
     "MadtpBlipForQuestionAnswering",
     "ReductionCallback",
     "__version__",

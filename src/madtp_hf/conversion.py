@@ -8,10 +8,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
-from .modeling.modeling_madtp_blip import MadtpBlipForQuestionAnswering
+from .modeling.modeling_madtp_blip import (
+    MadtpBlipForConditionalGeneration,
+    MadtpBlipForImagesAndTextClassification,
+    MadtpBlipForImageTextRetrieval,
+    MadtpBlipForQuestionAnswering,
+)
 
 
-TASK_MODELS = {"vqa": MadtpBlipForQuestionAnswering}
+TASK_MODELS = {
+    "vqa": MadtpBlipForQuestionAnswering,
+    "captioning": MadtpBlipForConditionalGeneration,
+    "nlvr2": MadtpBlipForImagesAndTextClassification,
+    "retrieval": MadtpBlipForImageTextRetrieval,
+}
 
 # Original names -> ours, in order; the text stacks have the same names in both.
 _RENAMES = (
@@ -58,7 +68,7 @@ def _count(state_dict, pattern) -> int:
     return len({match.group(1) for name in state_dict if (match := re.match(pattern, name))})
 
 
-def _read_config(state_dict: dict[str, torch.Tensor], config: MadtpBlipConfig | None) -> MadtpBlipConfig:
+def _read_config(state_dict: dict[str, torch.Tensor], task: str, config: MadtpBlipConfig | None) -> MadtpBlipConfig:
     """The configuration that the tensors' shapes imply; heads, norms and special tokens from `config`, or BLIP-base's."""
     if config is None:
         fields = MadtpBlipConfig().to_dict()
@@ -81,7 +91,7 @@ def _read_config(state_dict: dict[str, torch.Tensor], config: MadtpBlipConfig | 
         intermediate_size=state_dict["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=_count(state_dict, r"visual_encoder\.blocks\.(\d+)\."),
     )
-    text = "text_encoder."
+    text = "text_decoder.bert." if task == "captioning" else "text_encoder."
     words = state_dict[f"{text}embeddings.word_embeddings.weight"]
     fields["text_config"].update(
         vocab_size=words.shape[0],
@@ -94,6 +104,8 @@ def _read_config(state_dict: dict[str, torch.Tensor], config: MadtpBlipConfig | 
         fields["encoder_token_id"] = (
             words.shape[0] - 1
         )  # [ENC], the last token that the original adds to its vocabulary
+    if task == "retrieval":
+        fields["image_text_hidden_size"] = state_dict["vision_proj.weight"].shape[0]
     if "space_dict" in state_dict:
         fields["num_alignment_tokens"], fields["alignment_dim"] = state_dict["space_dict"].shape
     return MadtpBlipConfig(**fields)
@@ -132,7 +144,7 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config: MadtpB
             name = re.sub(pattern, replacement, name)
         state_dict[name] = tensor
     try:
-        model = TASK_MODELS[task](_read_config(original, config))
+        model = TASK_MODELS[task](_read_config(original, task, config))
     except KeyError as error:
         raise ValueError(f"The checkpoint is not of task {task!r}: it has no tensor {error}.") from error
     expected = model.state_dict()

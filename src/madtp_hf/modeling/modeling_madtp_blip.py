@@ -1,362 +1,168 @@
-"""BLIP with MADTP token pruning.
+"""BLIP with MADTP token pruning: the four tasks.
 
-The two encoders follow transformers' BLIP layer by layer, and their parameters have its names; what a pruned layer does to its
-tokens is in `token_pruning.py`. Text decoders are transformers' own.
+Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The encoders are in `encoders.py`, what a
+pruned layer does to its tokens in `token_pruning.py`. Text decoders are transformers' own.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BlipForQuestionAnswering, PreTrainedModel
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipPreTrainedModel, BlipVisionEmbeddings
-from transformers.models.blip.modeling_blip_text import (
-    BlipTextEmbeddings,
-    BlipTextLayer,
-    BlipTextLMHeadModel,
-    BlipTextSelfAttention,
+from transformers.models.blip.modeling_blip import (
+    BlipForConditionalGenerationModelOutput,
+    BlipImageTextMatchingModelOutput,
+    BlipPreTrainedModel,
+    BlipTextVisionModelOutput,
 )
+from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_madtp_blip import MadtpBlipConfig
-from .token_pruning import (
-    AttentionScores,
-    alignment_feature,
-    alignment_loss,
-    alignment_scores,
-    prune_tokens,
-    scored_attention,
+from .encoders import (
+    BranchOutput,
+    BranchPruning,
+    MadtpBlipPairTextLayer,
+    MadtpBlipTextModel,
+    MadtpBlipVisionModel,
+    PairCrossAttentionOutput,
+    build_text_decoder,
+    text_attention,
 )
+from .retrieval_loss import (
+    TEMPERATURE,
+    ContrastiveKeys,
+    contrastive_loss,
+    draw_hard_negatives,
+    gather_padded,
+    gather_rows,
+    process_rank,
+)
+from .token_pruning import alignment_loss
 
 
 @dataclass
-class MadtpBlipForQuestionAnsweringOutput(ModelOutput):
+class PruningOutput:
     r"""
-    loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        `task_loss`, and with pruning on `alignment_loss_weight * alignment_loss` on top of it.
-    image_embeds (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
-        The states of the image tokens that are left, the class token first; `last_hidden_state` is the same.
-    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
-        The states that enter the vision encoder, then those that leave each of its layers.
-    logits (`torch.Tensor` of shape `(batch_size, answer_length, vocab_size)`):
-        The answer decoder's scores of the next token.
-    task_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        The answer decoder's language modeling loss, the mean over tokens.
-    alignment_loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off.
+    What the outputs of all tasks add to transformers' own.
+
+    task_loss (`torch.Tensor`, *optional*):
+        The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
+    alignment_loss (`torch.Tensor`, *optional*):
+        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no text is encoded.
     vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
-        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not.
-    image_mask, question_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
-        True at the real tokens of `image_embeds` and `question_states`; `None` where there is no padding.
-    question_states (`torch.Tensor` of shape `(batch_size, question_length, hidden_size)`):
-        The states of the question tokens that are left, the class token first: what the answer decoder reads.
+        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
+        sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
+    image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
+        True at the real tokens of `image_embeds`; `None` where there is no padding.
     vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
         For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
         class token and n the n-th patch; -1 for merged tokens and padding.
     """
 
-    loss: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    logits: torch.Tensor | None = None
     task_loss: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
     vision_tokens: torch.Tensor | None = None
     text_tokens: torch.Tensor | None = None
     image_mask: torch.Tensor | None = None
-    question_states: torch.Tensor | None = None
-    question_mask: torch.Tensor | None = None
     vision_positions: tuple[torch.Tensor, ...] | None = None
 
 
-class BranchPruning(NamedTuple):
-    """What the layers of one branch need to know to prune. A temperature of 0 leaves the tokens alone, but aligns them."""
-
-    alignment_tokens: torch.Tensor
-    projection: nn.Module | None
-    temperature: float
-    granularity: str
-    with_feature: bool
-
-
-# What a layer leaves: hidden_states (B, L, D), mask (B, L) or None, feature (B, T, D) or None, and source (B, L) or None, where its tokens
-# come from. A plain tuple, which is what gradient checkpointing passes through.
-LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
-class BranchOutput(NamedTuple):
-    """hidden_states (B, L, D), mask (B, L) or None, feature (B, T, D) or None, num_tokens (layers + 1, B) int64.
-
-    On request, all_hidden_states, what enters the branch and leaves each layer, and positions, layers + 1 tensors (B, L) that say where in
-    the branch's input each token was, -1 for merged ones and padding.
+@dataclass
+class MadtpBlipForQuestionAnsweringOutput(PruningOutput, BlipTextVisionModelOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
+        `task_loss`, the answer decoder's language modeling loss (the mean over tokens), and the alignment loss.
+    image_embeds, last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
+        The states of the image tokens that are left, the class token first.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers.
+    logits (`torch.Tensor` of shape `(batch_size, answer_length, vocab_size)`):
+        The answer decoder's scores of the next token.
+    question_states (`torch.Tensor` of shape `(batch_size, question_length, hidden_size)`):
+        The states of the question tokens that are left, the class token first: what the answer decoder reads.
+    question_mask (`torch.BoolTensor` of shape `(batch_size, question_length)`, *optional*):
+        True at its real tokens; `None` where there is no padding.
     """
 
-    hidden_states: torch.Tensor
-    mask: torch.Tensor | None
-    feature: torch.Tensor | None
-    num_tokens: torch.Tensor
-    all_hidden_states: tuple[torch.Tensor, ...] | None
-    positions: tuple[torch.Tensor, ...] | None
+    logits: torch.Tensor | None = None
+    question_states: torch.Tensor | None = None
+    question_mask: torch.Tensor | None = None
 
 
-def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return states.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+@dataclass
+class MadtpBlipForConditionalGenerationOutput(PruningOutput, BlipForConditionalGenerationModelOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
+        The same as `task_loss`: the decoder's language modeling loss, the mean over tokens.
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        The decoder's scores of the next token.
+    image_embeds, last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
+        The states of the image tokens that are left, the class token first: what the decoder reads.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers.
+    """
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    scored: bool = False,
-) -> tuple[torch.Tensor, AttentionScores | None]:
-    """Attention of (B, H, L, d) to (B, H, M, d) with mask (B, M) -> (B, L, H * d), and its scores where they are asked for."""
-    if scored:
-        context, scores = scored_attention(query, key, value, mask, dropout)
-    else:
-        mask = None if mask is None else mask[:, None, None, :]
-        context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal)
-        scores = None
-    return context.transpose(1, 2).flatten(2), scores
+@dataclass
+class MadtpBlipForImageTextRetrievalOutput(PruningOutput, BlipImageTextMatchingModelOutput):
+    r"""
+    itm_score (`torch.Tensor` of shape `(batch_size, 2)`, or `(image_batch_size, text_batch_size)` with `use_itm_head=False`):
+        The logits of "doesn't match" and "matches"; or the cosine similarity of each image and each text.
+    loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+        `task_loss`, the sum of the contrastive and the matching loss, and the alignment loss.
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
+        The states of the image tokens that are left, the class token first.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers.
+    question_embeds (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
+        The states of the text tokens that are left, the class token first.
+    text_mask (`torch.BoolTensor` of shape `(batch_size, text_length)`, *optional*):
+        True at its real tokens; `None` where there is no padding.
+    image_feature, text_feature (`torch.Tensor` of shape `(batch_size, image_text_hidden_size)`, *optional*):
+        The L2-normalised features whose products the similarities are; not with the matching head alone.
+    contrastive_loss, matching_loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+        The two parts of `task_loss`.
+    """
+
+    text_mask: torch.Tensor | None = None
+    image_feature: torch.Tensor | None = None
+    text_feature: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    matching_loss: torch.Tensor | None = None
 
 
-def align(hidden_states: torch.Tensor, mask: torch.Tensor | None, pruning: BranchPruning):
-    """A layer's alignment scores and, where the loss is wanted, its alignment feature, from the layer's input."""
-    tokens = hidden_states[:, 1:]
-    if pruning.projection is not None:
-        tokens = pruning.projection(tokens)
-    scores = alignment_scores(tokens, pruning.alignment_tokens)
-    if not pruning.with_feature:
-        return scores, None
-    return scores, alignment_feature(scores, tokens, None if mask is None else mask[:, 1:])
+@dataclass
+class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, ModelOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
+        `task_loss`, the cross-entropy, and the alignment loss.
+    logits (`torch.Tensor` of shape `(batch_size, 2)`):
+        The scores of "false" and "true".
+    image_embeds (`torch.Tensor` of shape `(batch_size, 2, image_length, hidden_size)`):
+        The states of the image tokens that are left, the left image first, the class token first.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers, `(2 * batch_size, length, hidden_size)`, the left
+        and the right image of each sample in turn.
+    text_states (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
+        The states of the text tokens that are left, the class token first.
+    """
 
-
-class MadtpBlipVisionLayer(BlipEncoderLayer):
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        pruning: BranchPruning | None = None,
-    ) -> LayerOutput:
-        scores, feature = (None, None) if pruning is None else align(hidden_states, mask, pruning)
-        prunes = pruning is not None and pruning.temperature > 0
-        source = None
-
-        attention = self.self_attn
-        query, key, value = split_heads(attention.qkv(self.layer_norm1(hidden_states)), 3 * attention.num_heads).chunk(
-            3, 1
-        )
-        dropout = attention.dropout.p if self.training else 0.0
-        context, attention_scores = attend(query, key, value, mask, dropout, scored=prunes)
-        hidden_states = hidden_states + attention.projection(context)
-
-        if prunes:
-            hidden_states, mask, source = prune_tokens(
-                hidden_states, attention_scores, scores, pruning.temperature, pruning.granularity, mask
-            )
-        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states, mask, feature, source
-
-
-def text_attention(
-    attention: nn.Module,
-    hidden_states: torch.Tensor,
-    context_states: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scored: bool = False,
-) -> tuple[torch.Tensor, AttentionScores | None]:
-    """A `BlipTextAttention` of hidden_states (B, L, D) to context_states (B, M, E) with mask (B, M), with its residual and norm."""
-    inner = attention.self
-    query, key, value = (
-        split_heads(linear(states), inner.num_attention_heads)
-        for linear, states in (
-            (inner.query, hidden_states),
-            (inner.key, context_states),
-            (inner.value, context_states),
-        )
-    )
-    dropout = inner.dropout.p if attention.training else 0.0
-    context, scores = attend(query, key, value, mask, dropout, is_causal, scored)
-    return attention.output(context, hidden_states), scores
-
-
-class MadtpBlipTextLayer(BlipTextLayer):
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        image_states: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        pruning: BranchPruning | None = None,
-    ) -> LayerOutput:
-        scores, feature = (None, None) if pruning is None else align(hidden_states, mask, pruning)
-        prunes = pruning is not None and pruning.temperature > 0
-        source = None
-
-        hidden_states, attention_scores = text_attention(
-            self.attention, hidden_states, hidden_states, mask, scored=prunes
-        )
-        if prunes:
-            hidden_states, mask, source = prune_tokens(
-                hidden_states, attention_scores, scores, pruning.temperature, pruning.granularity, mask
-            )
-        if image_states is not None:
-            hidden_states, _ = text_attention(self.crossattention, hidden_states, image_states, image_mask)
-        return self.feed_forward_chunk(hidden_states), mask, feature, source
-
-
-def run_layers(
-    layers: nn.ModuleList,
-    hidden_states: torch.Tensor,
-    *context: torch.Tensor | None,
-    mask: torch.Tensor | None = None,
-    pruning: BranchPruning | None = None,
-    output_hidden_states: bool = False,
-    output_positions: bool = False,
-) -> BranchOutput:
-    """Both encoders: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
-
-    def count(hidden_states, mask):
-        if mask is not None:
-            return mask.sum(dim=1)
-        return torch.full(hidden_states.shape[:1], hidden_states.shape[1], device=hidden_states.device)
-
-    num_tokens = [count(hidden_states, mask)]
-    all_hidden_states = [hidden_states]
-    positions = [torch.arange(hidden_states.shape[1], device=hidden_states.device).expand(hidden_states.shape[:2])]
-    feature = None
-    for layer in layers:
-        hidden_states, mask, layer_feature, source = layer(hidden_states, *context, mask=mask, pruning=pruning)
-        if layer_feature is not None:
-            feature = layer_feature if feature is None else feature + layer_feature
-        num_tokens.append(count(hidden_states, mask))
-        if output_hidden_states:
-            all_hidden_states.append(hidden_states)
-        if output_positions:
-            last = positions[-1]
-            positions.append(last if source is None else last.gather(1, source.clamp(min=0)).where(source >= 0, -1))
-    return BranchOutput(
-        hidden_states,
-        mask,
-        feature,
-        torch.stack(num_tokens),
-        tuple(all_hidden_states) if output_hidden_states else None,
-        tuple(positions) if output_positions else None,
-    )
-
-
-class MadtpBlipVisionEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList([MadtpBlipVisionLayer(config) for _ in range(config.num_hidden_layers)])
-
-
-class MadtpBlipVisionModel(nn.Module):
-    """The image branch: pixel_values (B, 3, H, W) -> `BranchOutput`."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embeddings = BlipVisionEmbeddings(config)
-        self.encoder = MadtpBlipVisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        pruning: BranchPruning | None = None,
-        interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool = False,
-        output_positions: bool = False,
-    ) -> BranchOutput:
-        size = self.embeddings.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the model's"
-                " image processor makes it."
-            )
-        if not interpolate_pos_encoding and tuple(pixel_values.shape[2:]) != (size, size):
-            height, width = pixel_values.shape[2:]
-            raise ValueError(
-                f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with its"
-                " image processor, or pass interpolate_pos_encoding=True."
-            )
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        output = run_layers(
-            self.encoder.layers,
-            hidden_states,
-            pruning=pruning,
-            output_hidden_states=output_hidden_states,
-            output_positions=output_positions,
-        )
-        return output._replace(hidden_states=self.post_layernorm(output.hidden_states))
-
-
-class MadtpBlipTextEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layer = nn.ModuleList([MadtpBlipTextLayer(config, index) for index in range(config.num_hidden_layers)])
-
-
-class MadtpBlipTextModel(nn.Module):
-    """The text branch: input_ids (B, L), with padding behind the text, and the image's states -> `BranchOutput`."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embeddings = BlipTextEmbeddings(config)
-        self.encoder = MadtpBlipTextEncoder(config)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        pruning: BranchPruning | None = None,
-        image_states: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
-    ) -> BranchOutput:
-        longest = self.embeddings.position_embeddings.num_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(
-                f"input_ids holds a text of {input_ids.shape[1]} tokens: this model reads at most {longest}. Tokenize with"
-                f" truncation=True, max_length={longest}."
-            )
-        hidden_states = self.embeddings(input_ids)
-        return run_layers(self.encoder.layer, hidden_states, image_states, image_mask, mask=mask, pruning=pruning)
-
-
-class MaskedCrossAttention(BlipTextSelfAttention):
-    """The decoder's cross-attention, minding the mask: transformers' own loses it on the way here, and reads padding as well."""
-
-    def forward(
-        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
-    ):
-        if encoder_attention_mask is None:
-            encoder_attention_mask = attention_mask
-        return super().forward(
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
-        )
-
-
-def build_text_decoder(config) -> BlipTextLMHeadModel:
-    """The answer decoder, transformers' own but for the mask; it reads states of the text branch's width."""
-    config = copy.deepcopy(config)
-    config.encoder_hidden_size = config.hidden_size
-    decoder = BlipTextLMHeadModel(config)
-    for index, layer in enumerate(decoder.bert.encoder.layer):
-        layer.crossattention.self = MaskedCrossAttention(config, is_cross_attention=True, layer_idx=index)
-    return decoder
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    text_states: torch.Tensor | None = None
 
 
 class MadtpBlipAlignment(nn.Module):
@@ -410,13 +216,20 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
     base_model_prefix = "madtp_blip"
-    _no_split_modules = ["MadtpBlipVisionLayer", "MadtpBlipTextLayer", "BlipTextLayer", "BlipTextEmbeddings"]
-    # `save_pretrained` brings the code along for `AutoModel`; each task adds its own auto class and pipeline.
+    _no_split_modules = [
+        "MadtpBlipVisionLayer",
+        "MadtpBlipTextLayer",
+        "MadtpBlipPairTextLayer",
+        "BlipTextLayer",
+        "BlipTextEmbeddings",
+    ]
+    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there is one.
     _auto_class = "AutoModel"
     task = None  # as `madtp_hf.count_flops` names it
     _task_auto_class = None
     _task_pipeline = None
-    _blip_class = None
+    _blip_classes = ()  # transformers' models that `from_blip` takes
+    _new_in_task = ("alignment.",)  # parameters that those don't have
     # The loss is a mean over this batch; `Trainer` is to divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
@@ -424,11 +237,9 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         super().__init__(config)
         config.check_pruning()
         name = f"modeling_madtp_blip.{type(self).__name__}"
-        config.auto_map = {
-            "AutoConfig": "configuration_madtp_blip.MadtpBlipConfig",
-            "AutoModel": name,
-            self._task_auto_class: name,
-        }
+        config.auto_map = {"AutoConfig": "configuration_madtp_blip.MadtpBlipConfig", "AutoModel": name}
+        if self._task_auto_class is not None:
+            config.auto_map[self._task_auto_class] = name
         if self._task_pipeline is not None:
             task, pipeline = self._task_pipeline
             config.custom_pipelines = {
@@ -445,6 +256,10 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             # the lowest importance to the mean, so that an untrained model reaches small reductions and large ones.
             scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
             init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))
+        elif isinstance(module, PairCrossAttentionOutput) and module.merge_layer is not None:
+            # Begin as the layers before do, with the mean of what is seen of both images.
+            init.copy_(module.merge_layer.weight, torch.eye(module.dense0.out_features).repeat(1, 2) / 2)
+            init.zeros_(module.merge_layer.bias)
         elif isinstance(module, BlipTextEmbeddings):
             # In no checkpoint, and empty when a model is built on the meta device to be loaded.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
@@ -462,19 +277,21 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         Raises:
             TypeError: if the source is another model than this task's BLIP, or an override is no field of the configuration.
         """
+        expected = " or a ".join(blip_class.__name__ for blip_class in cls._blip_classes)
         blip = source
         if not isinstance(source, PreTrainedModel):
-            blip, info = cls._blip_class.from_pretrained(source, output_loading_info=True)
+            saved = BlipConfig.from_pretrained(source).architectures or []
+            blip_class = next((c for c in cls._blip_classes if c.__name__ in saved), cls._blip_classes[0])
+            blip, info = blip_class.from_pretrained(source, output_loading_info=True)
             amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
             if amiss:
                 raise ValueError(
-                    f"{source} is no checkpoint of a {cls._blip_class.__name__}: {len(amiss)} of its tensors are missing, not"
+                    f"{source} is no checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
                     f" expected or of another shape ({', '.join(sorted(amiss)[:3])}, ...). Expected one of that class."
                 )
-        if not isinstance(blip, cls._blip_class):
+        if not isinstance(blip, cls._blip_classes):
             raise TypeError(
-                f"{cls.__name__}.from_blip got a {type(blip).__name__}: expected a {cls._blip_class.__name__}, or a path or Hub id"
-                " of one."
+                f"{cls.__name__}.from_blip got a {type(blip).__name__}: expected a {expected}, or a path or Hub id of one."
             )
         fields = blip.config.to_dict()
         fields.pop("model_type", None)
@@ -483,13 +300,17 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         if unknown:
             raise TypeError(f"{cls.__name__}.from_blip got {', '.join(unknown)}: no such field in MadtpBlipConfig.")
         model = cls(MadtpBlipConfig(**{**fields, **config_overrides})).to(device=blip.device, dtype=blip.dtype)
-        missing, unexpected = model.load_state_dict(blip.state_dict(), strict=False)
-        missing = [name for name in missing if not name.startswith("alignment.")]
+        missing, unexpected = model.load_state_dict(cls._from_blip_weights(blip.state_dict()), strict=False)
+        missing = [name for name in missing if not any(new in name for new in cls._new_in_task)]
         if missing or unexpected:
             raise ValueError(f"The BLIP model does not fit its configuration: {missing=}, {unexpected=}.")
-        if blip.generation_config is not None:
+        if cls.can_generate() and blip.generation_config is not None:
             model.generation_config = copy.deepcopy(blip.generation_config)
         return model.train(blip.training)
+
+    @classmethod
+    def _from_blip_weights(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return state_dict
 
     def set_pruning(self, temperature: float | None = None, *, reduction: float | None = None) -> None:
         """Set how much the model prunes, from the next forward pass on; the configuration keeps it.
@@ -535,11 +356,53 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             with_feature,
         )
 
-    def _alignment_loss(self, vision: BranchOutput, text: BranchOutput) -> torch.Tensor:
-        if vision.feature is None:
-            # Pruning is off. The alignment parameters still get a gradient, of 0: distributed training waits for one from each.
-            return 0.0 * sum(parameter.sum() for parameter in self.alignment.parameters())
-        return alignment_loss(vision.feature, text.feature)
+    def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
+        """pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs`: what the vision model is asked for besides."""
+        self.config.check_pruning()
+        pruning = self._branch_pruning("vision", with_feature)
+        return self.vision_model(pixel_values, pruning, interpolate_pos_encoding, **outputs)
+
+    def _encode_text(self, input_ids, attention_mask, *images, with_feature=False) -> BranchOutput:
+        """Texts (B, L) about `images`, the states and mask of each image that a text meets; none for the texts by themselves."""
+        input_ids, mask = left_align(input_ids, attention_mask, cut=self.is_pruning)
+        if images and self.config.encoder_token_id is not None:
+            input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
+        return self.text_encoder(input_ids, *images, mask=mask, pruning=self._branch_pruning("text", with_feature))
+
+    def _no_alignment_loss(self) -> torch.Tensor:
+        # The alignment parameters still get a gradient, of 0: distributed training waits for one from each.
+        return 0.0 * sum(parameter.sum() for parameter in self.alignment.parameters())
+
+    def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
+        if image_feature is None:  # pruning is off
+            return self._no_alignment_loss()
+        return alignment_loss(image_feature, text_feature)
+
+    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict[str, bool]:
+        if output_attentions:
+            raise ValueError("output_attentions=True: this model keeps no attention maps. Expected None or False.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return {"output_hidden_states": output_hidden_states, "output_positions": output_positions}
+
+    def _generate(self, input_ids, states, mask, **generate_kwargs) -> torch.LongTensor:
+        """Let the text decoder go on from input_ids (B, L), reading states (B, M, D) with mask (B, M) or None."""
+        text_config = self.config.text_config
+        return self.text_decoder.generate(
+            input_ids=input_ids,
+            eos_token_id=text_config.sep_token_id,
+            pad_token_id=text_config.pad_token_id,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            **generate_kwargs,
+        )
+
+
+def check_same_number(images, texts: torch.Tensor, kind: str) -> None:
+    if len(images) != len(texts):
+        raise ValueError(
+            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of the other."
+        )
 
 
 class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
@@ -552,13 +415,13 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
     task = "vqa"
     _task_auto_class = "AutoModelForVisualQuestionAnswering"
     _task_pipeline = ("visual-question-answering", "pipeline_madtp_blip.MadtpBlipVisualQuestionAnsweringPipeline")
-    _blip_class = BlipForQuestionAnswering
+    _blip_classes = (BlipForQuestionAnswering,)
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
         self.vision_model = MadtpBlipVisionModel(config.vision_config)
         self.text_encoder = MadtpBlipTextModel(config.text_config)
-        self.text_decoder = build_text_decoder(config.text_config)
+        self.text_decoder = build_text_decoder(config.text_config, config.text_config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -567,33 +430,12 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.text_encoder.embeddings.word_embeddings = value
 
-    def _encode(
-        self,
-        input_ids,
-        pixel_values,
-        attention_mask,
-        interpolate_pos_encoding=False,
-        with_feature=False,
-        cut_padding=True,
-        **vision_outputs,
-    ) -> tuple[BranchOutput, BranchOutput]:
-        self.config.check_pruning()
-        if len(input_ids) != len(pixel_values):
-            raise ValueError(
-                f"input_ids holds {len(input_ids)} questions and pixel_values {len(pixel_values)} images: expected as many of one"
-                " as of the other, an image for each question."
-            )
-        input_ids, mask = left_align(input_ids, attention_mask, cut=cut_padding)
-        if self.config.encoder_token_id is not None:
-            input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
-        vision = self.vision_model(
-            pixel_values,
-            self._branch_pruning("vision", with_feature),
-            interpolate_pos_encoding,
-            **vision_outputs,
-        )
-        text = self.text_encoder(
-            input_ids, mask, self._branch_pruning("text", with_feature), vision.hidden_states, vision.mask
+    def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
+        """The states of the images and of the questions about them, a `BranchOutput` each."""
+        check_same_number(pixel_values, input_ids, "questions")
+        vision = self._encode_images(pixel_values, with_feature, **vision_options)
+        text = self._encode_text(
+            input_ids, attention_mask, vision.hidden_states, vision.mask, with_feature=with_feature
         )
         return vision, text
 
@@ -633,8 +475,6 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
                 "Neither labels nor decoder_input_ids were given: expected labels to train, decoder_input_ids to score an answer;"
                 " to get an answer, call generate."
             )
-        if output_attentions:
-            raise ValueError("output_attentions=True: this model keeps no attention maps. Expected None or False.")
         if decoder_input_ids is None:
             decoder_input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
         longest = self.config.text_config.max_position_embeddings
@@ -646,18 +486,14 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{len(decoder_input_ids)} answers for {len(input_ids)} questions: expected one for each."
             )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
 
         vision, text = self._encode(
             input_ids,
             pixel_values,
             attention_mask,
-            interpolate_pos_encoding,
             with_feature=labels is not None,
-            cut_padding=self.is_pruning,
-            output_hidden_states=output_hidden_states,
-            output_positions=output_positions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
@@ -670,7 +506,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         loss = task_loss = align_loss = None
         if labels is not None:
             task_loss = answer.loss
-            align_loss = self._alignment_loss(vision, text)
+            align_loss = self._alignment_loss(vision.feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForQuestionAnsweringOutput(
             loss=loss,
@@ -714,19 +550,11 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             torch.as_tensor(input_ids, device=pixel_values.device),
             pixel_values,
             attention_mask,
-            interpolate_pos_encoding,
-            cut_padding=self.is_pruning,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        states, text_config = text.hidden_states, self.config.text_config
-        mask = text.mask if self.is_pruning else None
-        return self.text_decoder.generate(
-            input_ids=torch.full((len(states), 1), text_config.bos_token_id, device=states.device),
-            eos_token_id=text_config.sep_token_id,
-            pad_token_id=text_config.pad_token_id,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            **generate_kwargs,
-        )
+        states = text.hidden_states
+        start = torch.full((len(states), 1), self.config.text_config.bos_token_id, device=states.device)
+        return self._generate(start, states, text.mask if self.is_pruning else None, **generate_kwargs)
 
     def as_pipeline(self, processor, **kwargs):
         """The model, as it is, behind the pipeline that its checkpoints carry: `model.as_pipeline(processor)(image=..., question=...)`."""
@@ -820,4 +648,411 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         return shortlist.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
 
 
-__all__ = ["MadtpBlipForQuestionAnswering", "MadtpBlipPreTrainedModel"]
+class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
+    """BLIP for image captioning that drops the image tokens that matter least. There is no text encoder: only the image is pruned."""
+
+    main_input_name = "pixel_values"
+    _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
+    task = "captioning"
+    _task_auto_class = "AutoModelForImageTextToText"
+    _blip_classes = (BlipForConditionalGeneration,)
+
+    def __init__(self, config: MadtpBlipConfig):
+        super().__init__(config)
+        self.vision_model = MadtpBlipVisionModel(config.vision_config)
+        self.text_decoder = build_text_decoder(config.text_config, config.vision_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.text_decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.text_decoder.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_positions: bool = False,
+        **kwargs,
+    ) -> tuple | MadtpBlipForConditionalGenerationOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
+                The images.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The captions that the decoder reads, its start token first, padding behind; `labels` if not given.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The captions; tokens at -100, as those of a prompt, count in no loss.
+            output_positions (`bool`, *optional*, defaults to `False`):
+                Whether to say where the image tokens that each layer leaves come from.
+
+        Raises:
+            ValueError: for inputs of another shape, a caption that is too long, or neither labels nor input_ids.
+        """
+        if labels is None and input_ids is None:
+            raise ValueError(
+                "Neither labels nor input_ids were given: expected labels to train, input_ids to score a caption; to get a caption,"
+                " call generate."
+            )
+        if input_ids is None:
+            input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
+        check_same_number(pixel_values, input_ids, "captions")
+        longest = self.config.text_config.max_position_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"Captions of {input_ids.shape[1]} tokens: this model's decoder reads at most {longest}.")
+        vision = self._encode_images(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+        )
+        caption = self.text_decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=vision.hidden_states,
+            encoder_attention_mask=vision.mask,
+            labels=labels,
+            reduction="mean",
+            logits_to_keep=logits_to_keep,
+        )
+        loss = align_loss = None
+        if labels is not None:
+            align_loss = self._no_alignment_loss()
+            loss = caption.loss + align_loss
+        return MadtpBlipForConditionalGenerationOutput(
+            loss=loss,
+            logits=caption.logits,
+            image_embeds=vision.hidden_states,
+            last_hidden_state=vision.hidden_states,
+            hidden_states=vision.all_hidden_states,
+            task_loss=caption.loss,
+            alignment_loss=align_loss,
+            vision_tokens=vision.num_tokens,
+            image_mask=vision.mask,
+            vision_positions=vision.positions,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **generate_kwargs,
+    ) -> torch.LongTensor:
+        """Write a caption of each image, token by token.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
+                The images.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                A prompt to go on from, as the tokenizer gives it: the first token becomes the decoder's start token, the last one, `[SEP]`,
+                goes. The prompts of a batch are to be of one length.
+            generate_kwargs:
+                What the decoder's `generate` takes: `max_new_tokens`, `num_beams`, ...
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, caption_length)`, start token and prompt first.
+        """
+        vision = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        start = self.config.text_config.bos_token_id
+        if input_ids is None:
+            prompt = torch.full((len(pixel_values), 1), start, device=pixel_values.device)
+        else:
+            input_ids = torch.as_tensor(input_ids, device=pixel_values.device)
+            check_same_number(pixel_values, input_ids, "prompts")
+            prompt = F.pad(input_ids[:, 1:-1], (1, 0), value=start)
+        if attention_mask is not None:
+            generate_kwargs["attention_mask"] = attention_mask[:, :-1]
+        return self._generate(prompt, vision.hidden_states, vision.mask, **generate_kwargs)
+
+
+class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
+    """BLIP for visual reasoning over two images (NLVR2): is a sentence about them true? Drops the tokens of either image and of the
+    sentence that matter to neither modality.
+
+    transformers has no such BLIP. The text encoder has two cross-attentions a layer, one for each image: what it sees of the two is averaged, from
+    layer 6 on concatenated and projected by a merge layer. Parameters that transformers doesn't have are named as in the original BLIP.
+    """
+
+    task = "nlvr2"
+    _blip_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
+    _new_in_task = ("alignment.", "merge_layer.", "cls_head.")
+
+    def __init__(self, config: MadtpBlipConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_model = MadtpBlipVisionModel(config.vision_config)
+        self.text_encoder = MadtpBlipTextModel(config.text_config, MadtpBlipPairTextLayer)
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.text_encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.text_encoder.embeddings.word_embeddings = value
+
+    @classmethod
+    def _from_blip_weights(cls, state_dict):
+        """Both cross-attentions of a layer start as BLIP's one, as the original's fine-tuning does; its other heads stay behind."""
+        weights = {}
+        for name, tensor in state_dict.items():
+            if not name.startswith(("vision_model.", "text_encoder.")):
+                continue
+            if ".crossattention.self." in name:
+                names = [name.replace(".self.", twin, 1) for twin in (".self0.", ".self1.")]
+            elif ".crossattention.output.dense." in name:
+                names = [name.replace(".dense.", twin) for twin in (".dense0.", ".dense1.")]
+            else:
+                names = [name]
+            weights.update(dict.fromkeys(names, tensor))
+        return weights
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_positions: bool = False,
+        **kwargs,
+    ) -> tuple | MadtpBlipForImagesAndTextClassificationOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The sentences; padding on either side.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 2, 3, image_size, image_size)`):
+                The two images of each, the left one first.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                1 where the sentence is true, 0 where it is false.
+            output_positions (`bool`, *optional*, defaults to `False`):
+                Whether to say where the image tokens that each layer leaves come from, `(2 * batch_size, length)`, left and right in turn.
+
+        Raises:
+            ValueError: for inputs of another shape, labels that are neither 0 nor 1, or a sentence that is all padding or too long.
+        """
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 2, 3, height, width), the left and the right"
+                " image of each sentence."
+            )
+        check_same_number(pixel_values, input_ids, "sentences")
+        if labels is not None and labels.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}: expected ({len(input_ids)},), one label for each sentence."
+            )
+        with_feature = labels is not None
+        vision = self._encode_images(
+            pixel_values.flatten(0, 1),
+            with_feature,
+            interpolate_pos_encoding,
+            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+        )
+        # (2 * B, ...), left and right in turn -> (B, 2, ...)
+        states = vision.hidden_states.unflatten(0, (-1, 2))
+        mask = None if vision.mask is None else vision.mask.unflatten(0, (-1, 2))
+        left, right = ((states[:, side], None if mask is None else mask[:, side]) for side in (0, 1))
+        text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature)
+        logits = self.cls_head(text.hidden_states[:, 0])
+
+        loss = task_loss = align_loss = None
+        if labels is not None:
+            task_loss = F.cross_entropy(logits, labels)
+            image_feature = None if vision.feature is None else vision.feature.unflatten(0, (-1, 2)).mean(dim=1)
+            align_loss = self._alignment_loss(image_feature, text.feature)
+            loss = task_loss + self.config.alignment_loss_weight * align_loss
+        return MadtpBlipForImagesAndTextClassificationOutput(
+            loss=loss,
+            logits=logits,
+            image_embeds=states,
+            hidden_states=vision.all_hidden_states,
+            text_states=text.hidden_states,
+            task_loss=task_loss,
+            alignment_loss=align_loss,
+            vision_tokens=vision.num_tokens.unflatten(1, (-1, 2)).transpose(1, 2),
+            text_tokens=text.num_tokens,
+            image_mask=mask,
+            vision_positions=vision.positions,
+        )
+
+
+class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
+    """BLIP for image-text retrieval that drops the image and text tokens that matter to neither modality.
+
+    Three passes: images alone and texts alone, for features whose products are similarities, and a text that looks at an image, for a
+    matching score. With `return_loss=True` the three train together, on contrast within the batch and hard negatives from it;
+    `madtp_hf.RetrievalTrainer` adds what BLIP was trained with besides, a momentum twin and queues of its features.
+    """
+
+    task = "retrieval"
+    _blip_classes = (BlipForImageTextRetrieval,)
+
+    def __init__(self, config: MadtpBlipConfig):
+        super().__init__(config)
+        text_width = config.text_config.hidden_size
+        self.vision_model = MadtpBlipVisionModel(config.vision_config)
+        self.text_encoder = MadtpBlipTextModel(config.text_config)
+        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
+        self.text_proj = nn.Linear(text_width, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(text_width, 2)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.text_encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.text_encoder.embeddings.word_embeddings = value
+
+    def _image_feature(self, states: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.vision_proj(states[:, 0]), dim=-1)
+
+    def _text_feature(self, states: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.text_proj(states[:, 0]), dim=-1)
+
+    def get_image_features(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """pixel_values (B, 3, H, W) -> L2-normalised features (B, image_text_hidden_size)."""
+        images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self._image_feature(images.hidden_states)
+
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """input_ids, attention_mask (B, L) -> L2-normalised features (B, image_text_hidden_size)."""
+        return self._text_feature(self._encode_text(input_ids, attention_mask).hidden_states)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor,
+        use_itm_head: bool | None = True,
+        attention_mask: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        image_ids: torch.LongTensor | None = None,
+        contrastive_keys: ContrastiveKeys | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_positions: bool = False,
+        **kwargs,
+    ) -> tuple | MadtpBlipForImageTextRetrievalOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The texts; padding on either side.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
+                The images; as many as texts, except for similarities (`use_itm_head=False`), which are of each with each.
+            use_itm_head (`bool`, *optional*, defaults to `True`):
+                Whether to let each text look at its image and say whether they match; else, the similarities of all images and all texts.
+            return_loss (`bool`, *optional*):
+                Whether to train: images and texts are taken as pairs, every other pair of the batch, on all processes, as no match.
+            image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Which image each is, so that other texts of the same image are no negatives; all different if not given.
+            contrastive_keys (`ContrastiveKeys`, *optional*):
+                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum twin's features.
+            output_positions (`bool`, *optional*, defaults to `False`):
+                Whether to say where the image tokens that each layer leaves come from.
+
+        Raises:
+            ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch of one image alone.
+        """
+        if use_itm_head or return_loss:
+            check_same_number(pixel_values, input_ids, "texts")
+        with_feature = bool(return_loss or not use_itm_head)
+        vision = self._encode_images(
+            pixel_values,
+            with_feature,
+            interpolate_pos_encoding,
+            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+        )
+        image_feature = text_feature = align_loss = None
+        losses = {}
+        if with_feature:
+            text = self._encode_text(input_ids, attention_mask, with_feature=True)
+            image_feature, text_feature = (
+                self._image_feature(vision.hidden_states),
+                self._text_feature(text.hidden_states),
+            )
+            if len(pixel_values) == len(input_ids):
+                align_loss = self._alignment_loss(vision.feature, text.feature)
+        if use_itm_head or return_loss:
+            text = self._encode_text(input_ids, attention_mask, vision.hidden_states, vision.mask)
+            itm_score = self.itm_head(text.hidden_states[:, 0])
+        else:
+            itm_score = image_feature @ text_feature.T
+        if return_loss:
+            if image_ids is None:
+                image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
+            contrastive = contrastive_loss(image_feature, text_feature, image_ids, contrastive_keys)
+            temperature = TEMPERATURE if contrastive_keys is None else contrastive_keys.temperature.detach()
+            negatives = self._score_hard_negatives(
+                input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
+            )
+            labels = torch.zeros(len(itm_score) + len(negatives), dtype=torch.long, device=itm_score.device)
+            labels[: len(itm_score)] = 1
+            matching = F.cross_entropy(torch.cat([itm_score, negatives]), labels)
+            task_loss = contrastive + matching
+            losses = {
+                "loss": task_loss + self.config.alignment_loss_weight * align_loss,
+                "task_loss": task_loss,
+                "contrastive_loss": contrastive,
+                "matching_loss": matching,
+            }
+        return MadtpBlipForImageTextRetrievalOutput(
+            itm_score=itm_score,
+            image_embeds=vision.hidden_states,
+            last_hidden_state=vision.hidden_states,
+            hidden_states=vision.all_hidden_states,
+            question_embeds=text.hidden_states,
+            alignment_loss=align_loss,
+            vision_tokens=vision.num_tokens,
+            text_tokens=text.num_tokens,
+            image_mask=vision.mask,
+            vision_positions=vision.positions,
+            text_mask=text.mask,
+            image_feature=image_feature,
+            text_feature=text_feature,
+            **losses,
+        )
+
+    def _score_hard_negatives(
+        self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
+    ) -> torch.Tensor:
+        """Matching logits (up to 2 * B, 2) of each text with a wrong image and of each image with a wrong text, of all processes'."""
+        rank = process_rank()
+        text_ids, text_mask = left_align(input_ids, attention_mask)
+        all_ids = gather_rows(image_ids)
+        states, states_mask = gather_padded(vision.hidden_states, vision.mask)
+        texts, texts_mask = gather_padded(text_ids, text_mask)
+        other_images, other_texts = (gather_rows(f.detach()) for f in (image_feature, text_feature))
+        of_text, wrong_image = draw_hard_negatives(text_feature, other_images, image_ids, all_ids, temperature)
+        of_image, wrong_text = draw_hard_negatives(image_feature, other_texts, image_ids, all_ids, temperature)
+        start = len(image_ids) * rank
+        pairs_text = torch.cat([of_text + start, wrong_text])
+        pairs_image = torch.cat([wrong_image, of_image + start])
+        matching = self._encode_text(
+            texts[pairs_text], texts_mask[pairs_text], states[pairs_image], states_mask[pairs_image]
+        )
+        return self.itm_head(matching.hidden_states[:, 0])
+
+
+__all__ = [
+    "MadtpBlipForConditionalGeneration",
+    "MadtpBlipForImageTextRetrieval",
+    "MadtpBlipForImagesAndTextClassification",
+    "MadtpBlipForQuestionAnswering",
+    "MadtpBlipPreTrainedModel",
+]

@@ -120,10 +120,15 @@ def importance_threshold(
     scores: torch.Tensor, importance: torch.Tensor, temperature: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Step 5: theta (B,): the smallest importance that an alignment token sees, looking at the tokens with `temperature`."""
-    gate = masked_softmax(scores.float() / temperature, mask)  # float16 would overflow at small temperatures
+    gate = scores.float() / temperature  # float16 would overflow at small temperatures
+    if mask is not None:
+        gate = gate.masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
+    # The softmax's division comes last. At small temperatures an alignment token sees one token alone, theta is the importance of a
+    # token to the last bit, and rounding decides: this order decides as the published implementation does.
+    gate = (gate - gate.amax(dim=1, keepdim=True)).exp()
     with torch.autocast(gate.device.type, enabled=False):
-        seen = importance.float().unsqueeze(1) @ gate  # padding has no importance
-    return seen.amin(dim=-1).squeeze(1)
+        seen = (importance.float().unsqueeze(1) @ gate).squeeze(1)  # padding has no importance
+    return (seen / gate.sum(dim=1)).amin(dim=-1)
 
 
 def select_tokens(
@@ -199,6 +204,8 @@ def prune_tokens(
 
     Returns what `merge_tokens` does: the tokens, their mask, and where each of them comes from.
     """
+    if hidden_states.shape[1] < 4:  # at least one token stays and two go
+        return hidden_states, mask, None
     token_mask = None if mask is None else mask[:, 1:]
     importance = token_importance(attention, scores, token_mask)
     threshold = importance_threshold(scores, importance, temperature, token_mask)
