@@ -1,5 +1,21 @@
 from .collators import QuestionAnsweringCollator
-from .digit_scenes import load_digit_questions, question_only_accuracy
+from .digit_scenes import (
+    load_digit_captions,
+    load_digit_questions,
+    load_digit_statements,
+    question_only_accuracy,
+)
+from .readers import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
 
 
-__all__ = ["QuestionAnsweringCollator", "load_digit_questions", "question_only_accuracy"]
+__all__ = [
+    "QuestionAnsweringCollator",
+    "load_coco_captions",
+    "load_digit_captions",
+    "load_digit_questions",
+    "load_digit_statements",
+    "load_flickr30k",
+    "load_nlvr2",
+    "load_vqav2",
+    "question_only_accuracy",
+]

@@ -1,4 +1,4 @@
-"""Digit scenes: real scans of handwritten digits on a cluttered canvas, and questions about them.
+"""Digit scenes: real scans of handwritten digits on a cluttered canvas; questions, statements about two of them, captions.
 
 scikit-learn ships 1,797 scans of handwritten digits, 8x8 pixels each. A scene lays four or five of them, in colour,
 on a canvas of 80x80 pixels among strokes and blobs that are no digits. Every digit has a row and a column of its own, so
@@ -33,6 +33,7 @@ COLORS = {
 }
 COLOR_NAMES = tuple(COLORS)
 QUESTION_KINDS = ("exists", "count", "color", "extreme", "neighbor")
+STATEMENT_KINDS = ("more", "same", "both", "only", "neither", "total", "extreme", "color")
 ANSWERS = ("yes", "no", *DIGIT_NAMES, *COLOR_NAMES)
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
@@ -111,16 +112,22 @@ def _stamp(canvas, patterns, colors, top, left) -> None:
     canvas[scene, y, x] = canvas[scene, y, x] * (1 - alpha) + colors[:, :, None, None, :] * alpha
 
 
-def draw_scenes(num_scenes: int, split: str, rng: np.random.Generator) -> Scenes:
-    """Draw `num_scenes` scenes from the scans of `split`, all at once."""
+def draw_scenes(
+    num_scenes: int, split: str, rng: np.random.Generator, targets: np.ndarray | None = None, counts=None
+) -> Scenes:
+    """Draw `num_scenes` scenes from the scans of `split`, all at once; `targets` and `counts` (S,) are drawn as well if not given."""
     scans, scan_digits = digit_scans(split)
     palette = np.array(list(COLORS.values()), dtype=np.float32)
     shape = (num_scenes, MAX_DIGITS)
 
     # One digit, the target, occurs 0 to 3 times, each equally often; the others are distinct and different from it.
     names = rng.permuted(np.broadcast_to(np.arange(10), (num_scenes, 10)), axis=1)
+    if targets is not None:  # to the front with them
+        names[names == targets[:, None]] = names[:, 0]
+        names[:, 0] = targets
     targets, others = names[:, 0], names[:, 1 : 1 + MAX_DIGITS]
-    counts = rng.integers(0, 4, num_scenes)
+    if counts is None:
+        counts = rng.integers(0, 4, num_scenes)
     num_digits = rng.integers(4, MAX_DIGITS + 1, num_scenes)
     slot = np.arange(MAX_DIGITS)
     digits = np.where(slot < counts[:, None], targets[:, None], others)
@@ -235,18 +242,149 @@ def describe(scenes: Scenes, index: int, direction: str) -> str:
     return f"from the {direction}: {words}"
 
 
+def describe_from_all_sides(scenes: Scenes, index: int) -> list[str]:
+    """Four captions of scene `index`, all true: its digits from the left, the right, the top and the bottom."""
+    return [f"digits {describe(scenes, index, direction)}" for direction in _DIRECTIONS]
+
+
+def draw_pairs(num_pairs: int, split: str, rng: np.random.Generator) -> tuple[Scenes, Scenes]:
+    """Draw a left and a right scene for each of `num_pairs`; the digit that may occur several times is the same in both.
+
+    It occurs equally often in both in about two thirds of them, so that there is something to say of that.
+    """
+    targets = rng.integers(0, 10, num_pairs)
+    left, right = rng.integers(0, 4, (2, num_pairs))
+    right = np.where(rng.random(num_pairs) < 0.5, left, right)
+    return draw_scenes(num_pairs, split, rng, targets, left), draw_scenes(num_pairs, split, rng, targets, right)
+
+
+def _plural(digit: int) -> str:
+    return DIGIT_NAMES[digit] + ("es" if digit == 6 else "s")
+
+
+def _a(digit: int) -> str:
+    return ("an " if digit == 8 else "a ") + DIGIT_NAMES[digit]
+
+
+def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Generator) -> tuple[str, bool]:
+    """A statement of `kind` about pair `index` of two scenes, and whether it is true; either is tried for equally often."""
+    truth = bool(rng.integers(2))
+    pair = (left, right)
+    if kind in ("extreme", "color"):
+        side = rng.integers(2)
+        scenes, where = pair[side], ("left", "right")[side]
+        digits = scenes.digits[index]
+        if kind == "extreme":
+            direction = tuple(_DIRECTIONS)[rng.integers(4)]
+            superlative = _DIRECTIONS[direction][2]
+            digit = digits[_in_order(scenes, index, direction)[0]]
+            if not truth:
+                digit = rng.choice(np.setdiff1d(digits[digits >= 0], digit))
+            return f"the {superlative} digit of the {where} image is {_a(digit)}", truth
+        slot = rng.choice([slot for slot in np.flatnonzero(digits >= 0) if (digits == digits[slot]).sum() == 1])
+        color = scenes.colors[index, slot]
+        if not truth:
+            color = (color + rng.integers(1, len(COLORS))) % len(COLORS)
+        return f"the {DIGIT_NAMES[digits[slot]]} of the {where} image is {COLOR_NAMES[color]}", truth
+
+    # How often each digit occurs on either side, and of which digits the statement would be true.
+    here, there = ((scenes.digits[index][:, None] == np.arange(10)).sum(axis=0) for scenes in pair)
+    names = ("left", "right")
+    if kind in ("more", "only") and rng.integers(2):
+        here, there, names = there, here, names[::-1]
+    if kind == "total":
+        totals = here + there
+        digit = left.targets[index]
+        stated = totals[digit]
+        if not truth:
+            stated = rng.choice([n for n in (stated - 2, stated - 1, stated + 1, stated + 2) if 0 <= n <= 6])
+        return f"the images show {DIGIT_NAMES[stated]} {_plural(digit)} in all", truth
+    true_of = {
+        "more": here > there,
+        "same": here == there,
+        "both": (here > 0) & (there > 0),
+        "only": (here > 0) & (there == 0),
+        "neither": here + there == 0,
+    }
+    if kind not in true_of:
+        raise ValueError(f"unknown kind of statement {kind!r}: expected one of {', '.join(STATEMENT_KINDS)}")
+    shown = (here + there > 0) | (kind == "neither")
+    candidates = np.flatnonzero(shown & (true_of[kind] == truth))
+    if len(candidates) == 0:
+        truth = not truth
+        candidates = np.flatnonzero(shown & (true_of[kind] == truth))
+    target = left.targets[index]
+    digit = target if target in candidates and rng.integers(2) else rng.choice(candidates)
+    plural = _plural(digit)
+    return {
+        "more": f"the {names[0]} image has more {plural} than the {names[1]}",
+        "same": f"both images have the same number of {plural}",
+        "both": f"both images show {_a(digit)}",
+        "only": f"only the {names[0]} image shows {_a(digit)}",
+        "neither": f"neither image shows {_a(digit)}",
+    }[kind], truth
+
+
+def _chunks(num_rows: int, chunk: int = 256):
+    """Numbers of scenes to draw at a time: few enough for the processor's cache."""
+    for start in range(0, num_rows, chunk):
+        yield start, min(chunk, num_rows - start)
+
+
 def _question_rows(split: str, num_questions: int, seed: int, source: str):
     from PIL import Image
 
     rng = np.random.default_rng([seed, SPLITS[split]])
-    chunk = 256  # scenes drawn at a time: few enough for the processor's cache
-    for start in range(0, num_questions, chunk):
-        scenes = draw_scenes(min(chunk, num_questions - start), split, rng)
+    for start, count in _chunks(num_questions):
+        scenes = draw_scenes(count, split, rng)
         for index in range(len(scenes)):
             kind = QUESTION_KINDS[(start + index) % len(QUESTION_KINDS)]
             question, answer = ask(scenes, index, kind, rng)
             image = Image.fromarray(scenes.images[index])
             yield {"image": image, "question": question, "answer": answer, "kind": kind}
+
+
+def _statement_rows(split: str, num_statements: int, seed: int, source: str):
+    from PIL import Image
+
+    rng = np.random.default_rng([seed, SPLITS[split], 1])
+    for start, count in _chunks(num_statements):
+        pairs = draw_pairs(count, split, rng)
+        for index in range(count):
+            kind = STATEMENT_KINDS[(start + index) % len(STATEMENT_KINDS)]
+            sentence, truth = state(*pairs, index, kind, rng)
+            left, right = (Image.fromarray(scenes.images[index]) for scenes in pairs)
+            yield {"left_image": left, "right_image": right, "sentence": sentence, "label": int(truth), "kind": kind}
+
+
+def _caption_rows(split: str, num_images: int, seed: int, source: str):
+    from PIL import Image
+
+    rng = np.random.default_rng([seed, SPLITS[split], 2])
+    for start, count in _chunks(num_images):
+        scenes = draw_scenes(count, split, rng)
+        for index in range(count):
+            image = Image.fromarray(scenes.images[index])
+            captions = describe_from_all_sides(scenes, index)
+            yield {"image": image, "captions": captions, "image_id": str(start + index)}
+
+
+def _load(rows, features: dict, split: str, seed: int, **number):
+    """A `datasets.Dataset` of what the generator `rows` yields, made once and then read from the cache of `datasets`."""
+    from datasets import Dataset, Features
+
+    ((name, count),) = number.items()
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    if count < 1:
+        raise ValueError(f"{name}={count}: expected at least 1")
+    # `datasets` knows the generator by its name alone: this makes scenes of other code than this be drawn anew.
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return Dataset.from_generator(
+        rows,
+        features=Features(features),
+        gen_kwargs={"split": split, **number, "seed": seed, "source": source},
+    )
 
 
 def load_digit_questions(split: str, num_questions: int, seed: int = 0):
@@ -263,32 +401,52 @@ def load_digit_questions(split: str, num_questions: int, seed: int = 0):
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.
     """
-    from datasets import Dataset, Features, Image, Value
+    from datasets import Image, Value
 
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    if num_questions < 1:
-        raise ValueError(f"num_questions={num_questions}: expected at least 1")
-    features = Features(
-        {"image": Image(), "question": Value("string"), "answer": Value("string"), "kind": Value("string")}
-    )
-    # `datasets` knows the generator by its name alone: this makes scenes of other code than this be drawn anew.
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return Dataset.from_generator(
-        _question_rows,
-        features=features,
-        gen_kwargs={"split": split, "num_questions": num_questions, "seed": seed, "source": source},
-    )
+    features = {"image": Image(), "question": Value("string"), "answer": Value("string"), "kind": Value("string")}
+    return _load(_question_rows, features, split, seed, num_questions=num_questions)
 
 
-def question_only_accuracy(train, test) -> float:
+def load_digit_statements(split: str, num_statements: int, seed: int = 0):
+    """Statements about two digit scenes, true or false, a pair of scenes each; arguments as of `load_digit_questions`.
+
+    Returns:
+        `datasets.Dataset` with the columns `left_image`, `right_image` (80x80 RGB), `sentence`, `label` (1 is true) and `kind`.
+    """
+    from datasets import ClassLabel, Image, Value
+
+    features = {
+        "left_image": Image(),
+        "right_image": Image(),
+        "sentence": Value("string"),
+        "label": ClassLabel(names=["False", "True"]),
+        "kind": Value("string"),
+    }
+    return _load(_statement_rows, features, split, seed, num_statements=num_statements)
+
+
+def load_digit_captions(split: str, num_images: int, seed: int = 0):
+    """Digit scenes with four captions each; arguments as of `load_digit_questions`.
+
+    Returns:
+        `datasets.Dataset` with the columns `image` (80x80 RGB), `captions` (list of strings) and `image_id`.
+    """
+    from datasets import Image, Value
+
+    features = {"image": Image(), "captions": [Value("string")], "image_id": Value("string")}
+    return _load(_caption_rows, features, split, seed, num_images=num_images)
+
+
+def question_only_accuracy(train, test, question: str = "question", answer: str = "answer") -> float:
     """How often a model that sees no image is right: it answers each question of `test` as the same words were answered most in `train`.
+
+    `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
 
     With so few wordings that each recurs many times, no model can get more out of a question alone.
     """
     answers = defaultdict(Counter)
-    for question, answer in zip(train["question"], train["answer"]):
-        answers[question][answer] += 1
-    likeliest = {question: counter.most_common(1)[0][0] for question, counter in answers.items()}
-    right = [likeliest.get(question) == answer for question, answer in zip(test["question"], test["answer"])]
+    for asked, answered in zip(train[question], train[answer]):
+        answers[asked][answered] += 1
+    likeliest = {asked: counter.most_common(1)[0][0] for asked, counter in answers.items()}
+    right = [likeliest.get(asked) == answered for asked, answered in zip(test[question], test[answer])]
     return sum(right) / len(right)

@@ -1,0 +1,254 @@
+"""Train the tiny dense BLIPs for visual reasoning, captioning and retrieval, from the one for question answering.
+
+As BLIP's own fine-tuned models start from one that was trained on much: its vision tower and its text encoder go on, here on digit scenes drawn afresh
+at every step. As in the last stage of `train_dense_blip.py`, the class token is held to look at the digits, while patches without a digit are
+dropped at random.
+
+    python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from train_dense_blip import answer_ids, schedule, to_pixels
+from transformers import BertTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor
+from transformers import BlipForQuestionAnswering as DenseBlip
+
+from madtp_hf import (
+    MadtpBlipConfig,
+    MadtpBlipForConditionalGeneration,
+    MadtpBlipForImagesAndTextClassification,
+    MadtpBlipForImageTextRetrieval,
+)
+from madtp_hf.data import digit_scenes as ds
+from madtp_hf.modeling.encoders import run_layers, split_heads
+
+
+NEW_WORDS = "both only neither all an of picture".split()
+PROMPT = "a picture of"
+NUM_TOKENS = (11, 21, 31, 41, 61, 81, 101)  # that thinned images keep: few numbers, for a CPU's kernels are made anew for each shape
+MODELS = {
+    "nlvr2": MadtpBlipForImagesAndTextClassification,
+    "captioning": MadtpBlipForConditionalGeneration,
+    "retrieval": MadtpBlipForImageTextRetrieval,
+}
+# What is saved: transformers' own model where it has one.
+DENSE = {"captioning": BlipForConditionalGeneration, "retrieval": BlipForImageTextRetrieval}
+
+
+def extend_processor(processor: BlipProcessor) -> BlipProcessor:
+    """The processor with the words that statements and captions use besides."""
+    words = sorted(processor.tokenizer.get_vocab(), key=processor.tokenizer.get_vocab().get)
+    special = words[-2:]  # [DEC] and [ENC] stay last
+    vocab = [*words[:-2], *(word for word in NEW_WORDS if word not in words), *special]
+    tokenizer = BertTokenizer(
+        vocab={word: index for index, word in enumerate(vocab)},
+        bos_token="[DEC]",
+        additional_special_tokens=["[ENC]"],
+        model_max_length=32,
+    )
+    return BlipProcessor(processor.image_processor, tokenizer)
+
+
+def start_from(path, task: str):
+    """The task's model, with pruning off, and its processor, from the question answering model at `path`."""
+    trained = DenseBlip.from_pretrained(path)
+    old = BlipProcessor.from_pretrained(path)
+    processor = extend_processor(old)
+    tokenizer = processor.tokenizer
+    fields = trained.config.to_dict()
+    fields.pop("model_type")
+    fields["text_config"].update(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
+    fields["image_text_hidden_size"] = 64
+    # As the original BLIP: a text that meets an image begins with a token of its own.
+    config = MadtpBlipConfig(**fields, encoder_token_id=tokenizer.convert_tokens_to_ids("[ENC]"))
+    model = MODELS[task](config)
+
+    weights = {f"vision_model.{name}": tensor for name, tensor in trained.vision_model.state_dict().items()}
+    for stack in ("text_decoder.bert", "text_encoder"):
+        weights |= {f"{stack}.{name}": tensor for name, tensor in trained.text_encoder.state_dict().items()}
+    weights |= {f"text_decoder.cls.{name}": t for name, t in trained.text_decoder.cls.state_dict().items()}
+    known = torch.tensor([old.tokenizer.convert_tokens_to_ids(word) for word in tokenizer.get_vocab()])
+    places = torch.tensor(list(tokenizer.get_vocab().values()))
+    known, places = (ids[known != old.tokenizer.unk_token_id] for ids in (known, places))
+    expected = model.state_dict()
+    for name, tensor in list(weights.items()):
+        if name.endswith("word_embeddings.weight") or "predictions.bias" in name or "predictions.decoder" in name:
+            if name in expected:
+                weights[name] = expected[name].clone()
+                weights[name][places] = tensor[known]
+    if task == "nlvr2":
+        weights = model._from_blip_weights(weights)
+    weights = {name: tensor for name, tensor in weights.items() if name in expected}
+    model.load_state_dict(weights, strict=False)
+    return model, processor
+
+
+def encode_images(vision_model, pixels, is_digit, rng):
+    """The vision tower on what is left when patches without a digit are dropped at random: all but a number drawn anew each time.
+
+    Returns the states (S, L, D) and how far the class token's attention, in each layer, is from the scene's digits.
+    """
+    states = vision_model.embeddings(pixels)
+    kept = int(rng.choice(NUM_TOKENS))
+    key = torch.from_numpy(rng.random(is_digit.shape)) + is_digit
+    key[:, 0] = 2  # the class token
+    order = key.topk(kept, dim=1).indices
+    states = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    digits = is_digit.gather(1, order)
+    share = digits / digits.sum(1, keepdim=True)
+    missed = []
+
+    def look(module, inputs, output):
+        heads = vision_model.encoder.layers[0].self_attn.num_heads
+        query, keys, _ = split_heads(output.float(), 3 * heads).chunk(3, 1)
+        attended = (query[:, :, :1] @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1).squeeze(1)
+        missed.append((share * (share.clamp(min=1e-6) / attended.clamp(min=1e-6)).log()).sum(-1).mean())
+
+    hooks = [layer.self_attn.qkv.register_forward_hook(look) for layer in vision_model.encoder.layers]
+    states = vision_model.post_layernorm(run_layers(vision_model.encoder.layers, states).hidden_states)
+    for hook in hooks:
+        hook.remove()
+    return states, torch.stack(missed).mean()
+
+
+def digit_patches(scenes) -> torch.Tensor:
+    cells = torch.from_numpy(scenes.rows * ds.GRID_SIZE + scenes.columns)
+    return torch.zeros(len(scenes), ds.GRID_SIZE**2 + 1).scatter(
+        1, cells + 1, torch.from_numpy(scenes.digits >= 0).float()
+    )
+
+
+def statement_loss(model, processor, batch_size, rng):
+    """A statement of every kind about every pair of scenes; a pair is encoded once for all of them."""
+    pairs = ds.draw_pairs(batch_size, "train", rng)
+    kinds = ds.STATEMENT_KINDS
+    stated = [ds.state(*pairs, i, kind, rng) for i in range(batch_size) for kind in kinds]
+    text = processor.tokenizer(
+        [sentence for sentence, _ in stated], padding=True, pad_to_multiple_of=8, return_tensors="pt"
+    )
+    labels = torch.tensor([int(truth) for _, truth in stated])
+    pixels = torch.cat([to_pixels(scenes.images, processor.image_processor) for scenes in pairs])
+    states, missed = encode_images(model.vision_model, pixels, torch.cat([digit_patches(s) for s in pairs]), rng)
+    left, right = (half.repeat_interleave(len(kinds), dim=0) for half in states.chunk(2))
+    sentences = model._encode_text(text.input_ids, text.attention_mask, left, None, right, None)
+    logits = model.cls_head(sentences.hidden_states[:, 0])
+    right_ones = (logits.argmax(-1) == labels).view(batch_size, len(kinds)).float().mean(0)
+    return F.cross_entropy(logits, labels), missed, dict(zip(kinds, right_ones.tolist()))
+
+
+def caption_loss(model, processor, batch_size, rng):
+    """All four captions of every scene."""
+    scenes = ds.draw_scenes(batch_size, "train", rng)
+    captions = [f"{PROMPT} {c}" for i in range(batch_size) for c in ds.describe_from_all_sides(scenes, i)]
+    ids, labels = answer_ids(processor.tokenizer, captions)
+    labels[:, : 1 + len(PROMPT.split())] = -100
+    pixels = to_pixels(scenes.images, processor.image_processor)
+    states, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    logits = model.text_decoder(input_ids=ids, encoder_hidden_states=states.repeat_interleave(4, dim=0)).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    # The word behind "digits from the" is anybody's guess; those behind it are not.
+    counted = labels[:, 1:] != -100
+    counted[:, : 3 + len(PROMPT.split())] = False
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].float().mean()
+    return loss, missed, {"words": right.item()}
+
+
+def retrieval_loss(model, processor, batch_size, rng):
+    """One caption of every scene, contrasted with those of the others; matched with its own and with hard negatives."""
+    from madtp_hf.modeling.encoders import BranchOutput
+    from madtp_hf.modeling.retrieval_loss import contrastive_loss
+
+    scenes = ds.draw_scenes(batch_size, "train", rng)
+    sides = rng.integers(0, 4, batch_size)
+    captions = [ds.describe_from_all_sides(scenes, i)[side] for i, side in enumerate(sides)]
+    text = processor.tokenizer(captions, padding=True, pad_to_multiple_of=8, return_tensors="pt")
+    pixels = to_pixels(scenes.images, processor.image_processor)
+    states, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    ids = torch.arange(batch_size)
+    alone = model._encode_text(text.input_ids, text.attention_mask)
+    image_feature, text_feature = model._image_feature(states), model._text_feature(alone.hidden_states)
+    contrast = contrastive_loss(image_feature, text_feature, ids, None)
+    positive = model._encode_text(text.input_ids, text.attention_mask, states, None)
+    images = BranchOutput(states, None, None, None, None, None)
+    negative = model._score_hard_negatives(
+        text.input_ids, text.attention_mask, images, image_feature, text_feature, ids, 0.07
+    )
+    scores = torch.cat([model.itm_head(positive.hidden_states[:, 0]), negative])
+    labels = (torch.arange(len(scores)) < batch_size).long()
+    found = ((image_feature @ text_feature.T).argmax(1) == ids).float().mean().item()
+    matched = (scores.argmax(-1) == labels).float().mean().item()
+    return contrast + F.cross_entropy(scores, labels), missed, {"found": found, "matched": matched}
+
+
+LOSSES = {"nlvr2": statement_loss, "captioning": caption_loss, "retrieval": retrieval_loss}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=LOSSES)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--start_from", type=Path, default=Path("examples/blip-vqa-digits"))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--guidance", type=float, default=0.05, help="weight of the class token's looking at digits")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rng = np.random.default_rng([args.seed, 7])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    with open(args.output_dir / "train.log", "w") as log:
+
+        def say(**record):
+            record["seconds"] = round(time.time() - started)
+            print(json.dumps(record), flush=True)
+            print(json.dumps(record), file=log, flush=True)
+
+        say(args={key: str(value) for key, value in vars(args).items() if key not in ("output_dir", "start_from")})
+        model, processor = start_from(args.start_from, args.task)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+        scheduler = schedule(optimizer, args.steps)
+        average = None
+        for step in range(1, args.steps + 1):
+            with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                loss, missed, right = LOSSES[args.task](model, processor, args.batch_size, rng)
+            optimizer.zero_grad(set_to_none=True)
+            (loss + args.guidance * missed).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            average = right if average is None else {k: 0.95 * average[k] + 0.05 * right[k] for k in right}
+            if step % 50 == 0 or step < 4:
+                accuracy = {kind: round(value, 3) for kind, value in average.items()}
+                say(step=step, loss=round(loss.item(), 3), missed=round(missed.item(), 3), accuracy=accuracy)
+
+        model.eval()
+        processor.save_pretrained(args.output_dir)
+        if args.task in DENSE:
+            # encoder_token_id stays in the configuration, for `from_blip` to take over.
+            fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")}
+            dense = DENSE[args.task](DenseBlip.config_class(**fields))
+            dense.load_state_dict(
+                {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("alignment.")}
+            )
+            dense.save_pretrained(args.output_dir)
+        else:
+            model.save_pretrained(args.output_dir)
+        say(parameters=sum(p.numel() for p in model.parameters()))
+
+
+if __name__ == "__main__":
+    main()
