@@ -33,6 +33,7 @@ from madtp_hf.modeling.encoders import run_layers, split_heads
 
 NEW_WORDS = "both only neither all an of picture".split()
 PROMPT = "a picture of"
+NUM_QUESTIONS = 3  # about each pair of scenes
 NUM_TOKENS = (11, 21, 31, 41, 61, 81, 101)  # that thinned images keep: few numbers, for a CPU's kernels are made anew for each shape
 MODELS = {
     "nlvr2": MadtpBlipForImagesAndTextClassification,
@@ -58,7 +59,7 @@ def extend_processor(processor: BlipProcessor) -> BlipProcessor:
 
 
 def start_from(path, task: str):
-    """The task's model, with pruning off, and its processor, from the question answering model at `path`."""
+    """The task's model, with pruning off, its processor, and the decoder of the question answering model at `path` with its tokenizer."""
     trained = DenseBlip.from_pretrained(path)
     old = BlipProcessor.from_pretrained(path)
     processor = extend_processor(old)
@@ -88,7 +89,7 @@ def start_from(path, task: str):
         weights = model._from_blip_weights(weights)
     weights = {name: tensor for name, tensor in weights.items() if name in expected}
     model.load_state_dict(weights, strict=False)
-    return model, processor
+    return model, processor, (trained.text_decoder, old.tokenizer)
 
 
 def encode_images(vision_model, pixels, is_digit, rng):
@@ -126,25 +127,47 @@ def digit_patches(scenes) -> torch.Tensor:
     )
 
 
-def statement_loss(model, processor, batch_size, rng):
-    """A statement of every kind about every pair of scenes; a pair is encoded once for all of them."""
+def statement_loss(model, processor, batch_size, rng, answerer):
+    """A statement of every kind about every pair of scenes, and a few questions; a pair is encoded once for all of them.
+
+    A statement's truth is one bit, too little to learn from scratch what the words point at. The questions, "left image: how many sevens are there?",
+    are answered from the same states by the question answering model's decoder, which goes when training ends.
+    """
     pairs = ds.draw_pairs(batch_size, "train", rng)
     kinds = ds.STATEMENT_KINDS
-    stated = [ds.state(*pairs, i, kind, rng) for i in range(batch_size) for kind in kinds]
-    text = processor.tokenizer(
-        [sentence for sentence, _ in stated], padding=True, pad_to_multiple_of=8, return_tensors="pt"
-    )
-    labels = torch.tensor([int(truth) for _, truth in stated])
+    texts, labels, answers = [], [], []
+    for i in range(batch_size):
+        for kind in kinds:
+            sentence, truth = ds.state(*pairs, i, kind, rng)
+            texts.append(sentence)
+            labels.append(int(truth))
+        for kind in rng.permutation(ds.QUESTION_KINDS)[:NUM_QUESTIONS]:
+            side = rng.integers(2)
+            question, answer = ds.ask(pairs[side], i, kind, rng)
+            texts.append(f"{('left', 'right')[side]} image: {question}")
+            answers.append(answer)
+    text = processor.tokenizer(texts, padding=True, pad_to_multiple_of=8, return_tensors="pt")
+    labels = torch.tensor(labels)
     pixels = torch.cat([to_pixels(scenes.images, processor.image_processor) for scenes in pairs])
     states, missed = encode_images(model.vision_model, pixels, torch.cat([digit_patches(s) for s in pairs]), rng)
-    left, right = (half.repeat_interleave(len(kinds), dim=0) for half in states.chunk(2))
-    sentences = model._encode_text(text.input_ids, text.attention_mask, left, None, right, None)
-    logits = model.cls_head(sentences.hidden_states[:, 0])
+    each = len(kinds) + NUM_QUESTIONS
+    left, right = (half.repeat_interleave(each, dim=0) for half in states.chunk(2))
+    read = model._encode_text(text.input_ids, text.attention_mask, left, None, right, None).hidden_states
+    stated, asked = read.unflatten(0, (batch_size, each)).split([len(kinds), NUM_QUESTIONS], dim=1)
+    logits = model.cls_head(stated.flatten(0, 1)[:, 0])
     right_ones = (logits.argmax(-1) == labels).view(batch_size, len(kinds)).float().mean(0)
-    return F.cross_entropy(logits, labels), missed, dict(zip(kinds, right_ones.tolist()))
+
+    decoder, tokenizer = answerer
+    ids, targets = answer_ids(tokenizer, answers)
+    mask = text.attention_mask.unflatten(0, (batch_size, each))[:, len(kinds) :].flatten(0, 1)
+    scores = decoder(input_ids=ids, encoder_hidden_states=asked.flatten(0, 1), encoder_attention_mask=mask).logits
+    answering = F.cross_entropy(scores[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+    answered = (scores[:, 0].argmax(-1) == targets[:, 1]).float().mean().item()
+    found = dict(zip(kinds, right_ones.tolist())) | {"answers": answered}
+    return F.cross_entropy(logits, labels) + answering, missed, found
 
 
-def caption_loss(model, processor, batch_size, rng):
+def caption_loss(model, processor, batch_size, rng, answerer):
     """All four captions of every scene."""
     scenes = ds.draw_scenes(batch_size, "train", rng)
     captions = [f"{PROMPT} {c}" for i in range(batch_size) for c in ds.describe_from_all_sides(scenes, i)]
@@ -161,7 +184,7 @@ def caption_loss(model, processor, batch_size, rng):
     return loss, missed, {"words": right.item()}
 
 
-def retrieval_loss(model, processor, batch_size, rng):
+def retrieval_loss(model, processor, batch_size, rng, answerer):
     """One caption of every scene, contrasted with those of the others; matched with its own and with hard negatives."""
     from madtp_hf.modeling.encoders import BranchOutput
     from madtp_hf.modeling.retrieval_loss import contrastive_loss
@@ -217,17 +240,19 @@ def main():
             print(json.dumps(record), file=log, flush=True)
 
         say(args={key: str(value) for key, value in vars(args).items() if key not in ("output_dir", "start_from")})
-        model, processor = start_from(args.start_from, args.task)
+        model, processor, answerer = start_from(args.start_from, args.task)
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+        answerer[0].train()
+        parameters = [*model.parameters(), *answerer[0].parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
         scheduler = schedule(optimizer, args.steps)
         average = None
         for step in range(1, args.steps + 1):
             with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                loss, missed, right = LOSSES[args.task](model, processor, args.batch_size, rng)
+                loss, missed, right = LOSSES[args.task](model, processor, args.batch_size, rng, answerer)
             optimizer.zero_grad(set_to_none=True)
             (loss + args.guidance * missed).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             scheduler.step()
             average = right if average is None else {k: 0.95 * average[k] + 0.05 * right[k] for k in right}

@@ -10,7 +10,9 @@ from .modeling.modeling_madtp_blip import (
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
 )
+from .training.optimizer import create_optimizer
 from .training.reduction_callback import ReductionCallback
+from .training.retrieval_trainer import RetrievalTrainer
 from .version import __version__
 
 
@@ -21,8 +23,10 @@ __all__ = [
     "MadtpBlipForImagesAndTextClassification",
     "MadtpBlipForQuestionAnswering",
     "ReductionCallback",
+    "RetrievalTrainer",
     "__version__",
     "calibrate",
     "convert_original_checkpoint",
     "count_flops",
+    "create_optimizer",
 ]

@@ -14,14 +14,27 @@ ACCEPTED = 0.02  # and one that ends this close has found it
 MAX_PASSES = 14  # over the data, for one reduction
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures that the search starts from
 SCAN_SAMPLES = 8
+STARTS = {
+    "vqa": "decoder_input_ids",
+    "captioning": "input_ids",
+}  # where a decoder's start token goes, if a batch has no answers
 
 
-def answer_tokens(batch, config) -> torch.Tensor | int:
-    """How many tokens the answer decoder reads for each sample of a batch (B,), padding not counted."""
-    answers = batch.get("decoder_input_ids", batch.get("labels"))
-    if answers is None:
+def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
+    """How many tokens the decoder of an answer or a caption reads for each sample of a batch (B,), padding not counted; 0 without one."""
+    names = {"vqa": ("decoder_input_ids", "labels"), "captioning": ("input_ids", "labels")}.get(task, ())
+    read = next((batch[name] for name in names if batch.get(name) is not None), None)
+    if read is None:
         return 0
-    return ((answers != -100) & (answers != config.text_config.pad_token_id)).sum(dim=1)
+    if task == "captioning" and batch.get("attention_mask") is not None and read is batch.get("input_ids"):
+        return batch["attention_mask"].sum(dim=1)
+    return ((read != -100) & (read != config.text_config.pad_token_id)).sum(dim=1)
+
+
+def measure(model, batch, output) -> torch.Tensor:
+    """The reduction of FLOPs of each sample (B,) of a batch, from what the model has put out."""
+    tokens = decoder_tokens(batch, model.task, model.config)
+    return reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
 
 
 @contextmanager
@@ -42,14 +55,10 @@ def measure_reduction(model, batches, temperature: float) -> float:
     reductions = []
     for batch in batches:
         batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        if "labels" not in batch and "decoder_input_ids" not in batch:
-            start = model.config.text_config.bos_token_id
-            batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
-        output = model(**batch)
-        tokens = answer_tokens(batch, model.config)
-        reductions.append(
-            reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
-        )
+        if model.task in STARTS and not any(name in batch for name in (STARTS[model.task], "labels")):
+            start = torch.full((len(batch["pixel_values"]), 1), model.config.text_config.bos_token_id)
+            batch[STARTS[model.task]] = start.to(model.device)
+        reductions.append(measure(model, batch, model(**batch)))
     return torch.cat(reductions).mean().item()
 
 
@@ -89,7 +98,7 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
     with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
         measured: dict[float, float] = {}  # log temperature -> reduction, on all of the data
 
-        def measure(log_temperature):
+        def reduction_at(log_temperature):
             if log_temperature not in measured:
                 measured[log_temperature] = measure_reduction(model, dataloader, math.exp(log_temperature))
                 progress.update()
@@ -110,17 +119,19 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
             middle = crossing[-1] if crossing else (1 if target < curve[0][1] else len(curve) - 1)
             low, high = curve[max(middle - 1, 0)][0], curve[min(middle, len(curve) - 1)][0]
             # One batch differs from all of the data: widen until they bracket the target, or the curve ends.
-            while measure(low) > target and low > curve[0][0]:
+            while reduction_at(low) > target and low > curve[0][0]:
                 low = max(point for point, _ in curve if point < low)
-            while measure(high) < target and high < curve[-1][0]:
+            while reduction_at(high) < target and high < curve[-1][0]:
                 high = min(point for point, _ in curve if point > high)
             for _ in range(MAX_PASSES):
-                best = min((low, high), key=lambda point: abs(measure(point) - target))
-                if abs(measure(best) - target) <= TOLERANCE or not measure(low) < target < measure(high):
+                best = min((low, high), key=lambda point: abs(reduction_at(point) - target))
+                if abs(reduction_at(best) - target) <= TOLERANCE or not reduction_at(low) < target < reduction_at(
+                    high
+                ):
                     break
-                share = (target - measure(low)) / (measure(high) - measure(low))
+                share = (target - reduction_at(low)) / (reduction_at(high) - reduction_at(low))
                 point = low + (high - low) * min(max(share, 0.1), 0.9)
-                if measure(point) < target:
+                if reduction_at(point) < target:
                     low = point
                 else:
                     high = point

@@ -9,8 +9,10 @@ import itertools
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
+from .modeling.encoders import MERGE_FROM_LAYER
 
-TASKS = ("vqa", "nlvr2")
+
+TASKS = ("vqa", "captioning", "nlvr2", "retrieval")
 LAYER_NORM = 5
 
 
@@ -55,48 +57,58 @@ def _text_encoder(config, tokens, image_tokens, aligned):
             total = total + _alignment(enter, width, config)
         for image in image_tokens:
             total = total + _cross_attention(width, leave, image, image_width)
-        if len(image_tokens) == 2 and layer >= 6:
+        if len(image_tokens) == 2 and layer >= MERGE_FROM_LAYER:
             total = total + leave * 2 * width**2  # the merge layer
         total = total + leave * (2 * width * hidden + 2 * LAYER_NORM * width)
     return total
 
 
-def _answer_decoder(config, tokens, question_tokens):
+def _text_decoder(config, tokens, context_tokens, context_width):
+    """`tokens` read in one pass, with a cross-attention to `context_tokens` in every layer, and the scores over the vocabulary."""
     text = config.text_config
     width, hidden = text.hidden_size, text.intermediate_size
     layer = tokens * (4 * width**2 + 2 * width * hidden + 3 * LAYER_NORM * width) + 2 * tokens**2 * width
-    layer = layer + _cross_attention(width, tokens, question_tokens, width)
+    layer = layer + _cross_attention(width, tokens, context_tokens, context_width)
     head = tokens * (width**2 + width * text.vocab_size + LAYER_NORM * width)
-    return tokens * LAYER_NORM * width + text.num_hidden_layers * layer + head
+    return (tokens * LAYER_NORM * width + text.num_hidden_layers * layer + head) * (tokens > 0)
 
 
 def _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning) -> torch.FloatTensor:
     if task not in TASKS:
         raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, TASKS))}.")
-    if text_tokens is None:
-        raise ValueError(f"text_tokens is missing: task {task!r} has a text encoder.")
     vision_tokens = torch.as_tensor(vision_tokens).float()
-    text_tokens = torch.as_tensor(text_tokens).to(vision_tokens)
     answer_tokens = torch.as_tensor(answer_tokens).to(vision_tokens)
-    for name, tokens, branch in (
-        ("vision_tokens", vision_tokens, config.vision_config),
-        ("text_tokens", text_tokens, config.text_config),
-    ):
+    branches = [("vision_tokens", vision_tokens, config.vision_config)]
+    if task != "captioning":
+        if text_tokens is None:
+            raise ValueError(f"text_tokens is missing: task {task!r} has a text encoder.")
+        text_tokens = torch.as_tensor(text_tokens).to(vision_tokens)
+        branches.append(("text_tokens", text_tokens, config.text_config))
+    for name, tokens, branch in branches:
         if len(tokens) != branch.num_hidden_layers + 1:
             raise ValueError(
                 f"{name} has {len(tokens)} rows: expected one more than layers, {branch.num_hidden_layers + 1}."
             )
 
+    text_width, image_width = config.text_config.hidden_size, config.vision_config.hidden_size
     vision_aligned, text_aligned = (pruning and branch in config.pruning_modalities for branch in ("vision", "text"))
     if task == "nlvr2":
+        if vision_tokens.ndim != 3 or vision_tokens.shape[1] != 2:
+            raise ValueError(
+                f"vision_tokens has shape {tuple(vision_tokens.shape)}: expected (layers + 1, 2, batch_size) for task 'nlvr2'."
+            )
         images = vision_tokens.unbind(1)
-        width, labels = config.text_config.hidden_size, 2
         total = sum(_vision(config, image, vision_aligned) for image in images)
         total = total + _text_encoder(config, text_tokens, [image[-1] for image in images], text_aligned)
-        return total + width**2 + width * labels
+        return total + text_width**2 + text_width * 2  # and what says true or false
+    images = [vision_tokens[-1]]
     total = _vision(config, vision_tokens, vision_aligned)
-    total = total + _text_encoder(config, text_tokens, [vision_tokens[-1]], text_aligned)
-    return total + _answer_decoder(config, answer_tokens, text_tokens[-1]) * (answer_tokens > 0)
+    if task == "captioning":
+        return total + _text_decoder(config, answer_tokens, *images, image_width)
+    total = total + _text_encoder(config, text_tokens, images, text_aligned)
+    if task == "retrieval":
+        return total + text_width * 2  # whether they match
+    return total + _text_decoder(config, answer_tokens, text_tokens[-1], text_width)
 
 
 def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
@@ -106,13 +118,13 @@ def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_token
         config (`MadtpBlipConfig`):
             The model's; the alignment scores count where its temperature is above 0.
         task (`str`):
-            `"vqa"` or `"nlvr2"`.
+            `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"`, the last meaning the pass that matches an image and a text.
         vision_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, for NLVR2 `(layers + 1, 2, batch_size)`):
             As in the model's outputs: what enters the encoder, then what each layer leaves.
-        text_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`):
-            Likewise.
+        text_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, *optional*):
+            Likewise; captioning has none.
         answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*, defaults to 0):
-            How many tokens the answer decoder reads, in one pass; 0 leaves it out.
+            How many tokens the decoder of an answer or a caption reads, in one pass; 0 leaves it out.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size,)`.

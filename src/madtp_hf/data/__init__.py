@@ -1,4 +1,9 @@
-from .collators import QuestionAnsweringCollator
+from .collators import (
+    CaptioningCollator,
+    QuestionAnsweringCollator,
+    RetrievalCollator,
+    VisualReasoningCollator,
+)
 from .digit_scenes import (
     load_digit_captions,
     load_digit_questions,
@@ -9,7 +14,10 @@ from .readers import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
 
 
 __all__ = [
+    "CaptioningCollator",
     "QuestionAnsweringCollator",
+    "RetrievalCollator",
+    "VisualReasoningCollator",
     "load_coco_captions",
     "load_digit_captions",
     "load_digit_questions",

@@ -268,20 +268,24 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     def from_blip(cls, source, **config_overrides):
         """Make a model of this class from transformers' BLIP for the same task; only alignment parameters are new.
 
+        For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and what only NLVR2 has is new
+        as well.
+
         Args:
             source (`PreTrainedModel` or `str`):
-                The BLIP model (its weights are copied), or a path or Hub id to load it from.
+                The BLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class will do, too.
             config_overrides:
                 Fields of [`MadtpBlipConfig`] to set.
 
         Raises:
             TypeError: if the source is another model than this task's BLIP, or an override is no field of the configuration.
         """
-        expected = " or a ".join(blip_class.__name__ for blip_class in cls._blip_classes)
+        classes = (*cls._blip_classes, cls)
+        expected = " or a ".join(blip_class.__name__ for blip_class in classes)
         blip = source
         if not isinstance(source, PreTrainedModel):
-            saved = BlipConfig.from_pretrained(source).architectures or []
-            blip_class = next((c for c in cls._blip_classes if c.__name__ in saved), cls._blip_classes[0])
+            saved = BlipConfig.get_config_dict(source)[0].get("architectures") or []
+            blip_class = next((c for c in classes if c.__name__ in saved), classes[0])
             blip, info = blip_class.from_pretrained(source, output_loading_info=True)
             amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
             if amiss:
@@ -289,7 +293,7 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
                     f"{source} is no checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
                     f" expected or of another shape ({', '.join(sorted(amiss)[:3])}, ...). Expected one of that class."
                 )
-        if not isinstance(blip, cls._blip_classes):
+        if not isinstance(blip, classes):
             raise TypeError(
                 f"{cls.__name__}.from_blip got a {type(blip).__name__}: expected a {expected}, or a path or Hub id of one."
             )
@@ -300,7 +304,10 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         if unknown:
             raise TypeError(f"{cls.__name__}.from_blip got {', '.join(unknown)}: no such field in MadtpBlipConfig.")
         model = cls(MadtpBlipConfig(**{**fields, **config_overrides})).to(device=blip.device, dtype=blip.dtype)
-        missing, unexpected = model.load_state_dict(cls._from_blip_weights(blip.state_dict()), strict=False)
+        weights = {name: tensor for name, tensor in blip.state_dict().items() if not name.startswith("alignment.")}
+        if not isinstance(blip, cls):
+            weights = cls._from_blip_weights(weights)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not any(new in name for new in cls._new_in_task)]
         if missing or unexpected:
             raise ValueError(f"The BLIP model does not fit its configuration: {missing=}, {unexpected=}.")
@@ -1028,6 +1035,11 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             **losses,
         )
 
+    def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
+        """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask (B, M)."""
+        text = self._encode_text(input_ids, attention_mask, image_states, image_mask)
+        return self.itm_head(text.hidden_states[:, 0])
+
     def _score_hard_negatives(
         self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
     ) -> torch.Tensor:
@@ -1043,10 +1055,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         start = len(image_ids) * rank
         pairs_text = torch.cat([of_text + start, wrong_text])
         pairs_image = torch.cat([wrong_image, of_image + start])
-        matching = self._encode_text(
-            texts[pairs_text], texts_mask[pairs_text], states[pairs_image], states_mask[pairs_image]
-        )
-        return self.itm_head(matching.hidden_states[:, 0])
+        return self.match(texts[pairs_text], texts_mask[pairs_text], states[pairs_image], states_mask[pairs_image])
 
 
 __all__ = [

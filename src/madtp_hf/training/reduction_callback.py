@@ -6,8 +6,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..calibration import SCAN, answer_tokens
-from ..flops import reduction_of_flops
+from ..calibration import SCAN, measure
 
 
 class ReductionCallback(TrainerCallback, ExportableState):
@@ -72,10 +71,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
 
     def _measure(self, model, args, kwargs, output) -> None:
         if model.training:
-            reductions = reduction_of_flops(
-                model.config, model.task, output.vision_tokens, output.text_tokens, answer_tokens(kwargs, model.config)
-            )
-            self._measured.append(reductions.mean())
+            self._measured.append(measure(model, kwargs, output).mean())
 
     @staticmethod
     def _start(config, target: float) -> float:

@@ -1,0 +1,161 @@
+"""Prune BLIP for visual reasoning over two images (NLVR2): fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+
+    python examples/run_nlvr2.py                                               # on the digit scenes
+    python examples/run_nlvr2.py --dataset nlvr2/ --image_dir nlvr2/images --model blip-nlvr2 --output_dir outputs/nlvr2
+    accelerate launch --num_processes 2 examples/run_nlvr2.py --per_device_train_batch_size 32
+
+All of `TrainingArguments` are options as well.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import BlipProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from madtp_hf import (
+    MadtpBlipConfig,
+    MadtpBlipForImagesAndTextClassification,
+    ReductionCallback,
+    calibrate,
+    create_optimizer,
+)
+from madtp_hf.data import VisualReasoningCollator, load_digit_statements, load_nlvr2, question_only_accuracy
+from madtp_hf.evaluation import evaluate_budgets, report
+from madtp_hf.metrics import load_metric
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default=str(Path(__file__).parent / "blip-nlvr2-digits"),
+        metadata={
+            "help": "A dense BLIP for NLVR2, as `madtp-hf convert` makes one, BLIP for retrieval or question answering to start from, or a"
+            " pruned model to go on with: a folder or Hub id."
+        },
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "NLVR2's folder or a Hub id; the digit scenes if not given."}
+    )
+    image_dir: str | None = field(
+        default=None, metadata={"help": "NLVR2's image folder; the data set's if not given."}
+    )
+    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
+    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
+    test_samples: int | None = field(default=2000, metadata={"help": "Rows to evaluate on; 0 for all."})
+    max_length: int | None = field(default=None, metadata={"help": "Cut sentences to so many tokens."})
+    dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
+    target_reduction: list[float] = field(
+        default_factory=lambda: [0.5, 0.8],
+        metadata={"help": "The reduction of FLOPs to train at, or two: a range to draw from."},
+    )
+    num_targets: int = field(default=3, metadata={"help": "How many targets in that range."})
+    reductions: list[float] = field(
+        default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
+    )
+    num_alignment_tokens: int = field(default=256, metadata={"help": "How many alignment tokens."})
+    alignment_dim: int | None = field(default=24, metadata={"help": "Their width; 0 for the text's."})
+
+
+def load_data(args, split):
+    rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[split]
+    if args.dataset is None:
+        return load_digit_statements(split, rows)
+    data = load_nlvr2(args.dataset, split, image_dir=args.image_dir)
+    return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
+
+
+def load_model(args):
+    if MadtpBlipConfig.get_config_dict(args.model)[0].get("pruning_schedule"):
+        return MadtpBlipForImagesAndTextClassification.from_pretrained(args.model)
+    return MadtpBlipForImagesAndTextClassification.from_blip(
+        args.model, num_alignment_tokens=args.num_alignment_tokens, alignment_dim=args.alignment_dim or None
+    )
+
+
+def main():
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(
+        output_dir="outputs/nlvr2",
+        do_train=True,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=64,
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    args, training_args = parser.parse_args_into_dataclasses()
+    set_seed(training_args.seed)
+
+    # 1. Model and data.
+    processor = BlipProcessor.from_pretrained(args.model)
+    model = load_model(args)
+    collator = VisualReasoningCollator(processor, args.max_length)
+    with training_args.main_process_first():
+        train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
+    validation_batches = DataLoader(
+        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    )
+    reductions = [] if args.dense else args.reductions
+
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
+    callbacks = []
+    if not args.dense:
+        calibrate(model, validation_batches, args.target_reduction if training_args.do_train else reductions)
+        target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
+        callbacks.append(ReductionCallback(target, num_targets=args.num_targets))
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=callbacks,
+        optimizers=(create_optimizer(model, training_args.learning_rate), None),
+    )
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if not args.dense:
+            calibrate(model, validation_batches, reductions)
+
+    # 3. Every budget, from the one model.
+    def predict(batch):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return model(**inputs).logits.argmax(dim=-1).tolist()
+
+    loader = trainer.accelerator.prepare(
+        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+    )
+    results = evaluate_budgets(model, loader, [0.0, *reductions], predict, trainer.accelerator)
+
+    # 4. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    if trainer.is_world_process_zero():
+        metric = load_metric("nlvr2")
+        known = {"identifiers": test["identifier"]} if "identifier" in test.column_names else {}
+        rows = []
+        for result in results:
+            scores = metric.compute(predictions=result.predictions, references=test["label"], **known)
+            rows.append(
+                {
+                    "reduction asked": result.reduction_asked,
+                    "reached": result.reduction_reached,
+                    **{f"{name} %": score for name, score in scores.items()},
+                    "GFLOPs": result.gflops,
+                    "time / dense": result.seconds / results[0].seconds,
+                }
+            )
+        floor = question_only_accuracy(train, test, "sentence", "label")
+        report(f"{len(test)} statements", rows, training_args.output_dir, floor=f"{floor:.1%} from the words alone")
+        model.set_pruning(reduction=max(reductions, default=0.0))
+        model.save_pretrained(training_args.output_dir)
+        processor.save_pretrained(training_args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

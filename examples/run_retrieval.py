@@ -1,0 +1,194 @@
+"""Prune BLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+
+    python examples/run_retrieval.py                                           # on the digit scenes
+    python examples/run_retrieval.py --dataset flickr30k/ --model Salesforce/blip-itm-base-flickr --queue_size 57600 --output_dir outputs/retrieval
+    accelerate launch --num_processes 2 examples/run_retrieval.py --per_device_train_batch_size 32
+
+All of `TrainingArguments` are options as well.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import BlipProcessor, HfArgumentParser, TrainingArguments, set_seed
+
+from madtp_hf import (
+    MadtpBlipConfig,
+    MadtpBlipForImageTextRetrieval,
+    ReductionCallback,
+    RetrievalTrainer,
+    calibrate,
+    create_optimizer,
+)
+from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_captions, load_flickr30k
+from madtp_hf.evaluation import evaluate_budgets, report
+from madtp_hf.metrics import load_metric
+from madtp_hf.retrieval import score_images_and_texts
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default=str(Path(__file__).parent / "blip-retrieval-digits"),
+        metadata={"help": "A dense BLIP for retrieval, or a pruned model to go on with: a folder or Hub id."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "The folder of Flickr30k or COCO, or a Hub id; the digit scenes if not given."}
+    )
+    image_dir: str | None = field(default=None, metadata={"help": "Its image folder; the data set's if not given."})
+    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
+    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
+    test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
+    max_length: int | None = field(default=None, metadata={"help": "Cut captions to so many tokens."})
+    k: int = field(
+        default=16, metadata={"help": "How long the shortlists are; BLIP: 128 for Flickr30k, 256 for COCO."}
+    )
+    queue_size: int = field(default=1024, metadata={"help": "Features of earlier batches to contrast with."})
+    momentum: float = field(default=0.995, metadata={"help": "How much of the momentum twin stays at a step."})
+    distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the twin's."})
+    dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
+    target_reduction: list[float] = field(
+        default_factory=lambda: [0.5, 0.8],
+        metadata={"help": "The reduction of FLOPs to train at, or two: a range to draw from."},
+    )
+    num_targets: int = field(default=3, metadata={"help": "How many targets in that range."})
+    reductions: list[float] = field(
+        default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
+    )
+    num_alignment_tokens: int = field(default=256, metadata={"help": "How many alignment tokens."})
+    alignment_dim: int | None = field(default=24, metadata={"help": "Their width; 0 for the text's."})
+
+
+def load_data(args, split):
+    rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[split]
+    if args.dataset is None:
+        return load_digit_captions(split, rows)
+    load = load_flickr30k if "flickr" in args.dataset.lower() else load_coco_captions
+    data = load(args.dataset, split, image_dir=args.image_dir)
+    return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
+
+
+def load_model(args):
+    if MadtpBlipConfig.get_config_dict(args.model)[0].get("pruning_schedule"):
+        return MadtpBlipForImageTextRetrieval.from_pretrained(args.model)
+    return MadtpBlipForImageTextRetrieval.from_blip(
+        args.model, num_alignment_tokens=args.num_alignment_tokens, alignment_dim=args.alignment_dim or None
+    )
+
+
+def main():
+    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(
+        output_dir="outputs/retrieval",
+        do_train=True,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=64,
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    args, training_args = parser.parse_args_into_dataclasses()
+    set_seed(training_args.seed)
+
+    # 1. Model and data.
+    processor = BlipProcessor.from_pretrained(args.model)
+    model = load_model(args)
+    collator = RetrievalCollator(processor, args.max_length)
+    with training_args.main_process_first():
+        train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
+    validation_batches = DataLoader(
+        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    )
+    reductions = [] if args.dense else args.reductions
+
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
+    callbacks = []
+    if not args.dense:
+        calibrate(model, validation_batches, args.target_reduction if training_args.do_train else reductions)
+        target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
+        callbacks.append(ReductionCallback(target, num_targets=args.num_targets))
+    trainer = RetrievalTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        data_collator=collator,
+        callbacks=callbacks,
+        optimizers=(create_optimizer(model, training_args.learning_rate), None),
+        queue_size=args.queue_size,
+        momentum=args.momentum,
+        distillation=args.distillation,
+    )
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if not args.dense:
+            calibrate(model, validation_batches, reductions)
+
+    # 3. Every budget, from the one model: FLOPs of matching each image with a caption of its own, then all against all.
+    model.eval()
+    loader = trainer.accelerator.prepare(
+        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+    )
+    costs = evaluate_budgets(
+        model, loader, [0.0, *reductions], lambda batch: [None] * len(batch["input_ids"]), trainer.accelerator
+    )
+    texts = [caption for captions in test["captions"] for caption in captions]
+    belongs = [index for index, captions in enumerate(test["captions"]) for _ in captions]
+    own = [[t for t, image in enumerate(belongs) if image == index] for index in range(len(test))]
+    encoded = processor.tokenizer(
+        texts, padding=True, truncation=args.max_length is not None, max_length=args.max_length, return_tensors="pt"
+    )
+    images = DataLoader(
+        test.select_columns("image"),
+        batch_size=training_args.per_device_eval_batch_size,
+        collate_fn=lambda rows: (
+            processor.image_processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").pixel_values
+        ),
+    )
+    metric = load_metric("retrieval_recall")
+
+    def recall(image_to_text, text_to_image):
+        return metric.compute(predictions=image_to_text.numpy(), references=own, text_to_image=text_to_image.numpy())
+
+    rows = []
+    for cost in costs:
+        model.set_pruning(reduction=cost.reduction_asked)
+        started = time.perf_counter()
+        scores = score_images_and_texts(model, images, encoded.input_ids, encoded.attention_mask, args.k)
+        seconds = time.perf_counter() - started
+        if not rows:
+            dense_seconds = seconds
+        rows.append(
+            {
+                "reduction asked": cost.reduction_asked,
+                "reached": cost.reduction_reached,
+                **{
+                    f"{name} %": value
+                    for name, value in recall(*scores).items()
+                    if name.endswith(("@1", "mean_recall"))
+                },
+                "GFLOPs": cost.gflops,
+                "time / dense": seconds / dense_seconds,
+            }
+        )
+
+    # 4. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    if trainer.is_world_process_zero():
+        chance = torch.rand(len(test), len(texts), generator=torch.Generator().manual_seed(0))
+        floor = {name: round(value, 4) for name, value in recall(chance, chance.T).items()}
+        report(f"{len(test)} images, {len(texts)} captions", rows, training_args.output_dir, floor=floor)
+        model.set_pruning(reduction=max(reductions, default=0.0))
+        model.save_pretrained(training_args.output_dir)
+        processor.save_pretrained(training_args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The `madtp-hf` command: `madtp-hf convert model_base_vqa.pth my-blip --task vqa`."""
+
+import os
+import tempfile
+import warnings
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+
+try:
+    import typer
+except ImportError as error:
+    raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
+
+
+app = typer.Typer(
+    help="BLIP made faster: MADTP token pruning, in the manner of transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Task(str, Enum):
+    vqa = "vqa"
+    captioning = "captioning"
+    nlvr2 = "nlvr2"
+    retrieval = "retrieval"
+
+
+# What a model card says of a task: the Hub's name for it, where it has one, tags, a sentence, and how to use the model.
+_CARDS = {
+    Task.vqa: (
+        "visual-question-answering",
+        [],
+        "answers questions about images",
+        """from transformers import pipeline
+
+ask = pipeline("visual-question-answering", model="{name}", trust_remote_code=True)
+print(ask(image="image.jpg", question="how many dogs are there?"))
+ask.model.set_pruning(temperature={temperature})""",
+    ),
+    Task.captioning: (
+        "image-to-text",
+        ["image-captioning"],
+        "writes captions of images",
+        """from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}")
+inputs = processor(images=Image.open("image.jpg").convert("RGB"), text="a picture of", return_tensors="pt")
+print(processor.decode(model.generate(**inputs, num_beams=3, max_new_tokens=20)[0], skip_special_tokens=True))
+model.set_pruning(temperature={temperature})""",
+    ),
+    Task.nlvr2: (
+        None,
+        ["visual-reasoning", "nlvr2"],
+        "tells whether a sentence about two images is true",
+        """from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}")
+images = [Image.open(side).convert("RGB") for side in ("left.jpg", "right.jpg")]
+inputs = processor(images=images, text="there are two dogs in the left image", return_tensors="pt")
+inputs["pixel_values"] = inputs["pixel_values"].unsqueeze(0)  # one pair
+print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is true
+model.set_pruning(temperature={temperature})""",
+    ),
+    Task.retrieval: (
+        None,
+        ["image-text-retrieval", "image-text-matching"],
+        "matches images and texts",
+        """from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}")
+inputs = processor(images=Image.open("image.jpg").convert("RGB"), text="two dogs on a beach", return_tensors="pt")
+print(model(**inputs).itm_score.softmax(dim=-1)[0, 1].item())  # how likely they match
+print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine similarity
+model.set_pruning(temperature={temperature})""",
+    ),
+}
+
+
+@contextmanager
+def _one_message_of_errors():
+    """What a user can put right is one message on stderr and exit code 1: no traceback, and no library's warnings before it."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        typer.echo(f"madtp-hf: {error}", err=True)
+        raise typer.Exit(1) from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_out(out: Path, checkpoint: Path, force: bool) -> None:
+    """Raise a `ValueError` if `out` is not to be written, or to be replaced with all that is in it."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: expected the name of a folder to write.")
+    if not force and any(out.iterdir()):
+        raise ValueError(
+            f"{out} is not empty: choose another folder, or replace it and all that is in it with --force."
+        )
+    for kept in (checkpoint.resolve(), Path.cwd(), Path(os.path.expanduser("~"))):
+        if kept.is_relative_to(out):
+            raise ValueError(f"{out} can't be replaced: {kept} is in it. Choose another folder.")
+
+
+def _load_tokenizer(source: str):
+    """A BERT tokenizer, with the two tokens that BLIP adds to it."""
+    from transformers import BertTokenizer
+
+    tokenizer, reason = None, "there is no vocabulary"
+    try:
+        tokenizer = BertTokenizer.from_pretrained(source)
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    # Where it finds no files, transformers makes a tokenizer that knows special tokens alone.
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"The tokenizer {source!r} could not be loaded ({reason}): pass --tokenizer FOLDER, one with the vocab.txt or"
+            " tokenizer.json of bert-base-uncased."
+        )
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def _take_special_tokens(model, tokenizer, source: str) -> None:
+    """Set the special tokens of the model's configuration to the tokenizer's, once it is sure to be the model's own."""
+    config, text_config = model.config, model.config.text_config
+    found = len(tokenizer), *tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
+    expected = text_config.vocab_size, text_config.bos_token_id, config.encoder_token_id
+    if found != expected:
+        raise ValueError(
+            "The tokenizer {!r} has {} tokens, [DEC] is {} and [ENC] {}; the checkpoint has {}, {} and {}: pass the tokenizer that it was"
+            " trained with, for BLIP bert-base-uncased, with --tokenizer.".format(source, *found, *expected)
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    text_config.sep_token_id = tokenizer.sep_token_id
+    for settings in (text_config, model.generation_config) if model.can_generate() else (text_config,):
+        settings.eos_token_id = tokenizer.sep_token_id
+        settings.pad_token_id = tokenizer.pad_token_id
+
+
+def _model_card(name: str, source: str, task: Task, config, is_aligned: bool):
+    from huggingface_hub import ModelCard, ModelCardData
+
+    pipeline_tag, tags, what, usage = _CARDS[task]
+    temperature = getattr(config, "original_temperature", None)
+    if temperature is not None:
+        alignment = f"""Its alignment tokens are the checkpoint's own, trained at a pruning temperature of {temperature:g}.
+Pruning is off until it is set: the last line prunes as in that training. `None` switches it off."""
+    elif is_aligned:
+        alignment = """Its alignment tokens are the checkpoint's own. Pruning is off until it is set, as in the last line: 0 is off,
+larger temperatures prune more."""
+    else:
+        alignment = """The checkpoint was a dense one: its alignment tokens are new. Pruning is off until it is set, as in the last line: 0 is
+off, larger temperatures prune more. Train with pruning on to keep the accuracy at larger reductions."""
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag=pipeline_tag, tags=["blip", "madtp", "token-pruning", *tags]
+    )
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A BLIP that {what}, with [MADTP](https://arxiv.org/abs/2403.02991) token pruning: converted from `{source}` by `madtp-hf convert`.
+It takes images of {config.vision_config.image_size} x {config.vision_config.image_size} pixels, as its processor makes them.
+
+```python
+{usage.format(name=name, temperature="1.0" if temperature is None else f"{temperature:g}")}
+```
+
+{alignment}
+
+`trust_remote_code=True` runs the modeling files in this folder; the weights are safetensors and run nothing.
+The license is that of the checkpoint which this one was made from: add it to this card's metadata before publishing.
+"""
+    )
+
+
+@app.callback()
+def main() -> None:
+    # With a callback, typer keeps `convert` a subcommand whatever the number of commands.
+    pass
+
+
+@app.command()
+def version() -> None:
+    """Print the version of madtp_hf."""
+    from .version import __version__
+
+    typer.echo(__version__)
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="A checkpoint of the original BLIP or MADTP code: .pth or .safetensors."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")],
+    task: Annotated[
+        Task, typer.Option(metavar="TASK", help="What it was trained for: vqa, captioning, nlvr2 or retrieval.")
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(metavar="NAME|FOLDER", help="The tokenizer that it was trained with: on the Hub, or a folder."),
+    ] = "bert-base-uncased",
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="The size of the images to take, if not the checkpoint's: positions are interpolated.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT, and all that is in it.")] = False,
+) -> None:
+    """Turn an original checkpoint of BLIP or MADTP into a folder that transformers loads.
+
+    OUT gets configuration, weights, modeling files, processor, tokenizer and a model card, and appears only when it is complete.
+
+    Example: madtp-hf convert model_base_vqa_capfilt_large.pth blip-vqa --task vqa
+    """
+    with _one_message_of_errors():
+        from transformers import BlipImageProcessor, BlipProcessor
+
+        from .conversion import convert_original_checkpoint, read_checkpoint
+
+        out = out.resolve()
+        _check_out(out, checkpoint, force)
+        bert = _load_tokenizer(tokenizer)
+        content = read_checkpoint(checkpoint)
+        model = convert_original_checkpoint(content, task.value, image_size=image_size)
+        _take_special_tokens(model, bert, tokenizer)
+        side = model.config.vision_config.image_size
+        processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
+        card = _model_card(
+            out.name, checkpoint.name, task, model.config, is_aligned="space_dict" in content.get("model", content)
+        )
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside OUT, so that it takes its place in one step.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            made, replaced = Path(scratch, "made"), Path(scratch, "replaced")
+            made.mkdir()
+            model.save_pretrained(made)
+            processor.save_pretrained(made)
+            card.save(made / "README.md")
+            if out.exists():
+                out.rename(replaced)
+            try:
+                made.rename(out)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(out)
+                raise
+    typer.echo(
+        f"{out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, images of {side} x {side} pixels."
+    )
+
+
+if __name__ == "__main__":
+    app()

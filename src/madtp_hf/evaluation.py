@@ -1,0 +1,97 @@
+"""What a model does at several budgets: its predictions, the FLOPs that they cost and the time that they take."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .calibration import decoder_tokens, measure, restored
+from .flops import count_flops
+
+
+@dataclass
+class BudgetResult:
+    """What a model did at one reduction of FLOPs.
+
+    reduction_asked, reduction_reached: shares of the FLOPs, the latter the mean over samples; gflops: of a sample, their mean; seconds: of
+    predicting; predictions: one a sample, in order.
+    """
+
+    reduction_asked: float
+    reduction_reached: float
+    gflops: float
+    seconds: float
+    predictions: list
+
+
+@torch.no_grad()
+def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
+    """Run a model over a data set at several reductions, which take turns on each batch, so that their times compare.
+
+    Args:
+        model (`MadtpBlipPreTrainedModel`):
+            The model, calibrated; afterwards its mode and temperature are what they were.
+        loader (`Iterable`):
+            Batches as `forward` takes them; with `accelerator`, prepared by it.
+        reductions (`list[float]`):
+            The shares of FLOPs to save; 0 is off.
+        predict (`Callable`):
+            `predict(batch)` gives a list of predictions, one a sample.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            If given, the results of all processes are gathered; each gets the whole.
+
+    Returns:
+        `list[BudgetResult]`, one a reduction.
+    """
+    gather = (
+        (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
+    )
+    rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
+    with restored(model):
+        for batch in tqdm(loader, desc="evaluating", leave=False):
+            batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            tokens = decoder_tokens(batch, model.task, model.config)
+            for reduction, row in rows.items():
+                model.set_pruning(reduction=reduction)
+                started = time.perf_counter()
+                predictions = predict(batch)
+                row["seconds"] += time.perf_counter() - started
+                output = model(**batch)
+                flops = count_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
+                row["predictions"] += gather(predictions)
+                row["flops"] += gather(flops.tolist())
+                row["saved"] += gather(measure(model, batch, output).tolist())
+    return [
+        BudgetResult(
+            reduction,
+            sum(row["saved"]) / len(row["saved"]),
+            sum(row["flops"]) / len(row["flops"]) / 1e9,
+            row["seconds"],
+            row["predictions"],
+        )
+        for reduction, row in rows.items()
+    ]
+
+
+def report(title: str, rows: list[dict], folder, **facts) -> None:
+    """Print the rows as a table and write them, with the facts beside them, to `folder`/results.json.
+
+    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.1%}" if name.endswith("%") else f"{value:.4g}" for name, value in row.items()))
+    Console(width=max(80, 16 * len(rows[0]))).print(table)
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"title": title, "results": rows, **facts}, indent=2))

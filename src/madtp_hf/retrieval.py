@@ -1,0 +1,87 @@
+"""Image-text retrieval in two stages: a shortlist by contrastive similarity, then matching scores within it."""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from .modeling.retrieval_loss import is_distributed, process_rank
+
+
+NOT_LISTED = -100.0  # the score of a pair that is on no shortlist: below every other
+
+
+@torch.no_grad()
+def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Batches of pixel_values (B, 3, H, W) -> features (I, E) and, for each of the I images, its tokens' states (L, D), no padding."""
+    features, states = [], []
+    for pixel_values in pixel_batches:
+        images = model._encode_images(pixel_values.to(model.device))
+        features.append(model._image_feature(images.hidden_states))
+        if images.mask is None:
+            states.extend(images.hidden_states)
+        else:
+            states.extend(tokens[mask] for tokens, mask in zip(images.hidden_states, images.mask))
+    return torch.cat(features), states
+
+
+@torch.no_grad()
+def score_images_and_texts(
+    model, pixel_batches, input_ids, attention_mask, k: int = 128, batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score every image with its k most similar texts and every text with its k most similar images, as BLIP evaluates retrieval.
+
+    A score is the matching head's logit and the similarity, added. With several processes each scores its share; all get the whole.
+
+    Args:
+        model (`MadtpBlipForImageTextRetrieval`):
+            The model, with pruning as it is.
+        pixel_batches (`Iterable[torch.Tensor]`):
+            The images, in batches of pixel_values `(B, 3, height, width)`.
+        input_ids, attention_mask (`torch.LongTensor` of shape `(num_texts, length)`):
+            The texts.
+        k (`int`, *optional*, defaults to 128):
+            The length of a shortlist; BLIP's is 256 for COCO, 128 for Flickr30k.
+        batch_size (`int`, *optional*, defaults to 256):
+            How many pairs to match at a time.
+
+    Returns:
+        Two float tensors on the CPU, image_to_text `(num_images, num_texts)` and text_to_image `(num_texts, num_images)`; -100 off the
+        shortlist.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: expected the length of a shortlist, at least 1.")
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    image_features, states = encode_images(model, pixel_batches)
+    text_features = torch.cat(
+        [
+            model.get_text_features(ids, mask)
+            for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size))
+        ]
+    )
+    similarity = image_features @ text_features.T
+    rank, processes = process_rank(), torch.distributed.get_world_size() if is_distributed() else 1
+
+    def rescore(similarity, of_images: bool):
+        """similarity (queries, candidates) -> scores of the same shape."""
+        scores = torch.full_like(similarity, NOT_LISTED)
+        listed = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
+        queries = torch.arange(len(similarity), device=listed.device).unsqueeze(1).expand_as(listed)
+        # Pairs of like cost together, for a batch is padded to its longest image.
+        pairs = torch.stack([queries.flatten(), listed.flatten()])[:, rank::processes]
+        images = pairs[0] if of_images else pairs[1]
+        lengths = torch.tensor([len(tokens) for tokens in states], device=images.device)
+        pairs = pairs[:, lengths[images].argsort()]
+        direction = "images to texts" if of_images else "texts to images"
+        for query, candidate in tqdm(
+            list(zip(pairs[0].split(batch_size), pairs[1].split(batch_size))), desc=direction, leave=False
+        ):
+            image, text = (query, candidate) if of_images else (candidate, query)
+            tokens = pad_sequence([states[index] for index in image.tolist()], batch_first=True)
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[image].unsqueeze(1)
+            matching = model.match(input_ids[text], attention_mask[text], tokens, mask)[:, 1]
+            scores[query, candidate] = (matching + similarity[query, candidate]).to(scores.dtype)
+        if processes > 1:
+            torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX)
+        return scores.float().cpu()
+
+    return rescore(similarity, True), rescore(similarity.T.contiguous(), False)

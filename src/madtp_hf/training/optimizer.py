@@ -1,0 +1,15 @@
+"""The optimizer that fine-tuning under pruning wants."""
+
+import torch
+
+
+def create_optimizer(model, learning_rate: float, alignment_rate: float = 0.01, **options) -> torch.optim.AdamW:
+    """AdamW whose alignment parameters learn slowly: at `alignment_rate` times the `learning_rate` of the others.
+
+    The graded norms that alignment tokens start with are what lets small reductions be reached; they must not be learned away. `options` are
+    AdamW's. For `Trainer(optimizers=(create_optimizer(model, lr), None))`, which makes the schedule.
+    """
+    slow = [parameter for name, parameter in model.named_parameters() if name.startswith("alignment.")]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("alignment.")]
+    groups = [{"params": others}, {"params": slow, "lr": learning_rate * alignment_rate}]
+    return torch.optim.AdamW(groups, learning_rate, **options)

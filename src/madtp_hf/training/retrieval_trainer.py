@@ -1,0 +1,178 @@
+"""Training for image-text retrieval as BLIP's: contrast with a momentum twin's features, of this batch and of queues of earlier ones.
+
+All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval`.
+"""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
+from ..modeling.retrieval_loss import TEMPERATURE, ContrastiveKeys, gather_rows, is_distributed, same_image_targets
+
+
+MEMORY_FILE = "contrastive_memory.safetensors"
+
+
+class ContrastiveMemory(nn.Module):
+    """A momentum twin of a retrieval model, queues of its features, and the learned temperature of the similarities.
+
+    Args:
+        model (`MadtpBlipForImageTextRetrieval`):
+            The model; the twin starts as its copy.
+        queue_size (`int`):
+            How many image and text features of earlier batches to contrast with.
+        momentum (`float`):
+            How much of the twin stays at a step; the rest comes from the model.
+        distillation (`float`):
+            How much of the targets, at most, are the twin's own similarities instead of which image belongs to which text.
+    """
+
+    def __init__(self, model, queue_size: int = 57600, momentum: float = 0.995, distillation: float = 0.4):
+        super().__init__()
+        if queue_size < 0:
+            raise ValueError(f"queue_size={queue_size}: expected at least 0.")
+        if not 0 <= momentum < 1 or not 0 <= distillation <= 1:
+            raise ValueError(f"{momentum=}, {distillation=}: expected numbers in [0, 1), and in [0, 1].")
+        self.momentum = momentum
+        self.distillation = distillation
+        self.twin = copy.deepcopy(model).requires_grad_(False).eval()
+        self.temperature = nn.Parameter(torch.tensor(TEMPERATURE, device=model.device))
+        width = model.config.image_text_hidden_size
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, torch.zeros(queue_size, width, device=model.device))
+        # No image has this id: a place in the queue that is not filled yet is dropped by it.
+        self.register_buffer("id_queue", torch.full((queue_size,), -1, dtype=torch.long, device=model.device))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def _follow(self, model) -> None:
+        for mine, theirs in zip(self.twin.parameters(), model.parameters()):
+            mine.lerp_(theirs.to(mine.dtype), 1 - self.momentum)
+        # It prunes as the model does.
+        self.twin.config.pruning_temperature = model.config.pruning_temperature
+
+    @torch.no_grad()
+    def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:
+        size = len(self.id_queue)
+        if size == 0:
+            return
+        image, text, ids = image[-size:], text[-size:], ids[-size:]
+        places = (self.position.to(ids.device) + torch.arange(len(ids), device=ids.device)) % size
+        self.image_queue[places] = image.to(self.image_queue.dtype)
+        self.text_queue[places] = text.to(self.text_queue.dtype)
+        self.id_queue[places] = ids
+        self.position = (self.position + len(ids)) % size
+
+    def forward(self, model, inputs: dict[str, torch.Tensor], progress: float) -> ContrastiveKeys:
+        """What this step's batch is to be contrasted with; the twin follows the model first.
+
+        progress, in [0, 1]: how far distillation has been faded in.
+        """
+        with torch.no_grad():
+            self._follow(model)
+            self.temperature.clamp_(0.001, 0.5)
+            image = self.twin.get_image_features(inputs["pixel_values"])
+            text = self.twin.get_text_features(inputs["input_ids"], inputs.get("attention_mask"))
+            ids = inputs["image_ids"]
+            everyone = [gather_rows(rows) for rows in (image, text, ids)]
+            filled = self.id_queue >= 0
+            queues = (self.image_queue[filled], self.text_queue[filled], self.id_queue[filled])
+            image_keys, text_keys, key_ids = (torch.cat([new, old]) for new, old in zip(everyone, queues))
+
+            targets = same_image_targets(ids, key_ids)
+            share = self.distillation * progress
+
+            def soften(feature, keys):
+                return share * (feature @ keys.T / self.temperature).softmax(dim=1) + (1 - share) * targets
+
+            image_targets, text_targets = soften(image, text_keys), soften(text, image_keys)
+            self._enqueue(*everyone)
+        return ContrastiveKeys(image_keys, text_keys, image_targets, text_targets, self.temperature)
+
+
+class RetrievalTrainer(Trainer):
+    """A `Trainer` for `MadtpBlipForImageTextRetrieval` with a `ContrastiveMemory`.
+
+    Batches are those of `RetrievalCollator`. Queues and hard negatives span all processes, whose batches must be of one size
+    (`dataloader_drop_last` is switched on). A checkpoint of the training holds the memory beside the model, so that training resumes where it
+    stopped.
+
+    Args:
+        queue_size (`int`, *optional*, defaults to 57600), momentum (`float`, *optional*, defaults to 0.995), distillation (`float`, *optional*, defaults to 0.4):
+            See `ContrastiveMemory`; the defaults are BLIP's for COCO. A queue must be small beside the data set, or its features are stale
+            and its positives outnumber the batch's.
+        distillation_warmup_steps (`int`, *optional*):
+            Over how many steps distillation is faded in; two epochs, as in BLIP, if not given.
+        kwargs:
+            `Trainer`'s.
+    """
+
+    def __init__(
+        self,
+        *args,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        distillation: float = 0.4,
+        distillation_warmup_steps: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, MadtpBlipForImageTextRetrieval):
+            raise TypeError(
+                f"RetrievalTrainer got a {type(self.model).__name__}: expected a MadtpBlipForImageTextRetrieval."
+            )
+        self.args.dataloader_drop_last = True
+        self.memory = ContrastiveMemory(self.model, queue_size, momentum, distillation)
+        self.distillation_warmup_steps = distillation_warmup_steps
+        if self.optimizer is not None:
+            self._add_temperature()
+
+    def _add_temperature(self) -> None:
+        self.optimizer.add_param_group({"params": [self.memory.temperature], "weight_decay": 0.0})
+
+    def create_optimizer(self, *args, **kwargs):
+        made = self.optimizer is None
+        super().create_optimizer(*args, **kwargs)
+        if made:
+            self._add_temperature()
+        return self.optimizer
+
+    def _distillation_progress(self) -> float:
+        steps = self.distillation_warmup_steps
+        if steps is None:
+            steps = 2 * self.state.max_steps / max(self.state.num_train_epochs, 1)
+        return min(self.state.global_step / max(steps, 1), 1.0)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            trained = self.accelerator.unwrap_model(model)
+            inputs["contrastive_keys"] = self.memory(trained, inputs, self._distillation_progress())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        # The model's gradients are averaged over the processes by its wrapper; the temperature is not in it.
+        if is_distributed() and self.accelerator.sync_gradients:
+            gradient = self.memory.temperature.grad
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        return loss
+
+    def _save_checkpoint(self, *args, **kwargs):
+        super()._save_checkpoint(*args, **kwargs)
+        folder = os.path.join(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and os.path.isdir(folder):
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.memory.state_dict().items()},
+                os.path.join(folder, MEMORY_FILE),
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self.memory.load_state_dict(load_file(os.path.join(resume_from_checkpoint, MEMORY_FILE)))
