@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint format dense bench-latency clean
+.PHONY: install demo demo-all test lint format dense bench-latency clean
 
 install: .venv/.installed
 
@@ -18,6 +18,10 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python examples/prune_digit_vqa.py --output_dir outputs/demo
 
+# The four tasks, one table.
+demo-all: install
+	$(BIN)/python examples/demo_all.py --output_dir outputs/demo-all
+
 test: install
 	$(BIN)/python -m pytest
 
@@ -29,9 +33,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains the shipped dense checkpoint anew.
+# Trains the shipped dense checkpoints anew: the first, then those that start from it.
 dense: install
 	$(BIN)/python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
+	$(BIN)/python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits
+	$(BIN)/python examples/train_dense_tasks.py captioning --output_dir examples/blip-captioning-digits
+	$(BIN)/python examples/train_dense_tasks.py retrieval --output_dir examples/blip-retrieval-digits
 
 bench-latency: install
 	$(BIN)/python benchmarks/latency.py --rounds 20 --output benchmarks/results/latency_cpu.json

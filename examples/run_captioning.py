@@ -120,12 +120,7 @@ def main():
         callbacks=callbacks,
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
-    if training_args.do_train:
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if not args.dense:
-            calibrate(model, validation_batches, reductions)
-
-    # 3. Every budget, from the one model.
+    # 3. Predictions and their score, before any training.
     room = model.config.text_config.max_position_embeddings - collator.prompt_ids(1).shape[1]
 
     def predict(batch):
@@ -138,34 +133,40 @@ def main():
         captions = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [caption.removeprefix(args.prompt).strip() for caption in captions]
 
+    metric = load_metric("caption_metrics")
+
+    def score(predictions):
+        scores = metric.compute(predictions=predictions, references=test["captions"], metrics=tuple(args.metrics))
+        shown = {name: value for name, value in scores.items() if name not in ("bleu_1", "bleu_2", "bleu_3")}
+        return {f"{name} %" if name == "bleu_4" else name: value for name, value in shown.items()}
+
     loader = trainer.accelerator.prepare(
         DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
     )
+    before = score(evaluate_budgets(model, loader, [0.0], predict, trainer.accelerator)[0].predictions)
+    # What a writer who never sees the image gets: captions of other images.
+    floor = score([train[index % len(train)]["captions"][0] for index in range(len(test))])
+
+    # 4. Training; then every budget, from the one model.
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if not args.dense:
+            calibrate(model, validation_batches, reductions)
     results = evaluate_budgets(model, loader, [0.0, *reductions], predict, trainer.accelerator)
 
-    # 4. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        metric = load_metric("caption_metrics")
-
-        def score(captions):
-            return metric.compute(predictions=captions, references=test["captions"], metrics=tuple(args.metrics))
-
-        rows = []
-        for result in results:
-            scores = score(result.predictions)
-            rows.append(
-                {
-                    "reduction asked": result.reduction_asked,
-                    "reached": result.reduction_reached,
-                    **{name: value for name, value in scores.items() if name not in ("bleu_1", "bleu_2", "bleu_3")},
-                    "GFLOPs": result.gflops,
-                    "time / dense": result.seconds / results[0].seconds,
-                }
-            )
-        # What a writer who never sees the image gets: captions of other images.
-        blind = [train[index % len(train)]["captions"][0] for index in range(len(test))]
-        floor = {name: round(value, 4) for name, value in score(blind).items()}
-        report(f"{len(test)} images", rows, training_args.output_dir, floor=floor)
+        rows = [
+            {
+                "reduction asked": result.reduction_asked,
+                "reached": result.reduction_reached,
+                **score(result.predictions),
+                "GFLOPs": result.gflops,
+                "time / dense": result.seconds / results[0].seconds,
+            }
+            for result in results
+        ]
+        report(f"{len(test)} images", rows, training_args.output_dir, dense_before_training=before, floor=floor)
         model.set_pruning(reduction=max(reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)

@@ -117,39 +117,45 @@ def main():
         callbacks=callbacks,
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
-    if training_args.do_train:
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if not args.dense:
-            calibrate(model, validation_batches, reductions)
 
-    # 3. Every budget, from the one model.
+    # 3. Predictions and their score, before any training.
     def predict(batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs).logits.argmax(dim=-1).tolist()
 
+    metric = load_metric("nlvr2")
+    known = {"identifiers": test["identifier"]} if "identifier" in test.column_names else {}
+
+    def score(predictions):
+        scores = metric.compute(predictions=predictions, references=test["label"], **known)
+        return {f"{name} %": value for name, value in scores.items()}
+
     loader = trainer.accelerator.prepare(
         DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
     )
+    before = score(evaluate_budgets(model, loader, [0.0], predict, trainer.accelerator)[0].predictions)
+    floor = question_only_accuracy(train, test, "sentence", "label")  # from the words alone
+
+    # 4. Training; then every budget, from the one model.
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if not args.dense:
+            calibrate(model, validation_batches, reductions)
     results = evaluate_budgets(model, loader, [0.0, *reductions], predict, trainer.accelerator)
 
-    # 4. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        metric = load_metric("nlvr2")
-        known = {"identifiers": test["identifier"]} if "identifier" in test.column_names else {}
-        rows = []
-        for result in results:
-            scores = metric.compute(predictions=result.predictions, references=test["label"], **known)
-            rows.append(
-                {
-                    "reduction asked": result.reduction_asked,
-                    "reached": result.reduction_reached,
-                    **{f"{name} %": score for name, score in scores.items()},
-                    "GFLOPs": result.gflops,
-                    "time / dense": result.seconds / results[0].seconds,
-                }
-            )
-        floor = question_only_accuracy(train, test, "sentence", "label")
-        report(f"{len(test)} statements", rows, training_args.output_dir, floor=f"{floor:.1%} from the words alone")
+        rows = [
+            {
+                "reduction asked": result.reduction_asked,
+                "reached": result.reduction_reached,
+                **score(result.predictions),
+                "GFLOPs": result.gflops,
+                "time / dense": result.seconds / results[0].seconds,
+            }
+            for result in results
+        ]
+        report(f"{len(test)} statements", rows, training_args.output_dir, dense_before_training=before, floor=floor)
         model.set_pruning(reduction=max(reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)

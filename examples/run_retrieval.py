@@ -125,22 +125,10 @@ def main():
         momentum=args.momentum,
         distillation=args.distillation,
     )
-    if training_args.do_train:
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if not args.dense:
-            calibrate(model, validation_batches, reductions)
-
-    # 3. Every budget, from the one model: FLOPs of matching each image with a caption of its own, then all against all.
-    model.eval()
-    loader = trainer.accelerator.prepare(
-        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
-    )
-    costs = evaluate_budgets(
-        model, loader, [0.0, *reductions], lambda batch: [None] * len(batch["input_ids"]), trainer.accelerator
-    )
+    # 3. All images against all captions, and the score of that, before any training.
     texts = [caption for captions in test["captions"] for caption in captions]
     belongs = [index for index, captions in enumerate(test["captions"]) for _ in captions]
-    own = [[t for t, image in enumerate(belongs) if image == index] for index in range(len(test))]
+    own = [[text for text, image in enumerate(belongs) if image == index] for index in range(len(test))]
     encoded = processor.tokenizer(
         texts, padding=True, truncation=args.max_length is not None, max_length=args.max_length, return_tensors="pt"
     )
@@ -153,36 +141,51 @@ def main():
     )
     metric = load_metric("retrieval_recall")
 
-    def recall(image_to_text, text_to_image):
-        return metric.compute(predictions=image_to_text.numpy(), references=own, text_to_image=text_to_image.numpy())
+    def score(image_to_text, text_to_image):
+        recalls = metric.compute(
+            predictions=image_to_text.numpy(), references=own, text_to_image=text_to_image.numpy()
+        )
+        return {f"{name.replace('_recall', '')} %": value for name, value in recalls.items()}
 
-    rows = []
-    for cost in costs:
-        model.set_pruning(reduction=cost.reduction_asked)
+    def score_at(reduction):
+        model.eval()
+        model.set_pruning(reduction=reduction)
         started = time.perf_counter()
         scores = score_images_and_texts(model, images, encoded.input_ids, encoded.attention_mask, args.k)
-        seconds = time.perf_counter() - started
-        if not rows:
-            dense_seconds = seconds
-        rows.append(
+        return score(*scores), time.perf_counter() - started
+
+    before, _ = score_at(0.0)
+    chance = torch.rand(len(test), len(texts), generator=torch.Generator().manual_seed(0))
+    floor = score(chance, chance.T)
+
+    # 4. Training; then every budget, from the one model. FLOPs are those of matching an image with one of its captions.
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if not args.dense:
+            calibrate(model, validation_batches, reductions)
+    loader = trainer.accelerator.prepare(
+        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+    )
+    costs = evaluate_budgets(
+        model, loader, [0.0, *reductions], lambda batch: [None] * len(batch["input_ids"]), trainer.accelerator
+    )
+    results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
+
+    # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    if trainer.is_world_process_zero():
+        shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
+        rows = [
             {
                 "reduction asked": cost.reduction_asked,
                 "reached": cost.reduction_reached,
-                **{
-                    f"{name} %": value
-                    for name, value in recall(*scores).items()
-                    if name.endswith(("@1", "mean_recall"))
-                },
+                **{name: scores[name] for name in shown},
                 "GFLOPs": cost.gflops,
-                "time / dense": seconds / dense_seconds,
+                "time / dense": seconds / results[0][2],
             }
-        )
-
-    # 4. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
-    if trainer.is_world_process_zero():
-        chance = torch.rand(len(test), len(texts), generator=torch.Generator().manual_seed(0))
-        floor = {name: round(value, 4) for name, value in recall(chance, chance.T).items()}
-        report(f"{len(test)} images, {len(texts)} captions", rows, training_args.output_dir, floor=floor)
+            for cost, scores, seconds in results
+        ]
+        title = f"{len(test)} images, {len(texts)} captions"
+        report(title, rows, training_args.output_dir, dense_before_training=before, floor=floor)
         model.set_pruning(reduction=max(reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)

@@ -123,12 +123,7 @@ def main():
         callbacks=callbacks,
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
-    if training_args.do_train:
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if not args.dense:
-            calibrate(model, validation_batches, reductions)
-
-    # 3. Every budget, from the one model.
+    # 3. Predictions and their score, before any training.
     answers = json.loads(Path(args.answer_list).read_text()) if args.answer_list else None
     if answers:
         candidates = processor.tokenizer(answers, padding=True, return_tensors="pt").to(model.device)
@@ -141,34 +136,39 @@ def main():
         written = model.generate(*inputs, max_new_tokens=10)
         return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
+    metric = load_metric("vqa_accuracy")
+    # Of a digit scene there is one answer: all ten annotators agree on it.
+    references = test["answers"] if "answers" in test.column_names else [[answer] * 10 for answer in test["answer"]]
+
+    def score(predictions):
+        return {"accuracy %": metric.compute(predictions=predictions, references=references)["accuracy"]}
+
     loader = trainer.accelerator.prepare(
         DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
     )
+    before = score(evaluate_budgets(model, loader, [0.0], predict, trainer.accelerator)[0].predictions)
+    floor = question_only_accuracy(train, test) if args.dataset is None else None  # from the words alone
+
+    # 4. Training; then every budget, from the one model.
+    if training_args.do_train:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if not args.dense:
+            calibrate(model, validation_batches, reductions)
     results = evaluate_budgets(model, loader, [0.0, *reductions], predict, trainer.accelerator)
 
-    # 4. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        metric = load_metric("vqa_accuracy")
-        # Of a digit scene there is one answer: all ten annotators agree on it.
-        references = (
-            test["answers"] if "answers" in test.column_names else [[answer] * 10 for answer in test["answer"]]
-        )
-        rows = []
-        for result in results:
-            accuracy = metric.compute(predictions=result.predictions, references=references)["accuracy"]
-            rows.append(
-                {
-                    "reduction asked": result.reduction_asked,
-                    "reached": result.reduction_reached,
-                    "accuracy %": accuracy,
-                    "GFLOPs": result.gflops,
-                    "time / dense": result.seconds / results[0].seconds,
-                }
-            )
-        facts = {}
-        if args.dataset is None:
-            facts["floor"] = f"{question_only_accuracy(train, test):.1%} from the words alone"
-        report(f"{len(test)} questions", rows, training_args.output_dir, **facts)
+        rows = [
+            {
+                "reduction asked": result.reduction_asked,
+                "reached": result.reduction_reached,
+                **score(result.predictions),
+                "GFLOPs": result.gflops,
+                "time / dense": result.seconds / results[0].seconds,
+            }
+            for result in results
+        ]
+        report(f"{len(test)} questions", rows, training_args.output_dir, dense_before_training=before, floor=floor)
         model.set_pruning(reduction=max(reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)

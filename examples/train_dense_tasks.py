@@ -34,7 +34,15 @@ from madtp_hf.modeling.encoders import run_layers, split_heads
 NEW_WORDS = "both only neither all an of picture".split()
 PROMPT = "a picture of"
 NUM_QUESTIONS = 3  # about each pair of scenes
-NUM_TOKENS = (11, 21, 31, 41, 61, 81, 101)  # that thinned images keep: few numbers, for a CPU's kernels are made anew for each shape
+NUM_TOKENS = (
+    11,
+    21,
+    31,
+    41,
+    61,
+    81,
+    101,
+)  # that thinned images keep: few numbers, for a CPU's kernels are made anew for each shape
 MODELS = {
     "nlvr2": MadtpBlipForImagesAndTextClassification,
     "captioning": MadtpBlipForConditionalGeneration,
@@ -264,7 +272,9 @@ def main():
         processor.save_pretrained(args.output_dir)
         if args.task in DENSE:
             # encoder_token_id stays in the configuration, for `from_blip` to take over.
-            fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")}
+            fields = {
+                k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")
+            }
             dense = DENSE[args.task](DenseBlip.config_class(**fields))
             dense.load_state_dict(
                 {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("alignment.")}
