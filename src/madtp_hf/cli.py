@@ -123,15 +123,24 @@ def _check_out(out: Path, checkpoint: Path, force: bool) -> None:
 
 def _load_tokenizer(source: str):
     """A BERT tokenizer, with the two tokens that BLIP adds to it."""
+    from huggingface_hub import HfApi
     from transformers import BertTokenizer
 
-    tokenizer, reason = None, "there is no vocabulary"
+    def load(**options):
+        tokenizer = BertTokenizer.from_pretrained(source, **options)
+        # Where there are no files, transformers makes one that knows special tokens alone.
+        return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+    tokenizer, reason = None, "it has no vocabulary"
     try:
-        tokenizer = BertTokenizer.from_pretrained(source)
-    except Exception as error:  # the tokenizers library raises bare ones
+        tokenizer = load(local_files_only=True)
+        if tokenizer is None and not Path(source).is_dir():
+            # Ask once whether the Hub has it: each file of a tokenizer by itself would be asked for again and again, for minutes.
+            HfApi().model_info(source, timeout=10)
+            tokenizer = load()
+    except Exception as error:  # of the tokenizers library, which raises bare ones, and of the network
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-    # Where it finds no files, transformers makes a tokenizer that knows special tokens alone.
-    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+    if tokenizer is None:
         raise ValueError(
             f"The tokenizer {source!r} could not be loaded ({reason}): pass --tokenizer FOLDER, one with the vocab.txt or"
             " tokenizer.json of bert-base-uncased."
@@ -247,8 +256,8 @@ def convert(
 
         out = out.resolve()
         _check_out(out, checkpoint, force)
-        bert = _load_tokenizer(tokenizer)
         content = read_checkpoint(checkpoint)
+        bert = _load_tokenizer(tokenizer)
         model = convert_original_checkpoint(content, task.value, image_size=image_size)
         _take_special_tokens(model, bert, tokenizer)
         side = model.config.vision_config.image_size

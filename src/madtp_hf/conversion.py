@@ -211,15 +211,15 @@ def _hint(names, task: str) -> str:
     return "" if likely == task else f" It looks like a checkpoint of task {likely!r}."
 
 
-def _drop_alignment_biases(state_dict: dict[str, torch.Tensor], expected, original_names: dict[str, str]) -> None:
-    """MADTP's maps to the alignment tokens' width have a bias, and may be there for a branch that has that width; ours not."""
+def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_names: dict[str, str]) -> None:
+    """MADTP may have a map to the alignment tokens' width for a branch that has that width already; ours has none."""
     maps = [name for name in state_dict if re.match(r"alignment\.\w+_projection\.", name)]
     for name in (name for name in maps if name not in expected):
         if not name.endswith(".bias") or state_dict[name].any():
             raise ValueError(
-                f"The checkpoint's {original_names[name]} can't be kept: in this package the map of a branch to the alignment tokens'"
-                " width is without bias, and there is none for a branch that has that width. To convert the rest, drop the map's"
-                " tensors from the state dict, and train with pruning on before you prune."
+                f"The checkpoint's {original_names[name]} can't be kept: in this package a branch that has the alignment tokens' width"
+                " is not mapped to it. To convert the rest, drop the map's tensors from the state dict, and train with pruning on before"
+                " you prune."
             )
         del state_dict[name]
 
@@ -280,7 +280,7 @@ def convert_original_checkpoint(
         original_names[name] = original_name
     state_dict = {name: original[original_name] for name, original_name in original_names.items()}
     expected = model.state_dict()
-    _drop_alignment_biases(state_dict, expected, original_names)
+    _drop_idle_maps(state_dict, expected, original_names)
 
     # The output layer's tensors are tied: one name of each pair is enough.
     tied = model.all_tied_weights_keys

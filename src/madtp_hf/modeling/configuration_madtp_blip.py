@@ -42,7 +42,7 @@ class MadtpBlipConfig(BlipConfig):
     """
 
     model_type = "madtp_blip"
-    # What `Trainer` leaves out of its predictions: everything but the logits.
+    # What `Trainer` leaves out of its predictions: everything but the logits, or retrieval's scores.
     keys_to_ignore_at_inference = [
         "image_embeds",
         "last_hidden_state",
@@ -56,6 +56,13 @@ class MadtpBlipConfig(BlipConfig):
         "question_states",
         "question_mask",
         "vision_positions",
+        "text_states",
+        "question_embeds",
+        "text_mask",
+        "image_feature",
+        "text_feature",
+        "contrastive_loss",
+        "matching_loss",
     ]
     # Saved configurations bring their code along, see `PreTrainedConfig.register_for_auto_class`.
     _auto_class = "AutoConfig"

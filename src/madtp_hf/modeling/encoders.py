@@ -171,6 +171,10 @@ class MadtpBlipTextLayer(BlipTextLayer):
         return text_attention(self.crossattention, hidden_states, image_states, image_mask)[0]
 
 
+class MergeLayer(nn.Linear):
+    """A learned mixture of two states (..., width): of their concatenation (..., 2 * width). It begins as their mean."""
+
+
 class PairCrossAttentionOutput(nn.Module):
     """What a text sees of two images becomes one: the mean of the two, or with a merge layer their learned mixture."""
 
@@ -179,7 +183,7 @@ class PairCrossAttentionOutput(nn.Module):
         width = config.hidden_size
         self.dense0 = nn.Linear(width, width)
         self.dense1 = nn.Linear(width, width)
-        self.merge_layer = nn.Linear(2 * width, width) if merges else None
+        self.merge_layer = MergeLayer(2 * width, width) if merges else None
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

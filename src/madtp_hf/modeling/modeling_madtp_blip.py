@@ -35,7 +35,7 @@ from .encoders import (
     MadtpBlipPairTextLayer,
     MadtpBlipTextModel,
     MadtpBlipVisionModel,
-    PairCrossAttentionOutput,
+    MergeLayer,
     build_text_decoder,
     text_attention,
 )
@@ -173,11 +173,31 @@ class MadtpBlipAlignment(nn.Module):
         width = config.alignment_dim or config.text_config.hidden_size
 
         def projection(branch_width):
-            return None if branch_width == width else nn.Linear(branch_width, width, bias=False)
+            return None if branch_width == width else nn.Linear(branch_width, width)
 
         self.tokens = nn.Parameter(torch.empty(config.num_alignment_tokens, width))
         self.vision_projection = projection(config.vision_config.hidden_size)
         self.text_projection = projection(config.text_config.hidden_size)
+
+
+def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -> None:
+    if tensor.shape != input_ids.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and input_ids {tuple(input_ids.shape)}: expected the same."
+        )
+
+
+def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """The number of real tokens in each text (B,), that of the shortest and that of the longest; a `ValueError` for a mask that can't be."""
+    check_same_shape("attention_mask", attention_mask, input_ids)
+    lengths = attention_mask.bool().sum(dim=1)
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    if shortest == 0:
+        rows = (lengths == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"attention_mask is 0 everywhere in row {rows}: expected at least one real token in each text."
+        )
+    return lengths, shortest, longest
 
 
 def left_align(
@@ -190,18 +210,8 @@ def left_align(
     """
     if attention_mask is None:
         return input_ids, None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}: expected the same."
-        )
+    lengths, shortest, longest = text_lengths(input_ids, attention_mask)
     real = attention_mask.bool()
-    lengths = real.sum(dim=1)
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    if shortest == 0:
-        rows = (lengths == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            f"attention_mask is 0 everywhere in row {rows}: expected at least one real token in each text."
-        )
     width = longest if cut else input_ids.shape[1]
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     input_ids = input_ids.gather(1, order)
@@ -256,10 +266,10 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             # the lowest importance to the mean, so that an untrained model reaches small reductions and large ones.
             scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
             init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))
-        elif isinstance(module, PairCrossAttentionOutput) and module.merge_layer is not None:
+        elif isinstance(module, MergeLayer):
             # Begin as the layers before do, with the mean of what is seen of both images.
-            init.copy_(module.merge_layer.weight, torch.eye(module.dense0.out_features).repeat(1, 2) / 2)
-            init.zeros_(module.merge_layer.bias)
+            init.copy_(module.weight, torch.eye(module.out_features).repeat(1, 2) / 2)
+            init.zeros_(module.bias)
         elif isinstance(module, BlipTextEmbeddings):
             # In no checkpoint, and empty when a model is built on the meta device to be loaded.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
@@ -702,7 +712,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
-            ValueError: for inputs of another shape, a caption that is too long, or neither labels nor input_ids.
+            ValueError: for inputs of another shape, a caption that is all padding or too long, or neither labels nor input_ids.
         """
         if labels is None and input_ids is None:
             raise ValueError(
@@ -715,6 +725,10 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(f"Captions of {input_ids.shape[1]} tokens: this model's decoder reads at most {longest}.")
+        if labels is not None:
+            check_same_shape("labels", labels, input_ids)
+        if attention_mask is not None:
+            text_lengths(input_ids, attention_mask)
         vision = self._encode_images(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -861,6 +875,10 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}: expected ({len(input_ids)},), one label for each sentence."
             )
+        if labels is not None and ((labels != 0) & (labels != 1)).any():
+            raise ValueError(
+                f"labels holds {labels.unique().tolist()}: expected 1 where a sentence is true and 0 where it is false."
+            )
         with_feature = labels is not None
         vision = self._encode_images(
             pixel_values.flatten(0, 1),
@@ -978,6 +996,10 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         """
         if use_itm_head or return_loss:
             check_same_number(pixel_values, input_ids, "texts")
+        if image_ids is not None and image_ids.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"image_ids has shape {tuple(image_ids.shape)}: expected ({len(input_ids)},), one number for each image."
+            )
         with_feature = bool(return_loss or not use_itm_head)
         vision = self._encode_images(
             pixel_values,

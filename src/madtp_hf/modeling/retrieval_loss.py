@@ -92,8 +92,8 @@ def contrastive_loss(
             targets,
             torch.tensor(TEMPERATURE, device=image_feature.device),
         )
-    image_to_text = (image_feature @ keys.text.T).float() / keys.temperature
-    text_to_image = (text_feature @ keys.image.T).float() / keys.temperature
+    image_to_text = (image_feature.float() @ keys.text.float().T) / keys.temperature
+    text_to_image = (text_feature.float() @ keys.image.float().T) / keys.temperature
     return (F.cross_entropy(image_to_text, keys.image_targets) + F.cross_entropy(text_to_image, keys.text_targets)) / 2
 
 
