@@ -58,7 +58,7 @@ def score_images_and_texts(
             for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size))
         ]
     )
-    similarity = image_features @ text_features.T
+    similarity = image_features.float() @ text_features.float().T  # in bfloat16, many would be equal
     rank, processes = process_rank(), torch.distributed.get_world_size() if is_distributed() else 1
 
     def rescore(similarity, of_images: bool):
@@ -79,9 +79,9 @@ def score_images_and_texts(
             tokens = pad_sequence([states[index] for index in image.tolist()], batch_first=True)
             mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[image].unsqueeze(1)
             matching = model.match(input_ids[text], attention_mask[text], tokens, mask)[:, 1]
-            scores[query, candidate] = (matching + similarity[query, candidate]).to(scores.dtype)
+            scores[query, candidate] = matching + similarity[query, candidate]
         if processes > 1:
             torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX)
-        return scores.float().cpu()
+        return scores.cpu()
 
     return rescore(similarity, True), rescore(similarity.T.contiguous(), False)

@@ -41,7 +41,11 @@ class ContrastiveMemory(nn.Module):
             raise ValueError(f"{momentum=}, {distillation=}: expected numbers in [0, 1), and in [0, 1].")
         self.momentum = momentum
         self.distillation = distillation
-        self.twin = copy.deepcopy(model).requires_grad_(False).eval()
+        # In float32, whatever the model is in: the small steps of a slow average would be rounded away.
+        self.twin = copy.deepcopy(model).float().requires_grad_(False).eval()
+        if is_distributed():  # as the model's wrapper does: what is new in a model is random, another on each process
+            for parameter in self.twin.parameters():
+                dist.broadcast(parameter, 0)
         self.temperature = nn.Parameter(torch.tensor(TEMPERATURE, device=model.device))
         width = model.config.image_text_hidden_size
         for name in ("image_queue", "text_queue"):
@@ -51,7 +55,8 @@ class ContrastiveMemory(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def _follow(self, model) -> None:
+    def follow(self, model) -> None:
+        """Let the twin move towards the model, once a step."""
         for mine, theirs in zip(self.twin.parameters(), model.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - self.momentum)
         # It prunes as the model does.
@@ -69,13 +74,12 @@ class ContrastiveMemory(nn.Module):
         self.id_queue[places] = ids
         self.position = (self.position + len(ids)) % size
 
-    def forward(self, model, inputs: dict[str, torch.Tensor], progress: float) -> ContrastiveKeys:
-        """What this step's batch is to be contrasted with; the twin follows the model first.
+    def forward(self, inputs: dict[str, torch.Tensor], progress: float) -> ContrastiveKeys:
+        """What this batch is to be contrasted with; afterwards it is in the queues.
 
         progress, in [0, 1]: how far distillation has been faded in.
         """
         with torch.no_grad():
-            self._follow(model)
             self.temperature.clamp_(0.001, 0.5)
             image = self.twin.get_image_features(inputs["pixel_values"])
             text = self.twin.get_text_features(inputs["input_ids"], inputs.get("attention_mask"))
@@ -123,13 +127,23 @@ class RetrievalTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.model_init is not None:
+            raise ValueError(
+                "RetrievalTrainer got a model_init: expected a model, for its momentum twin to start from."
+            )
         if not isinstance(self.model, MadtpBlipForImageTextRetrieval):
             raise TypeError(
                 f"RetrievalTrainer got a {type(self.model).__name__}: expected a MadtpBlipForImageTextRetrieval."
             )
         self.args.dataloader_drop_last = True
-        self.memory = ContrastiveMemory(self.model, queue_size, momentum, distillation)
+        self.memory = ContrastiveMemory(self.model.to(self.args.device), queue_size, momentum, distillation)
         self.distillation_warmup_steps = distillation_warmup_steps
+        self._begins_step = True
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "RetrievalTrainer got a scheduler, which does not know the learned temperature that joins the optimizer: expected"
+                " optimizers=(optimizer, None), and the schedule's settings in the training arguments."
+            )
         if self.optimizer is not None:
             self._add_temperature()
 
@@ -151,12 +165,16 @@ class RetrievalTrainer(Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
-            trained = self.accelerator.unwrap_model(model)
-            inputs["contrastive_keys"] = self.memory(trained, inputs, self._distillation_progress())
+            with self.accelerator.autocast():
+                inputs["contrastive_keys"] = self.memory(inputs, self._distillation_progress())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
+        if self._begins_step:
+            self.memory.follow(self.model)
+            self.memory.temperature.grad = None  # `Trainer` clears the gradients of its model alone
         loss = super().training_step(*args, **kwargs)
+        self._begins_step = self.accelerator.sync_gradients
         # The model's gradients are averaged over the processes by its wrapper; the temperature is not in it.
         if is_distributed() and self.accelerator.sync_gradients:
             gradient = self.memory.temperature.grad

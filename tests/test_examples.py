@@ -1,0 +1,86 @@
+"""The scripts of the four tasks, from a dense model to a pruned one that is saved, on a few digit scenes and with random weights."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+)
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DIGITS = EXAMPLES / "blip-vqa-digits"
+TASKS = {
+    "vqa": (BlipForQuestionAnswering, []),
+    "nlvr2": (BlipForQuestionAnswering, []),
+    "captioning": (BlipForConditionalGeneration, ["--metrics", "bleu", "--max_new_tokens", "6", "--num_beams", "1"]),
+    "retrieval": (BlipForImageTextRetrieval, ["--queue_size", "8", "--k", "4"]),
+}
+
+
+def make_dense(task: str, folder: Path) -> None:
+    """A small dense model with random weights, for the task's script to prune."""
+    config = BlipConfig.from_pretrained(DIGITS)
+    config.image_text_hidden_size = 16
+    for branch, layers in ((config.vision_config, 3), (config.text_config, 2)):
+        branch.num_hidden_layers, branch.initializer_range = layers, 0.2
+    torch.manual_seed(0)
+    TASKS[task][0](config).save_pretrained(folder)
+    BlipProcessor.from_pretrained(DIGITS).save_pretrained(folder)
+
+
+def run_example(task: str, folder: Path, output: Path) -> None:
+    """Run the task's script on the model in `folder`, in this process."""
+    settings = {
+        "model": folder,
+        "output_dir": output,
+        "train_samples": 16,
+        "validation_samples": 8,
+        "test_samples": 7,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "reductions": 0.6,
+        "num_alignment_tokens": 16,
+        "alignment_dim": 0,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    before = sys.argv
+    sys.argv = [f"run_{task}.py", *arguments, "--target_reduction", "0.6", "0.65", *TASKS[task][1]]
+    try:
+        runpy.run_path(str(EXAMPLES / sys.argv[0]), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def check_output(output: Path) -> list[dict]:
+    rows = json.loads((output / "results.json").read_text())["results"]
+    assert [row["reduction asked"] for row in rows] == [0, 0.6]
+    assert rows[0]["reached"] == 0 and 0.4 < rows[1]["reached"] < 0.8
+    assert rows[1]["GFLOPs"] < 0.6 * rows[0]["GFLOPs"]
+    assert BlipProcessor.from_pretrained(output).tokenizer is not None
+    model, info = AutoModel.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.pruning_schedule[0][0] == 0.6
+    assert model.config.pruning_temperature == model.config.pruning_schedule[0][1]
+    return rows
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_script_runs_from_start_to_end(task, tmp_path, capsys):
+    make_dense(task, tmp_path / "dense")
+    output = tmp_path / f"pruned-{task}"  # in one process, transformers takes folders of one name for one class
+    run_example(task, tmp_path / "dense", output)
+    rows = check_output(output)
+    assert any(name.endswith("%") for name in rows[0])
+    assert "reduction asked" in capsys.readouterr().out
