@@ -37,6 +37,15 @@ def measure(model, batch, output) -> torch.Tensor:
     return reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
 
 
+def complete(model, batch) -> dict[str, torch.Tensor]:
+    """A batch's tensors, on the model's device; where a decoder has nothing to read, its start token."""
+    batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if model.task in STARTS and not any(name in batch for name in (STARTS[model.task], "labels")):
+        start = model.config.text_config.bos_token_id
+        batch[STARTS[model.task]] = torch.full((len(batch["pixel_values"]), 1), start, device=model.device)
+    return batch
+
+
 @contextmanager
 def restored(model):
     """Leave a model in the mode and at the temperature that it had."""
@@ -54,10 +63,7 @@ def measure_reduction(model, batches, temperature: float) -> float:
     model.set_pruning(temperature=temperature)
     reductions = []
     for batch in batches:
-        batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        if model.task in STARTS and not any(name in batch for name in (STARTS[model.task], "labels")):
-            start = torch.full((len(batch["pixel_values"]), 1), model.config.text_config.bos_token_id)
-            batch[STARTS[model.task]] = start.to(model.device)
+        batch = complete(model, batch)
         reductions.append(measure(model, batch, model(**batch)))
     return torch.cat(reductions).mean().item()
 

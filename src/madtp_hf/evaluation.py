@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .calibration import decoder_tokens, measure, restored
+from .calibration import complete, decoder_tokens, measure, restored
 from .flops import count_flops
 
 
@@ -52,7 +52,7 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
     rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
     with restored(model):
         for batch in tqdm(loader, desc="evaluating", leave=False):
-            batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            batch = complete(model, batch)
             tokens = decoder_tokens(batch, model.task, model.config)
             for reduction, row in rows.items():
                 model.set_pruning(reduction=reduction)

@@ -61,7 +61,7 @@ class QuestionAnsweringCollator:
         batch = _tokens(self.processor, [row["question"] for row in rows], self.max_length)
         batch["pixel_values"] = _pixels(self.processor, [row["image"] for row in rows])
         if all(row.get("answer") or row.get("answers") for row in rows):
-            answers = [row["answer"] if "answer" in row else self._random.choice(row["answers"]) for row in rows]
+            answers = [row.get("answer") or self._random.choice(row["answers"]) for row in rows]
             encoded = _decoder_tokens(self.processor, answers, self.decoder_start_token_id)
             batch["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
         return batch

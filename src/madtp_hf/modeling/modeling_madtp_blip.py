@@ -275,6 +275,15 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
 
     @classmethod
+    def from_pretrained(cls, *args, config=None, **kwargs):
+        # `AutoModel` remembers one model class for a configuration's class. Of two local checkpoints with the same folder name it would load
+        # the second, of another task, with the first one's class.
+        named = globals().get((getattr(config, "architectures", None) or [None])[0])
+        if named is not None and named is not cls and issubclass(named, MadtpBlipPreTrainedModel):
+            return named.from_pretrained(*args, config=config, **kwargs)
+        return super().from_pretrained(*args, config=config, **kwargs)
+
+    @classmethod
     def from_blip(cls, source, **config_overrides):
         """Make a model of this class from transformers' BLIP for the same task; only alignment parameters are new.
 
