@@ -7,6 +7,7 @@
 All of `TrainingArguments` are options as well.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import BlipProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from madtp_hf import (
-    MadtpBlipConfig,
     MadtpBlipForConditionalGeneration,
-    ReductionCallback,
     calibrate,
     create_optimizer,
 )
 from madtp_hf.data import CaptioningCollator, load_coco_captions, load_digit_captions
 from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.metrics import load_metric
+from madtp_hf.training.arguments import PruningArguments
 
 
 @dataclass
@@ -37,6 +37,9 @@ class Arguments:
         metadata={"help": "COCO's folder (Karpathy's splits) or a Hub id; the digit scenes if not given."},
     )
     image_dir: str | None = field(default=None, metadata={"help": "COCO's image folder; the data set's if not given."})
+    columns: str | None = field(
+        default=None, metadata={"help": "What a Hub data set's columns are called, as JSON: ours to theirs."}
+    )
     train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
     validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
     test_samples: int | None = field(default=1000, metadata={"help": "Rows to evaluate on; 0 for all."})
@@ -48,37 +51,19 @@ class Arguments:
         default_factory=lambda: ["bleu", "cider", "rouge"],
         metadata={"help": "Of bleu, cider, rouge, meteor and spice, the last two of which need Java."},
     )
-    dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
-    target_reduction: list[float] = field(
-        default_factory=lambda: [0.5, 0.8],
-        metadata={"help": "The reduction of FLOPs to train at, or two: a range to draw from."},
-    )
-    num_targets: int = field(default=3, metadata={"help": "How many targets in that range."})
-    reductions: list[float] = field(
-        default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
-    )
-    num_alignment_tokens: int = field(default=256, metadata={"help": "How many alignment tokens."})
-    alignment_dim: int | None = field(default=24, metadata={"help": "Their width; 0 for the text's."})
 
 
 def load_data(args, split):
     rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[split]
     if args.dataset is None:
         return load_digit_captions(split, rows)
-    data = load_coco_captions(args.dataset, split, image_dir=args.image_dir)
+    columns = json.loads(args.columns) if args.columns else None
+    data = load_coco_captions(args.dataset, split, image_dir=args.image_dir, columns=columns)
     return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
-def load_model(args):
-    if MadtpBlipConfig.get_config_dict(args.model)[0].get("pruning_schedule"):
-        return MadtpBlipForConditionalGeneration.from_pretrained(args.model)
-    return MadtpBlipForConditionalGeneration.from_blip(
-        args.model, num_alignment_tokens=args.num_alignment_tokens, alignment_dim=args.alignment_dim or None
-    )
-
-
 def main():
-    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((Arguments, PruningArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(
         output_dir="outputs/captioning",
         do_train=True,
@@ -92,32 +77,32 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, training_args = parser.parse_args_into_dataclasses()
+    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
 
     # 1. Model and data.
     processor = BlipProcessor.from_pretrained(args.model)
-    model = load_model(args)
+    model = pruning_args.load_model(MadtpBlipForConditionalGeneration, args.model)
     collator = CaptioningCollator(processor, model.config.text_config.bos_token_id, args.prompt, args.max_length)
     with training_args.main_process_first():
         train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
     validation_batches = DataLoader(
         validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
     )
-    reductions = [] if args.dense else args.reductions
 
     # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    callbacks = []
-    if not args.dense:
-        calibrate(model, validation_batches, args.target_reduction if training_args.do_train else reductions)
-        target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
-        callbacks.append(ReductionCallback(target, num_targets=args.num_targets))
+    if not pruning_args.dense:
+        calibrate(
+            model,
+            validation_batches,
+            pruning_args.target_reduction if training_args.do_train else pruning_args.reductions,
+        )
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=train,
         data_collator=collator,
-        callbacks=callbacks,
+        callbacks=pruning_args.callbacks(),
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
     # 3. Predictions and their score, before any training.
@@ -150,9 +135,9 @@ def main():
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if not args.dense:
-            calibrate(model, validation_batches, reductions)
-    results = evaluate_budgets(model, loader, [0.0, *reductions], predict, trainer.accelerator)
+        if not pruning_args.dense:
+            calibrate(model, validation_batches, pruning_args.reductions)
+    results = evaluate_budgets(model, loader, [0.0, *pruning_args.reductions], predict, trainer.accelerator)
 
     # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
@@ -167,7 +152,7 @@ def main():
             for result in results
         ]
         report(f"{len(test)} images", rows, training_args.output_dir, dense_before_training=before, floor=floor)
-        model.set_pruning(reduction=max(reductions, default=0.0))
+        model.set_pruning(reduction=max(pruning_args.reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
     if torch.distributed.is_initialized():

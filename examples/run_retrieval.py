@@ -7,6 +7,7 @@
 All of `TrainingArguments` are options as well.
 """
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import BlipProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 from madtp_hf import (
-    MadtpBlipConfig,
     MadtpBlipForImageTextRetrieval,
-    ReductionCallback,
     RetrievalTrainer,
     calibrate,
     create_optimizer,
@@ -27,6 +26,7 @@ from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_capt
 from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.metrics import load_metric
 from madtp_hf.retrieval import score_images_and_texts
+from madtp_hf.training.arguments import PruningArguments
 
 
 @dataclass
@@ -39,6 +39,9 @@ class Arguments:
         default=None, metadata={"help": "The folder of Flickr30k or COCO, or a Hub id; the digit scenes if not given."}
     )
     image_dir: str | None = field(default=None, metadata={"help": "Its image folder; the data set's if not given."})
+    columns: str | None = field(
+        default=None, metadata={"help": "What a Hub data set's columns are called, as JSON: ours to theirs."}
+    )
     train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
     validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
     test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
@@ -49,38 +52,20 @@ class Arguments:
     queue_size: int = field(default=1024, metadata={"help": "Features of earlier batches to contrast with."})
     momentum: float = field(default=0.995, metadata={"help": "How much of the momentum twin stays at a step."})
     distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the twin's."})
-    dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
-    target_reduction: list[float] = field(
-        default_factory=lambda: [0.5, 0.8],
-        metadata={"help": "The reduction of FLOPs to train at, or two: a range to draw from."},
-    )
-    num_targets: int = field(default=3, metadata={"help": "How many targets in that range."})
-    reductions: list[float] = field(
-        default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
-    )
-    num_alignment_tokens: int = field(default=256, metadata={"help": "How many alignment tokens."})
-    alignment_dim: int | None = field(default=24, metadata={"help": "Their width; 0 for the text's."})
 
 
 def load_data(args, split):
     rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[split]
     if args.dataset is None:
         return load_digit_captions(split, rows)
+    columns = json.loads(args.columns) if args.columns else None
     load = load_flickr30k if "flickr" in args.dataset.lower() else load_coco_captions
-    data = load(args.dataset, split, image_dir=args.image_dir)
+    data = load(args.dataset, split, image_dir=args.image_dir, columns=columns)
     return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
-def load_model(args):
-    if MadtpBlipConfig.get_config_dict(args.model)[0].get("pruning_schedule"):
-        return MadtpBlipForImageTextRetrieval.from_pretrained(args.model)
-    return MadtpBlipForImageTextRetrieval.from_blip(
-        args.model, num_alignment_tokens=args.num_alignment_tokens, alignment_dim=args.alignment_dim or None
-    )
-
-
 def main():
-    parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)
+    parser = HfArgumentParser((Arguments, PruningArguments, TrainingArguments), description=__doc__)
     parser.set_defaults(
         output_dir="outputs/retrieval",
         do_train=True,
@@ -94,32 +79,32 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, training_args = parser.parse_args_into_dataclasses()
+    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
 
     # 1. Model and data.
     processor = BlipProcessor.from_pretrained(args.model)
-    model = load_model(args)
+    model = pruning_args.load_model(MadtpBlipForImageTextRetrieval, args.model)
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
         train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
     validation_batches = DataLoader(
         validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
     )
-    reductions = [] if args.dense else args.reductions
 
     # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    callbacks = []
-    if not args.dense:
-        calibrate(model, validation_batches, args.target_reduction if training_args.do_train else reductions)
-        target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
-        callbacks.append(ReductionCallback(target, num_targets=args.num_targets))
+    if not pruning_args.dense:
+        calibrate(
+            model,
+            validation_batches,
+            pruning_args.target_reduction if training_args.do_train else pruning_args.reductions,
+        )
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
         data_collator=collator,
-        callbacks=callbacks,
+        callbacks=pruning_args.callbacks(),
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
         queue_size=args.queue_size,
         momentum=args.momentum,
@@ -161,13 +146,17 @@ def main():
     # 4. Training; then every budget, from the one model. FLOPs are those of matching an image with one of its captions.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if not args.dense:
-            calibrate(model, validation_batches, reductions)
+        if not pruning_args.dense:
+            calibrate(model, validation_batches, pruning_args.reductions)
     loader = trainer.accelerator.prepare(
         DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
     )
     costs = evaluate_budgets(
-        model, loader, [0.0, *reductions], lambda batch: [None] * len(batch["input_ids"]), trainer.accelerator
+        model,
+        loader,
+        [0.0, *pruning_args.reductions],
+        lambda batch: [None] * len(batch["input_ids"]),
+        trainer.accelerator,
     )
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
 
@@ -186,7 +175,7 @@ def main():
         ]
         title = f"{len(test)} images, {len(texts)} captions"
         report(title, rows, training_args.output_dir, dense_before_training=before, floor=floor)
-        model.set_pruning(reduction=max(reductions, default=0.0))
+        model.set_pruning(reduction=max(pruning_args.reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
     if torch.distributed.is_initialized():

@@ -1,12 +1,27 @@
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    BlipProcessor,
+)
 
-from madtp_hf import MadtpBlipForQuestionAnswering
+from madtp_hf import (
+    MadtpBlipForConditionalGeneration,
+    MadtpBlipForImagesAndTextClassification,
+    MadtpBlipForImageTextRetrieval,
+    MadtpBlipForQuestionAnswering,
+)
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -90,13 +105,86 @@ def make_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Ten
     }
 
 
-def one_sample(inputs, index):
-    """Row `index` of a batch, by itself and without padding."""
+def one_sample(inputs, index, sequences=("input_ids", "attention_mask")):
+    """Row `index` of a batch, by itself and without the padding of its `sequences`."""
     length = int(inputs["attention_mask"][index].sum())
     sample = {name: value[index : index + 1] for name, value in inputs.items()}
-    sample["input_ids"] = sample["input_ids"][:, :length]
-    sample["attention_mask"] = sample["attention_mask"][:, :length]
+    for name in sequences:
+        sample[name] = sample[name][:, :length]
     return sample
+
+
+# The same for each of the four tasks.
+
+
+def make_caption_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Tensor]:
+    """Captions that begin with the start token; the word behind it is a prompt, and not learned."""
+    inputs = make_inputs(lengths, seed, image_size)
+    inputs["input_ids"][:, 0] = 38
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :2] = -100
+    return {**inputs, "labels": labels}
+
+
+def make_pair_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Tensor]:
+    """Sentences about two images: the busier the left one, the calmer the right one."""
+    inputs = make_inputs(lengths, seed, image_size)
+    right = make_inputs(lengths, seed + 100, image_size)["pixel_values"].flip(0)
+    inputs["pixel_values"] = torch.stack([inputs["pixel_values"], right], dim=1)
+    return {**inputs, "labels": torch.arange(len(lengths)) % 2}
+
+
+def make_retrieval_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(lengths, seed, image_size)
+    inputs.pop("labels")
+    return inputs
+
+
+class Task(NamedTuple):
+    model_class: type
+    blip_class: type  # transformers' model that it is made from
+    make_inputs: Callable
+    scores: str  # the output that an answer is read from
+    to_train: dict = {}  # what `forward` takes besides the inputs to give a loss
+    sequences: tuple = ("input_ids", "attention_mask")  # the inputs that are as long as the text
+
+
+TASKS = {
+    "vqa": Task(MadtpBlipForQuestionAnswering, BlipForQuestionAnswering, make_inputs, "logits"),
+    "captioning": Task(
+        MadtpBlipForConditionalGeneration,
+        BlipForConditionalGeneration,
+        make_caption_inputs,
+        "logits",
+        sequences=("input_ids", "attention_mask", "labels"),
+    ),
+    "nlvr2": Task(MadtpBlipForImagesAndTextClassification, BlipForImageTextRetrieval, make_pair_inputs, "logits"),
+    "retrieval": Task(
+        MadtpBlipForImageTextRetrieval,
+        BlipForImageTextRetrieval,
+        make_retrieval_inputs,
+        "itm_score",
+        {"return_loss": True},
+    ),
+}
+
+
+def make_task_blip(task, **overrides):
+    """transformers' BLIP for a task, small and random."""
+    torch.manual_seed(1)
+    return TASKS[task].blip_class(blip_config(initializer_range=0.2, **overrides)).eval()
+
+
+def make_task_model(task, config_overrides=None, **overrides):
+    """A small random model of ours; for NLVR2, what transformers' BLIP doesn't have is random as well."""
+    blip = make_task_blip(task, **overrides)
+    model = TASKS[task].model_class.from_blip(blip, **{"num_alignment_tokens": 12, **(config_overrides or {})})
+    if task == "nlvr2":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "crossattention" in name or "cls_head" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
 
 
 @pytest.fixture

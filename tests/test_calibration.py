@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from madtp_hf import calibrate
-from madtp_hf.calibration import measure_reduction
+from madtp_hf.calibration import decoder_tokens, measure_reduction
 
-from .conftest import make_inputs
+from .conftest import TASKS, make_inputs, make_task_model
 
 
 @pytest.fixture
@@ -60,3 +60,31 @@ def test_random_weights_of_transformers_own_initialisation(batches):
     model.set_pruning(reduction=0.5)
     with torch.no_grad():
         assert model(**batches[0]).loss.isfinite()
+
+
+@pytest.mark.parametrize("task", ("captioning", "nlvr2", "retrieval"))
+def test_every_task_is_calibrated(task):
+    # Enough of a vision encoder for half of the FLOPs to be its own.
+    model = make_task_model(task, text_config={"num_hidden_layers": 2})
+    batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(3)]
+    schedule = calibrate(model, batches, [0.4, 0.5])
+    assert model.config.pruning_temperature == 0.0
+    for reduction, temperature in schedule:
+        assert measure_reduction(model, batches, temperature) == pytest.approx(reduction, abs=0.01)
+    for batch in batches:
+        batch.pop("labels", None)
+        batch["return_loss"] = True  # what a collator adds besides tensors does not matter
+        if task == "captioning":  # images alone will do
+            del batch["input_ids"], batch["attention_mask"], batch["return_loss"]
+    calibrate(model, batches, [0.5])
+
+
+def test_a_captions_padding_and_prompt_are_counted_as_they_are_read():
+    model = make_task_model("captioning")
+    batch = TASKS["captioning"].make_inputs((9, 5, 7))
+    assert decoder_tokens(batch, "captioning", model.config).tolist() == [9, 5, 7]
+    del batch["attention_mask"]
+    assert decoder_tokens(batch, "captioning", model.config).tolist() == [9, 5, 7]
+    assert decoder_tokens(make_inputs(), "vqa", model.config).tolist() == [4, 4, 4]
+    for task in ("nlvr2", "retrieval"):
+        assert decoder_tokens(TASKS[task].make_inputs(), task, model.config) == 0

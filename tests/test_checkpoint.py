@@ -8,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from .conftest import make_inputs
+from madtp_hf import calibrate
+from madtp_hf.calibration import measure_reduction
+
+from .conftest import TASKS, make_inputs, make_task_blip
 
 
 WITHOUT_PACKAGE = """
@@ -138,6 +141,93 @@ print("RESULT" + json.dumps({"logits": logits, "answers": answers[0]}))
     ask = model.as_pipeline(processor)
     mine = ask(image=image, question="how many sevens are there?")
     assert mine[0]["answer"] == one[0]["answer"] and mine[0]["score"] == pytest.approx(one[0]["score"], abs=1e-5)
+
+
+AUTO_CLASSES = {
+    "vqa": ["AutoModel", "AutoModelForVisualQuestionAnswering"],
+    "captioning": ["AutoModel", "AutoModelForImageTextToText"],
+    "nlvr2": ["AutoModel"],
+    "retrieval": ["AutoModel"],
+}
+
+
+def test_the_whole_way_of_every_task(processor, tmp_path):
+    """transformers' BLIP on disk -> ours -> calibrated -> saved -> loaded, all of it, where this package is not."""
+    expected, inputs = {}, {}
+    for task, auto_classes in AUTO_CLASSES.items():
+        dense, folder = tmp_path / f"{task}-dense", tmp_path / task
+        # A text stack with a merge layer for NLVR2; and a vision encoder that outweighs it.
+        make_task_blip(
+            task,
+            text_config={"num_hidden_layers": 7 if task == "nlvr2" else 2},
+            vision_config={"num_hidden_layers": 6},
+        ).save_pretrained(dense)
+        model = TASKS[task].model_class.from_blip(dense, num_alignment_tokens=12)
+        batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(3)]
+        calibrate(model, batches, [0.5])
+        model.set_pruning(reduction=0.5)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        assert measure_reduction(model, batches, model.config.pruning_temperature) == pytest.approx(0.5, abs=0.01)
+
+        names = {path.name for path in folder.iterdir()}
+        code = {"configuration_madtp_blip", "modeling_madtp_blip", "encoders", "retrieval_loss", "token_pruning"}
+        assert {"config.json", "model.safetensors", "tokenizer.json", *(f"{name}.py" for name in code)} <= names
+        assert not any(name.endswith((".bin", ".pth", ".pt", ".pkl")) for name in names)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architectures"] == [type(model).__name__] and config["model_type"] == "madtp_blip"
+        assert set(config["auto_map"]) == {"AutoConfig", *auto_classes}
+        assert (config.get("custom_pipelines") is not None) == (task == "vqa")
+
+        inputs[task] = {name: value for name, value in batches[0].items() if name != "labels" or task == "vqa"}
+        with torch.no_grad():
+            output = model(**inputs[task])
+        expected[task] = {
+            "scores": output[TASKS[task].scores].tolist(),
+            "image_embeds": output.image_embeds.tolist(),
+            "vision_tokens": output.vision_tokens.tolist(),
+        }
+        if task == "captioning":
+            captions = model.generate(inputs[task]["pixel_values"], max_new_tokens=5, num_beams=2)
+            expected[task]["captions"] = captions.tolist()
+    torch.save(inputs, tmp_path / "inputs.pt")
+    tasks = {task: [auto_classes, TASKS[task].scores] for task, auto_classes in AUTO_CLASSES.items()}
+    result = run(
+        """
+everything = torch.load(folder + "/inputs.pt", weights_only=True)
+results = []
+for task, (auto_classes, scores) in json.loads(task).items():
+    for auto in auto_classes:
+        model, info = getattr(transformers, auto).from_pretrained(
+            folder + "/" + task, trust_remote_code=True, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        assert type(model).__module__.startswith("transformers_modules"), type(model)
+        AutoProcessor.from_pretrained(folder + "/" + task)
+        inputs = everything[task]
+        with torch.no_grad():
+            output = model(**inputs)
+        result = {"scores": output[scores].tolist()}
+        result.update({name: output[name].tolist() for name in ("image_embeds", "vision_tokens")})
+        if task == "captioning":
+            result["captions"] = model.generate(inputs["pixel_values"], max_new_tokens=5, num_beams=2).tolist()
+        model.set_pruning(None)  # and off is off
+        with torch.no_grad():
+            assert (model(**inputs).vision_tokens == 37).all()
+        results.append([task, type(model).__name__, result])
+print("RESULT" + json.dumps(results))
+""",
+        tmp_path,
+        json.dumps(tasks),
+        cache=tmp_path / "modules",
+    )
+    assert [task for task, *_ in result] == [task for task, autos in AUTO_CLASSES.items() for _ in autos]
+    for task, name, got in result:
+        assert name == TASKS[task].model_class.__name__
+        assert set(got) == set(expected[task])
+        for key in got:
+            mine, theirs = torch.tensor(got[key]), torch.tensor(expected[task][key])
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
 def test_a_score_is_the_probability_of_the_answer(model, processor):

@@ -398,11 +398,14 @@ def test_from_blip_copies(blip, tmp_path):
     assert blip.vision_model.post_layernorm.weight.abs().min() > 0
 
 
-def test_from_blip_names_what_does_not_fit(blip, model, tmp_path):
-    BlipForConditionalGeneration(blip_config()).save_pretrained(tmp_path)
+def test_from_blip_names_what_does_not_fit(blip, tmp_path):
+    captioning = BlipForConditionalGeneration(blip_config())
+    captioning.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint of a BlipForQuestionAnswering"):
         MadtpBlipForQuestionAnswering.from_blip(tmp_path)
-    with pytest.raises(TypeError, match="expected a BlipForQuestionAnswering"):
-        MadtpBlipForQuestionAnswering.from_blip(model)
+    with pytest.raises(
+        TypeError, match="got a BlipForConditionalGeneration: expected a BlipForQuestionAnswering or a "
+    ):
+        MadtpBlipForQuestionAnswering.from_blip(captioning)
     with pytest.raises(TypeError, match="prunning_temperature"):
         MadtpBlipForQuestionAnswering.from_blip(blip, prunning_temperature=1.0)

@@ -362,6 +362,12 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             self.config.pruning_temperature = before
             raise
 
+    def get_input_embeddings(self):
+        return self.text_encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.text_encoder.embeddings.word_embeddings = value
+
     @property
     def is_pruning(self) -> bool:
         """Whether pruning is on. Where it is not, the model is transformers' BLIP: its decoder reads a question's padding, too."""
@@ -449,12 +455,6 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         self.text_encoder = MadtpBlipTextModel(config.text_config)
         self.text_decoder = build_text_decoder(config.text_config, config.text_config.hidden_size)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.text_encoder.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.text_encoder.embeddings.word_embeddings = value
 
     def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
         """The states of the images and of the questions about them, a `BranchOutput` each."""
@@ -825,12 +825,6 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.text_encoder.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.text_encoder.embeddings.word_embeddings = value
-
     @classmethod
     def _from_blip_weights(cls, state_dict):
         """Both cross-attentions of a layer start as BLIP's one, as the original's fine-tuning does; its other heads stay behind."""
@@ -943,12 +937,6 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         self.text_proj = nn.Linear(text_width, config.image_text_hidden_size)
         self.itm_head = nn.Linear(text_width, 2)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.text_encoder.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.text_encoder.embeddings.word_embeddings = value
 
     def _image_feature(self, states: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.vision_proj(states[:, 0]), dim=-1)

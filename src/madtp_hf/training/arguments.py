@@ -1,0 +1,42 @@
+"""What the example scripts are told about pruning, and what follows from it."""
+
+from dataclasses import dataclass, field
+
+from ..modeling.configuration_madtp_blip import MadtpBlipConfig
+from .reduction_callback import ReductionCallback
+
+
+@dataclass
+class PruningArguments:
+    """For `HfArgumentParser`, beside `TrainingArguments`."""
+
+    dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
+    target_reduction: list[float] = field(
+        default_factory=lambda: [0.5, 0.8],
+        metadata={"help": "The reduction of FLOPs to train at, or two: a range to draw from."},
+    )
+    num_targets: int = field(default=3, metadata={"help": "How many targets in that range."})
+    reductions: list[float] = field(
+        default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
+    )
+    num_alignment_tokens: int = field(default=256, metadata={"help": "How many alignment tokens."})
+    alignment_dim: int = field(default=24, metadata={"help": "Their width; 0 for the text's."})
+
+    def __post_init__(self):
+        if self.dense:
+            self.reductions = []
+
+    def load_model(self, model_class, source: str):
+        """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub id."""
+        if MadtpBlipConfig.get_config_dict(source)[0].get("pruning_schedule"):
+            return model_class.from_pretrained(source)
+        return model_class.from_blip(
+            source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
+        )
+
+    def callbacks(self) -> list:
+        """What steers the temperature while a model trains."""
+        if self.dense:
+            return []
+        target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
+        return [ReductionCallback(target, num_targets=self.num_targets)]
