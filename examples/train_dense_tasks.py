@@ -222,6 +222,24 @@ def retrieval_loss(model, processor, batch_size, rng, answerer):
 LOSSES = {"nlvr2": statement_loss, "captioning": caption_loss, "retrieval": retrieval_loss}
 
 
+def save(model, processor, task: str, folder) -> None:
+    """Write transformers' own dense model where it has one of the task, in half precision, as large checkpoints are."""
+    processor.tokenizer.backend_tokenizer.no_padding()  # as training has last padded is nobody's default
+    processor.save_pretrained(folder)
+    if task in DENSE:
+        # encoder_token_id stays in the configuration, for `from_blip` to take over.
+        ours = ("model_type", "auto_map", "architectures")
+        fields = {name: value for name, value in model.config.to_dict().items() if name not in ours}
+        dense = DENSE[task](DenseBlip.config_class(**fields))
+        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("alignment.")}
+        dense.load_state_dict(weights)
+    else:
+        dense = model
+    dense.half().save_pretrained(folder)
+    for code in Path(folder).glob("*.py"):  # this package's own code loads it
+        code.unlink()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=LOSSES)
@@ -268,20 +286,7 @@ def main():
                 accuracy = {kind: round(value, 3) for kind, value in average.items()}
                 say(step=step, loss=round(loss.item(), 3), missed=round(missed.item(), 3), accuracy=accuracy)
 
-        model.eval()
-        processor.save_pretrained(args.output_dir)
-        if args.task in DENSE:
-            # encoder_token_id stays in the configuration, for `from_blip` to take over.
-            fields = {
-                k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")
-            }
-            dense = DENSE[args.task](DenseBlip.config_class(**fields))
-            dense.load_state_dict(
-                {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("alignment.")}
-            )
-            dense.save_pretrained(args.output_dir)
-        else:
-            model.save_pretrained(args.output_dir)
+        save(model, processor, args.task, args.output_dir)
         say(parameters=sum(p.numel() for p in model.parameters()))
 
 

@@ -736,7 +736,7 @@ EVERYWHERE = [
 OWN = {
     "captioning": [
         (change(pixel_values=lambda p: p[0]), r"\(3, 48, 48\).*expected \(batch_size, 3"),
-        (change(labels=lambda _: None, input_ids=lambda _: None), "Neither labels nor input_ids"),
+        (change(labels=lambda _: None, input_ids=lambda _: None), "input_ids is missing"),
         (change(labels=lambda given: given[:, :5]), r"labels.*\(3, 5\).*\(3, 9\)"),
         (change(labels=lambda given: given[:2]), r"labels.*\(2, 9\).*\(3, 9\)"),
     ],

@@ -714,7 +714,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
                 The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The captions that the decoder reads, its start token first, padding behind; `labels` if not given.
+                The captions that the decoder reads, its start token first, padding behind.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The captions; tokens at -100, as those of a prompt, count in no loss.
             output_positions (`bool`, *optional*, defaults to `False`):
@@ -723,13 +723,11 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         Raises:
             ValueError: for inputs of another shape, a caption that is all padding or too long, or neither labels nor input_ids.
         """
-        if labels is None and input_ids is None:
+        if input_ids is None:
             raise ValueError(
-                "Neither labels nor input_ids were given: expected labels to train, input_ids to score a caption; to get a caption,"
+                "input_ids is missing: expected the captions that the decoder reads, and labels beside them to train; to get a caption,"
                 " call generate."
             )
-        if input_ids is None:
-            input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
         check_same_number(pixel_values, input_ids, "captions")
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:

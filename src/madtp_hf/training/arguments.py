@@ -29,10 +29,12 @@ class PruningArguments:
     def load_model(self, model_class, source: str):
         """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub id."""
         if MadtpBlipConfig.get_config_dict(source)[0].get("pruning_schedule"):
-            return model_class.from_pretrained(source)
-        return model_class.from_blip(
-            source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
-        )
+            model = model_class.from_pretrained(source)
+        else:
+            model = model_class.from_blip(
+                source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
+            )
+        return model.float()  # whatever it was stored in: weights in half precision don't train
 
     def callbacks(self) -> list:
         """What steers the temperature while a model trains."""
