@@ -714,20 +714,22 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
                 The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The captions that the decoder reads, its start token first, padding behind.
+                The captions that the decoder reads, its start token first, padding behind; `labels` if not given.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The captions; tokens at -100, as those of a prompt, count in no loss.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
-            ValueError: for inputs of another shape, a caption that is all padding or too long, or neither labels nor input_ids.
+            ValueError: for inputs of another shape, a caption that is all padding or too long, or no input_ids.
         """
         if input_ids is None:
-            raise ValueError(
-                "input_ids is missing: expected the captions that the decoder reads, and labels beside them to train; to get a caption,"
-                " call generate."
-            )
+            if labels is None or (labels[:, 0] == -100).any():
+                raise ValueError(
+                    "input_ids is missing: expected the captions that the decoder reads, and labels beside them to train (labels alone will"
+                    " do if none of their first tokens is at -100, as a prompt's are); to get a caption, call generate."
+                )
+            input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
         check_same_number(pixel_values, input_ids, "captions")
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
