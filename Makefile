@@ -36,9 +36,9 @@ format: install
 # Trains the shipped dense checkpoints anew: the first, then those that start from it.
 dense: install
 	$(BIN)/python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
-	$(BIN)/python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits
-	$(BIN)/python examples/train_dense_tasks.py captioning --output_dir examples/blip-captioning-digits
-	$(BIN)/python examples/train_dense_tasks.py retrieval --output_dir examples/blip-retrieval-digits
+	$(BIN)/python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits --steps 4500 --batch_size 24
+	$(BIN)/python examples/train_dense_tasks.py captioning --output_dir examples/blip-captioning-digits --steps 2500
+	$(BIN)/python examples/train_dense_tasks.py retrieval --output_dir examples/blip-retrieval-digits --steps 1200 --batch_size 64
 
 bench-latency: install
 	$(BIN)/python benchmarks/latency.py --rounds 20 --output benchmarks/results/latency_cpu.json
