@@ -16,69 +16,37 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoProcessor, Trainer, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 
-from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, calibrate
-from madtp_hf.calibration import answer_tokens
+from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, calibrate, create_optimizer
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, question_only_accuracy
-from madtp_hf.flops import count_flops, reduction_of_flops
+from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.visualization import draw_surviving_patches
 
 
 HERE = Path(__file__).parent
 
 
-@torch.no_grad()
 def evaluate(model, processor, dataset, collator, reductions, batch_size):
-    """Accuracy, FLOPs and time at every reduction. The budgets take turns on each batch, so that their times compare."""
-    model.eval()
-    rows = {reduction: {"right": 0, "flops": 0.0, "saved": 0.0, "seconds": 0.0} for reduction in reductions}
+    """Accuracy, FLOPs and time at every reduction, relative to the first."""
+
+    def predict(batch):
+        written = model.generate(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], max_new_tokens=3)
+        return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
-    for batch in tqdm(loader, desc="evaluating", leave=False):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        answers = processor.tokenizer.batch_decode(labels.where(labels >= 0, 0), skip_special_tokens=True)
-        for reduction, row in rows.items():
-            model.set_pruning(reduction=reduction)
-            started = time.perf_counter()
-            written = model.generate(**batch, max_new_tokens=3)
-            row["seconds"] += time.perf_counter() - started
-            written = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-            row["right"] += sum(mine == answer for mine, answer in zip(written, answers))
-            output = model(**batch, labels=labels)
-            counts = (output.vision_tokens, output.text_tokens, answer_tokens({"labels": labels}, model.config))
-            row["flops"] += count_flops(model.config, model.task, *counts).sum().item()
-            row["saved"] += reduction_of_flops(model.config, model.task, *counts).sum().item()
-    dense_seconds = rows[reductions[0]]["seconds"]
+    results = evaluate_budgets(model, loader, reductions, predict)
     return [
         {
-            "reduction_asked": reduction,
-            "reduction_reached": row["saved"] / len(dataset),
-            "accuracy": row["right"] / len(dataset),
-            "gflops": row["flops"] / len(dataset) / 1e9,
-            "time_ratio": row["seconds"] / dense_seconds,
+            "reduction asked": result.reduction_asked,
+            "reached": result.reduction_reached,
+            "accuracy %": sum(map(str.__eq__, result.predictions, dataset["answer"])) / len(dataset),
+            "GFLOPs": result.gflops,
+            "time / dense": result.seconds / results[0].seconds,
         }
-        for reduction, row in rows.items()
+        for result in results
     ]
-
-
-def print_table(results, title):
-    table = Table(title=title)
-    for name in ("reduction asked", "reached", "accuracy", "GFLOPs", "time / dense"):
-        table.add_column(name, justify="right")
-    for row in results:
-        table.add_row(
-            f"{row['reduction_asked']:.1f}",
-            f"{row['reduction_reached']:.3f}",
-            f"{row['accuracy']:.1%}",
-            f"{row['gflops']:.4f}",
-            f"{row['time_ratio']:.2f}",
-        )
-    Console().print(table)
 
 
 def main():
@@ -114,13 +82,8 @@ def main():
     calibrate(model, validation_batches, args.reductions)
     untrained = evaluate(model, processor, test, collator, [0.0, args.reductions[-1]], args.batch_size)
 
-    # 3. Fine-tune it under pruning: the callback steers the temperature. The alignment parameters learn slowly, for the tokens' graded norms
-    # are what lets small reductions be reached.
-    slow = [p for name, p in model.named_parameters() if name.startswith("alignment.")]
-    others = [p for name, p in model.named_parameters() if not name.startswith("alignment.")]
-    optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": slow, "lr": args.learning_rate / 100}], args.learning_rate
-    )
+    # 3. Fine-tune it under pruning: the callback steers the temperature. The alignment parameters learn slowly.
+    optimizer = create_optimizer(model, args.learning_rate)
     steps = math.ceil(len(train) / args.batch_size)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
@@ -148,10 +111,17 @@ def main():
     calibrate(model, validation_batches, args.reductions)
     results = evaluate(model, processor, test, collator, [0.0, *args.reductions], args.batch_size)
     floor = question_only_accuracy(train, test)
-    print_table(results, f"{len(test)} questions about unseen scans")
+    report(
+        f"{len(test)} questions about unseen scans",
+        results,
+        args.output_dir,
+        before_fine_tuning=untrained,
+        floor=floor,
+        seconds=round(time.time() - started),
+    )
     print(
-        f"Before fine-tuning: dense {untrained[0]['accuracy']:.1%}, at {args.reductions[-1]} reduction"
-        f" {untrained[-1]['accuracy']:.1%}. From the words of the questions alone: {floor:.1%}."
+        f"Before fine-tuning: dense {untrained[0]['accuracy %']:.1%}, at {args.reductions[-1]} reduction"
+        f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {floor:.1%}."
     )
 
     # 5. What a user of the model loads, and a picture.
@@ -170,13 +140,6 @@ def main():
         ],
     )
     picture.save(args.output_dir / "surviving_patches.png")
-    summary = {
-        "question_only": floor,
-        "before_fine_tuning": untrained,
-        "results": results,
-        "seconds": round(time.time() - started),
-    }
-    (args.output_dir / "results.json").write_text(json.dumps(summary, indent=2))
 
     # 6. Ask it, where this package can't be imported.
     for index, row in enumerate(scenes):

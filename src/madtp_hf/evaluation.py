@@ -79,7 +79,8 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
 def report(title: str, rows: list[dict], folder, **facts) -> None:
     """Print the rows as a table and write them, with the facts beside them, to `folder`/results.json.
 
-    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares.
+    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares. Of the facts, numbers and
+    dictionaries of them are printed as well.
     """
     from rich.console import Console
     from rich.table import Table
@@ -91,7 +92,10 @@ def report(title: str, rows: list[dict], folder, **facts) -> None:
         table.add_row(*(f"{value:.1%}" if name.endswith("%") else f"{value:.4g}" for name, value in row.items()))
     Console(width=max(80, 16 * len(rows[0]))).print(table)
     for name, fact in facts.items():
-        print(f"{name}: {fact}")
+        if isinstance(fact, dict):
+            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in fact.items()))
+        elif isinstance(fact, (int, float)):
+            print(f"{name}: {fact:.4g}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"title": title, "results": rows, **facts}, indent=2))
