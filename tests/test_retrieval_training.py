@@ -542,9 +542,9 @@ def test_a_report_is_printed_and_written(tmp_path, capsys):
         {"reduction asked": 0.0, "accuracy %": 0.915, "GFLOPs": 12.3456},
         {"reduction asked": 0.5, "accuracy %": 0.9, "GFLOPs": 6.1},
     ]
-    report("7 questions", rows, tmp_path / "deep" / "folder", floor="41.0%")
+    report("7 questions", rows, tmp_path / "deep" / "folder", floor=0.41, chance={"mean %": 0.1}, raw=[1])
     written = json.loads((tmp_path / "deep" / "folder" / "results.json").read_text())
-    assert written == {"title": "7 questions", "results": rows, "floor": "41.0%"}
+    assert written == {"title": "7 questions", "results": rows, "floor": 0.41, "chance": {"mean %": 0.1}, "raw": [1]}
     printed = capsys.readouterr().out
-    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "floor: 41.0%"):
+    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "floor: 0.41", "chance: mean % 0.1"):
         assert text in printed
