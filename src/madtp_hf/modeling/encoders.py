@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionEmbeddings
 from transformers.models.blip.modeling_blip_text import (
     BlipTextEmbeddings,
@@ -17,158 +19,254 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextSelfAttention,
 )
 
-from .token_pruning import AttentionScores, alignment_feature, alignment_scores, prune_tokens, scored_attention
+from .packing import Layout, pack
+from .token_pruning import (
+    alignment_feature,
+    alignment_scores,
+    importance_threshold,
+    keep_all_or_enough,
+    merge_tokens,
+    most_important,
+    scored_attention,
+    select_tokens,
+    token_importance,
+)
 
 
+MIN_LENGTH = 4  # of a sequence that can be pruned: the class token, one token that stays and two that go
 MERGE_FROM_LAYER = (
     6  # where the text of NLVR2 begins to concatenate and project what it sees of two images; before, it averages
 )
 
 
 class BranchPruning(NamedTuple):
-    """What the layers of one branch need to know to prune. A temperature of 0 leaves the tokens alone, but aligns them."""
+    """What the layers of one branch need to know to prune. A temperature of 0 leaves the tokens alone, but aligns them.
+
+    token_counts: for "frozen" granularity, how many tokens each layer leaves.
+    """
 
     alignment_tokens: torch.Tensor
     projection: nn.Module | None
     temperature: float
     granularity: str
     with_feature: bool
+    token_counts: tuple[int, ...] | None = None
 
 
-# What a layer leaves: hidden_states (B, L, D), mask (B, L) or None, feature (B, T, D) or None, and source (B, L) or None, where its tokens
-# come from. A plain tuple, which is what gradient checkpointing passes through.
-LayerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# What a layer leaves: states (R, D), their layout, the alignment feature (B, T, D) or None, and source (R,) or None, where its tokens come from.
+# A plain tuple, which is what gradient checkpointing passes through.
+LayerOutput = tuple[torch.Tensor, Layout, torch.Tensor | None, torch.Tensor | None]
 
 
 class BranchOutput(NamedTuple):
-    """hidden_states (B, L, D), mask (B, L) or None, feature (B, T, D) or None, num_tokens (layers + 1, B) int64.
+    """states (R, D) in `layout`, feature (B, T, D) or None, num_tokens (layers + 1, B) int64.
 
     On request, all_hidden_states, what enters the branch and leaves each layer, and positions, layers + 1 tensors (B, L) that say where in
     the branch's input each token was, -1 for merged ones and padding.
     """
 
-    hidden_states: torch.Tensor
-    mask: torch.Tensor | None
+    states: torch.Tensor
+    layout: Layout
     feature: torch.Tensor | None
     num_tokens: torch.Tensor
-    all_hidden_states: tuple[torch.Tensor, ...] | None
-    positions: tuple[torch.Tensor, ...] | None
+    all_hidden_states: tuple[torch.Tensor, ...] | None = None
+    positions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """(B, L, D), padding behind the real tokens."""
+        return self.layout.pad(self.states)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """(B, L) bool: the real tokens of `hidden_states`, None without padding."""
+        return self.layout.padded_mask
+
+    @property
+    def class_states(self) -> torch.Tensor:
+        """(B, D): the class tokens."""
+        return self.states.index_select(0, self.layout.starts)
 
 
-def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return states.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+def attention_function(implementation: str, query, key, value, mask, dropout: float, is_causal: bool = False):
+    """Attention of (B, H, L, d) to (B, H, M, d) with mask (B, M), True at real tokens, or None -> (B, H, L, d)."""
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    if implementation != "eager":
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal)
+    logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if is_causal:
+        causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        mask = causal if mask is None else mask & causal
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return F.dropout(logits.softmax(dim=-1), dropout) @ value
 
 
 def attend(
+    attention: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    scored: bool = False,
-) -> tuple[torch.Tensor, AttentionScores | None]:
-    """Attention of (B, H, L, d) to (B, H, M, d) with mask (B, M) -> (B, L, H * d), and its scores where they are asked for."""
-    if scored:
-        context, scores = scored_attention(query, key, value, mask, dropout)
+    layout: Layout,
+    context_layout: Layout | None = None,
+) -> torch.Tensor:
+    """Attention of query (R, H, d) in `layout` to key and value (S, H, d) in `context_layout`, the same if not given -> (R, H * d).
+
+    As `attention.config` asks: "eager", "sdpa", or flash attention as transformers has it, which takes tokens end to end.
+    """
+    implementation = attention.config._attn_implementation or "sdpa"
+    dropout = attention.dropout.p if attention.training else 0.0
+    context = layout if context_layout is None else context_layout
+    if "flash" in implementation and layout.mask is None and context.mask is None:
+        states, _ = ALL_ATTENTION_FUNCTIONS[implementation](
+            attention,
+            *(states.transpose(0, 1).unsqueeze(0) for states in (query, key, value)),
+            None,
+            dropout=dropout,
+            is_causal=False,
+            cu_seq_lens_q=layout.boundaries,
+            cu_seq_lens_k=context.boundaries,
+            max_length_q=layout.longest,
+            max_length_k=context.longest,
+        )
+        return states.squeeze(0).flatten(1)
+    keys = context.groups(key.shape[1] * key.shape[2])
+    queries = keys if context is layout else layout.partition(keys.samples)
+    outputs = []
+    for asking, asked in zip(queries.groups, keys.groups):
+        states = attention_function(
+            implementation,
+            asking.take(query).transpose(1, 2),
+            asked.take(key).transpose(1, 2),
+            asked.take(value).transpose(1, 2),
+            asked.mask,
+            dropout,
+        )
+        outputs.append(states.transpose(1, 2).flatten(2))
+    return queries.join(outputs)
+
+
+def attend_and_score(
+    attention: nn.Module, query, key, value, layout: Layout, scores: torch.Tensor, pruning: BranchPruning, length
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Self-attention of (R, H, d) that prunes: its output (R, H * d), and which tokens stay and their importance, (B, N) both.
+
+    scores (R, T): the tokens' alignment scores; `length`: how many tokens the layer leaves, where that is fixed.
+    """
+    dropout = attention.dropout.p if attention.training else 0.0
+    partition = layout.groups(query.shape[1] * query.shape[2])
+    outputs, importances, thresholds = [], [], []
+    for group in partition.groups:
+        states, attention_scores = scored_attention(
+            *(group.take(states).transpose(1, 2) for states in (query, key, value)), group.mask, dropout
+        )
+        outputs.append(states.transpose(1, 2).flatten(2))
+        mask = None if group.mask is None else group.mask[:, 1:]
+        group_scores = group.take(scores)[:, 1:]
+        importance = token_importance(attention_scores, group_scores, mask)
+        importances.append(importance)
+        if pruning.token_counts is None:
+            thresholds.append(importance_threshold(group_scores, importance, pruning.temperature, mask))
+    context = partition.join(outputs)
+    importance = importances[0]
+    if len(importances) > 1:
+        importance = layout.pad(partition.join([F.pad(importance, (1, 0)) for importance in importances]))[:, 1:]
+    mask = None if layout.padded_mask is None else layout.padded_mask[:, 1:]
+    if pruning.token_counts is None:
+        keep = select_tokens(importance, partition.join_samples(thresholds), mask, pruning.granularity)
     else:
-        mask = None if mask is None else mask[:, None, None, :]
-        context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal)
-        scores = None
-    return context.transpose(1, 2).flatten(2), scores
+        # The class token and the merged one are among those that it leaves.
+        keep = keep_all_or_enough(most_important(importance, length - 2, mask), mask)
+    return context, keep, importance
 
 
-def align(hidden_states: torch.Tensor, mask: torch.Tensor | None, pruning: BranchPruning):
-    """A layer's alignment scores and, where the loss is wanted, its alignment feature, from the layer's input."""
-    tokens = hidden_states[:, 1:]
+def align(states: torch.Tensor, layout: Layout, pruning: BranchPruning):
+    """A layer's alignment scores (R, T) and, where the loss is wanted, its alignment feature (B, T, D), from the layer's input (R, D)."""
     if pruning.projection is not None:
-        tokens = pruning.projection(tokens)
-    scores = alignment_scores(tokens, pruning.alignment_tokens)
+        states = pruning.projection(states)
+    scores = alignment_scores(states, pruning.alignment_tokens)
     if not pruning.with_feature:
         return scores, None
-    return scores, alignment_feature(scores, tokens, None if mask is None else mask[:, 1:])
+    partition = layout.groups(states.shape[1])
+    features = []
+    for group in partition.groups:
+        mask = None if group.mask is None else group.mask[:, 1:]
+        features.append(alignment_feature(group.take(scores)[:, 1:], group.take(states)[:, 1:], mask))
+    return scores, partition.join_samples(features)
 
 
 class MadtpBlipVisionLayer(BlipEncoderLayer):
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        pruning: BranchPruning | None = None,
+        self, states: torch.Tensor, layout: Layout, pruning: BranchPruning | None = None, length: int | None = None
     ) -> LayerOutput:
-        scores, feature = (None, None) if pruning is None else align(hidden_states, mask, pruning)
-        prunes = pruning is not None and pruning.temperature > 0
+        """`length`: how many tokens to leave, where the number is fixed."""
+        scores, feature = (None, None) if pruning is None else align(states, layout, pruning)
+        prunes = pruning is not None and pruning.temperature > 0 and layout.longest >= MIN_LENGTH
         source = None
 
         attention = self.self_attn
-        query, key, value = split_heads(attention.qkv(self.layer_norm1(hidden_states)), 3 * attention.num_heads).chunk(
-            3, 1
-        )
-        dropout = attention.dropout.p if self.training else 0.0
-        context, attention_scores = attend(query, key, value, mask, dropout, scored=prunes)
-        hidden_states = hidden_states + attention.projection(context)
-
-        if prunes:
-            hidden_states, mask, source = prune_tokens(
-                hidden_states, attention_scores, scores, pruning.temperature, pruning.granularity, mask
+        query_key_value = attention.qkv(self.layer_norm1(states)).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
+        if not prunes:
+            context = attend(attention, *query_key_value, layout)
+        else:
+            context, keep, importance = attend_and_score(
+                attention, *query_key_value, layout, scores, pruning, length
             )
-        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states, mask, feature, source
+        states = states + attention.projection(context)
+        if prunes:
+            states, layout, source = merge_tokens(states, layout, keep, importance, length)
+        states = states + self.mlp(self.layer_norm2(states))
+        return states, layout, feature, source
 
 
-def text_context(
-    attention: nn.Module,
-    hidden_states: torch.Tensor,
-    context_states: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scored: bool = False,
-) -> tuple[torch.Tensor, AttentionScores | None]:
-    """A `BlipTextSelfAttention` of hidden_states (B, L, D) to context_states (B, M, E) with mask (B, M) -> (B, L, D), and its scores."""
-    query, key, value = (
-        split_heads(linear(states), attention.num_attention_heads)
-        for linear, states in (
-            (attention.query, hidden_states),
-            (attention.key, context_states),
-            (attention.value, context_states),
-        )
-    )
-    dropout = attention.dropout.p if attention.training else 0.0
-    return attend(query, key, value, mask, dropout, is_causal, scored)
+def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(..., D) -> (..., H, d)."""
+    return states.unflatten(-1, (num_heads, -1))
 
 
-def text_attention(attention: nn.Module, hidden_states: torch.Tensor, *context, **options):
-    """A `BlipTextAttention`: `text_context` with its projection, residual and norm."""
-    context_states, scores = text_context(attention.self, hidden_states, *context, **options)
-    return attention.output(context_states, hidden_states), scores
+def query_key_value(attention: nn.Module, states: torch.Tensor, context_states: torch.Tensor):
+    """Of a `BlipTextSelfAttention` of states (R, D) to context_states (S, E): three tensors (R or S, H, d)."""
+    heads = attention.num_attention_heads
+    query, key, value = attention.query(states), attention.key(context_states), attention.value(context_states)
+    return split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
 
 
 class MadtpBlipTextLayer(BlipTextLayer):
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        *images: torch.Tensor | None,
-        mask: torch.Tensor | None = None,
+        states: torch.Tensor,
+        layout: Layout,
         pruning: BranchPruning | None = None,
+        length: int | None = None,
+        *images: torch.Tensor | Layout,
     ) -> LayerOutput:
-        """`images`: what `attend_to_images` takes; nothing for a text by itself."""
-        scores, feature = (None, None) if pruning is None else align(hidden_states, mask, pruning)
-        prunes = pruning is not None and pruning.temperature > 0
+        """`images`: the states and the layout of each image that a text meets, one after the other; nothing for a text by itself."""
+        scores, feature = (None, None) if pruning is None else align(states, layout, pruning)
+        prunes = pruning is not None and pruning.temperature > 0 and layout.longest >= MIN_LENGTH
         source = None
 
-        hidden_states, attention_scores = text_attention(
-            self.attention, hidden_states, hidden_states, mask, scored=prunes
-        )
+        attention = self.attention.self
+        projected = query_key_value(attention, states, states)
+        if not prunes:
+            context = attend(attention, *projected, layout)
+        else:
+            context, keep, importance = attend_and_score(attention, *projected, layout, scores, pruning, length)
+        states = self.attention.output(context, states)
         if prunes:
-            hidden_states, mask, source = prune_tokens(
-                hidden_states, attention_scores, scores, pruning.temperature, pruning.granularity, mask
-            )
+            states, layout, source = merge_tokens(states, layout, keep, importance, length)
         if images:
-            hidden_states = self.attend_to_images(hidden_states, *images)
-        return self.feed_forward_chunk(hidden_states), mask, feature, source
+            states = self.attend_to_images(states, layout, *images)
+        return self.feed_forward_chunk(states), layout, feature, source
 
-    def attend_to_images(self, hidden_states, image_states, image_mask):
-        return text_attention(self.crossattention, hidden_states, image_states, image_mask)[0]
+    def attend_to_images(self, states, layout, image_states, image_layout):
+        seen = attend_to_image(self.crossattention.self, states, layout, image_states, image_layout)
+        return self.crossattention.output(seen, states)
+
+
+def attend_to_image(attention: nn.Module, states, layout: Layout, image_states, image_layout: Layout) -> torch.Tensor:
+    """A `BlipTextSelfAttention` of the text's states (R, D) to an image's (S, E) -> (R, D)."""
+    return attend(attention, *query_key_value(attention, states, image_states), layout, image_layout)
 
 
 class MergeLayer(nn.Linear):
@@ -202,10 +300,10 @@ class PairCrossAttention(nn.Module):
         self.self1 = BlipTextSelfAttention(config, is_cross_attention=True)
         self.output = PairCrossAttentionOutput(config, merges)
 
-    def forward(self, hidden_states, left_states, left_mask, right_states, right_mask):
-        left, _ = text_context(self.self0, hidden_states, left_states, left_mask)
-        right, _ = text_context(self.self1, hidden_states, right_states, right_mask)
-        return self.output(left, right, hidden_states)
+    def forward(self, states, layout, left_states, left_layout, right_states, right_layout) -> torch.Tensor:
+        left = attend_to_image(self.self0, states, layout, left_states, left_layout)
+        right = attend_to_image(self.self1, states, layout, right_states, right_layout)
+        return self.output(left, right, states)
 
 
 class MadtpBlipPairTextLayer(MadtpBlipTextLayer):
@@ -215,47 +313,49 @@ class MadtpBlipPairTextLayer(MadtpBlipTextLayer):
         super().__init__(config, layer_num)
         self.crossattention = PairCrossAttention(config, merges=layer_num >= MERGE_FROM_LAYER)
 
-    def attend_to_images(self, hidden_states, *images):
-        return self.crossattention(hidden_states, *images)
+    def attend_to_images(self, states, layout, *images):
+        return self.crossattention(states, layout, *images)
 
 
 def run_layers(
     layers: nn.ModuleList,
-    hidden_states: torch.Tensor,
-    *context: torch.Tensor | None,
-    mask: torch.Tensor | None = None,
+    states: torch.Tensor,
+    layout: Layout,
     pruning: BranchPruning | None = None,
     output_hidden_states: bool = False,
     output_positions: bool = False,
+    context: tuple = (),
 ) -> BranchOutput:
     """Both encoders: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
-
-    def count(hidden_states, mask):
-        if mask is not None:
-            return mask.sum(dim=1)
-        return torch.full(hidden_states.shape[:1], hidden_states.shape[1], device=hidden_states.device)
-
-    num_tokens = [count(hidden_states, mask)]
-    all_hidden_states = [hidden_states]
-    positions = [torch.arange(hidden_states.shape[1], device=hidden_states.device).expand(hidden_states.shape[:2])]
+    num_tokens = [layout.num_tokens]
+    all_hidden_states = [layout.pad(states)] if output_hidden_states else None
+    positions = all_positions = None
+    if output_positions:
+        positions = torch.arange(layout.longest, device=states.device).repeat(layout.batch_size)
+        all_positions = [layout.pad(positions)]
     feature = None
-    for layer in layers:
-        hidden_states, mask, layer_feature, source = layer(hidden_states, *context, mask=mask, pruning=pruning)
+    for index, layer in enumerate(layers):
+        length = None
+        if pruning is not None and pruning.token_counts is not None:
+            length = min(pruning.token_counts[index], layout.longest)
+        states, layout, layer_feature, source = layer(states, layout, pruning, length, *context)
         if layer_feature is not None:
             feature = layer_feature if feature is None else feature + layer_feature
-        num_tokens.append(count(hidden_states, mask))
+        num_tokens.append(layout.num_tokens)
         if output_hidden_states:
-            all_hidden_states.append(hidden_states)
+            all_hidden_states.append(layout.pad(states))
         if output_positions:
-            last = positions[-1]
-            positions.append(last if source is None else last.gather(1, source.clamp(min=0)).where(source >= 0, -1))
+            if source is not None:
+                positions = torch.cat([positions, positions.new_full((layout.batch_size,), -1)])[source]
+            padded = layout.pad(positions)
+            all_positions.append(padded if layout.padded_mask is None else padded.where(layout.padded_mask, -1))
     return BranchOutput(
-        hidden_states,
-        mask,
+        states,
+        layout,
         feature,
         torch.stack(num_tokens),
-        tuple(all_hidden_states) if output_hidden_states else None,
-        tuple(positions) if output_positions else None,
+        None if all_hidden_states is None else tuple(all_hidden_states),
+        None if all_positions is None else tuple(all_positions),
     )
 
 
@@ -294,15 +394,12 @@ class MadtpBlipVisionModel(nn.Module):
                 f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with its"
                 " image processor, or pass interpolate_pos_encoding=True."
             )
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        layout = Layout.rectangle(*states.shape[:2], states.device)
         output = run_layers(
-            self.encoder.layers,
-            hidden_states,
-            pruning=pruning,
-            output_hidden_states=output_hidden_states,
-            output_positions=output_positions,
+            self.encoder.layers, states.flatten(0, 1), layout, pruning, output_hidden_states, output_positions
         )
-        return output._replace(hidden_states=self.post_layernorm(output.hidden_states))
+        return output._replace(states=self.post_layernorm(output.states))
 
 
 class MadtpBlipTextEncoder(nn.Module):
@@ -312,7 +409,7 @@ class MadtpBlipTextEncoder(nn.Module):
 
 
 class MadtpBlipTextModel(nn.Module):
-    """The text branch: input_ids (B, L), with padding behind the text, and the images that it is about -> `BranchOutput`."""
+    """The text branch: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it is about -> `BranchOutput`."""
 
     def __init__(self, config, layer_class=MadtpBlipTextLayer):
         super().__init__()
@@ -322,40 +419,80 @@ class MadtpBlipTextModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        *images: torch.Tensor | None,
+        *images: torch.Tensor | Layout,
         mask: torch.Tensor | None = None,
+        packed: bool = False,
         pruning: BranchPruning | None = None,
     ) -> BranchOutput:
+        """`packed`: leave padding out; else it is computed as if it were text, as transformers does, and only not attended to."""
         longest = self.embeddings.position_embeddings.num_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
                 f"input_ids holds a text of {input_ids.shape[1]} tokens: this model reads at most {longest}. Tokenize with"
                 f" truncation=True, max_length={longest}."
             )
-        return run_layers(self.encoder.layer, self.embeddings(input_ids), *images, mask=mask, pruning=pruning)
+        if packed:
+            input_ids, layout = pack(input_ids, mask)
+        else:
+            layout = Layout.rectangle(*input_ids.shape, input_ids.device, mask)
+            input_ids = input_ids.flatten()
+        positions = torch.arange(layout.total, device=input_ids.device) - layout.starts[layout.samples]
+        states = self.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions.unsqueeze(0)).squeeze(0)
+        return run_layers(self.encoder.layer, states, layout, pruning, context=images)
 
 
-class MaskedCrossAttention(BlipTextSelfAttention):
-    """The decoder's cross-attention, minding the mask: transformers' own loses it on the way here, and reads padding as well."""
+class DecoderAttention(BlipTextSelfAttention):
+    """transformers' attention of the text decoder, fused, and in cross-attention minding the mask, which transformers' own loses on the way."""
 
     def forward(
-        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
-    ):
-        if encoder_attention_mask is None:
-            encoder_attention_mask = attention_mask
-        return super().forward(
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
-        )
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs
+    ) -> tuple[torch.Tensor, None]:
+        query = split_heads(self.query(hidden_states), self.num_attention_heads).transpose(1, 2)
+        is_cross = encoder_hidden_states is not None
+        cache = past_key_values
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+        if is_cross and cache is not None and past_key_values.is_updated.get(self.layer_idx):
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            source = encoder_hidden_states if is_cross else hidden_states
+            key, value = (
+                split_heads(linear(source), self.num_attention_heads).transpose(1, 2)
+                for linear in (self.key, self.value)
+            )
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+                if is_cross:
+                    past_key_values.is_updated[self.layer_idx] = True
+        dropout = self.dropout.p if self.training else 0.0
+        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        context = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return context.transpose(1, 2).flatten(2), None
 
 
 def build_text_decoder(config, encoder_width: int) -> BlipTextLMHeadModel:
-    """The text decoder, transformers' own but for the mask; it reads states of `encoder_width`."""
+    """The text decoder, transformers' own but for its attention; it reads states of `encoder_width`."""
     config = copy.deepcopy(config)
     config.encoder_hidden_size = encoder_width
+    config._attn_implementation = "eager"  # how transformers is to make the masks; they are added to fused attention's scores
     decoder = BlipTextLMHeadModel(config)
     for index, layer in enumerate(decoder.bert.encoder.layer):
-        layer.crossattention.self = MaskedCrossAttention(config, is_cross_attention=True, layer_idx=index)
+        layer.attention.self = DecoderAttention(config, is_cross_attention=False, layer_idx=index)
+        layer.crossattention.self = DecoderAttention(config, is_cross_attention=True, layer_idx=index)
     return decoder
+
+
+def cross_attention_cache(decoder: BlipTextLMHeadModel, states, layout: Layout, copies: int = 1) -> EncoderDecoderCache:
+    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on no padding.
+
+    `copies`: how many sequences are generated for each sample.
+    """
+    cache = DynamicCache()
+    for index, layer in enumerate(decoder.bert.encoder.layer):
+        attention = layer.crossattention.self
+        key, value = (
+            layout.pad(split_heads(linear(states), attention.num_attention_heads)).transpose(1, 2)
+            for linear in (attention.key, attention.value)
+        )
+        cache.update(key.repeat_interleave(copies, 0), value.repeat_interleave(copies, 0), index)
+    return EncoderDecoderCache(DynamicCache(), cache)

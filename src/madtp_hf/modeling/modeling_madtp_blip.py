@@ -36,9 +36,12 @@ from .encoders import (
     MadtpBlipTextModel,
     MadtpBlipVisionModel,
     MergeLayer,
+    attention_function,
     build_text_decoder,
-    text_attention,
+    cross_attention_cache,
+    query_key_value,
 )
+from .packing import pack
 from .retrieval_loss import (
     TEMPERATURE,
     ContrastiveKeys,
@@ -226,6 +229,8 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
     base_model_prefix = "madtp_blip"
+    _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = [
         "MadtpBlipVisionLayer",
         "MadtpBlipTextLayer",
@@ -395,11 +400,13 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         return self.vision_model(pixel_values, pruning, interpolate_pos_encoding, **outputs)
 
     def _encode_text(self, input_ids, attention_mask, *images, with_feature=False) -> BranchOutput:
-        """Texts (B, L) about `images`, the states and mask of each image that a text meets; none for the texts by themselves."""
-        input_ids, mask = left_align(input_ids, attention_mask, cut=self.is_pruning)
+        """Texts (B, L) about `images`, the states and layout of each image that a text meets; none for the texts by themselves."""
+        packed = self.is_pruning and self.config.pruning_granularity != "frozen"
+        input_ids, mask = left_align(input_ids, attention_mask, cut=packed)
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
-        return self.text_encoder(input_ids, *images, mask=mask, pruning=self._branch_pruning("text", with_feature))
+        pruning = self._branch_pruning("text", with_feature)
+        return self.text_encoder(input_ids, *images, mask=mask, packed=packed, pruning=pruning)
 
     def _no_alignment_loss(self) -> torch.Tensor:
         # The alignment parameters still get a gradient, of 0: distributed training waits for one from each.
@@ -417,14 +424,23 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         return {"output_hidden_states": output_hidden_states, "output_positions": output_positions}
 
-    def _generate(self, input_ids, states, mask, **generate_kwargs) -> torch.LongTensor:
-        """Let the text decoder go on from input_ids (B, L), reading states (B, M, D) with mask (B, M) or None."""
+    def _generate(self, input_ids, encoded: BranchOutput, mask, **generate_kwargs) -> torch.LongTensor:
+        """Let the text decoder go on from input_ids (B, L), reading what was encoded, at padding as well where there is no mask (B, M)."""
         text_config = self.config.text_config
+        generation = generate_kwargs.get("generation_config") or self.text_decoder.generation_config
+        number = {
+            name: generate_kwargs.get(name) or getattr(generation, name) or 1
+            for name in ("num_beams", "num_return_sequences")
+        }
+        if generate_kwargs.get("use_cache", True) and generate_kwargs.get("past_key_values") is None:
+            generate_kwargs["past_key_values"] = cross_attention_cache(
+                self.text_decoder, encoded.states, encoded.layout, max(number.values())
+            )
         return self.text_decoder.generate(
             input_ids=input_ids,
             eos_token_id=text_config.sep_token_id,
             pad_token_id=text_config.pad_token_id,
-            encoder_hidden_states=states,
+            encoder_hidden_states=encoded.hidden_states,
             encoder_attention_mask=mask,
             **generate_kwargs,
         )
@@ -461,7 +477,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         check_same_number(pixel_values, input_ids, "questions")
         vision = self._encode_images(pixel_values, with_feature, **vision_options)
         text = self._encode_text(
-            input_ids, attention_mask, vision.hidden_states, vision.mask, with_feature=with_feature
+            input_ids, attention_mask, vision.states, vision.layout, with_feature=with_feature
         )
         return vision, text
 
@@ -521,14 +537,16 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             interpolate_pos_encoding=interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
+        question_states = text.hidden_states
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            encoder_hidden_states=text.hidden_states,
+            encoder_hidden_states=question_states,
             encoder_attention_mask=text.mask if self.is_pruning else None,
             labels=labels,
             reduction="mean",
         )
+        image_embeds = vision.hidden_states
         loss = task_loss = align_loss = None
         if labels is not None:
             task_loss = answer.loss
@@ -536,8 +554,8 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForQuestionAnsweringOutput(
             loss=loss,
-            image_embeds=vision.hidden_states,
-            last_hidden_state=vision.hidden_states,
+            image_embeds=image_embeds,
+            last_hidden_state=image_embeds,
             hidden_states=vision.all_hidden_states,
             logits=answer.logits,
             task_loss=task_loss,
@@ -545,7 +563,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             vision_tokens=vision.num_tokens,
             text_tokens=text.num_tokens,
             image_mask=vision.mask,
-            question_states=text.hidden_states,
+            question_states=question_states,
             question_mask=text.mask,
             vision_positions=vision.positions,
         )
@@ -578,9 +596,8 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        states = text.hidden_states
-        start = torch.full((len(states), 1), self.config.text_config.bos_token_id, device=states.device)
-        return self._generate(start, states, text.mask if self.is_pruning else None, **generate_kwargs)
+        start = torch.full((len(pixel_values), 1), self.config.text_config.bos_token_id, device=pixel_values.device)
+        return self._generate(start, text, text.mask if self.is_pruning else None, **generate_kwargs)
 
     def as_pipeline(self, processor, **kwargs):
         """The model, as it is, behind the pipeline that its checkpoints carry: `model.as_pipeline(processor)(image=..., question=...)`."""
@@ -603,13 +620,23 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         """
         batch_size, num_answers, _ = answer_ids.shape
         decoder = self.text_decoder.bert
-        hidden_states = decoder.embeddings(answer_ids.flatten(0, 1))
+        states = decoder.embeddings(answer_ids.flatten(0, 1))
+        question, mask = text.hidden_states, text.mask
+
+        def context_of(attention, states, context_states, mask=None, is_causal=False):
+            query_key_values = query_key_value(attention, states, context_states)
+            query, key, value = (heads.transpose(1, 2) for heads in query_key_values)
+            context = attention_function("sdpa", query, key, value, mask, 0.0, is_causal)
+            return context.transpose(1, 2).flatten(2)
+
         for layer in decoder.encoder.layer:
-            hidden_states, _ = text_attention(layer.attention, hidden_states, hidden_states, is_causal=True)
-            queries = hidden_states.unflatten(0, (batch_size, num_answers)).flatten(1, 2)
-            queries, _ = text_attention(layer.crossattention, queries, text.hidden_states, text.mask)
-            hidden_states = layer.feed_forward_chunk(queries.view_as(hidden_states))
-        return hidden_states.unflatten(0, (batch_size, num_answers))
+            context = context_of(layer.attention.self, states, states, is_causal=True)
+            states = layer.attention.output(context, states)
+            queries = states.unflatten(0, (batch_size, num_answers)).flatten(1, 2)
+            context = context_of(layer.crossattention.self, queries, question, mask)
+            queries = layer.crossattention.output(context, queries)
+            states = layer.feed_forward_chunk(queries.view_as(states))
+        return states.unflatten(0, (batch_size, num_answers))
 
     @torch.no_grad()
     def rank_answers(
@@ -743,10 +770,11 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             interpolate_pos_encoding=interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
+        image_embeds = vision.hidden_states
         caption = self.text_decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            encoder_hidden_states=vision.hidden_states,
+            encoder_hidden_states=image_embeds,
             encoder_attention_mask=vision.mask,
             labels=labels,
             reduction="mean",
@@ -759,8 +787,8 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         return MadtpBlipForConditionalGenerationOutput(
             loss=loss,
             logits=caption.logits,
-            image_embeds=vision.hidden_states,
-            last_hidden_state=vision.hidden_states,
+            image_embeds=image_embeds,
+            last_hidden_state=image_embeds,
             hidden_states=vision.all_hidden_states,
             task_loss=caption.loss,
             alignment_loss=align_loss,
@@ -802,7 +830,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             prompt = F.pad(input_ids[:, 1:-1], (1, 0), value=start)
         if attention_mask is not None:
             generate_kwargs["attention_mask"] = attention_mask[:, :-1]
-        return self._generate(prompt, vision.hidden_states, vision.mask, **generate_kwargs)
+        return self._generate(prompt, vision, vision.mask, **generate_kwargs)
 
 
 class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
@@ -889,12 +917,10 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
-        # (2 * B, ...), left and right in turn -> (B, 2, ...)
-        states = vision.hidden_states.unflatten(0, (-1, 2))
-        mask = None if vision.mask is None else vision.mask.unflatten(0, (-1, 2))
-        left, right = ((states[:, side], None if mask is None else mask[:, side]) for side in (0, 1))
+        # (2 * B, ...), left and right in turn
+        left, right = (vision.layout.select(vision.states, slice(side, None, 2)) for side in (0, 1))
         text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature)
-        logits = self.cls_head(text.hidden_states[:, 0])
+        logits = self.cls_head(text.class_states)
 
         loss = task_loss = align_loss = None
         if labels is not None:
@@ -905,14 +931,14 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         return MadtpBlipForImagesAndTextClassificationOutput(
             loss=loss,
             logits=logits,
-            image_embeds=states,
+            image_embeds=vision.hidden_states.unflatten(0, (-1, 2)),
             hidden_states=vision.all_hidden_states,
             text_states=text.hidden_states,
             task_loss=task_loss,
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens.unflatten(1, (-1, 2)).transpose(1, 2),
             text_tokens=text.num_tokens,
-            image_mask=mask,
+            image_mask=None if vision.mask is None else vision.mask.unflatten(0, (-1, 2)),
             vision_positions=vision.positions,
         )
 
@@ -938,22 +964,22 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         self.itm_head = nn.Linear(text_width, 2)
         self.post_init()
 
-    def _image_feature(self, states: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.vision_proj(states[:, 0]), dim=-1)
+    def _image_feature(self, images: BranchOutput) -> torch.Tensor:
+        return F.normalize(self.vision_proj(images.class_states), dim=-1)
 
-    def _text_feature(self, states: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.text_proj(states[:, 0]), dim=-1)
+    def _text_feature(self, texts: BranchOutput) -> torch.Tensor:
+        return F.normalize(self.text_proj(texts.class_states), dim=-1)
 
     def get_image_features(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """pixel_values (B, 3, H, W) -> L2-normalised features (B, image_text_hidden_size)."""
         images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self._image_feature(images.hidden_states)
+        return self._image_feature(images)
 
     def get_text_features(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
     ) -> torch.Tensor:
         """input_ids, attention_mask (B, L) -> L2-normalised features (B, image_text_hidden_size)."""
-        return self._text_feature(self._encode_text(input_ids, attention_mask).hidden_states)
+        return self._text_feature(self._encode_text(input_ids, attention_mask))
 
     @can_return_tuple
     def forward(
@@ -1008,15 +1034,12 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         losses = {}
         if with_feature:
             text = self._encode_text(input_ids, attention_mask, with_feature=True)
-            image_feature, text_feature = (
-                self._image_feature(vision.hidden_states),
-                self._text_feature(text.hidden_states),
-            )
+            image_feature, text_feature = self._image_feature(vision), self._text_feature(text)
             if len(pixel_values) == len(input_ids):
                 align_loss = self._alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
-            text = self._encode_text(input_ids, attention_mask, vision.hidden_states, vision.mask)
-            itm_score = self.itm_head(text.hidden_states[:, 0])
+            text = self._encode_text(input_ids, attention_mask, vision.states, vision.layout)
+            itm_score = self.itm_head(text.class_states)
         else:
             itm_score = image_feature @ text_feature.T
         if return_loss:
@@ -1037,10 +1060,11 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
                 "contrastive_loss": contrastive,
                 "matching_loss": matching,
             }
+        image_embeds = vision.hidden_states
         return MadtpBlipForImageTextRetrievalOutput(
             itm_score=itm_score,
-            image_embeds=vision.hidden_states,
-            last_hidden_state=vision.hidden_states,
+            image_embeds=image_embeds,
+            last_hidden_state=image_embeds,
             hidden_states=vision.all_hidden_states,
             question_embeds=text.hidden_states,
             alignment_loss=align_loss,
@@ -1056,8 +1080,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
         """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask (B, M)."""
-        text = self._encode_text(input_ids, attention_mask, image_states, image_mask)
-        return self.itm_head(text.hidden_states[:, 0])
+        text = self._encode_text(input_ids, attention_mask, *pack(image_states, image_mask))
+        return self.itm_head(text.class_states)
 
     def _score_hard_negatives(
         self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature

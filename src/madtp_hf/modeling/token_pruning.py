@@ -1,8 +1,9 @@
 """MADTP's token pruning (arXiv 2403.02991), as functions of tensors that know nothing of the network that calls them.
 
-Shapes: B batch, L = 1 + N sequence (the class token, then N tokens), T alignment tokens, D width, H heads, d head width. Sequences
-of different lengths lie in one batch with padding behind the real tokens: `mask` (B, L) is True at the real ones, and None says
-that there is no padding. Padding takes part in no score, threshold or mean. Scores are computed in float32.
+Shapes: B batch, L = 1 + N sequence (the class token, then N tokens), T alignment tokens, D width, H heads, d head width. Where sequences
+of different lengths are taken together there is padding behind the real tokens: `mask` (B, L) is True at the real ones, and None says
+that there is no padding. Padding takes part in no score, threshold or mean. Scores are computed in float32. What tokens are left is made anew
+as rows end to end, see `packing.py`.
 
 A pruned layer, step by step:
 
@@ -13,8 +14,6 @@ A pruned layer, step by step:
 5. theta = min_t sum_n softmax_n(a / tau)[n, t] s[n]                 `importance_threshold`
 6. keep s > theta, merge the rest into one token                     `select_tokens`, `merge_tokens`
 7. (the layer's feed-forward on what is left)
-
-`prune_tokens` is steps 4 to 6 in one call.
 """
 
 from typing import NamedTuple
@@ -22,8 +21,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .packing import Layout
 
-ATTENTION_BLOCK = 2**21  # attention probabilities at a time on a CPU: 8 MB
+
+ATTENTION_BLOCK = 2**20  # attention probabilities at a time on a CPU: 4 MB, which stay in cache
 
 
 class AttentionScores(NamedTuple):
@@ -78,11 +79,26 @@ def scored_attention(
 ) -> tuple[torch.Tensor, AttentionScores]:
     """Step 3: self-attention of (B, H, L, d) queries, keys and values: its output O (B, H, L, d) and its scores.
 
-    A block of queries at a time, so that all heads' maps of a long sequence are never held at once and a block's stay in cache.
+    On a CPU some samples, or of a long one some queries, at a time: all heads' maps are never held at once, and a block's stay in cache.
     """
     batch_size, num_heads, length, width = query.shape
+    samples = batch_size
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        samples = max(ATTENTION_BLOCK // (num_heads * length**2), 1)
+    if samples >= batch_size:
+        return _attention_of_block(query, key, value, mask, dropout)
+    masks = [None] * -(-batch_size // samples) if mask is None else mask.split(samples)
+    blocks = [
+        _attention_of_block(*block, dropout)
+        for block in zip(query.split(samples), key.split(samples), value.split(samples), masks)
+    ]
+    return torch.cat([output for output, _ in blocks]), AttentionScores(*map(torch.cat, zip(*(s for _, s in blocks))))
+
+
+def _attention_of_block(query, key, value, mask, dropout) -> tuple[torch.Tensor, AttentionScores]:
+    batch_size, num_heads, length, width = query.shape
     block = length
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
         block = max(ATTENTION_BLOCK // (batch_size * num_heads * length), 16)
     query, key = query * width**-0.5, key.transpose(-1, -2)
     outputs, received, from_class = [], 0, None
@@ -147,12 +163,20 @@ def select_tokens(
     if mask is not None:
         keep = keep & mask
     if granularity == "batch":
-        # Rank 0 is the most important token; padding ranks last.
-        ranked = importance if mask is None else importance.masked_fill(~mask, -torch.inf)
-        rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        keep = rank < keep.sum(dim=-1).amax()
-        if mask is not None:
-            keep = keep & mask
+        keep = most_important(importance, keep.sum(dim=-1).amax(), mask)
+    return keep_all_or_enough(keep, mask)
+
+
+def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, N) bool: the `number` most important tokens of each sample, all where it has fewer."""
+    # Rank 0 is the most important token; padding ranks last.
+    ranked = importance if mask is None else importance.masked_fill(~mask, -torch.inf)
+    rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < number if mask is None else (rank < number) & mask
+
+
+def keep_all_or_enough(keep: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Where nothing would stay, or one token or none would go, all stay."""
     num_tokens = keep.shape[1] if mask is None else mask.sum(dim=-1)
     num_kept = keep.sum(dim=-1)
     prunes = (num_kept > 0) & (num_tokens - num_kept > 1)
@@ -161,53 +185,47 @@ def select_tokens(
 
 
 def merge_tokens(
-    hidden_states: torch.Tensor, keep: torch.Tensor, importance: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    states: torch.Tensor, layout: Layout, keep: torch.Tensor, importance: torch.Tensor, length: int | None = None
+) -> tuple[torch.Tensor, Layout, torch.Tensor | None]:
     """Step 6: the class token, the tokens to keep in their order, and one more for all that go: their mean weighted by importance.
 
-    hidden_states (B, L, D), keep (B, N), importance (B, N), mask (B, L) -> hidden_states (B, M, D), mask (B, M) or None, M the
-    longest of the results, and source (B, M), which of the L each token was, -1 for merged ones and padding; None where nothing
-    changed at all. Waits for the device once, to learn M.
+    states (R, D) in `layout`, keep (B, N), importance (B, N) -> states (R', D), their layout, and source (R',), which of the R rows each was, or R + b
+    for the merged token of sample b; None where nothing changed at all. With `length`, every sample gets that many rows, the last ones of those that
+    need fewer being padding; else it waits for the device once, to learn how many there are.
     """
-    drop = ~keep if mask is None else mask[:, 1:] & ~keep
-    merges = drop.any(dim=-1)
-    position = 1 + keep.sum(dim=-1)  # of the merged token, behind those that stay
-    lengths = position + merges
-    longest, shortest, merges_any = torch.stack([lengths.amax(), lengths.amin(), merges.any()]).tolist()
-    if not merges_any:
-        return hidden_states, mask, None
+    mask = None if layout.padded_mask is None else layout.padded_mask[:, 1:]
+    drop = ~keep if mask is None else mask & ~keep
+    merges = drop.any(dim=-1, keepdim=True)
+    stays = torch.cat([torch.ones_like(merges), keep, merges], dim=1)  # the class token, the tokens, the merged one
+    lengths = stays.sum(dim=1)
+    if length is None:
+        total, longest = torch.stack([lengths.sum(), lengths.amax()]).tolist()
+        if total == layout.total:  # one that merges has fewer
+            return states, layout, None
+    elif length == layout.longest:
+        return states, layout, None
 
     weights = importance * drop
-    weights = (weights / weights.sum(dim=-1, keepdim=True).where(merges.unsqueeze(-1), 1)).to(hidden_states.dtype)
-    merged = weights.unsqueeze(1) @ hidden_states[:, 1:]
+    weights = weights / weights.sum(dim=-1, keepdim=True).where(merges, 1)
+    if layout.lengths is None:
+        merged = (weights.unsqueeze(1).to(states.dtype) @ layout.pad(states)[:, 1:]).squeeze(1)
+    else:
+        weighted = layout.unpad(F.pad(weights, (1, 0))).unsqueeze(1) * states
+        merged = weighted.new_zeros(layout.batch_size, states.shape[1]).index_add(0, layout.samples, weighted)
+        merged = merged.to(states.dtype)
 
-    source = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True) + 1
-    source = F.pad(source, (1, 0))[:, :longest]
-    hidden_states = hidden_states.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
-    slot = torch.arange(longest, device=keep.device)
-    is_kept = slot < position.unsqueeze(-1)
-    is_merged = (slot == position.unsqueeze(-1)) & merges.unsqueeze(-1)
-    hidden_states = torch.where(is_merged.unsqueeze(-1), merged, hidden_states)
-    mask = None if shortest == longest else is_kept | is_merged
-    return hidden_states, mask, source.masked_fill(~is_kept, -1)
-
-
-def prune_tokens(
-    hidden_states: torch.Tensor,
-    attention: AttentionScores,
-    scores: torch.Tensor,
-    temperature: float,
-    granularity: str = "instance",
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Steps 4 to 6: hidden_states (B, L, D) with the layer's attention and alignment scores -> what enters its feed-forward.
-
-    Returns what `merge_tokens` does: the tokens, their mask, and where each of them comes from.
-    """
-    if hidden_states.shape[1] < 4:  # at least one token stays and two go
-        return hidden_states, mask, None
-    token_mask = None if mask is None else mask[:, 1:]
-    importance = token_importance(attention, scores, token_mask)
-    threshold = importance_threshold(scores, importance, temperature, token_mask)
-    keep = select_tokens(importance, threshold, token_mask, granularity)
-    return merge_tokens(hidden_states, keep, importance, mask)
+    # Where each slot of `stays` comes from; the merged tokens lie behind all rows.
+    slots = torch.arange(layout.longest, device=states.device)
+    rows = layout.starts.unsqueeze(1) + slots
+    behind = layout.total + torch.arange(layout.batch_size, device=states.device)
+    rows = torch.cat([rows, behind.unsqueeze(1)], dim=1)
+    if length is None:
+        slot = torch.where(stays, stays.flatten().cumsum(0).view_as(rows) - 1, total)
+        source = rows.new_empty(total + 1).scatter_(0, slot.flatten(), rows.flatten())[:total]
+        layout = Layout(layout.batch_size, longest, layout.device, lengths=lengths, total=total)
+    else:
+        order = (stays * stays.shape[1] - torch.arange(stays.shape[1], device=states.device)).topk(length).indices
+        source = rows.gather(1, order).flatten()
+        mask = None if mask is None else torch.arange(length, device=states.device) < lengths.unsqueeze(1)
+        layout = Layout.rectangle(layout.batch_size, length, layout.device, mask)
+    return torch.cat([states, merged]).index_select(0, source), layout, source
