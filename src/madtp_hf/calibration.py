@@ -1,5 +1,6 @@
 """Calibration: which pruning temperature saves which share of a model's FLOPs."""
 
+import itertools
 import math
 from contextlib import contextmanager
 
@@ -9,8 +10,8 @@ from tqdm.auto import tqdm
 from .flops import reduction_of_flops
 
 
-TOLERANCE = 0.002  # of the reduction; a search that comes this close stops
-ACCEPTED = 0.02  # and one that ends this close has found it
+TOLERANCE = 0.003  # of the reduction; a search that comes this close stops
+ACCEPTED = 0.01  # and one that ends this close has found it
 MAX_PASSES = 14  # over the data, for one reduction
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures that the search starts from
 SCAN_SAMPLES = 8
@@ -48,27 +49,109 @@ def complete(model, batch) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def restored(model):
-    """Leave a model in the mode and at the temperature that it had."""
-    training, temperature = model.training, model.config.pruning_temperature
+    """Leave a model in the mode, at the temperature and with the granularity that it had; meanwhile it is in none that is frozen."""
+    config = model.config
+    training, temperature, granularity = model.training, config.pruning_temperature, config.pruning_granularity
     try:
+        if granularity == "frozen":
+            config.pruning_granularity = "instance"
         yield model.eval()
     finally:
         model.train(training)
-        model.config.pruning_temperature = temperature
+        config.pruning_temperature, config.pruning_granularity = temperature, granularity
 
 
 @torch.no_grad()
 def measure_reduction(model, batches, temperature: float) -> float:
     """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature."""
+    return _run(model, batches, temperature)[0]
+
+
+@torch.no_grad()
+def _run(model, batches, temperature: float) -> tuple[float, dict[str, torch.Tensor]]:
+    """One pass: the mean reduction, and the mean number of tokens that each layer of either branch leaves (layers,)."""
     model.set_pruning(temperature=temperature)
-    reductions = []
+    reductions, tokens = [], {"vision": [], "text": []}
     for batch in batches:
         batch = complete(model, batch)
-        reductions.append(measure(model, batch, model(**batch)))
-    return torch.cat(reductions).mean().item()
+        output = model(**batch)
+        reductions.append(measure(model, batch, output))
+        tokens["vision"].append(output.vision_tokens.flatten(1))  # of both images, where there are two
+        if output.text_tokens is not None:
+            tokens["text"].append(output.text_tokens)
+    means = {name: torch.cat(counts, dim=1).float().mean(dim=1) for name, counts in tokens.items() if counts}
+    return torch.cat(reductions).mean().item(), means
 
 
-def calibrate(model, dataloader, reductions) -> list[list[float]]:
+class _Curve:
+    """The reduction as a function of the logarithm of the temperature, on all of the data; what was measured once is remembered."""
+
+    def __init__(self, model, batches, progress):
+        self.model, self.batches, self.progress = model, batches, progress
+        self.reductions: dict[float, float] = {}
+        self.tokens: dict[float, dict[str, torch.Tensor]] = {}
+
+    def at(self, point: float) -> float:
+        if point not in self.reductions:
+            self.reductions[point], self.tokens[point] = _run(self.model, self.batches, math.exp(point))
+            self.progress.update()
+        return self.reductions[point]
+
+    def nearest(self, target: float) -> float:
+        return min(self.reductions, key=lambda point: abs(self.reductions[point] - target))
+
+
+def _scan(model, batch) -> list[tuple[float, float]]:
+    """(log temperature, reduction) on a few samples, from the lowest point of the curve to its highest: there it grows."""
+    few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    scan = [(math.log(temperature), measure_reduction(model, [few], temperature)) for temperature in SCAN]
+    top = max(range(len(scan)), key=lambda i: scan[i][1])
+    bottom = min(range(top + 1), key=lambda i: scan[i][1])
+    return scan[bottom : top + 1]
+
+
+def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> None:
+    """Measure the curve nearer and nearer to where it reaches a target."""
+
+    def reached():
+        return abs(curve.reductions[curve.nearest(target)] - target) <= TOLERANCE
+
+    def last_crossing(curve_points):
+        """The last two neighbours of a curve between which it grows past the target."""
+        pairs = [(a, b) for (a, below), (b, above) in itertools.pairwise(curve_points) if below <= target <= above]
+        return pairs[-1] if pairs else None
+
+    # What other targets' searches have measured, on all of the data, comes first; then what the few samples show, whose bracket is
+    # widened until it holds the target on all of the data as well, or the curve ends.
+    points = [point for point, _ in scan]
+    bracket = last_crossing(sorted(curve.reductions.items())) or last_crossing(scan)
+    low, high = bracket or ((points[0], points[0]) if target < scan[0][1] else (points[-1], points[-1]))
+    while curve.at(low) > target and low > points[0]:
+        low, high = max(point for point in points if point < low), low
+    while curve.at(high) < target and high < points[-1]:
+        low, high = high, min(point for point in points if point > high)
+    for _ in range(MAX_PASSES):
+        if reached() or not curve.at(low) < target < curve.at(high):
+            return
+        share = (target - curve.at(low)) / (curve.at(high) - curve.at(low))
+        point = low + (high - low) * min(max(share, 0.1), 0.9)
+        if curve.at(point) < target:
+            low = point
+        else:
+            high = point
+
+
+def _fixed_counts(means: torch.Tensor) -> list[int]:
+    """How many tokens each layer is to leave, from the mean numbers (layers + 1,) that enter the branch and that each layer leaves."""
+    before, counts = math.ceil(means[0].item()), []
+    for mean in means[1:].tolist():
+        # A layer that drops anything drops two tokens at least, and leaves the class token, one that stays and the merged one.
+        before = min(max(round(mean), 3), before)
+        counts.append(before)
+    return counts
+
+
+def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
     """Find the pruning temperatures at which a model saves given shares of its FLOPs, and write them into its configuration.
 
     No training, no gradients: the reduction is measured at a few temperatures and bracketed. It need not grow with the temperature
@@ -81,6 +164,10 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
             Batches as `forward` takes them, dicts of tensors. It is read several times; a few hundred samples are enough.
         reductions (`list[float]`):
             The shares of FLOPs to save, each in [0, 1); 0 is off and needs no temperature.
+        freeze (`bool`, *optional*, defaults to `False`):
+            Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then depend on the input's
+            shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes `"frozen"`; set it to `"instance"` again for a number
+            of its own for every sample.
 
     Returns:
         `list[list[float]]`: the schedule, pairs of a reduction and its temperature.
@@ -101,55 +188,33 @@ def calibrate(model, dataloader, reductions) -> list[list[float]]:
     if first is None:
         raise ValueError("dataloader gave no batch: expected at least one.")
 
+    freeze = freeze or model.config.pruning_granularity == "frozen"
+    schedule, counts = [], []
     with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
-        measured: dict[float, float] = {}  # log temperature -> reduction, on all of the data
-
-        def reduction_at(log_temperature):
-            if log_temperature not in measured:
-                measured[log_temperature] = measure_reduction(model, dataloader, math.exp(log_temperature))
-                progress.update()
-            return measured[log_temperature]
-
-        # Where it grows: from its lowest point to its highest, as a few samples show them.
-        few = {name: value[:SCAN_SAMPLES] for name, value in first.items() if isinstance(value, torch.Tensor)}
-        scan = []
-        for temperature in SCAN:
-            scan.append((math.log(temperature), measure_reduction(model, [few], temperature)))
-        top = max(range(len(scan)), key=lambda i: scan[i][1])
-        bottom = min(range(top + 1), key=lambda i: scan[i][1])
-        curve = scan[bottom : top + 1]
-
-        schedule = []
+        scan = _scan(model, first)
+        curve = _Curve(model, dataloader, progress)
         for target in targets:
-            crossing = [i for i in range(1, len(curve)) if curve[i - 1][1] <= target <= curve[i][1]]
-            middle = crossing[-1] if crossing else (1 if target < curve[0][1] else len(curve) - 1)
-            low, high = curve[max(middle - 1, 0)][0], curve[min(middle, len(curve) - 1)][0]
-            # One batch differs from all of the data: widen until they bracket the target, or the curve ends.
-            while reduction_at(low) > target and low > curve[0][0]:
-                low = max(point for point, _ in curve if point < low)
-            while reduction_at(high) < target and high < curve[-1][0]:
-                high = min(point for point, _ in curve if point > high)
-            for _ in range(MAX_PASSES):
-                best = min((low, high), key=lambda point: abs(reduction_at(point) - target))
-                if abs(reduction_at(best) - target) <= TOLERANCE or not reduction_at(low) < target < reduction_at(
-                    high
-                ):
-                    break
-                share = (target - reduction_at(low)) / (reduction_at(high) - reduction_at(low))
-                point = low + (high - low) * min(max(share, 0.1), 0.9)
-                if reduction_at(point) < target:
-                    low = point
-                else:
-                    high = point
-            best = min(measured, key=lambda point: abs(measured[point] - target))
-            if abs(measured[best] - target) > ACCEPTED:
+            _search(curve, scan, target)
+            best = curve.nearest(target)
+            if abs(curve.reductions[best] - target) > ACCEPTED:
                 raise ValueError(
                     f"reduction={target} is out of this model's reach on this data: the nearest that a temperature gives is"
-                    f" {measured[best]:.3f}, and all of them lie between about {curve[0][1]:.2f} and {curve[-1][1]:.2f}."
+                    f" {curve.reductions[best]:.3f}, and all of them lie between about {scan[0][1]:.2f} and {scan[-1][1]:.2f}."
                     " Ask for one in there, give more samples if it is in there, or fine-tune with"
                     f" `madtp_hf.ReductionCallback({target})` first."
                 )
-            schedule.append([target, math.exp(best)])
+            temperature, means = math.exp(best), curve.tokens[best]
+            schedule.append([target, temperature])
+            text = means.get("text")
+            layers = model.config.text_config.num_hidden_layers
+            counts.append(
+                [temperature, _fixed_counts(means["vision"]), [3] * layers if text is None else _fixed_counts(text)]
+            )
 
     model.config.pruning_schedule = schedule
+    if freeze:
+        model.config.pruning_token_counts = counts
+        model.config.pruning_granularity = "frozen"
+        if not any(math.isclose(model.config.pruning_temperature, temperature) for temperature, *_ in counts):
+            model.set_pruning(None)
     return schedule

@@ -7,7 +7,7 @@ from transformers import BlipConfig
 
 
 MODALITIES = ("vision", "text")
-GRANULARITIES = ("instance", "batch")
+GRANULARITIES = ("instance", "batch", "frozen")
 
 
 def _is_number(value) -> bool:
@@ -31,9 +31,13 @@ class MadtpBlipConfig(BlipConfig):
             The encoders that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every sample keeps a number of tokens of its own, so an output doesn't depend on its batch. `"batch"`, for
-            comparison: all samples keep as many as the neediest of the batch.
+            comparison: all samples keep as many as the neediest of the batch. `"frozen"`: each layer leaves a number of tokens that
+            `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the input, as CUDA graphs and exported models need.
         pruning_schedule (`list[list[float]]`, *optional*):
             Pairs of a reduction of FLOPs and the temperature that reaches it, as `calibrate` measures them.
+        pruning_token_counts (`list`, *optional*):
+            For `"frozen"`: `[temperature, vision, text]` for each temperature of the schedule, where `vision` and `text` are how many tokens
+            each layer of the branch leaves, class token included.
         encoder_token_id (`int`, *optional*):
             If given, the model puts this token in the place of a text's first where the text meets an image, as the original BLIP does.
 
@@ -76,6 +80,7 @@ class MadtpBlipConfig(BlipConfig):
         pruning_modalities=MODALITIES,
         pruning_granularity="instance",
         pruning_schedule=None,
+        pruning_token_counts=None,
         encoder_token_id=None,
         **kwargs,
     ):
@@ -90,6 +95,7 @@ class MadtpBlipConfig(BlipConfig):
         )
         self.pruning_granularity = pruning_granularity
         self.pruning_schedule = pruning_schedule
+        self.pruning_token_counts = pruning_token_counts
         self.encoder_token_id = encoder_token_id
         self.check_pruning()
 
@@ -137,6 +143,42 @@ class MadtpBlipConfig(BlipConfig):
             ),
             "pruning_schedule",
             "None or pairs [reduction, temperature] in order of reduction, 0 < reduction < 1, temperature > 0",
+        )
+
+        counts = self.pruning_token_counts
+        layers = (self.vision_config.num_hidden_layers, self.text_config.num_hidden_layers)
+        require(
+            counts is None
+            or all(
+                len(entry) == 3
+                and _is_number(entry[0])
+                and all(
+                    len(branch) == number and all(is_count(count) and count >= 3 for count in branch)
+                    for branch, number in zip(entry[1:], layers)
+                )
+                for entry in counts
+            ),
+            "pruning_token_counts",
+            f"None or entries [temperature, {layers[0]} vision counts, {layers[1]} text counts], each count at least 3",
+        )
+        if self.pruning_granularity == "frozen" and temperature > 0:
+            self.token_counts()
+
+    def token_counts(self) -> dict[str, tuple[int, ...]] | None:
+        """How many tokens each layer of either branch leaves at the present temperature, where that is fixed; None where it isn't.
+
+        Raises:
+            ValueError: if granularity is "frozen" and no counts belong to this temperature.
+        """
+        if self.pruning_granularity != "frozen":
+            return None
+        for temperature, vision, text in self.pruning_token_counts or ():
+            if math.isclose(temperature, self.pruning_temperature, rel_tol=1e-9):
+                return {"vision": tuple(vision), "text": tuple(text)}
+        known = [entry[0] for entry in self.pruning_token_counts or ()]
+        raise ValueError(
+            f"pruning_granularity='frozen' has no token counts for temperature {self.pruning_temperature}, only for {known}: run"
+            " `madtp_hf.calibrate(model, dataloader, reductions, freeze=True)`, and ask for one of its reductions."
         )
 
     def temperature_for(self, reduction: float) -> float:

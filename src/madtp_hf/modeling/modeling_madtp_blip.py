@@ -41,6 +41,7 @@ from .encoders import (
     cross_attention_cache,
     query_key_value,
 )
+from .packed_linear import can_pack, pack_linear_maps
 from .packing import pack
 from .retrieval_loss import (
     TEMPERATURE,
@@ -204,15 +205,22 @@ def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple
 
 
 def left_align(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cut: bool = True
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cut: bool = True, static: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Move padding, wherever it is, behind the text, and `cut` what no text of the batch needs.
 
     input_ids, attention_mask (B, L) -> input_ids (B, M), mask (B, M) bool or None where nothing is padded. So neither the side nor the
-    length of padding matters to what follows.
+    length of padding matters to what follows. `static`: neither cut nor look at the values, so that nothing waits for the device and shapes
+    follow from shapes.
     """
     if attention_mask is None:
         return input_ids, None
+    if static:
+        check_same_shape("attention_mask", attention_mask, input_ids)
+        real = attention_mask.bool()
+        width = input_ids.shape[1]
+        order = (real * width - torch.arange(width, device=real.device)).topk(width).indices  # stable, and ONNX knows it
+        return input_ids.gather(1, order), real.gather(1, order)
     lengths, shortest, longest = text_lengths(input_ids, attention_mask)
     real = attention_mask.bool()
     width = longest if cut else input_ids.shape[1]
@@ -367,6 +375,26 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             self.config.pruning_temperature = before
             raise
 
+    def pack_weights(self, packed: bool = True):
+        """Lay the weights of linear maps out for fast inference on a CPU in float32, or, with `packed=False`, no longer.
+
+        Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights. Training, other devices and
+        other types go on with the weights as they are.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            RuntimeError: if torch was built without oneDNN.
+        """
+        if packed and not can_pack():
+            raise RuntimeError(
+                "pack_weights needs torch with oneDNN, and this one has none: expected a build where torch.backends.mkldnn.is_available();"
+                " go on without, the model runs as it is."
+            )
+        pack_linear_maps(self, packed)
+        return self
+
     def get_input_embeddings(self):
         return self.text_encoder.embeddings.word_embeddings
 
@@ -385,12 +413,14 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         prunes = modality in config.pruning_modalities
         if not (prunes or with_feature):
             return None
+        counts = config.token_counts()
         return BranchPruning(
             self.alignment.tokens,
             self.alignment.vision_projection if modality == "vision" else self.alignment.text_projection,
             float(config.pruning_temperature) if prunes else 0.0,
             config.pruning_granularity,
             with_feature,
+            None if counts is None or not prunes else counts[modality],
         )
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
@@ -401,8 +431,9 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
 
     def _encode_text(self, input_ids, attention_mask, *images, with_feature=False) -> BranchOutput:
         """Texts (B, L) about `images`, the states and layout of each image that a text meets; none for the texts by themselves."""
-        packed = self.is_pruning and self.config.pruning_granularity != "frozen"
-        input_ids, mask = left_align(input_ids, attention_mask, cut=packed)
+        frozen = self.is_pruning and self.config.pruning_granularity == "frozen"
+        packed = self.is_pruning and not frozen
+        input_ids, mask = left_align(input_ids, attention_mask, cut=packed, static=frozen)
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
         pruning = self._branch_pruning("text", with_feature)
@@ -447,7 +478,7 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
 
 
 def check_same_number(images, texts: torch.Tensor, kind: str) -> None:
-    if len(images) != len(texts):
+    if images.shape[0] != texts.shape[0]:
         raise ValueError(
             f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of the other."
         )
@@ -524,7 +555,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"Answers of {decoder_input_ids.shape[1]} tokens: this model's decoder reads at most {longest}."
             )
-        if len(decoder_input_ids) != len(input_ids):
+        if decoder_input_ids.shape[0] != input_ids.shape[0]:
             raise ValueError(
                 f"{len(decoder_input_ids)} answers for {len(input_ids)} questions: expected one for each."
             )
@@ -1035,7 +1066,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         if with_feature:
             text = self._encode_text(input_ids, attention_mask, with_feature=True)
             image_feature, text_feature = self._image_feature(vision), self._text_feature(text)
-            if len(pixel_values) == len(input_ids):
+            if pixel_values.shape[0] == input_ids.shape[0]:
                 align_loss = self._alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
             text = self._encode_text(input_ids, attention_mask, vision.states, vision.layout)

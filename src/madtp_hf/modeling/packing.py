@@ -102,14 +102,17 @@ class Layout:
     @property
     def starts(self) -> torch.Tensor:
         """(B,): each sample's first row."""
-        return self.row_counts.cumsum(0) - self.row_counts
+        if self.lengths is None:
+            return torch.arange(self.batch_size, device=self.device) * self.longest
+        return self.lengths.cumsum(0) - self.lengths
 
     @property
     def samples(self) -> torch.Tensor:
         """(R,): which sample each row is of."""
-        return torch.arange(self.batch_size, device=self.device).repeat_interleave(
-            self.row_counts, output_size=self.total
-        )
+        samples = torch.arange(self.batch_size, device=self.device)
+        if self.lengths is None:
+            return samples.unsqueeze(1).expand(-1, self.longest).flatten()
+        return samples.repeat_interleave(self.lengths, output_size=self.total)
 
     @property
     def boundaries(self) -> torch.Tensor:
@@ -206,11 +209,14 @@ class Layout:
 
 
 def pack(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Layout]:
-    """Padded states (B, L, ...) with mask (B, L), True at the real ones, -> states (R, ...) and their layout. Waits for the device."""
+    """Padded states (B, L, ...) with mask (B, L), True at the real ones, which come first, -> states (R, ...) and their layout.
+
+    Waits for the device once.
+    """
     batch_size, length = padded.shape[:2]
     if mask is None:
         return padded.flatten(0, 1), Layout.rectangle(batch_size, length, padded.device)
-    rows = mask.flatten().nonzero().flatten()
     lengths = mask.sum(dim=1)
-    layout = Layout(batch_size, int(lengths.amax()), padded.device, lengths=lengths, total=len(rows))
-    return padded.flatten(0, 1).index_select(0, rows), layout
+    total, longest = torch.stack([lengths.sum(), lengths.amax()]).tolist()
+    layout = Layout(batch_size, longest, padded.device, lengths=lengths, total=total)
+    return layout.unpad(padded[:, :longest]), layout

@@ -97,13 +97,14 @@ def scored_attention(
 
 def _attention_of_block(query, key, value, mask, dropout) -> tuple[torch.Tensor, AttentionScores]:
     batch_size, num_heads, length, width = query.shape
-    block = length
+    starts, block = [0], None
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         block = max(ATTENTION_BLOCK // (batch_size * num_heads * length), 16)
+        starts = range(0, length, block)
     query, key = query * width**-0.5, key.transpose(-1, -2)
     outputs, received, from_class = [], 0, None
-    for start in range(0, length, block):
-        rows = slice(start, start + block)
+    for start in starts:
+        rows = slice(start, block and start + block)
         logits = query[:, :, rows] @ key
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
@@ -169,10 +170,13 @@ def select_tokens(
 
 def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
     """(B, N) bool: the `number` most important tokens of each sample, all where it has fewer."""
-    # Rank 0 is the most important token; padding ranks last.
     ranked = importance if mask is None else importance.masked_fill(~mask, -torch.inf)
-    rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < number if mask is None else (rank < number) & mask
+    if isinstance(number, int):
+        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.topk(number).indices, True)
+    else:
+        # Rank 0 is the most important token; padding ranks last.
+        keep = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < number
+    return keep if mask is None else keep & mask
 
 
 def keep_all_or_enough(keep: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -180,8 +184,8 @@ def keep_all_or_enough(keep: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     num_tokens = keep.shape[1] if mask is None else mask.sum(dim=-1)
     num_kept = keep.sum(dim=-1)
     prunes = (num_kept > 0) & (num_tokens - num_kept > 1)
-    everything = torch.ones_like(keep) if mask is None else mask
-    return torch.where(prunes.unsqueeze(-1), keep, everything)
+    everything = ~prunes.unsqueeze(-1)
+    return keep | (everything if mask is None else everything & mask)
 
 
 def merge_tokens(

@@ -1,0 +1,70 @@
+"""Draw what speed.py has measured: the time of a forward pass against its FLOPs, both as ratios to transformers' BLIP.
+
+    python benchmarks/plot.py benchmarks/results/speed_cpu.json   # writes speed_cpu.png beside it
+
+On the line, everything that is saved on paper is saved on the clock; bars are the quartiles over the rounds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+
+
+SERIES = {
+    "off": ("pruning off", "black", "x"),
+    "instance": ("pruned, instance", "tab:blue", "o"),
+    "batch": ("pruned, batch", "tab:cyan", "s"),
+    "tome": ("ToMe", "tab:orange", "^"),
+    "evit": ("EViT", "tab:green", "v"),
+}
+
+
+def draw_panel(axes, rows: list[dict], title: str) -> None:
+    """One task and batch size."""
+    for run, (label, color, marker) in SERIES.items():
+        points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["flops_ratio"])
+        if not points:
+            continue
+        flops, times = [row["flops_ratio"] for row in points], [row["time_ratio"] for row in points]
+        bars = [[abs(row["time_quartiles"][side] - row["time_ratio"]) for row in points] for side in (0, 1)]
+        axes.errorbar(flops, times, yerr=bars, label=label, color=color, marker=marker, markersize=4, linewidth=1)
+    highest = max([1.05, *(1.05 * row["time_ratio"] for row in rows)])
+    # What prunes next to nothing has more FLOPs than the dense model: those of its scores.
+    widest = max([1.05, *(1.05 * row["flops_ratio"] for row in rows)])
+    axes.plot([0, widest], [0, widest], color="gray", linestyle=":", label="time as FLOPs")
+    axes.set(title=title, xlim=(0, widest), ylim=(0, highest), xlabel="FLOPs ratio", ylabel="time ratio")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="the JSON file that speed.py has written")
+    parser.add_argument("--output", type=Path, help="default: the same name with .png")
+    args = parser.parse_args()
+    matplotlib.use("Agg")
+
+    rows = [row for row in json.loads(args.results.read_text())["rows"] if "time_ratio" in row]
+    panels: dict[str, dict[int, list]] = {}
+    for row in rows:
+        panels.setdefault(row["task"], {}).setdefault(row["batch_size"], []).append(row)
+    columns = max(len(sizes) for sizes in panels.values())
+    figure, grid = pyplot.subplots(
+        len(panels), columns, figsize=(3.4 * columns, 3.1 * len(panels)), squeeze=False, layout="constrained"
+    )
+    handles = {}
+    for line, (task, sizes) in zip(grid, panels.items()):
+        for axes, batch_size in zip(line, sorted(sizes)):
+            draw_panel(axes, sizes[batch_size], f"{task}, batch size {batch_size}")
+            handles.update(dict(zip(*reversed(axes.get_legend_handles_labels()))))
+        for axes in line[len(sizes) :]:
+            axes.set_axis_off()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    output = args.output or args.results.with_suffix(".png")
+    figure.savefig(output, dpi=150)
+    print(f"Wrote {output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,503 @@
+"""How much faster pruned BLIP models are on the clock, against transformers' BLIP as it ships, and against other token reduction at equal FLOPs.
+
+Everything runs in one process, interleaved: each round times every run once, so that a machine that slows down slows all of them, and
+a run's time is given as a ratio to transformers' in the same round. Weights are random, of BLIP-base's size; images are crops of real photographs.
+
+    python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 --output benchmarks/results/speed_cuda.json
+    python benchmarks/speed.py --tasks --training_step --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # does it run?
+
+Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning; `instance` and `batch`,
+pruned in that granularity; `tome` and `evit`, see baselines.py. Captioning is timed twice, reading a caption in one pass (`captioning`) and
+writing one (`captioning-generate`); retrieval is the pass that matches an image and a text.
+
+Columns: `time ratio` and its quartiles, to transformers; `FLOPs ratio`, exactly, of the batch that is timed; `efficiency`, time ratio over FLOPs
+ratio, 1 if all that is saved on paper is saved on the clock; `memory ratio`, of the highest sum of activations; `computed`, tokens that the
+feed-forward layers of the encoders computed over those that were there to compute. Tokens a layer are in the file. `mixed` rows, at the largest batch
+size, are not timed: they show what images of different kinds in one batch do to the tokens.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from baselines import BaselineVisionModel, find_schedule
+from nlvr2_reference import BlipForImagesAndText
+from photographs import mixed_images, photograph_crops
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
+
+from madtp_hf import (
+    MadtpBlipForConditionalGeneration,
+    MadtpBlipForImagesAndTextClassification,
+    MadtpBlipForImageTextRetrieval,
+    MadtpBlipForQuestionAnswering,
+    calibrate,
+    count_flops,
+)
+from madtp_hf.calibration import decoder_tokens, measure
+
+
+MODELS = {
+    "vqa": (BlipForQuestionAnswering, MadtpBlipForQuestionAnswering),
+    "nlvr2": (BlipForImageTextRetrieval, MadtpBlipForImagesAndTextClassification),
+    "captioning": (BlipForConditionalGeneration, MadtpBlipForConditionalGeneration),
+    "retrieval": (BlipForImageTextRetrieval, MadtpBlipForImageTextRetrieval),
+}
+TEXT_TOKENS = {"vqa": 12, "nlvr2": 36, "captioning": 12, "retrieval": 12}  # special tokens included
+TEXT_SPREAD = 0.3  # the texts of a batch are up to that share shorter and longer
+ANSWER_TOKENS = 4  # of a training step's answers
+NUM_BEAMS, NEW_TOKENS = 3, 10  # of a caption that is written
+CALIBRATION_BATCH = 8
+# What transformers' model and ours are to agree on with pruning off.
+SHARED_OUTPUT = {"vqa": "image_embeds", "nlvr2": "logits", "captioning": "logits", "retrieval": "itm_score"}
+
+
+# Models and inputs
+
+
+def blip_config(size: str) -> BlipConfig:
+    if size == "base":
+        return BlipConfig(
+            text_config={"num_attention_heads": 12},
+            # transformers' own default for the vision tower, 1e-10, makes all patches the same.
+            vision_config={"image_size": 384, "initializer_range": 0.02},
+        )
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "initializer_range": 0.2}
+    words = {"vocab_size": 200, "bos_token_id": 198, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    return BlipConfig(
+        text_config={"num_hidden_layers": 8, **narrow, **words},
+        vision_config={"num_hidden_layers": 6, "image_size": 96, "patch_size": 8, **narrow},
+        initializer_range=0.2,
+    )
+
+
+def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
+    """transformers' model and ours, with the same random weights."""
+    torch.manual_seed(args.seed)
+    blip_class, madtp_class = MODELS[task]
+    dense = blip_class(blip_config(args.size)).to(device=args.device, dtype=args.torch_dtype).eval()
+    model = madtp_class.from_blip(dense)
+    return (BlipForImagesAndText.from_madtp(model) if task == "nlvr2" else dense), model
+
+
+def make_inputs(task: str, config, batch_size: int, args, images=photograph_crops, seed: int = 0) -> dict:
+    """What a forward pass of the task takes: images, and texts of random words and different lengths, padded on the right."""
+    text = config.text_config
+    generator = torch.Generator().manual_seed(args.seed + seed)
+    spread = torch.linspace(-TEXT_SPREAD, TEXT_SPREAD, batch_size) if batch_size > 1 else torch.zeros(1)
+    lengths = (TEXT_TOKENS[task] * (1 + spread)).round().long()
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    words = (text.vocab_size // 20, text.vocab_size // 2)  # none of the special tokens
+    ids = torch.randint(*words, mask.shape, generator=generator).where(mask == 1, text.pad_token_id)
+    images_each = 2 if task == "nlvr2" else 1
+    pixel_values = images(images_each * batch_size, config.vision_config.image_size, args.seed + seed)
+    if task == "nlvr2":
+        pixel_values = pixel_values.unflatten(0, (batch_size, 2))
+    inputs = {"pixel_values": pixel_values.to(args.torch_dtype), "input_ids": ids, "attention_mask": mask}
+    if task == "captioning":
+        ids[:, 0] = text.bos_token_id
+    if task == "vqa":
+        inputs["decoder_input_ids"] = torch.full((batch_size, 1), text.bos_token_id)
+    return {name: value.to(args.device) for name, value in inputs.items()}
+
+
+def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
+    """`calibrate`, leaving out with a message what this model can't reach: an hour's benchmark is not to end there."""
+    try:
+        return calibrate(model, batches, reductions)
+    except ValueError:
+        schedule = []
+        for reduction in sorted(reductions):
+            try:
+                schedule += calibrate(model, batches, [reduction])
+            except ValueError as error:
+                print(f"{model.task}: left out. {error}")
+        model.config.pruning_schedule = schedule or None
+        return schedule
+
+
+# What is timed
+
+
+@torch.no_grad()
+def forward(model, inputs):
+    return model(**inputs)
+
+
+@torch.no_grad()
+def generate(model, inputs):
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    return model.generate(inputs["pixel_values"], num_beams=NUM_BEAMS, **lengths)
+
+
+def training_step(model, inputs):
+    output = model(**inputs)
+    output.loss.backward()
+    model.zero_grad(set_to_none=True)
+    return output
+
+
+class Run(NamedTuple):
+    """One of the things that a round times: labels, how its row is called; setup, what brings the model into its state."""
+
+    labels: dict
+    model: nn.Module
+    setup: Callable[[], None]
+
+
+def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines) -> list[Run]:
+    """What a round times: the dense models, each granularity at each reduction, and each baseline, on `model`'s weights."""
+    vision_model = model.vision_model
+
+    def setup(temperature=0.0, granularity="instance", vision=vision_model):
+        def apply():
+            model.vision_model = vision
+            model.config.pruning_granularity = granularity
+            model.set_pruning(temperature)
+
+        return apply
+
+    runs = [Run({"run": "transformers"}, dense, lambda: None), Run({"run": "off"}, model, setup())]
+    for granularity in args.granularities:
+        for reduction in reductions:
+            temperature = model.config.temperature_for(reduction)
+            runs.append(Run({"run": granularity, "asked": reduction}, model, setup(temperature, granularity)))
+    lengths = inputs["attention_mask"].sum(dim=1).cpu()
+    answers = decoder_tokens(inputs, task, model.config)
+    answers = answers.cpu() if isinstance(answers, torch.Tensor) else answers
+    for method in baselines:
+        for reduction in args.baseline_reductions:
+            schedule, reached = find_schedule(method, model.config, task, reduction, lengths, answers)
+            if abs(reached - reduction) > 0.01:
+                print(f"{task}: {method} can't reduce FLOPs by {reduction}; the nearest is {reached:.3f}.")
+            baseline = BaselineVisionModel(vision_model, method, schedule)
+            runs.append(Run({"run": method, "asked": reduction}, model, setup(vision=baseline)))
+    return runs
+
+
+# What is measured
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device, function: Callable) -> tuple[int, object]:
+    """The most bytes allocated at once while `function` runs, over what was allocated before, and its result."""
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return max(int(allocated.max(initial=0)), 0), result
+
+
+def reduction_reached(model, inputs: dict, output, generates: bool) -> float:
+    """The exact reduction of FLOPs of a batch, from the tokens that the model says it had."""
+    if not generates:
+        return measure(model, inputs, output).mean().item()
+
+    def flops(config, vision_tokens):
+        encoder = count_flops(config, model.task, vision_tokens)
+        # With its cache each beam reads each token once, and the image's keys and values are made once a beam.
+        return encoder + NUM_BEAMS * (
+            count_flops(config, model.task, vision_tokens, answer_tokens=NEW_TOKENS) - encoder
+        )
+
+    dense_config = copy.copy(model.config)
+    dense_config.pruning_temperature = 0.0
+    tokens = output.vision_tokens
+    return (1 - flops(model.config, tokens) / flops(dense_config, tokens[:1].expand_as(tokens))).mean().item()
+
+
+def feed_forwards(model) -> list[nn.Module]:
+    """The feed-forward layers of both encoders, those of decoders not."""
+    ends = (("vision_model.", ".mlp"), ("text_encoder.", ".intermediate"))
+    return [
+        module
+        for name, module in model.named_modules()
+        if any(name.startswith(start) and name.endswith(end) for start, end in ends)
+    ]
+
+
+def inspect(run: Run, call: Callable, inputs: dict) -> tuple[dict, object]:
+    """One pass that is not timed: memory, tokens and FLOPs. It serves as warming up, too."""
+    computed = []
+    run.setup()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: computed.append(args[0].numel() // args[0].shape[-1]))
+        for module in feed_forwards(run.model)
+    ]
+    memory, output = peak_memory(inputs["pixel_values"].device, lambda: call(run.model, inputs))
+    for hook in hooks:
+        hook.remove()
+    row = {**run.labels, "memory_mb": memory / 1e6}
+    if run.labels["run"] == "transformers":
+        return {**row, "flops_ratio": 1.0}, output
+    told = forward(run.model, inputs) if call is generate else output
+    branches = {"vision_tokens": told.vision_tokens.flatten(1), "text_tokens": told.text_tokens}
+    branches = {name: tokens for name, tokens in branches.items() if tokens is not None}
+    row["flops_ratio"] = 1 - reduction_reached(run.model, inputs, told, call is generate)
+    for name, tokens in branches.items():
+        row[name] = [round(mean, 1) for mean in tokens.double().mean(dim=1).tolist()]
+    row["computed"] = sum(computed) / sum(int(tokens[1:].sum()) for tokens in branches.values())
+    return row, output
+
+
+def time_runs(runs: list[Run], call: Callable, inputs: dict, rounds: int, description: str) -> list[list[float]]:
+    """Seconds of each run in each round; another run is the first one in each round."""
+    device = inputs["pixel_values"].device
+    seconds = [[] for _ in runs]
+    for turn in tqdm(range(rounds), desc=description, leave=False):
+        first = turn * len(runs) // rounds
+        for index in [*range(first, len(runs)), *range(first)]:
+            runs[index].setup()
+            synchronize(device)
+            started = time.perf_counter()
+            call(runs[index].model, inputs)
+            synchronize(device)
+            seconds[index].append(time.perf_counter() - started)
+    return seconds
+
+
+def check_same_output(task: str, theirs, mine, dtype) -> None:
+    """With pruning off our model is to compute what transformers' does: else their times are not to be compared."""
+    theirs, mine = (output[SHARED_OUTPUT[task]].float() for output in (theirs, mine))
+    difference = ((theirs - mine).abs().max() / theirs.abs().max()).item()
+    if difference > (1e-3 if dtype == torch.float32 else 0.1):
+        raise AssertionError(f"{task}: transformers' model and ours differ by {difference:.2g} of the largest output.")
+
+
+def measure_runs(name: str, task: str, runs: list[Run], call: Callable, inputs: dict, rounds: int, args) -> list[dict]:
+    """The rows of one task and batch size; the first two runs are `transformers` and `off`."""
+    batch_size = len(inputs["pixel_values"])
+    description = f"{name}, batches of {batch_size}"
+    rows, outputs = [], []
+    for run in tqdm(runs, desc=f"{description}: warming up", leave=False):
+        row, output = inspect(run, call, inputs)
+        rows.append({"task": name, "batch_size": batch_size, "images": "photographs", **row})
+        outputs = [*outputs, output][:2]
+        del output
+    if call is forward:
+        check_same_output(task, *outputs, args.torch_dtype)
+    del outputs
+    seconds = time_runs(runs, call, inputs, rounds, f"{description}: timing")
+    for row, times in zip(rows, seconds):
+        ratios = [mine / theirs for mine, theirs in zip(times, seconds[0])]
+        row["rounds"] = rounds
+        row["milliseconds"] = 1000 * statistics.median(times)
+        row["time_ratio"] = statistics.median(ratios)
+        row["time_quartiles"] = np.percentile(ratios, [25, 75]).tolist()
+        row["efficiency"] = row["time_ratio"] / row["flops_ratio"]
+        row["memory_ratio"] = row["memory_mb"] / rows[0]["memory_mb"]
+    return rows
+
+
+# The rows of the tasks, and of training
+
+
+def rounds_for(batch_size: int, index: int, args) -> int:
+    if args.rounds:
+        return args.rounds[min(index, len(args.rounds) - 1)]
+    if args.device.type == "cuda":
+        return 20
+    return 15 if batch_size < 4 else 5 if batch_size < 16 else 3
+
+
+def calibration_batches(task: str, config, args) -> list[dict]:
+    """Crops and texts that no batch to be timed has."""
+    starts = range(0, args.calibration_samples, CALIBRATION_BATCH)
+    sizes = [min(CALIBRATION_BATCH, args.calibration_samples - start) for start in starts]
+    return [make_inputs(task, config, size, args, seed=1000 + index) for index, size in enumerate(sizes)]
+
+
+def time_task(task: str, args, save: Callable) -> None:
+    dense, model = make_models(task, args)
+    vision_model = model.vision_model
+    batches = calibration_batches(task, model.config, args)
+    schedule = calibrate_reachable(model, batches, args.reductions) if args.reductions else []
+    reductions = [reduction for reduction, _ in schedule]
+    for index, batch_size in enumerate(args.batch_sizes):
+        inputs = make_inputs(task, model.config, batch_size, args)
+        rounds = rounds_for(batch_size, index, args)
+        for call in (forward, generate) if task == "captioning" else (forward,):
+            name = f"{task}-generate" if call is generate else task
+            model.vision_model = vision_model  # the run before may have left a baseline's
+            runs = make_runs(task, dense, model, inputs, args, reductions, args.baselines)
+            rows = measure_runs(name, task, runs, call, inputs, rounds, args)
+            if batch_size == max(args.batch_sizes) and call is forward and batch_size > 1:
+                mixed = make_inputs(task, model.config, batch_size, args, images=mixed_images)
+                for run in runs[2:]:
+                    if run.labels["run"] in args.granularities:
+                        row, _ = inspect(run, call, mixed)
+                        rows.append({"task": name, "batch_size": batch_size, "images": "mixed", **row})
+            save(name, batch_size, rows, schedule)
+
+
+def time_training(args, save: Callable) -> None:
+    """Forward and backward pass of question answering, the optimizer's step not."""
+    dense, model = make_models("vqa", args)
+    schedule = calibrate_reachable(model, calibration_batches("vqa", model.config, args), [args.training_reduction])
+    inputs = make_inputs("vqa", model.config, args.training_batch_size, args)
+    ids = inputs["input_ids"][:, :ANSWER_TOKENS].clone()
+    ids[:, 0] = inputs.pop("decoder_input_ids")[:, 0]
+    inputs["labels"] = ids
+    runs = make_runs("vqa", dense.train(), model.train(), inputs, args, [pair[0] for pair in schedule], baselines=[])
+    rounds = rounds_for(args.training_batch_size, 0, args)
+    rows = measure_runs("vqa-training", "vqa", runs, training_step, inputs, rounds, args)
+    save("vqa-training", args.training_batch_size, rows, schedule)
+
+
+# Results
+
+
+def machine(args) -> dict:
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu",
+        "dtype": args.dtype,
+        "size": args.size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    table = Table(title=title)
+    columns = (
+        "run",
+        "asked",
+        "ms",
+        "time ratio",
+        "quartiles",
+        "FLOPs ratio",
+        "efficiency",
+        "memory ratio",
+        "computed",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "run" else "right")
+
+    def number(row, key, form=".3f"):
+        return format(row[key], form) if row.get(key) is not None else ""
+
+    for row in rows:
+        mixed = row["images"] == "mixed"
+        table.add_row(
+            row["run"] + (", mixed" if mixed else ""),
+            number(row, "asked", ".2f"),
+            number(row, "milliseconds", ".1f"),
+            number(row, "time_ratio"),
+            "" if mixed else "{:.3f}-{:.3f}".format(*row["time_quartiles"]),
+            number(row, "flops_ratio"),
+            number(row, "efficiency", ".2f"),
+            number(row, "memory_ratio"),
+            number(row, "computed"),
+        )
+    Console(width=120).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", choices=MODELS, default=list(MODELS), help="default: all four")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    parser.add_argument(
+        "--reductions",
+        type=float,
+        nargs="*",
+        default=[0.3, 0.5, 0.6, 0.7, 0.8],
+        help="of FLOPs, that pruned runs are calibrated to; default: 0.3 0.5 0.6 0.7 0.8",
+    )
+    parser.add_argument("--granularities", nargs="+", choices=("instance", "batch"), default=["instance", "batch"])
+    parser.add_argument("--baselines", nargs="*", choices=("tome", "evit"), default=["tome", "evit"])
+    parser.add_argument("--baseline_reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        nargs="+",
+        help="how often to time everything, one number or one a batch size; default on a CPU: 15 for batches under 4, 5 under 16, else 3",
+    )
+    parser.add_argument("--calibration_samples", type=int, default=16, help="default: 16")
+    parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
+    parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")
+    parser.add_argument("--training_reduction", type=float, default=0.5, help="default: 0.5")
+    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="tiny: only to see whether it runs")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a JSON file, written after each task and batch size; rows that it has of others are kept",
+    )
+    args = parser.parse_args()
+    args.torch_dtype = getattr(torch, args.dtype)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    result = {"settings": {}, "machine": machine(args), "schedules": {}, "rows": []}
+    if args.output and args.output.exists():
+        before = json.loads(args.output.read_text())
+        if before["machine"] != result["machine"]:
+            sys.exit(
+                f"{args.output} was measured on {before['machine']}, this is {result['machine']}: their rows don't belong in one file."
+                " Give another --output."
+            )
+        result = before
+    hidden = ("output", "torch_dtype")
+    result["settings"] = {
+        name: str(value) if name == "device" else value for name, value in vars(args).items() if name not in hidden
+    }
+
+    def save(name, batch_size, rows, schedule):
+        others = [row for row in result["rows"] if (row["task"], row["batch_size"]) != (name, batch_size)]
+        result["rows"] = others + rows
+        result["schedules"][name] = schedule
+        print_table(f"{name}, batches of {batch_size}", rows)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    for task in args.tasks:
+        time_task(task, args, save)
+    if args.training_step:
+        time_training(args, save)
+
+
+if __name__ == "__main__":
+    main()
