@@ -148,22 +148,21 @@ def attend(
 
 
 def attend_and_score(
-    attention: nn.Module, query, key, value, layout: Layout, scores: torch.Tensor, pruning: BranchPruning, length
+    attention: nn.Module, query, key, value, layout: Layout, scores: list[torch.Tensor], pruning: BranchPruning, length
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Self-attention of (R, H, d) that prunes: its output (R, H * d), and which tokens stay and their importance, (B, N) both.
 
-    scores (R, T): the tokens' alignment scores; `length`: how many tokens the layer leaves, where that is fixed.
+    scores: the tokens' alignment scores, (n, N, T) for each group of samples; `length`: how many tokens the layer leaves, where that is fixed.
     """
     dropout = attention.dropout.p if attention.training else 0.0
     partition = layout.groups(query.shape[1] * query.shape[2])
     outputs, importances, thresholds = [], [], []
-    for group in partition.groups:
+    for group, group_scores in zip(partition.groups, scores):
         states, attention_scores = scored_attention(
             *(group.take(states).transpose(1, 2) for states in (query, key, value)), group.mask, dropout
         )
         outputs.append(states.transpose(1, 2).flatten(2))
         mask = None if group.mask is None else group.mask[:, 1:]
-        group_scores = group.take(scores)[:, 1:]
         importance = token_importance(attention_scores, group_scores, mask)
         importances.append(importance)
         if pruning.token_counts is None:
@@ -181,19 +180,20 @@ def attend_and_score(
     return context, keep, importance
 
 
-def align(states: torch.Tensor, layout: Layout, pruning: BranchPruning):
-    """A layer's alignment scores (R, T) and, where the loss is wanted, its alignment feature (B, T, D), from the layer's input (R, D)."""
-    if pruning.projection is not None:
-        states = pruning.projection(states)
-    scores = alignment_scores(states, pruning.alignment_tokens)
-    if not pruning.with_feature:
-        return scores, None
+def align(states: torch.Tensor, layout: Layout, pruning: BranchPruning) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """From a layer's input (R, D): its tokens' alignment scores, (n, N, T) for each group of samples, and, where the loss is wanted, its
+    alignment feature (B, T, D)."""
     partition = layout.groups(states.shape[1])
-    features = []
+    scores, features = [], []
     for group in partition.groups:
-        mask = None if group.mask is None else group.mask[:, 1:]
-        features.append(alignment_feature(group.take(scores)[:, 1:], group.take(states)[:, 1:], mask))
-    return scores, partition.join_samples(features)
+        tokens = group.take(states)[:, 1:]
+        if pruning.projection is not None:
+            tokens = pruning.projection(tokens)
+        scores.append(alignment_scores(tokens, pruning.alignment_tokens))
+        if pruning.with_feature:
+            mask = None if group.mask is None else group.mask[:, 1:]
+            features.append(alignment_feature(scores[-1], tokens, mask))
+    return scores, partition.join_samples(features) if features else None
 
 
 class MadtpBlipVisionLayer(BlipEncoderLayer):

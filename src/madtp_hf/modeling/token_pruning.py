@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from .packing import Layout
+from .triton_attention import is_available, triton_scored_attention
 
 
 ATTENTION_BLOCK = 2**20  # attention probabilities at a time on a CPU: 4 MB, which stay in cache
@@ -79,8 +80,13 @@ def scored_attention(
 ) -> tuple[torch.Tensor, AttentionScores]:
     """Step 3: self-attention of (B, H, L, d) queries, keys and values: its output O (B, H, L, d) and its scores.
 
-    On a CPU some samples, or of a long one some queries, at a time: all heads' maps are never held at once, and a block's stay in cache.
+    All heads' maps are never held at once: on CUDA, without gradients, a kernel computes what is needed of them; on a CPU it is some samples,
+    or of a long one some queries, at a time, whose maps stay in cache.
     """
+    if dropout == 0 and is_available(query):
+        lengths = None if mask is None else mask.sum(dim=1)
+        output, received, from_class = triton_scored_attention(query, key, value, lengths)
+        return output, AttentionScores(received, from_class, output[:, :, 1:].norm(dim=-1, dtype=torch.float32))
     batch_size, num_heads, length, width = query.shape
     samples = batch_size
     if query.device.type == "cpu" and not torch.compiler.is_compiling():

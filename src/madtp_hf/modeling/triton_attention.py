@@ -70,14 +70,15 @@ def triton_scored_attention(
 
 
 def block_sizes(dtype: torch.dtype, width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Queries and keys of a block and how its loop is run, for both kernels."""
-    if dtype == torch.float32:  # no tensor cores: what fits into registers
-        blocks = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 1}
+    """Queries and keys of a block and how its loop is run, for both kernels: what fits into registers and shared memory."""
+    narrow = width <= 64
+    if dtype == torch.float32:  # no tensor cores
+        blocks = {"QUERIES": 64 if narrow else 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
         return blocks, blocks
-    stages = 3 if width <= 64 else 2
+    queries, stages = (128, 3) if narrow else (64, 2)
     return (
-        {"QUERIES": 128 if width <= 64 else 64, "KEYS": 64, "num_warps": 4, "num_stages": stages},
-        {"QUERIES": 64, "KEYS": 128, "num_warps": 4, "num_stages": stages},
+        {"QUERIES": queries, "KEYS": 64, "num_warps": 4, "num_stages": stages},
+        {"QUERIES": queries, "KEYS": 128, "num_warps": 8, "num_stages": stages},
     )
 
 
