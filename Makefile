@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test lint format dense bench-latency clean
+.PHONY: install demo demo-all test lint format dense bench bench-budgets clean
 
 install: .venv/.installed
 
@@ -40,8 +40,15 @@ dense: install
 	$(BIN)/python examples/train_dense_tasks.py captioning --output_dir examples/blip-captioning-digits --steps 2500
 	$(BIN)/python examples/train_dense_tasks.py retrieval --output_dir examples/blip-retrieval-digits --steps 1200 --batch_size 64
 
-bench-latency: install
-	$(BIN)/python benchmarks/latency.py --rounds 20 --output benchmarks/results/latency_cpu.json
+# Against transformers' BLIP, ToMe and EViT at BLIP-base size; some hours on 2 cores. What is committed took less, see docs/performance.md.
+bench: install
+	$(BIN)/python benchmarks/speed.py --training_step --output benchmarks/results/speed_cpu.json
+	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
+	$(BIN)/python benchmarks/plot.py benchmarks/results/speed_cpu.json
+
+# One checkpoint for every budget against one checkpoint a budget, on digit scenes.
+bench-budgets: install
+	$(BIN)/python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json
 
 clean:
 	rm -rf .venv outputs

@@ -14,7 +14,7 @@ TOLERANCE = 0.003  # of the reduction; a search that comes this close stops
 ACCEPTED = 0.01  # and one that ends this close has found it
 MAX_PASSES = 14  # over the data, for one reduction
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures that the search starts from
-SCAN_SAMPLES = 8
+SCAN_SAMPLES = 4
 STARTS = {
     "vqa": "decoder_input_ids",
     "captioning": "input_ids",

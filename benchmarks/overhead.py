@@ -1,0 +1,106 @@
+"""What scoring and gating cost in a pruned forward pass: the time within the functions that do it, as a share of the pass.
+
+    python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
+
+Counted are the alignment scores, importance, threshold, selection and merging, and of the attention that also gives scores what it takes longer than fused
+attention of the same queries, keys and values, which is measured beside it and taken out of the pass again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from speed import calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
+
+from madtp_hf.modeling import encoders
+
+
+STEPS = ("align", "token_importance", "importance_threshold", "select_tokens", "merge_tokens")
+
+
+class Clock:
+    """Seconds by step. While it runs the encoders' functions are replaced by ones that take the time."""
+
+    def __enter__(self):
+        self.seconds = dict.fromkeys((*STEPS, "scored attention", "fused attention"), 0.0)
+        self.originals = {name: getattr(encoders, name) for name in (*STEPS, "scored_attention")}
+        for name in STEPS:
+            setattr(encoders, name, self.timed(name, self.originals[name]))
+        scored = self.timed("scored attention", self.originals["scored_attention"])
+
+        def both(query, key, value, mask=None, dropout=0.0):
+            attention_mask = None if mask is None else mask[:, None, None, :]
+            self.timed("fused attention", F.scaled_dot_product_attention)(query, key, value, attention_mask)
+            return scored(query, key, value, mask, dropout)
+
+        encoders.scored_attention = both
+        return self
+
+    def timed(self, name, function):
+        def call(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[name] += time.perf_counter() - started
+            return result
+
+        return call
+
+    def __exit__(self, *exception):
+        for name, function in self.originals.items():
+            setattr(encoders, name, function)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("vqa", "captioning", "nlvr2", "retrieval"), default="vqa")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--calibration_samples", type=int, default=8)
+    parser.add_argument("--size", choices=("base", "tiny"), default="base")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    args.device, args.dtype, args.torch_dtype, args.plain_weights = (
+        torch.device("cpu"),
+        "float32",
+        torch.float32,
+        False,
+    )
+
+    _, model = make_models(args.task, args)
+    schedule = calibrate_reachable(model, calibration_batches(args.task, model.config, args), args.reductions)
+    rows = []
+    for batch_size in args.batch_sizes:
+        inputs = make_inputs(args.task, model.config, batch_size, args)
+        for reduction, temperature in schedule:
+            model.set_pruning(temperature)
+            forward(model, inputs)
+            rounds = []
+            for _ in range(args.rounds):
+                with Clock() as clock:
+                    started = time.perf_counter()
+                    forward(model, inputs)
+                    whole = time.perf_counter() - started
+                seconds = clock.seconds
+                fused = seconds.pop("fused attention")
+                seconds["scored attention"] -= fused
+                shares = {name: 100 * spent / (whole - fused) for name, spent in seconds.items()}
+                rounds.append({**shares, "all": sum(shares.values())})
+            medians = {name: round(statistics.median(shares[name] for shares in rounds), 2) for name in rounds[0]}
+            rows.append({"batch_size": batch_size, "reduction": reduction, "percent": medians})
+            print(f"batch {batch_size}, reduction {reduction}: " + ", ".join(f"{k} {v} %" for k, v in medians.items()))
+    if args.output:
+        settings = {"task": args.task, "rounds": args.rounds, "calibration_samples": args.calibration_samples}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(
+            json.dumps({"settings": settings, "machine": machine(args), "rows": rows}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
