@@ -454,7 +454,9 @@ def main():
         help="how often to time everything, one number or one a batch size; default on a CPU: 15 for batches under 4, 5 under 16, else 3",
     )
     parser.add_argument("--calibration_samples", type=int, default=16, help="default: 16")
-    parser.add_argument("--plain_weights", action="store_true", help="don't lay out weights for the CPU, see pack_weights")
+    parser.add_argument(
+        "--plain_weights", action="store_true", help="don't lay out weights for the CPU, see pack_weights"
+    )
     parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
     parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")
     parser.add_argument("--training_reduction", type=float, default=0.5, help="default: 0.5")

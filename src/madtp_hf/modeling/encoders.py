@@ -180,7 +180,9 @@ def attend_and_score(
     return context, keep, importance
 
 
-def align(states: torch.Tensor, layout: Layout, pruning: BranchPruning) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def align(
+    states: torch.Tensor, layout: Layout, pruning: BranchPruning
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """From a layer's input (R, D): its tokens' alignment scores, (n, N, T) for each group of samples, and, where the loss is wanted, its
     alignment feature (B, T, D)."""
     partition = layout.groups(states.shape[1])
@@ -210,9 +212,7 @@ class MadtpBlipVisionLayer(BlipEncoderLayer):
         if not prunes:
             context = attend(attention, *query_key_value, layout)
         else:
-            context, keep, importance = attend_and_score(
-                attention, *query_key_value, layout, scores, pruning, length
-            )
+            context, keep, importance = attend_and_score(attention, *query_key_value, layout, scores, pruning, length)
         states = states + attention.projection(context)
         if prunes:
             states, layout, source = merge_tokens(states, layout, keep, importance, length)
@@ -474,7 +474,8 @@ def build_text_decoder(config, encoder_width: int) -> BlipTextLMHeadModel:
     """The text decoder, transformers' own but for its attention; it reads states of `encoder_width`."""
     config = copy.deepcopy(config)
     config.encoder_hidden_size = encoder_width
-    config._attn_implementation = "eager"  # how transformers is to make the masks; they are added to fused attention's scores
+    # So transformers makes masks that can be added to scores, which fused attention takes as well.
+    config._attn_implementation = "eager"
     decoder = BlipTextLMHeadModel(config)
     for index, layer in enumerate(decoder.bert.encoder.layer):
         layer.attention.self = DecoderAttention(config, is_cross_attention=False, layer_idx=index)
@@ -482,7 +483,9 @@ def build_text_decoder(config, encoder_width: int) -> BlipTextLMHeadModel:
     return decoder
 
 
-def cross_attention_cache(decoder: BlipTextLMHeadModel, states, layout: Layout, copies: int = 1) -> EncoderDecoderCache:
+def cross_attention_cache(
+    decoder: BlipTextLMHeadModel, states, layout: Layout, copies: int = 1
+) -> EncoderDecoderCache:
     """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on no padding.
 
     `copies`: how many sequences are generated for each sample.

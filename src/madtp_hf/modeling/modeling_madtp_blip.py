@@ -219,7 +219,8 @@ def left_align(
         check_same_shape("attention_mask", attention_mask, input_ids)
         real = attention_mask.bool()
         width = input_ids.shape[1]
-        order = (real * width - torch.arange(width, device=real.device)).topk(width).indices  # stable, and ONNX knows it
+        # A stable sort, by an operation that ONNX knows.
+        order = (real * width - torch.arange(width, device=real.device)).topk(width).indices
         return input_ids.gather(1, order), real.gather(1, order)
     lengths, shortest, longest = text_lengths(input_ids, attention_mask)
     real = attention_mask.bool()
@@ -507,9 +508,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         """The states of the images and of the questions about them, a `BranchOutput` each."""
         check_same_number(pixel_values, input_ids, "questions")
         vision = self._encode_images(pixel_values, with_feature, **vision_options)
-        text = self._encode_text(
-            input_ids, attention_mask, vision.states, vision.layout, with_feature=with_feature
-        )
+        text = self._encode_text(input_ids, attention_mask, vision.states, vision.layout, with_feature=with_feature)
         return vision, text
 
     @can_return_tuple

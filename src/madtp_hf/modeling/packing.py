@@ -49,7 +49,8 @@ class Partition(NamedTuple):
 
     def join(self, outputs: list[torch.Tensor]) -> torch.Tensor:
         """What was computed for the tokens of each group, (n, L, ...) -> (R, ...)."""
-        rows = torch.cat([output.flatten(0, 1) for output in outputs]) if len(outputs) > 1 else outputs[0].flatten(0, 1)
+        rows = [output.flatten(0, 1) for output in outputs]
+        rows = torch.cat(rows) if len(rows) > 1 else rows[0]
         return rows if self.position is None else rows.index_select(0, self.position)
 
     def join_samples(self, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -198,13 +199,13 @@ class Layout:
         if samples is not None:
             starts, lengths = starts[samples], lengths[samples]
             longest = int(lengths.amax())
-            if len(samples) == 1:
-                return Group((1, longest), samples, None, int(starts), None if self.mask is None else self.mask[samples])
         slots = torch.arange(longest, device=self.device)
         rows = starts.unsqueeze(1) + torch.minimum(slots, lengths.unsqueeze(1) - 1)
         mask = slots < lengths.unsqueeze(1)
         if samples is not None and int(lengths.amin()) == longest:
             mask = None if self.mask is None else self.mask[samples]
+        if len(lengths) == 1:
+            return Group((1, longest), samples, None, int(starts), mask)
         return Group((len(lengths), longest), samples, rows.flatten(), 0, mask)
 
 
