@@ -28,7 +28,8 @@ from madtp_hf import (
     MadtpBlipForImageTextRetrieval,
 )
 from madtp_hf.data import digit_scenes as ds
-from madtp_hf.modeling.encoders import run_layers, split_heads
+from madtp_hf.modeling.encoders import run_layers
+from madtp_hf.modeling.packing import Layout
 
 
 NEW_WORDS = "both only neither all an of picture".split()
@@ -103,7 +104,7 @@ def start_from(path, task: str):
 def encode_images(vision_model, pixels, is_digit, rng):
     """The vision tower on what is left when patches without a digit are dropped at random: all but a number drawn anew each time.
 
-    Returns the states (S, L, D) and how far the class token's attention, in each layer, is from the scene's digits.
+    Returns the tower's output, L tokens of each image, and how far the class token's attention, in each layer, is from the scene's digits.
     """
     states = vision_model.embeddings(pixels)
     kept = int(rng.choice(NUM_TOKENS))
@@ -117,15 +118,16 @@ def encode_images(vision_model, pixels, is_digit, rng):
 
     def look(module, inputs, output):
         heads = vision_model.encoder.layers[0].self_attn.num_heads
-        query, keys, _ = split_heads(output.float(), 3 * heads).chunk(3, 1)
+        query, keys, _ = layout.pad(output.float()).unflatten(-1, (3 * heads, -1)).transpose(1, 2).chunk(3, 1)
         attended = (query[:, :, :1] @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1).squeeze(1)
         missed.append((share * (share.clamp(min=1e-6) / attended.clamp(min=1e-6)).log()).sum(-1).mean())
 
+    layout = Layout.rectangle(*states.shape[:2], states.device)
     hooks = [layer.self_attn.qkv.register_forward_hook(look) for layer in vision_model.encoder.layers]
-    states = vision_model.post_layernorm(run_layers(vision_model.encoder.layers, states).hidden_states)
+    output = run_layers(vision_model.encoder.layers, states.flatten(0, 1), layout)
     for hook in hooks:
         hook.remove()
-    return states, torch.stack(missed).mean()
+    return output._replace(states=vision_model.post_layernorm(output.states)), torch.stack(missed).mean()
 
 
 def digit_patches(scenes) -> torch.Tensor:
@@ -157,10 +159,13 @@ def statement_loss(model, processor, batch_size, rng, answerer):
     text = processor.tokenizer(texts, padding=True, pad_to_multiple_of=8, return_tensors="pt")
     labels = torch.tensor(labels)
     pixels = torch.cat([to_pixels(scenes.images, processor.image_processor) for scenes in pairs])
-    states, missed = encode_images(model.vision_model, pixels, torch.cat([digit_patches(s) for s in pairs]), rng)
+    images, missed = encode_images(model.vision_model, pixels, torch.cat([digit_patches(s) for s in pairs]), rng)
     each = len(kinds) + NUM_QUESTIONS
-    left, right = (half.repeat_interleave(each, dim=0) for half in states.chunk(2))
-    read = model._encode_text(text.input_ids, text.attention_mask, left, None, right, None).hidden_states
+    sides = []
+    for half in images.hidden_states.chunk(2):
+        states = half.repeat_interleave(each, dim=0)
+        sides += [states.flatten(0, 1), Layout.rectangle(*states.shape[:2], states.device)]
+    read = model._encode_text(text.input_ids, text.attention_mask, *sides).hidden_states
     stated, asked = read.unflatten(0, (batch_size, each)).split([len(kinds), NUM_QUESTIONS], dim=1)
     logits = model.cls_head(stated.flatten(0, 1)[:, 0])
     right_ones = (logits.argmax(-1) == labels).view(batch_size, len(kinds)).float().mean(0)
@@ -182,7 +187,8 @@ def caption_loss(model, processor, batch_size, rng, answerer):
     ids, labels = answer_ids(processor.tokenizer, captions)
     labels[:, : 1 + len(PROMPT.split())] = -100
     pixels = to_pixels(scenes.images, processor.image_processor)
-    states, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    images, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    states = images.hidden_states
     logits = model.text_decoder(input_ids=ids, encoder_hidden_states=states.repeat_interleave(4, dim=0)).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     # The word behind "digits from the" is anybody's guess; those behind it are not.
@@ -194,7 +200,6 @@ def caption_loss(model, processor, batch_size, rng, answerer):
 
 def retrieval_loss(model, processor, batch_size, rng, answerer):
     """One caption of every scene, contrasted with those of the others; matched with its own and with hard negatives."""
-    from madtp_hf.modeling.encoders import BranchOutput
     from madtp_hf.modeling.retrieval_loss import contrastive_loss
 
     scenes = ds.draw_scenes(batch_size, "train", rng)
@@ -202,17 +207,16 @@ def retrieval_loss(model, processor, batch_size, rng, answerer):
     captions = [ds.describe_from_all_sides(scenes, i)[side] for i, side in enumerate(sides)]
     text = processor.tokenizer(captions, padding=True, pad_to_multiple_of=8, return_tensors="pt")
     pixels = to_pixels(scenes.images, processor.image_processor)
-    states, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    images, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
     ids = torch.arange(batch_size)
     alone = model._encode_text(text.input_ids, text.attention_mask)
-    image_feature, text_feature = model._image_feature(states), model._text_feature(alone.hidden_states)
+    image_feature, text_feature = model._image_feature(images), model._text_feature(alone)
     contrast = contrastive_loss(image_feature, text_feature, ids, None)
-    positive = model._encode_text(text.input_ids, text.attention_mask, states, None)
-    images = BranchOutput(states, None, None, None, None, None)
+    positive = model._encode_text(text.input_ids, text.attention_mask, images.states, images.layout)
     negative = model._score_hard_negatives(
         text.input_ids, text.attention_mask, images, image_feature, text_feature, ids, 0.07
     )
-    scores = torch.cat([model.itm_head(positive.hidden_states[:, 0]), negative])
+    scores = torch.cat([model.itm_head(positive.class_states), negative])
     labels = (torch.arange(len(scores)) < batch_size).long()
     found = ((image_feature @ text_feature.T).argmax(1) == ids).float().mean().item()
     matched = (scores.argmax(-1) == labels).float().mean().item()

@@ -145,3 +145,27 @@ def test_a_frozen_model_compiles_once_and_in_one_piece():
             inputs = question(seed)
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
+
+
+def test_evaluation_is_of_the_frozen_model_itself():
+    from madtp_hf.calibration import restored
+
+    model = frozen("vqa")
+    with restored(model):
+        assert model.config.pruning_granularity == "frozen"
+        model.set_pruning(reduction=0.35)
+    assert model.config.pruning_temperature == model.config.temperature_for(0.5)
+
+
+def test_short_texts_freeze_to_valid_counts():
+    model = make_task_model("vqa")
+    calibrate(model, [make_inputs((2, 2, 3), seed) for seed in range(4)], [0.4], freeze=True)
+    model.set_pruning(reduction=0.4)
+    model(**question(lengths=(2, 9, 3)))
+
+
+def test_training_with_the_callback_asks_for_what_is_not_frozen():
+    from madtp_hf import ReductionCallback
+
+    with pytest.raises(ValueError, match="pruning_granularity"):
+        ReductionCallback(0.5).on_train_begin(None, None, None, model=frozen("vqa"))

@@ -49,16 +49,16 @@ def complete(model, batch) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def restored(model):
-    """Leave a model in the mode, at the temperature and with the granularity that it had; meanwhile it is in none that is frozen."""
+    """Leave a model in the mode, at the temperature, with the granularity and with the frozen counts that it had."""
     config = model.config
-    training, temperature, granularity = model.training, config.pruning_temperature, config.pruning_granularity
+    names = ("pruning_temperature", "pruning_granularity", "pruning_token_counts")
+    training, before = model.training, {name: getattr(config, name) for name in names}
     try:
-        if granularity == "frozen":
-            config.pruning_granularity = "instance"
         yield model.eval()
     finally:
         model.train(training)
-        config.pruning_temperature, config.pruning_granularity = temperature, granularity
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def measure_reduction(model, batches, temperature: float) -> float:
 
 @torch.no_grad()
 def _run(model, batches, temperature: float) -> tuple[float, dict[str, torch.Tensor]]:
-    """One pass: the mean reduction, and the mean number of tokens that each layer of either branch leaves (layers,)."""
+    """One pass: the mean reduction, and the numbers of tokens of each sample in either branch (layers + 1, samples)."""
     model.set_pruning(temperature=temperature)
     reductions, tokens = [], {"vision": [], "text": []}
     for batch in batches:
@@ -79,8 +79,8 @@ def _run(model, batches, temperature: float) -> tuple[float, dict[str, torch.Ten
         tokens["vision"].append(output.vision_tokens.flatten(1))  # of both images, where there are two
         if output.text_tokens is not None:
             tokens["text"].append(output.text_tokens)
-    means = {name: torch.cat(counts, dim=1).float().mean(dim=1) for name, counts in tokens.items() if counts}
-    return torch.cat(reductions).mean().item(), means
+    tokens = {name: torch.cat(counts, dim=1) for name, counts in tokens.items() if counts}
+    return torch.cat(reductions).mean().item(), tokens
 
 
 class _Curve:
@@ -141,14 +141,38 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
             high = point
 
 
-def _fixed_counts(means: torch.Tensor) -> list[int]:
-    """How many tokens each layer is to leave, from the mean numbers (layers + 1,) that enter the branch and that each layer leaves."""
-    before, counts = math.ceil(means[0].item()), []
-    for mean in means[1:].tolist():
-        # A layer that drops anything drops two tokens at least, and leaves the class token, one that stays and the merged one.
-        before = min(max(round(mean), 3), before)
-        counts.append(before)
-    return counts
+def _fixed_counts(tokens: torch.Tensor, scale: float) -> list[int]:
+    """How many tokens each layer is to leave, from the numbers (layers + 1, samples) that enter a branch and that each layer leaves.
+
+    The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings. `scale` below 1 leaves fewer.
+    """
+    enter = tokens[0].float()
+    # A layer that drops anything leaves the class token, one that stays and the merged one at least.
+    longest = max(int(enter.amax()), 3)
+    capped = torch.minimum(enter, torch.arange(longest + 1).unsqueeze(1)).mean(dim=1)
+    counts = torch.searchsorted(capped, tokens[1:].float().mean(dim=1) * scale - 1e-4).clamp(3, longest)
+    return counts.cummin(0).values.tolist()
+
+
+def _freeze(model, batches, target: float, temperature: float, tokens: dict[str, torch.Tensor], progress) -> list:
+    """The entry of `pruning_token_counts` whose fixed numbers save the target: those of the temperature, scaled until they do."""
+    config = model.config
+    few, many, scale, found = 0.5, 1.5, 1.0, []
+    for _ in range(MAX_PASSES):
+        counts = [_fixed_counts(tokens[name], scale) if name in tokens else None for name in ("vision", "text")]
+        entry = [temperature, counts[0], counts[1] or [3] * config.text_config.num_hidden_layers]
+        config.pruning_granularity, config.pruning_token_counts = "frozen", [entry]
+        reduction = measure_reduction(model, batches, temperature)
+        progress.update()
+        found.append((abs(reduction - target), entry))
+        if found[-1][0] <= TOLERANCE or many - few < 1e-3:
+            break
+        if reduction > target:
+            few = scale
+        else:
+            many = scale
+        scale = (few + many) / 2
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
@@ -166,8 +190,8 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
             The shares of FLOPs to save, each in [0, 1); 0 is off and needs no temperature.
         freeze (`bool`, *optional*, defaults to `False`):
             Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then depend on the input's
-            shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes `"frozen"`; set it to `"instance"` again for a number
-            of its own for every sample.
+            shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes `"frozen"` (one that is frozen already stays
+            so), and pruning is off until a reduction is set; set the granularity to `"instance"` for a number of its own for every sample.
 
     Returns:
         `list[list[float]]`: the schedule, pairs of a reduction and its temperature.
@@ -191,6 +215,8 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
     freeze = freeze or model.config.pruning_granularity == "frozen"
     schedule, counts = [], []
     with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
+        if model.config.pruning_granularity == "frozen":
+            model.config.pruning_granularity = "instance"
         scan = _scan(model, first)
         curve = _Curve(model, dataloader, progress)
         for target in targets:
@@ -203,18 +229,15 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
                     " Ask for one in there, give more samples if it is in there, or fine-tune with"
                     f" `madtp_hf.ReductionCallback({target})` first."
                 )
-            temperature, means = math.exp(best), curve.tokens[best]
-            schedule.append([target, temperature])
-            text = means.get("text")
-            layers = model.config.text_config.num_hidden_layers
-            counts.append(
-                [temperature, _fixed_counts(means["vision"]), [3] * layers if text is None else _fixed_counts(text)]
-            )
+            schedule.append([target, math.exp(best)])
+        if freeze:
+            for target, temperature in schedule:
+                tokens = curve.tokens[curve.nearest(target)]
+                counts.append(_freeze(model, dataloader, target, temperature, tokens, progress))
 
     model.config.pruning_schedule = schedule
+    model.config.pruning_token_counts = counts or None
     if freeze:
-        model.config.pruning_token_counts = counts
         model.config.pruning_granularity = "frozen"
-        if not any(math.isclose(model.config.pruning_temperature, temperature) for temperature, *_ in counts):
-            model.set_pruning(None)
+        model.set_pruning(None)
     return schedule

@@ -16,11 +16,8 @@ def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor
     features, states = [], []
     for pixel_values in pixel_batches:
         images = model._encode_images(pixel_values.to(model.device))
-        features.append(model._image_feature(images.hidden_states))
-        if images.mask is None:
-            states.extend(images.hidden_states)
-        else:
-            states.extend(tokens[mask] for tokens, mask in zip(images.hidden_states, images.mask))
+        features.append(model._image_feature(images))
+        states.extend(images.states.split(images.layout.row_counts.tolist()))
     return torch.cat(features), states
 
 

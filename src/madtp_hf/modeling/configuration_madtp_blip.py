@@ -149,14 +149,20 @@ class MadtpBlipConfig(BlipConfig):
         layers = (self.vision_config.num_hidden_layers, self.text_config.num_hidden_layers)
         require(
             counts is None
-            or all(
-                len(entry) == 3
-                and _is_number(entry[0])
+            or (
+                isinstance(counts, (list, tuple))
                 and all(
-                    len(branch) == number and all(is_count(count) and count >= 3 for count in branch)
-                    for branch, number in zip(entry[1:], layers)
+                    isinstance(entry, (list, tuple))
+                    and len(entry) == 3
+                    and _is_number(entry[0])
+                    and all(
+                        isinstance(branch, (list, tuple))
+                        and len(branch) == number
+                        and all(is_count(count) and count >= 3 for count in branch)
+                        for branch, number in zip(entry[1:], layers)
+                    )
+                    for entry in counts
                 )
-                for entry in counts
             ),
             "pruning_token_counts",
             f"None or entries [temperature, {layers[0]} vision counts, {layers[1]} text counts], each count at least 3",

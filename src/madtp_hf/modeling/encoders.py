@@ -159,7 +159,10 @@ def attend_and_score(
     outputs, importances, thresholds = [], [], []
     for group, group_scores in zip(partition.groups, scores):
         states, attention_scores = scored_attention(
-            *(group.take(states).transpose(1, 2) for states in (query, key, value)), group.mask, dropout
+            *(group.take(states).transpose(1, 2) for states in (query, key, value)),
+            group.mask,
+            dropout,
+            attention.training,
         )
         outputs.append(states.transpose(1, 2).flatten(2))
         mask = None if group.mask is None else group.mask[:, 1:]
@@ -465,7 +468,9 @@ class DecoderAttention(BlipTextSelfAttention):
                 if is_cross:
                     past_key_values.is_updated[self.layer_idx] = True
         dropout = self.dropout.p if self.training else 0.0
-        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        mask = attention_mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         return context.transpose(1, 2).flatten(2), None
 

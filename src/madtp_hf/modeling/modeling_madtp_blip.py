@@ -1,7 +1,7 @@
 """BLIP with MADTP token pruning: the four tasks.
 
 Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The encoders are in `encoders.py`, what a
-pruned layer does to its tokens in `token_pruning.py`. Text decoders are transformers' own.
+pruned layer does to its tokens in `token_pruning.py`. Text decoders are transformers' own but for their attention.
 """
 
 import copy
@@ -459,14 +459,22 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     def _generate(self, input_ids, encoded: BranchOutput, mask, **generate_kwargs) -> torch.LongTensor:
         """Let the text decoder go on from input_ids (B, L), reading what was encoded, at padding as well where there is no mask (B, M)."""
         text_config = self.config.text_config
-        generation = generate_kwargs.get("generation_config") or self.text_decoder.generation_config
-        number = {
-            name: generate_kwargs.get(name) or getattr(generation, name) or 1
-            for name in ("num_beams", "num_return_sequences")
-        }
-        if generate_kwargs.get("use_cache", True) and generate_kwargs.get("past_key_values") is None:
+
+        def setting(name):
+            """As `generate` will find it: an argument, a field of the configuration that is given, or of the decoder's own."""
+            given = [
+                generate_kwargs.get(name),
+                getattr(generate_kwargs.get("generation_config"), name, None),
+                getattr(self.text_decoder.generation_config, name, None),
+            ]
+            return next((value for value in given if value is not None), None)
+
+        caches = setting("use_cache") is not False and setting("cache_implementation") is None
+        if caches and generate_kwargs.get("past_key_values") is None:
+            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+            generate_kwargs["use_cache"] = True
             generate_kwargs["past_key_values"] = cross_attention_cache(
-                self.text_decoder, encoded.states, encoded.layout, max(number.values())
+                self.text_decoder, encoded.states, encoded.layout, copies
             )
         return self.text_decoder.generate(
             input_ids=input_ids,

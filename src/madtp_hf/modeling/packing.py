@@ -127,8 +127,18 @@ class Layout:
             return self.mask
         return torch.arange(self.longest, device=self.device) < self.lengths.unsqueeze(1)
 
+    def to(self, device, non_blocking: bool = False) -> "Layout":
+        """For models whose layers lie on several devices."""
+        if torch.device(device) == self.device:
+            return self
+        mask, lengths = (
+            None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.mask, self.lengths)
+        )
+        return Layout(self.batch_size, self.longest, torch.device(device), mask, lengths, self.total)
+
     def pad(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, ...) -> (B, longest, ...), 0 behind a sample's rows."""
+        """(R, ...) -> (B, longest, ...), 0 behind a sample's rows where their numbers differ."""
         if self.lengths is None:
             return states.unflatten(0, (self.batch_size, self.longest))
         group = self._group(None)
@@ -140,17 +150,17 @@ class Layout:
         return Partition([], self._position(None)).join([padded])
 
     def select(self, states: torch.Tensor, samples: slice) -> tuple[torch.Tensor, "Layout"]:
-        """Some samples of the batch: their states and their layout."""
+        """Some samples of the batch: their states and their layout. Waits for the device once where lengths differ."""
         if self.lengths is None:
             chosen = self.pad(states)[samples]
             mask = None if self.mask is None else self.mask[samples]
-            return chosen.flatten(0, 1), Layout.rectangle(len(chosen), self.longest, self.device, mask)
+            return chosen.flatten(0, 1), Layout.rectangle(chosen.shape[0], self.longest, self.device, mask)
         lengths = self.lengths[samples]
-        is_chosen = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
-        is_chosen[samples] = True
-        rows = is_chosen[self.samples].nonzero().flatten()
-        layout = Layout(len(lengths), int(lengths.amax()), self.device, lengths=lengths, total=len(rows))
-        return states.index_select(0, rows), layout
+        total, longest = torch.stack([lengths.sum(), lengths.amax()]).tolist()
+        layout = Layout(lengths.shape[0], longest, self.device, lengths=lengths, total=total)
+        # Where a row is in its sample, and where that sample begins here.
+        shift = (self.starts[samples] - layout.starts)[layout.samples]
+        return states.index_select(0, torch.arange(total, device=self.device) + shift), layout
 
     def groups(self, width: int) -> Partition:
         """The batch in groups of similar length, for states of `width`."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from .packing import Layout
-from .triton_attention import is_available, triton_scored_attention
+from .triton_attention import disable, is_available, triton_scored_attention
 
 
 ATTENTION_BLOCK = 2**20  # attention probabilities at a time on a CPU: 4 MB, which stay in cache
@@ -77,16 +77,20 @@ def scored_attention(
     value: torch.Tensor,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
+    training: bool = False,
 ) -> tuple[torch.Tensor, AttentionScores]:
     """Step 3: self-attention of (B, H, L, d) queries, keys and values: its output O (B, H, L, d) and its scores.
 
-    All heads' maps are never held at once: on CUDA, without gradients, a kernel computes what is needed of them; on a CPU it is some samples,
-    or of a long one some queries, at a time, whose maps stay in cache.
+    On CUDA, unless `training`, a kernel computes what is needed of the heads' maps without holding them. On a CPU it is some samples, or of a long
+    one some queries, at a time, whose maps stay in cache; all of them are kept only for a backward pass.
     """
-    if dropout == 0 and is_available(query):
-        lengths = None if mask is None else mask.sum(dim=1)
-        output, received, from_class = triton_scored_attention(query, key, value, lengths)
-        return output, AttentionScores(received, from_class, output[:, :, 1:].norm(dim=-1, dtype=torch.float32))
+    if not training and is_available(query):
+        try:
+            lengths = None if mask is None else mask.sum(dim=1)
+            output, received, from_class = triton_scored_attention(query, key, value, lengths)
+            return output, AttentionScores(received, from_class, output[:, :, 1:].norm(dim=-1, dtype=torch.float32))
+        except Exception as error:  # no compiler, or a GPU that the kernels don't fit
+            disable(error)
     batch_size, num_heads, length, width = query.shape
     samples = batch_size
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -218,7 +222,8 @@ def merge_tokens(
     weights = importance * drop
     weights = weights / weights.sum(dim=-1, keepdim=True).where(merges, 1)
     if layout.lengths is None:
-        merged = (weights.unsqueeze(1).to(states.dtype) @ layout.pad(states)[:, 1:]).squeeze(1)
+        with torch.autocast(states.device.type, enabled=False):
+            merged = (weights.unsqueeze(1).to(states.dtype) @ layout.pad(states)[:, 1:]).squeeze(1)
     else:
         weighted = layout.unpad(F.pad(weights, (1, 0))).unsqueeze(1) * states
         merged = weighted.new_zeros(layout.batch_size, states.shape[1]).index_add(0, layout.samples, weighted)

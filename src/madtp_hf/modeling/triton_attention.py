@@ -7,6 +7,7 @@ added atomically, so that results repeat to the last bit. No gradients. Without 
 """
 
 import math
+import warnings
 
 import torch
 
@@ -21,6 +22,13 @@ except ImportError:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64, 128)
 COMPUTE_CAPABILITY = (8, 0)  # of the GPU, at least
+
+
+def disable(error: Exception) -> None:
+    """Go on without the kernels, in this process, and say so."""
+    global triton
+    triton = None
+    warnings.warn(f"Triton's kernels can't run here, attention is computed without them: {error!r}", stacklevel=2)
 
 
 def is_available(query: torch.Tensor) -> bool:

@@ -82,6 +82,11 @@ class ReductionCallback(TrainerCallback, ExportableState):
         return config.pruning_temperature or config.text_config.hidden_size**0.5 / 4
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if model.config.pruning_granularity == "frozen":
+            raise ValueError(
+                "ReductionCallback moves the temperature, and this model's token counts are frozen: expected"
+                ' model.config.pruning_granularity = "instance" (or "batch") while it trains; calibrate with freeze=True afterwards.'
+            )
         if self.log_temperatures is None:
             self.log_temperatures = [math.log(self._start(model.config, target)) for target in self.targets]
         if self._hook is not None:  # of a run that was interrupted
