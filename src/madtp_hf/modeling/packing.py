@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 
 
+GROUP_SIZE = (
+    2**18
+)  # numbers in a group's states: beyond, a call costs little beside the work, and samples are best taken one by one
 GROUP_SHARE = 1 / 8  # of a group's rows may be padding,
 GROUP_PADDING = 2**16  # or this many numbers, which cost less than the calls for another group
 
@@ -165,10 +168,10 @@ class Layout:
     def groups(self, width: int) -> Partition:
         """The batch in groups of similar length, for states of `width`."""
         if self._groups is None:
-            self._groups = self.partition(self._similar_lengths(GROUP_PADDING // width))
+            self._groups = self.partition(self._similar_lengths(width))
         return self._groups
 
-    def _similar_lengths(self, free_padding: int) -> list[torch.Tensor] | None:
+    def _similar_lengths(self, width: int) -> list[torch.Tensor] | None:
         if self.lengths is None or self.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         lengths, order = self.lengths.sort(descending=True)
@@ -176,16 +179,24 @@ class Layout:
         groups, start, padding = [], 0, 0
         for index, length in enumerate(lengths):
             padding += lengths[start] - length
-            if padding > max(GROUP_SHARE * lengths[start] * (index - start + 1), free_padding):
+            rows = lengths[start] * (index - start + 1)
+            too_large = rows * width > GROUP_SIZE and index > start
+            if too_large or padding > max(GROUP_SHARE * rows, GROUP_PADDING / width):
                 groups.append(order[start:index])
                 start, padding = index, 0
-        return [*groups, order[start:]] if groups else None
+        groups.append(order[start:])
+        if len(groups) == self.batch_size:
+            return list(torch.arange(self.batch_size).split(1))
+        return groups if len(groups) > 1 else None
 
     def partition(self, samples: list[torch.Tensor] | None) -> Partition:
         """The batch in groups of the `samples` that are given, (n,) each; None for one group of all."""
         if samples is None:
             return Partition([self._group(None)], self._position(None))
         groups = [self._group(group) for group in samples]
+        firsts = [group.first for group in groups]
+        if all(group.rows is None for group in groups) and firsts == sorted(firsts):  # one by one, as they lie
+            return Partition(groups, None)
         starts, behind = [], 0
         for (number, longest), *_ in groups:
             starts.append(behind + torch.arange(number) * longest)

@@ -1,0 +1,337 @@
+"""Attention as the configuration asks for it, and the decoder's keys and values of what it reads, computed once a sample."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from madtp_hf.modeling import encoders
+
+from .conftest import TASKS, make_task_model
+
+
+LENGTHS = (9, 3, 7, 16, 5)
+MODALITIES = (("vision", "text"), ("vision",), ("text",))
+
+
+def make_model(task, temperature=0.0, modalities=("vision", "text")):
+    model = make_task_model(task, {"pruning_modalities": modalities})
+    model.set_pruning(temperature=temperature)
+    return model
+
+
+def check_same_outputs(mine, theirs, atol=1e-5):
+    assert mine.keys() == theirs.keys()
+    compared = 0
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(mine[name], value, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            compared += 1
+    assert compared > 3
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The implementations that the encoders' attention has asked for so far."""
+    names = []
+    compute = encoders.attention_function
+
+    def recording(implementation, *args, **kwargs):
+        names.append(implementation)
+        return compute(implementation, *args, **kwargs)
+
+    monkeypatch.setattr(encoders, "attention_function", recording)
+    return names
+
+
+# Eager and fused
+
+
+@pytest.mark.parametrize(
+    "task, modalities, temperature",
+    [
+        *((task, ("vision", "text"), 0.0) for task in TASKS),
+        *((task, modalities, 3.0) for task in TASKS if task != "captioning" for modalities in MODALITIES),
+        ("captioning", ("text",), 3.0),  # pruned, all attention of its encoder is scored
+    ],
+)
+@torch.no_grad()
+def test_eager_attention_gives_the_outputs_of_fused_attention(task, modalities, temperature, asked_for):
+    model = make_model(task, temperature, modalities)
+    inputs = TASKS[task].make_inputs(LENGTHS)
+    outputs = {}
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        asked_for.clear()
+        outputs[name] = model(**inputs)
+        assert set(asked_for) == {name}
+    check_same_outputs(outputs["eager"], outputs["sdpa"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_a_checkpoint_loads_with_the_attention_that_is_asked_for(task, tmp_path, asked_for):
+    model = make_model(task, 3.0, ("text",))
+    inputs = TASKS[task].make_inputs(LENGTHS)
+    expected = model(**inputs)
+    model.save_pretrained(tmp_path)
+    for name in ("eager", "sdpa"):
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation=name)
+        config = loaded.config
+        for part in (config, config.vision_config, config.text_config):
+            assert part._attn_implementation == name
+        asked_for.clear()
+        check_same_outputs(loaded(**inputs), expected)
+        assert set(asked_for) == {name}
+        # And it can be told otherwise.
+        other = {"eager": "sdpa", "sdpa": "eager"}[name]
+        loaded.set_attn_implementation(other)
+        asked_for.clear()
+        loaded(**inputs)
+        assert set(asked_for) == {other}
+
+
+@torch.no_grad()
+def test_each_branch_may_have_its_own_attention(asked_for):
+    model = make_model("vqa")
+    inputs = TASKS["vqa"].make_inputs(LENGTHS)
+    expected = model(**inputs)
+    assert set(asked_for) == {"sdpa"}  # where nobody asks
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    asked_for.clear()
+    check_same_outputs(model(**inputs), expected)
+    assert asked_for == ["eager"] * 4 + ["sdpa"] * 6
+
+
+def test_eager_attention_has_the_gradients_of_fused_attention():
+    model = make_model("nlvr2", 3.0)
+    inputs = TASKS["nlvr2"].make_inputs(LENGTHS)
+    gradients = {}
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert gradients["eager"].keys() == gradients["sdpa"].keys()
+    for key, gradient in gradients["eager"].items():
+        torch.testing.assert_close(gradient, gradients["sdpa"][key], atol=1e-5, rtol=1e-4)
+
+
+def test_an_attention_that_does_not_exist_is_refused(tmp_path):
+    model = make_model("vqa")
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="nonsense"):
+        model.set_attn_implementation("nonsense")
+    assert model.config._attn_implementation == before
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="nonsense"):
+        type(model).from_pretrained(tmp_path, attn_implementation="nonsense")
+
+
+# Flash attention
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """In flash attention's place, one that computes sample after sample, and remembers how many queries and keys it has got."""
+    calls = []
+
+    def attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        *,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        max_length_q,
+        max_length_k,
+        **options,
+    ):
+        assert attention_mask is None and options["is_causal"] is False
+        assert len(query) == len(key) == len(value) == 1 and key.shape == value.shape  # (1, H, rows, d)
+        assert cu_seq_lens_q.dtype == cu_seq_lens_k.dtype == torch.int32
+        queries, keys = cu_seq_lens_q.diff().tolist(), cu_seq_lens_k.diff().tolist()
+        assert cu_seq_lens_q[0] == cu_seq_lens_k[0] == 0
+        assert max(queries) == max_length_q and max(keys) == max_length_k
+        states = [
+            F.scaled_dot_product_attention(*sample)
+            for sample in zip(query.split(queries, 2), key.split(keys, 2), value.split(keys, 2), strict=True)
+        ]
+        calls.append((query.shape[2], key.shape[2]))
+        return torch.cat(states, dim=2).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", attention)
+    return calls
+
+
+def packed_attention(output, config, modalities):
+    """The numbers of queries and keys of all attention that isn't scored, sample after sample without padding."""
+    on = config.pruning_temperature > 0
+    vision, text = output.vision_tokens, output.text_tokens
+    calls = []
+    if not (on and "vision" in modalities):
+        calls += [(int(tokens.sum()),) * 2 for tokens in vision[:-1]]
+    if on and text is not None:  # with pruning off texts keep their padding, as transformers' do
+        images = vision[-1] if vision.ndim == 3 else vision[-1:]
+        for enters, leaves in itertools.pairwise(text):
+            if "text" not in modalities:
+                calls.append((int(enters.sum()),) * 2)
+            calls += [(int(leaves.sum()), int(tokens.sum())) for tokens in images]
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("modalities", MODALITIES, ids="+".join)
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_flash_attention_gets_the_tokens_end_to_end(task, modalities, temperature, flash):
+    model = make_model(task, temperature, modalities)
+    inputs = TASKS[task].make_inputs(LENGTHS)
+    expected = model(**inputs)
+    assert not flash
+    # `set_attn_implementation` wants the package and a GPU; this is what it sets.
+    model.config._attn_implementation = "flash_attention_2"
+    output = model(**inputs)
+    check_same_outputs(output, expected)
+    assert flash == packed_attention(output, model.config, modalities)
+
+
+@torch.no_grad()
+def test_the_decoder_generates_beside_flash_attention(flash):
+    model = make_model("vqa", 3.0)
+    inputs = TASKS["vqa"].make_inputs(LENGTHS)
+    inputs.pop("labels")
+    expected = model.generate(**inputs, num_beams=2, max_new_tokens=5)
+    model.config._attn_implementation = "flash_attention_2"
+    assert torch.equal(model.generate(**inputs, num_beams=2, max_new_tokens=5), expected)
+    assert flash
+
+
+# The decoder's cross-attention
+
+
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams, of which several are returned": {"num_beams": 4, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 2},
+}
+
+
+def generation_inputs(task):
+    inputs = TASKS[task].make_inputs(LENGTHS)
+    names = ("pixel_values",) if task == "captioning" else ("pixel_values", "input_ids", "attention_mask")
+    return {name: inputs[name] for name in names}
+
+
+def generate(model, inputs, **settings):
+    torch.manual_seed(5)
+    settings = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True, **settings}
+    result = model.generate(**inputs, **settings)
+    return result.sequences, result.scores
+
+
+def check_same_generation(mine, theirs):
+    assert torch.equal(mine[0], theirs[0])
+    for scores, expected in zip(mine[1], theirs[1], strict=True):
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+def an_empty_cache():
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("task", ["vqa", "captioning", "captioning with a prompt"])
+def test_generation_is_the_same_with_the_cache_filled_beforehand(task, temperature, settings):
+    task, *prompt = task.split(" with a ")
+    model, inputs = make_model(task, temperature), generation_inputs(task)
+    if prompt:
+        inputs["input_ids"] = torch.tensor([[2, 11, 12, 13, 3]] * len(LENGTHS))
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    filled = generate(model, inputs, **settings)
+    assert len(filled[0]) == len(LENGTHS) * settings.get("num_return_sequences", 1)
+    check_same_generation(filled, generate(model, inputs, past_key_values=an_empty_cache(), **settings))
+    check_same_generation(filled, generate(model, inputs, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("by", ["argument", "the decoder's own"])
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+def test_settings_of_generation_may_come_as_a_configuration(settings, by):
+    model, inputs = make_model("vqa", 3.0), generation_inputs("vqa")
+    expected = generate(model, inputs, **settings)
+    ids = {"bos_token_id": 38, "eos_token_id": 3, "pad_token_id": 0}
+    configuration = GenerationConfig(max_new_tokens=6, **ids, **settings)
+    if by == "argument":
+        result = generate(model, inputs, generation_config=configuration)
+    else:
+        model.text_decoder.generation_config = configuration
+        result = generate(model, inputs)
+    check_same_generation(result, expected)
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_a_configuration_may_turn_the_cache_off(task, temperature):
+    model, inputs = make_model(task, temperature), generation_inputs(task)
+    expected = generate(model, inputs)
+    ids = {"bos_token_id": 38, "eos_token_id": 3, "pad_token_id": 0}
+    configuration = GenerationConfig(max_new_tokens=6, use_cache=False, **ids)
+    check_same_generation(generate(model, inputs, generation_config=configuration), expected)
+    model.text_decoder.generation_config.use_cache = False
+    check_same_generation(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_a_kind_of_cache_may_be_asked_for(task):
+    model, inputs = make_model(task, 3.0), generation_inputs(task)
+    expected = generate(model, inputs)
+    check_same_generation(generate(model, inputs, cache_implementation="dynamic"), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_an_answer_may_be_looked_up_or_drafted(task, temperature):
+    model = make_model(task, temperature)
+    inputs = {name: value[:1] for name, value in generation_inputs(task).items()}
+    expected, _ = generate(model, inputs, max_new_tokens=10)
+    for settings in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model.text_decoder}):
+        assert torch.equal(generate(model, inputs, max_new_tokens=10, **settings)[0], expected)
+
+
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_keys_and_values_of_what_is_read_are_computed_once_and_on_no_padding(task, temperature, settings):
+    model, inputs = make_model(task, temperature), generation_inputs(task)
+    rows = {}
+    for index, layer in enumerate(model.text_decoder.bert.encoder.layer):
+        attention = layer.crossattention.self
+        for name in ("query", "key", "value"):
+
+            def count(module, inputs, place=(index, name)):
+                rows.setdefault(place, []).append(inputs[0].numel() // inputs[0].shape[-1])
+
+            getattr(attention, name).register_forward_pre_hook(count)
+    with torch.no_grad():
+        ids = torch.tensor([[38, 7, 3]] * len(LENGTHS))
+        output = model(**{"input_ids": ids, **inputs}, **({"labels": ids} if task == "vqa" else {}))
+    tokens = (output.text_tokens if task == "vqa" else output.vision_tokens)[-1]
+    # With pruning off a question's padding is read, as transformers' BLIP reads it.
+    read = len(LENGTHS) * max(LENGTHS) if task == "vqa" and not temperature else int(tokens.sum())
+    assert temperature == 0 or tokens.amin() < tokens.amax()
+    for _ in range(2):  # the next call has other images, for all it knows
+        rows.clear()
+        _, scores = generate(model, inputs, **settings)
+        copies = max(settings.get("num_beams", 1), settings.get("num_return_sequences", 1))
+        for index in range(model.config.text_config.num_hidden_layers):
+            assert rows[index, "key"] == rows[index, "value"] == [read]
+            assert rows[index, "query"] == [len(LENGTHS) * copies] * len(scores)
