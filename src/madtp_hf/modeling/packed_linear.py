@@ -17,7 +17,7 @@ class PackedLinear(nn.Linear):
     """A linear map that keeps a copy of its weight for oneDNN, and uses it where it serves: float32 on a CPU, without gradients.
 
     It makes the copy when it is first used and anew when the weight has changed, be it in place; what is written past autograd, through
-    `weight.data`, goes unseen until the model is moved, set to train or evaluate, or packed again.
+    `weight.data`, goes unseen until the model is moved, set to train or packed again.
     """
 
     _packed = _packed_from = None
@@ -47,7 +47,8 @@ class PackedLinear(nn.Linear):
             self.__dict__.pop(name, None)
 
     def train(self, mode: bool = True):
-        self.drop_packed()
+        if mode:
+            self.drop_packed()
         return super().train(mode)
 
     def _apply(self, *args, **kwargs):
