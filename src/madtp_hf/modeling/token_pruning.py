@@ -88,7 +88,7 @@ def scored_attention(
         try:
             lengths = None if mask is None else mask.sum(dim=1)
             output, received, from_class = triton_scored_attention(query, key, value, lengths)
-            return output, AttentionScores(received, from_class, output[:, :, 1:].norm(dim=-1, dtype=torch.float32))
+            return output, AttentionScores(received, from_class, output[:, :, 1:].float().norm(dim=-1))
         except Exception as error:  # no compiler, or a GPU that the kernels don't fit
             disable(error)
     batch_size, num_heads, length, width = query.shape
@@ -127,7 +127,7 @@ def _attention_of_block(query, key, value, mask, dropout) -> tuple[torch.Tensor,
             from_class, strongest = probabilities[:, :, 0, 1:], strongest[:, 1:]
         received = received + strongest.sum(dim=1)
     output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return output, AttentionScores(received, from_class, output[:, :, 1:].norm(dim=-1, dtype=torch.float32))
+    return output, AttentionScores(received, from_class, output[:, :, 1:].float().norm(dim=-1))
 
 
 def token_importance(
