@@ -26,7 +26,7 @@ def fine_tune(task: str, targets: list[float], reductions: list[float], folder: 
     if len(targets) > 1:
         command += ["--num_targets", str(len(reductions))]
     started = time.perf_counter()
-    with open(folder.with_suffix(".log"), "w") as log:
+    with open(folder.parent / f"{folder.name}.log", "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return {**json.loads((folder / "results.json").read_text()), "seconds": time.perf_counter() - started}
 
