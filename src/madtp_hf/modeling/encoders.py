@@ -174,7 +174,7 @@ def attend_and_score(
     importance = importances[0]
     if len(importances) > 1:
         importance = layout.pad(partition.join([F.pad(importance, (1, 0)) for importance in importances]))[:, 1:]
-    mask = None if layout.padded_mask is None else layout.padded_mask[:, 1:]
+    mask = layout.token_mask
     if pruning.token_counts is None:
         keep = select_tokens(importance, partition.join_samples(thresholds), mask, pruning.granularity)
     else:
@@ -350,8 +350,8 @@ def run_layers(
         if output_positions:
             if source is not None:
                 positions = torch.cat([positions, positions.new_full((layout.batch_size,), -1)])[source]
-            padded = layout.pad(positions)
-            all_positions.append(padded if layout.padded_mask is None else padded.where(layout.padded_mask, -1))
+            padded, mask = layout.pad(positions), layout.padded_mask
+            all_positions.append(padded if mask is None else padded.where(mask, -1))
     return BranchOutput(
         states,
         layout,

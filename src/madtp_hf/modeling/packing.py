@@ -130,6 +130,12 @@ class Layout:
             return self.mask
         return torch.arange(self.longest, device=self.device) < self.lengths.unsqueeze(1)
 
+    @property
+    def token_mask(self) -> torch.Tensor | None:
+        """(B, longest - 1) bool: `padded_mask` without the class token."""
+        mask = self.padded_mask
+        return None if mask is None else mask[:, 1:]
+
     def to(self, device, non_blocking: bool = False) -> "Layout":
         """For models whose layers lie on several devices."""
         if torch.device(device) == self.device:

@@ -207,7 +207,7 @@ def merge_tokens(
     for the merged token of sample b; None where nothing changed at all. With `length`, every sample gets that many rows, the last ones of those that
     need fewer being padding; else it waits for the device once, to learn how many there are.
     """
-    mask = None if layout.padded_mask is None else layout.padded_mask[:, 1:]
+    mask = layout.token_mask
     drop = ~keep if mask is None else mask & ~keep
     merges = drop.any(dim=-1, keepdim=True)
     stays = torch.cat([torch.ones_like(merges), keep, merges], dim=1)  # the class token, the tokens, the merged one
