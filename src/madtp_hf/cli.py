@@ -30,63 +30,6 @@ class Task(str, Enum):
     retrieval = "retrieval"
 
 
-# What a model card says of a task: the Hub's name for it, where it has one, tags, a sentence, and how to use the model.
-_CARDS = {
-    Task.vqa: (
-        "visual-question-answering",
-        [],
-        "answers questions about images",
-        """from transformers import pipeline
-
-ask = pipeline("visual-question-answering", model="{name}", trust_remote_code=True)
-print(ask(image="image.jpg", question="how many dogs are there?"))
-ask.model.set_pruning(temperature={temperature})""",
-    ),
-    Task.captioning: (
-        "image-to-text",
-        ["image-captioning"],
-        "writes captions of images",
-        """from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}")
-inputs = processor(images=Image.open("image.jpg").convert("RGB"), text="a picture of", return_tensors="pt")
-print(processor.decode(model.generate(**inputs, num_beams=3, max_new_tokens=20)[0], skip_special_tokens=True))
-model.set_pruning(temperature={temperature})""",
-    ),
-    Task.nlvr2: (
-        None,
-        ["visual-reasoning", "nlvr2"],
-        "tells whether a sentence about two images is true",
-        """from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}")
-images = [Image.open(side).convert("RGB") for side in ("left.jpg", "right.jpg")]
-inputs = processor(images=images, text="there are two dogs in the left image", return_tensors="pt")
-inputs["pixel_values"] = inputs["pixel_values"].unsqueeze(0)  # one pair
-print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is true
-model.set_pruning(temperature={temperature})""",
-    ),
-    Task.retrieval: (
-        None,
-        ["image-text-retrieval", "image-text-matching"],
-        "matches images and texts",
-        """from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}")
-inputs = processor(images=Image.open("image.jpg").convert("RGB"), text="two dogs on a beach", return_tensors="pt")
-print(model(**inputs).itm_score.softmax(dim=-1)[0, 1].item())  # how likely they match
-print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine similarity
-model.set_pruning(temperature={temperature})""",
-    ),
-}
-
-
 @contextmanager
 def _one_message_of_errors():
     """What a user can put right is one message on stderr and exit code 1: no traceback, and no library's warnings before it."""
@@ -167,43 +110,18 @@ def _take_special_tokens(model, tokenizer, source: str) -> None:
         settings.pad_token_id = tokenizer.pad_token_id
 
 
-def _model_card(name: str, source: str, task: Task, config, is_aligned: bool):
-    from huggingface_hub import ModelCard, ModelCardData
-
-    pipeline_tag, tags, what, usage = _CARDS[task]
+def _notes(source: str, config, is_aligned: bool) -> str:
+    """What the model card says of a conversion."""
     temperature = getattr(config, "original_temperature", None)
     if temperature is not None:
-        alignment = f"""Its alignment tokens are the checkpoint's own, trained at a pruning temperature of {temperature:g}.
-Pruning is off until it is set: the last line prunes as in that training. `None` switches it off."""
+        alignment = f"""Its alignment tokens are the checkpoint's own, trained at a pruning temperature of {temperature:g}: the last of the lines
+below prunes as in that training."""
     elif is_aligned:
-        alignment = """Its alignment tokens are the checkpoint's own. Pruning is off until it is set, as in the last line: 0 is off,
-larger temperatures prune more."""
+        alignment = "Its alignment tokens are the checkpoint's own."
     else:
-        alignment = """The checkpoint was a dense one: its alignment tokens are new. Pruning is off until it is set, as in the last line: 0 is
-off, larger temperatures prune more. Train with pruning on to keep the accuracy at larger reductions."""
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag=pipeline_tag, tags=["blip", "madtp", "token-pruning", *tags]
-    )
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-A BLIP that {what}, with [MADTP](https://arxiv.org/abs/2403.02991) token pruning: converted from `{source}` by `madtp-hf convert`.
-It takes images of {config.vision_config.image_size} x {config.vision_config.image_size} pixels, as its processor makes them.
-
-```python
-{usage.format(name=name, temperature="1.0" if temperature is None else f"{temperature:g}")}
-```
-
-{alignment}
-
-`trust_remote_code=True` runs the modeling files in this folder; the weights are safetensors and run nothing.
-The license is that of the checkpoint which this one was made from: add it to this card's metadata before publishing.
-"""
-    )
+        alignment = """The checkpoint was a dense one: its alignment tokens are new. Train with pruning on to keep the accuracy at larger
+reductions."""
+    return f"Converted from `{source}` by `madtp-hf convert`. {alignment}"
 
 
 @app.callback()
@@ -253,6 +171,7 @@ def convert(
         from transformers import BlipImageProcessor, BlipProcessor
 
         from .conversion import convert_original_checkpoint, read_checkpoint
+        from .model_card import create_model_card
 
         out = out.resolve()
         _check_out(out, checkpoint, force)
@@ -262,9 +181,8 @@ def convert(
         _take_special_tokens(model, bert, tokenizer)
         side = model.config.vision_config.image_size
         processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
-        card = _model_card(
-            out.name, checkpoint.name, task, model.config, is_aligned="space_dict" in content.get("model", content)
-        )
+        is_aligned = "space_dict" in content.get("model", content)
+        card = create_model_card(model.config, out.name, notes=_notes(checkpoint.name, model.config, is_aligned))
 
         out.parent.mkdir(parents=True, exist_ok=True)
         # Made beside OUT, so that it takes its place in one step.

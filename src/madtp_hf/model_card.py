@@ -1,0 +1,420 @@
+"""Model cards: what a checkpoint is, how it loads and what was measured with it, for people and for the Hub."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import BlipConfig
+
+from .modeling.configuration_madtp_blip import MadtpBlipConfig
+
+
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+# Of each task: the Hub's name for it, where it has one; tags; a sentence; the auto class; a text to try; what the floor is.
+_TASKS = {
+    "vqa": {
+        "pipeline_tag": "visual-question-answering",
+        "tags": [],
+        "what": "answers questions about images",
+        "loader": "AutoModelForVisualQuestionAnswering",
+        "text": "how many dogs are there?",
+        "floor": "From the words of the questions alone",
+    },
+    "captioning": {
+        "pipeline_tag": "image-to-text",
+        "tags": ["image-captioning"],
+        "what": "writes captions of images",
+        "loader": "AutoModelForImageTextToText",
+        "text": "a picture of",
+        "floor": "With captions of other images",
+    },
+    "nlvr2": {
+        "pipeline_tag": None,
+        "tags": ["visual-reasoning", "nlvr2"],
+        "what": "tells whether a sentence about two images is true",
+        "loader": "AutoModel",
+        "text": "there are two dogs in the left image",
+        "floor": "From the words of the sentences alone",
+    },
+    "retrieval": {
+        "pipeline_tag": None,
+        "tags": ["image-text-retrieval", "image-text-matching"],
+        "what": "matches images and texts",
+        "loader": "AutoModel",
+        "text": "two dogs on a beach",
+        "floor": "By chance",
+    },
+}
+_CLASSES = {
+    "BlipForQuestionAnswering": "vqa",
+    "BlipForConditionalGeneration": "captioning",
+    "BlipForImagesAndTextClassification": "nlvr2",
+    "BlipForImageTextRetrieval": "retrieval",
+}
+# Columns of a results table that are no metric.
+_BUDGET = "reduction asked"
+_NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
+
+
+def public_name(source) -> str:
+    """What a card calls a model or data set: a folder's last part, for its path is nobody else's; a Hub id as it is."""
+    return Path(source).resolve().name if os.path.exists(source) else str(source)
+
+
+def _hub_ids(sources) -> list[str] | None:
+    """Those that are ids of the Hub, not folders: the others mean nothing in metadata."""
+    sources = [sources] if isinstance(sources, (str, Path)) else sources or []
+    return [str(source) for source in sources if not os.path.exists(source)] or None
+
+
+def _task_and_class(config) -> tuple[str, str]:
+    """The task of a configuration, and the class of its model."""
+    # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
+    named = [
+        (getattr(config, "auto_map", None) or {}).get("AutoModel"),
+        *(getattr(config, "architectures", None) or []),
+    ]
+    for name in filter(None, named):
+        model_class = name.rpartition(".")[2]
+        if model_class.removeprefix("Madtp") in _CLASSES:
+            return _CLASSES[model_class.removeprefix("Madtp")], model_class
+    raise ValueError(
+        f"The configuration has architectures={getattr(config, 'architectures', None)!r}: expected one of"
+        f" {', '.join(_CLASSES)}, or Madtp before these. Pass the configuration of a saved checkpoint."
+    )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_row(row) -> bool:
+    return (
+        isinstance(row, dict) and any(name not in _NO_METRICS for name in row) and all(map(_is_number, row.values()))
+    )
+
+
+def _read_metrics(metrics) -> dict:
+    """Whatever form metrics were given in, as the dictionary of a results.json; empty for None.
+
+    Raises:
+        ValueError: for anything that `create_model_card` doesn't take.
+    """
+    if metrics is None:
+        return {}
+    given, content = repr(metrics), metrics
+    if isinstance(metrics, (str, Path)):
+        try:
+            content = json.loads(Path(metrics).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"metrics={str(metrics)!r} can't be read as a results.json: {error}") from error
+    if isinstance(content, dict) and "results" not in content:
+        content = {"results": [content]}
+    elif isinstance(content, list):
+        content = {"results": content}
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
+        raise ValueError(
+            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows or one row, such as"
+            " {'accuracy': 0.93}, where a row gives finite numbers by name, one of them of a metric; or None."
+        )
+    if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
+        raise ValueError(
+            f"metrics={given[:200]}: expected a {_BUDGET!r} in each of several rows, and no two the same."
+        )
+    return content
+
+
+def _columns(rows) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _main_metric(results: dict) -> str:
+    """The column that counts: what the results name, or their first metric."""
+    metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
+    return results.get("metric") if results.get("metric") in metrics else metrics[0]
+
+
+def _show(name: str, value) -> str:
+    if value is None:
+        return ""
+    if name.endswith("%"):
+        return f"{value:.1%}"
+    return f"{value:.3f}" if name == "reached" else f"{value:.4g}"
+
+
+def _bare(name: str) -> str:
+    return name.removesuffix("%").strip()
+
+
+def _table(rows: list[dict]) -> str:
+    columns = _columns(rows)
+    lines = ["| " + " | ".join(map(_bare, columns)) + " |", "|" + "---:|" * len(columns)]
+    lines += ["| " + " | ".join(_show(name, row.get(name)) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _sentence(metrics: dict) -> str:
+    return ", ".join(
+        f"{_bare(name)} {_show(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
+    )
+
+
+def _at(row: dict) -> str:
+    budget = row.get(_BUDGET)
+    if budget is None:
+        return ""
+    return f" at {budget:g} reduction" if budget else ", pruning off"
+
+
+def _remarks(results: dict, task: str) -> list[str]:
+    """What stood beside the rows: the model before fine-tuning, what can be had blind, how long it took."""
+    remarks = []
+    if results.get("dense_before_training"):
+        remarks.append(f"Before fine-tuning, pruning off: {_sentence(results['dense_before_training'])}.")
+    if results.get("before_fine_tuning"):
+        before = "; ".join(f"{_sentence(row)}{_at(row)}" for row in results["before_fine_tuning"])
+        remarks.append(f"Before fine-tuning: {before}.")
+    floor = results.get("floor")
+    if floor is not None:
+        floor = floor if isinstance(floor, dict) else {_main_metric(results): floor}
+        remarks.append(f"{_TASKS[task]['floor']}: {_sentence(floor)}.")
+    if _is_number(results.get("seconds")):
+        machine = f" ({results['machine']})" if results.get("machine") else ""
+        remarks.append(f"Training and evaluation took {results['seconds']:.0f} s{machine}.")
+    if results.get("source"):
+        remarks.append(f"Source: {results['source']}.")
+    return remarks
+
+
+def _dataset(results: dict) -> dict:
+    dataset = results.get("dataset") or {}
+    return {"name": dataset} if isinstance(dataset, str) else dataset
+
+
+def _eval_results(results: dict, task: str) -> list[EvalResult]:
+    """Each metric at each budget, for the card's model-index."""
+    dataset = _dataset(results)
+    name = dataset.get("name") or "not recorded"
+    return [
+        EvalResult(
+            task_type=_TASKS[task]["pipeline_tag"] or _TASKS[task]["tags"][0],
+            dataset_type=dataset.get("type") or re.sub(r"[^\w/.]+", "-", name.lower()),
+            dataset_name=name,
+            dataset_split=dataset.get("split"),
+            metric_type=_bare(column),
+            metric_value=value,
+            metric_name=f"{_bare(column)}{_at(row)}",
+            metric_args={"reduction": row[_BUDGET]} if _BUDGET in row else None,
+        )
+        for row in results["results"]
+        for column, value in row.items()
+        if column not in _NO_METRICS
+    ]
+
+
+def create_model_card(
+    config, name, *, metrics=None, base_model=None, license=None, datasets=None, notes=None, plot=None
+) -> ModelCard:
+    """The model card of a checkpoint, pruned or dense.
+
+    Args:
+        config (`MadtpBlipConfig` or `BlipConfig`):
+            The checkpoint's configuration. One of transformers' BLIP is dense. A `MadtpBlipConfig` without `auto_map` is that of a checkpoint
+            that brings no code: this package loads it, and it is dense unless it says how to prune.
+        name (`str`):
+            What the loading lines load, and the title: an id of the Hub, `user/model`, whose revision they pin, or the name of a folder.
+        metrics (*optional*):
+            What was measured: the path of a results.json as [`~madtp_hf.evaluation.report`] writes it, its dictionary, a list of its rows,
+            or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" has shares. Of a dictionary's facts, the card takes
+            `metric` (the column that counts), `dataset` (a name, or a dictionary of `name`, `type`, `split` and an `example` of a text),
+            `settings`, `versions`, `before_fine_tuning`, `dense_before_training`, `floor`, `seconds`, `machine` and `source`.
+        base_model (`str`, *optional*):
+            What it was made from: an id of the Hub, or a folder, which is named in the text and not in the metadata.
+        license (`str`, *optional*):
+            As the Hub names it, `apache-2.0`.
+        datasets (`str` or `list[str]`, *optional*):
+            Ids of data sets of the Hub; folders are left out.
+        notes (`str`, *optional*):
+            Markdown, which stands at the beginning.
+        plot (`str`, *optional*):
+            The file name of a picture that [`draw_budgets`] drew, beside the card.
+
+    Returns:
+        `huggingface_hub.ModelCard`. Nothing in it is measured but what `metrics` says.
+
+    Raises:
+        ValueError: for a configuration of no task of BLIP, or metrics of another form.
+    """
+    task, model_class = _task_and_class(config)
+    facts, results = _TASKS[task], _read_metrics(metrics)
+    is_ours = model_class.startswith("Madtp")
+    with_code = is_ours and bool(getattr(config, "auto_map", None))
+    dense = (
+        not with_code
+        and not getattr(config, "pruning_schedule", None)
+        and not getattr(config, "pruning_temperature", 0)
+    )
+    on_hub = with_code and name.count("/") == 1 and not name.startswith(".")
+    pin = ', revision="..."' if on_hub else ""
+    # Weights stored in half precision would load so, and images come in full precision.
+    half = ', dtype="float32"' if str(getattr(config, "dtype", None)) in ("float16", "torch.float16") else ""
+    if with_code:
+        loader, imports = (
+            facts["loader"],
+            f"from transformers import {', '.join(sorted([facts['loader'], 'AutoProcessor']))}",
+        )
+    elif is_ours:
+        loader, imports = model_class, f"from transformers import AutoProcessor\n\nfrom madtp_hf import {model_class}"
+    else:
+        loader, imports = model_class, f"from transformers import AutoProcessor, {model_class}"
+
+    schedule = getattr(config, "pruning_schedule", None) or []
+    temperature = getattr(config, "pruning_temperature", 0.0)
+    if schedule:
+        budget = f"reduction={min((reduction for reduction, _ in schedule), key=lambda r: abs(r - 0.5)):g}"
+    else:
+        original = getattr(config, "original_temperature", None)
+        budget = "temperature=1.0" if original is None else f"temperature={original:g}"
+    reached = [reduction for reduction, of_schedule in schedule if math.isclose(of_schedule, temperature)]
+    if not temperature:
+        as_loaded = "pruning is off"
+    else:
+        as_loaded = (
+            f"it prunes at reduction {reached[0]:g}" if reached else f"it prunes at temperature {temperature:g}"
+        )
+
+    settings = results.get("settings") or {}
+    dataset = _dataset(results)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=facts["pipeline_tag"],
+        tags=["blip", *([] if dense else ["madtp", "token-pruning"]), *facts["tags"]],
+        base_model=(_hub_ids(base_model) or [None])[0],
+        datasets=_hub_ids(datasets),
+        license=license,
+        model_name=name.rpartition("/")[2] if results else None,
+        eval_results=_eval_results(results, task) if results else None,
+    )
+    where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
+    where += f", {dataset['split']} split" if dataset.get("split") else ""
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        title=name.rpartition("/")[2],
+        what=facts["what"],
+        task=task,
+        dense=dense,
+        with_code=with_code,
+        with_pipeline=with_code and task == "vqa",
+        on_hub=on_hub,
+        quoted_name=json.dumps(name),
+        quoted_text=json.dumps(dataset.get("example") or facts["text"]),
+        loader=loader,
+        imports=imports,
+        options=f"{pin}, trust_remote_code=True{half}" if with_code else half,
+        processor_options=pin,
+        pruned_class=f"Madtp{model_class.removeprefix('Madtp')}",
+        image_size=config.vision_config.image_size,
+        made_from=public_name(base_model) if base_model else None,
+        notes=notes.strip() if notes else None,
+        half=bool(half),
+        has_flops=bool(results) and "GFLOPs" in _columns(results["results"]),
+        budget=budget,
+        reductions=", ".join(f"{reduction:g}" for reduction, _ in schedule),
+        several=len(schedule) > 1,
+        frozen=getattr(config, "pruning_granularity", None) == "frozen",
+        as_loaded=as_loaded,
+        table=_table(results["results"]) if results else None,
+        measured=where + (f": {results['title']}." if results.get("title") else "."),
+        metric=_bare(_main_metric(results)) if results else None,
+        plot=plot,
+        remarks=_remarks(results, task) if results else [],
+        settings="\n".join(
+            ["| setting | value |", "|---|---|", *(f"| {k} | {_value(v)} |" for k, v in settings.items())]
+        )
+        if settings
+        else None,
+        versions=", ".join(f"{package} {version}" for package, version in (results.get("versions") or {}).items()),
+        license=license,
+    )
+
+
+def _value(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def draw_budgets(metrics, path) -> bool:
+    """Draw the metric against GFLOPs, a point a budget, to a PNG file.
+
+    Args:
+        metrics: as [`create_model_card`] takes them.
+        path (`str` or `Path`): the file to write.
+
+    Returns:
+        `bool`: False where there is nothing to draw, fewer than two budgets with their GFLOPs, or where matplotlib is not installed.
+
+    Raises:
+        ValueError: for metrics of another form.
+    """
+    results = _read_metrics(metrics)
+    column = _main_metric(results) if results else None
+    rows = [row for row in results.get("results", []) if {_BUDGET, "GFLOPs", column} <= set(row)]
+    if len(rows) < 2:
+        return False
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    # Without pyplot: no window, and nothing that the caller's own figures would notice.
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rows = sorted(rows, key=lambda row: row["GFLOPs"])
+    scale = 100 if column.endswith("%") else 1
+    axes.plot([row["GFLOPs"] for row in rows], [scale * row[column] for row in rows], marker="o")
+    for row in rows:
+        label = f"{row[_BUDGET]:g}" if row[_BUDGET] else "off"
+        point = row["GFLOPs"], scale * row[column]
+        axes.annotate(label, point, xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set(xlabel="GFLOPs of a sample (labels: reduction asked for)", ylabel=column)
+    axes.margins(y=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+    return True
+
+
+def write_model_card(folder, name=None, metrics=None, **facts) -> ModelCard:
+    """Write a saved checkpoint's README.md, and its budgets.png where there are budgets to draw.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint's, with its config.json.
+        name (`str`, *optional*): as [`create_model_card`] takes it; the folder's own if not given.
+        metrics (*optional*): as [`create_model_card`] takes them; the folder's results.json if not given, where there is one.
+        **facts: the other arguments of [`create_model_card`].
+
+    Returns:
+        `huggingface_hub.ModelCard`, as it was written.
+
+    Raises:
+        ValueError: as [`create_model_card`].
+        OSError: if there is no configuration in the folder.
+    """
+    folder = Path(folder)
+    content = json.loads((folder / "config.json").read_text())
+    config = (MadtpBlipConfig if content.get("model_type") == MadtpBlipConfig.model_type else BlipConfig).from_dict(
+        content
+    )
+    if not (folder / "modeling_madtp_blip.py").exists():
+        config.auto_map = None
+    if metrics is None and (folder / "results.json").exists():
+        metrics = folder / "results.json"
+    plot = "budgets.png" if draw_budgets(metrics, folder / "budgets.png") else None
+    card = create_model_card(config, name or folder.resolve().name, metrics=metrics, plot=plot, **facts)
+    card.save(folder / "README.md")
+    return card
