@@ -22,6 +22,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments, get_cosine_s
 from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, calibrate, create_optimizer
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, question_only_accuracy
 from madtp_hf.evaluation import evaluate_budgets, report
+from madtp_hf.model_card import write_model_card
 from madtp_hf.visualization import draw_surviving_patches
 
 
@@ -113,24 +114,32 @@ def main():
     calibrate(model, validation_batches, args.reductions)
     results = evaluate(model, processor, test, collator, [0.0, *args.reductions], args.batch_size)
     floor = question_only_accuracy(train, test)
+    checkpoint = args.output_dir / "checkpoint"
+    not_of_training = ("model", "output_dir", "test_questions", "reductions")
     report(
         f"{len(test)} questions about unseen scans",
         results,
-        args.output_dir,
+        checkpoint,
+        metric="accuracy %",
         before_fine_tuning=untrained,
         floor=floor,
         seconds=round(time.time() - started),
+        dataset={"name": "digit scenes", "split": "test", "example": test[0]["question"]},
+        settings={
+            "steps": trainer.state.global_step,
+            **{name: value for name, value in vars(args).items() if name not in not_of_training},
+        },
     )
     print(
         f"Before fine-tuning: dense {untrained[0]['accuracy %']:.1%}, at {args.reductions[-1]} reduction"
         f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {floor:.1%}."
     )
 
-    # 5. What a user of the model loads, and a picture.
+    # 5. What a user of the model loads, with its card, and a picture.
     model.set_pruning(reduction=args.reductions[-1])
-    checkpoint = args.output_dir / "checkpoint"
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
+    write_model_card(checkpoint, base_model=args.model)
     scenes = [test[index] for index in range(3)]
     picture = draw_surviving_patches(
         model,

@@ -23,6 +23,7 @@ from madtp_hf import (
 from madtp_hf.data import CaptioningCollator, load_coco_captions, load_digit_captions
 from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.metrics import load_metric
+from madtp_hf.model_card import public_name, write_model_card
 from madtp_hf.training.arguments import PruningArguments
 
 
@@ -139,7 +140,7 @@ def main():
             calibrate(model, validation_batches, pruning_args.reductions)
     results = evaluate_budgets(model, loader, [0.0, *pruning_args.reductions], predict, trainer.accelerator)
 
-    # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         rows = [
             {
@@ -151,10 +152,24 @@ def main():
             }
             for result in results
         ]
-        report(f"{len(test)} images", rows, training_args.output_dir, dense_before_training=before, floor=floor)
+        report(
+            f"{len(test)} images",
+            rows,
+            training_args.output_dir,
+            metric="bleu_4 %",
+            dense_before_training=before,
+            floor=floor,
+            dataset={
+                "name": public_name(args.dataset) if args.dataset else "digit scenes",
+                "split": "test",
+                "example": args.prompt,
+            },
+            settings=pruning_args.settings(args, trainer),
+        )
         model.set_pruning(reduction=max(pruning_args.reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
+        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

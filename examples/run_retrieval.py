@@ -25,6 +25,7 @@ from madtp_hf import (
 from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_captions, load_flickr30k
 from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.metrics import load_metric
+from madtp_hf.model_card import public_name, write_model_card
 from madtp_hf.retrieval import score_images_and_texts
 from madtp_hf.training.arguments import PruningArguments
 
@@ -160,7 +161,7 @@ def main():
     )
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
 
-    # 5. What is saved is a whole checkpoint: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
         rows = [
@@ -174,10 +175,24 @@ def main():
             for cost, scores, seconds in results
         ]
         title = f"{len(test)} images, {len(texts)} captions"
-        report(title, rows, training_args.output_dir, dense_before_training=before, floor=floor)
+        report(
+            title,
+            rows,
+            training_args.output_dir,
+            metric="mean %",
+            dense_before_training=before,
+            floor=floor,
+            dataset={
+                "name": public_name(args.dataset) if args.dataset else "digit scenes",
+                "split": "test",
+                "example": texts[0],
+            },
+            settings=pruning_args.settings(args, trainer),
+        )
         model.set_pruning(reduction=max(pruning_args.reductions, default=0.0))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
+        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

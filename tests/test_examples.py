@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModel,
     BlipConfig,
@@ -73,6 +74,10 @@ def check_output(output: Path) -> list[dict]:
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.pruning_schedule[0][0] == 0.6
     assert model.config.pruning_temperature == model.config.pruning_schedule[0][1]
+    card = ModelCard.load(output / "README.md")  # what is saved is ready to publish
+    assert {result.metric_args["reduction"] for result in card.data.eval_results} == {0, 0.6}
+    assert "dense" in card.text and "| steps | 4 |" in card.text and "set_pruning(reduction=0.6)" in card.text
+    assert str(output.parent) not in card.content + (output / "results.json").read_text()
     return rows
 
 

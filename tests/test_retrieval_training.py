@@ -544,6 +544,7 @@ def test_a_report_is_printed_and_written(tmp_path, capsys):
     ]
     report("7 questions", rows, tmp_path / "deep" / "folder", floor=0.41, chance={"mean %": 0.1}, raw=[1])
     written = json.loads((tmp_path / "deep" / "folder" / "results.json").read_text())
+    assert set(written.pop("versions")) == {"madtp_hf", "transformers", "torch", "python"}
     assert written == {"title": "7 questions", "results": rows, "floor": 0.41, "chance": {"mean %": 0.1}, "raw": [1]}
     printed = capsys.readouterr().out
     for text in ("7 questions", "91.5%", "12.35", "accuracy %", "floor: 0.41", "chance: mean % 0.1"):

@@ -1,15 +1,18 @@
 """What a model does at several budgets: its predictions, the FLOPs that they cost and the time that they take."""
 
 import json
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 
 from .calibration import complete, decoder_tokens, measure, restored
 from .flops import count_flops
+from .version import __version__
 
 
 @dataclass
@@ -77,10 +80,10 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
 
 
 def report(title: str, rows: list[dict], folder, **facts) -> None:
-    """Print the rows as a table and write them, with the facts beside them, to `folder`/results.json.
+    """Print the rows as a table and write them, with the facts and the versions of what made them, to `folder`/results.json.
 
-    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares. Of the facts, numbers and
-    dictionaries of them are printed as well.
+    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever else is to be kept;
+    `madtp_hf.model_card.create_model_card` says which of them a model card shows. Numbers and dictionaries of them are printed as well.
     """
     from rich.console import Console
     from rich.table import Table
@@ -92,10 +95,17 @@ def report(title: str, rows: list[dict], folder, **facts) -> None:
         table.add_row(*(f"{value:.1%}" if name.endswith("%") else f"{value:.4g}" for name, value in row.items()))
     Console(width=max(80, 16 * len(rows[0]))).print(table)
     for name, fact in facts.items():
-        if isinstance(fact, dict):
+        if isinstance(fact, dict) and all(isinstance(value, (int, float)) for value in fact.values()):
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in fact.items()))
         elif isinstance(fact, (int, float)):
             print(f"{name}: {fact:.4g}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"title": title, "results": rows, **facts}, indent=2))
+    versions = {
+        "madtp_hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    content = {"title": title, "results": rows, **facts, "versions": versions}
+    (folder / "results.json").write_text(json.dumps(content, indent=2))

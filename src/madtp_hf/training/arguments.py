@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..model_card import public_name
 from ..modeling.configuration_madtp_blip import MadtpBlipConfig
 from .reduction_callback import ReductionCallback
 
@@ -42,3 +43,27 @@ class PruningArguments:
             return []
         target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
         return [ReductionCallback(target, num_targets=self.num_targets)]
+
+    def settings(self, args, trainer) -> dict:
+        """What a script trained with, for its results and the model card; `args` has `model` and `train_samples`."""
+        training = trainer.args
+        steps = trainer.state.global_step
+        settings = {"from": public_name(args.model), "steps": steps}
+        if steps:
+            settings.update(
+                {
+                    "training rows": args.train_samples or "all",
+                    "batch size": training.train_batch_size
+                    * training.gradient_accumulation_steps
+                    * training.world_size,
+                    "learning rate": training.learning_rate,
+                    "learning rate schedule": str(
+                        getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+                    ),
+                    "seed": training.seed,
+                }
+            )
+            if not self.dense:
+                settings["target reduction"] = self.target_reduction
+                settings["number of targets"] = self.num_targets
+        return settings
