@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test lint format dense bench bench-budgets clean
+.PHONY: install demo demo-all test lint format cards dense bench bench-budgets clean
 
 install: .venv/.installed
 
@@ -32,6 +32,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes the cards of the shipped checkpoints, examples/blip-*-digits/README.md, from model_cards/ and the results.
+cards: install
+	$(BIN)/python model_cards/generate.py
 
 # Trains the shipped dense checkpoints anew: the first, then those that start from it.
 dense: install

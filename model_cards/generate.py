@@ -1,0 +1,88 @@
+"""Write the cards of the shipped checkpoints, examples/blip-*-digits/README.md: hand-written notes from here, figures from where they were measured.
+
+python model_cards/generate.py           # write them
+python model_cards/generate.py --check   # exit 1 if a committed card is not what this script would write
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import ModelCard
+
+from madtp_hf.model_card import write_model_card
+
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+# An example of a text for each task; of captioning, the prompt.
+TEXTS = {
+    "vqa": "how many sevens are there?",
+    "nlvr2": "the left image has more sevens than the right",
+    "captioning": "a picture of",
+    "retrieval": "digits from the left: red seven green three",
+}
+
+
+def question_answering_metrics() -> dict:
+    """What the training script measured at its end."""
+    last = json.loads((EXAMPLES / "blip-vqa-digits" / "train.log").read_text().splitlines()[-1])
+    return {
+        "title": "10,000 questions about scans that were never seen in training",
+        "results": [{"accuracy %": last["accuracy"]}],
+        "source": "the last line of [`train.log`](train.log)",
+    }
+
+
+def demo_metrics(task: str) -> dict:
+    """What `make demo-all` measured of the dense checkpoint, before it trained and pruned it."""
+    path = HERE.parent / "benchmarks" / "results" / "demo_all_digits.json"
+    outcome = json.loads(path.read_text())["tasks"][task]
+    return {
+        "title": outcome["title"],
+        "results": [outcome["dense_before_training"]],
+        "floor": outcome["floor"],
+        "metric": {"captioning": "bleu_4 %", "retrieval": "mean %"}.get(task, "accuracy %"),
+        "source": f"`make demo-all`, before its training; [`{path.name}`](../../benchmarks/results/{path.name})",
+    }
+
+
+def write_card(task: str, folder: Path) -> None:
+    """Write the card of the task's checkpoint to the folder, which has its config.json."""
+    name = f"blip-{task}-digits"
+    metrics = question_answering_metrics() if task == "vqa" else demo_metrics(task)
+    metrics["dataset"] = {"name": "digit scenes", "split": "test", "example": TEXTS[task]}
+    write_model_card(
+        folder,
+        f"examples/{name}",  # loads from the root of this repository
+        metrics,
+        license="apache-2.0",
+        notes=(HERE / f"{name}.md").read_text(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a card is not current")
+    args = parser.parse_args()
+    stale = []
+    for task in TEXTS:
+        folder = EXAMPLES / f"blip-{task}-digits"
+        if not args.check:
+            write_card(task, folder)
+            continue
+        with TemporaryDirectory() as scratch:
+            Path(scratch, "config.json").write_text((folder / "config.json").read_text())
+            write_card(task, Path(scratch))
+            # The order of the metadata is huggingface_hub's, and another of its versions may have another.
+            current, committed = (ModelCard.load(place / "README.md") for place in (Path(scratch), folder))
+            if (current.data.to_dict(), current.text) != (committed.data.to_dict(), committed.text):
+                stale.append(f"examples/{folder.name}/README.md")
+    if stale:
+        sys.exit(f"Not current: {', '.join(stale)}. Run `make cards`, and commit what it writes.")
+
+
+if __name__ == "__main__":
+    main()
