@@ -23,6 +23,8 @@ from madtp_hf import (
     MadtpBlipForQuestionAnswering,
 )
 
+from .loopback_hub import LoopbackHub
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
@@ -193,3 +195,29 @@ def processor():
     pieces += [f"[unused{index}]" for index in range(38 - len(pieces))] + ["[DEC]", "[ENC]"]
     tokenizer = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, bos_token="[DEC]")
     return BlipProcessor(BlipImageProcessor(size={"height": 48, "width": 48}), tokenizer)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass `token="hf_alice"`."""
+    from huggingface_hub import constants
+
+    hub = LoopbackHub({"hf_alice": ("alice", "org"), "hf_bob": ("bob",)})
+    hub.start()
+    home = tmp_path / "hub-home"
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with the endpoint of then
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    yield hub
+    hub.stop()
