@@ -168,7 +168,7 @@ def test_help_and_version():
     # Wherever colours or a narrow terminal put their marks, the words are there.
     environment = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     whole = CliRunner().invoke(app, ["--help"], env=environment).stdout
-    assert "convert" in whole and "version" in whole
+    assert "convert" in whole and "push" in whole and "version" in whole
     shown = CliRunner().invoke(app, ["convert", "--help"], env=environment).stdout
     for word in ("IN", "OUT", "--task", "--tokenizer", "--image-size", "--force", "bert-base-uncased", *TASK_MODELS):
         assert word in shown

@@ -3,6 +3,7 @@
 from .calibration import calibrate
 from .conversion import convert_original_checkpoint
 from .flops import count_flops
+from .hub import push_checkpoint, push_folder
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 from .modeling.modeling_madtp_blip import (
     MadtpBlipForConditionalGeneration,
@@ -29,4 +30,6 @@ __all__ = [
     "convert_original_checkpoint",
     "count_flops",
     "create_optimizer",
+    "push_checkpoint",
+    "push_folder",
 ]

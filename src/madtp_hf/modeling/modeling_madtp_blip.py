@@ -238,6 +238,8 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
     base_model_prefix = "madtp_blip"
+    # What `push_to_hub` and `Trainer` write into a model card's metadata.
+    model_tags = ["blip", "madtp", "token-pruning"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = [
@@ -259,6 +261,7 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
+        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
         config.check_pruning()
         name = f"modeling_madtp_blip.{type(self).__name__}"
         config.auto_map = {"AutoConfig": "configuration_madtp_blip.MadtpBlipConfig", "AutoModel": name}

@@ -1,0 +1,475 @@
+"""Publishing: `push_checkpoint` for a model in memory, `push_folder` for one that is saved. Both upload a complete checkpoint in one commit."""
+
+import errno
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+
+from .model_card import create_model_card, draw_budgets
+from .modeling import modeling_madtp_blip
+from .modeling.configuration_madtp_blip import MadtpBlipConfig
+from .version import __version__
+
+
+# A checkpoint is what its configuration refers to, and these files. All else in a folder, such as an optimizer's state, stays where it is.
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_ALONGSIDE = (
+    *_PROCESSOR_FILES,
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "results.json",
+    "*.png",
+    "*.jpg",
+    "*.svg",
+)
+_PICTURE = "budgets.png"
+# What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put there are not.
+_STALE = (
+    *_PROCESSOR_FILES,
+    "generation_config.json",
+    _PICTURE,
+    "model.safetensors*",
+    "model-*.safetensors",
+    "pytorch_model*.bin*",
+    "training_args.bin",  # of a `Trainer` that pushed before: a pickle
+)
+_SAVE_AGAIN = "save model and processor there with `save_pretrained`"
+
+
+def push_checkpoint(
+    model,
+    processor,
+    repo_id: str,
+    *,
+    metrics=None,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    dry_run: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    datasets: str | list[str] | None = None,
+) -> str:
+    """Publish a model and its processor, with code and model card, as a repository that `AutoModel` and `pipeline` load.
+
+    The repository is made if there is none. All goes up in one commit, or nothing does; after an interruption the same call goes on, and what is
+    up already isn't sent again. Weights and processor files of a former version that this one doesn't have are deleted, and its card is replaced.
+
+    Args:
+        model: One of this package's models.
+        processor: Its processor, of images and texts.
+        repo_id: `"name"`, for the token's own user, or `"namespace/name"`.
+        metrics: What the card reports: the path of a `results.json`, its content, its list of rows (`"reached"`, `"accuracy %"`, `"GFLOPs"`, ...),
+            or a dict such as `{"accuracy": 0.93}`.
+        token: One with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
+        private: Whether a new repository is private.
+        revision: The branch to commit to, made if there is none; by default `"main"`.
+        dry_run: Print what would go up, and touch nothing. It needs no token.
+        base_model, license, datasets: For the card's metadata, as the Hub names them.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        TypeError: for another model, or for a processor without image processor or tokenizer.
+        ValueError: for a name, metrics or card that can't be, or for `private=True` and a repository that is public.
+        PermissionError: without a token, or for one that may not write there.
+        ConnectionError: if the hub can't be reached.
+        OSError: if the upload breaks off, or the disk is full.
+    """
+    # Not by its class: one that `AutoModel` loaded with its own code is as good.
+    if getattr(getattr(model, "config", None), "model_type", None) != MadtpBlipConfig.model_type:
+        raise TypeError(f"push_checkpoint got a {type(model).__name__}: expected one of madtp_hf's models.")
+    for part in ("image_processor", "tokenizer"):
+        if getattr(processor, part, None) is None:
+            raise TypeError(
+                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's BlipProcessor."
+            )
+    with _one_sentence_errors(repo_id, token):
+        validate_repo_id(repo_id)
+        if not dry_run:
+            _check_token(token)
+        with tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                metrics=metrics,
+                token=token,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                dry_run=dry_run,
+                base_model=base_model,
+                license=license,
+                datasets=datasets,
+            )
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    metrics=None,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    dry_run: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    datasets: str | list[str] | None = None,
+) -> str:
+    """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it; see [`push_checkpoint`].
+
+    It is checked to be complete before anything is made on the hub. The folder is left as it is, and what is no part of the checkpoint, such as
+    an optimizer's state, stays there. Without a README.md in it a model card is made, of `metrics` or of the folder's results.json.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        FileNotFoundError: if a file of the checkpoint is missing.
+        ValueError: besides, if a file is damaged, or for `metrics` with a README.md that is there.
+    """
+    folder = Path(folder)
+    with _one_sentence_errors(repo_id, token):
+        validate_repo_id(repo_id)
+        files = {name: folder / name for name in find_checkpoint_files(folder)}
+        if not dry_run:
+            token = _check_token(token)
+            if "/" not in repo_id:  # the card names it in full
+                repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+        if "README.md" not in files:
+            files |= _make_card(folder, repo_id, metrics, base_model=base_model, license=license, datasets=datasets)
+        elif not (metrics is base_model is license is datasets is None):
+            raise ValueError(
+                f"{folder} has a README.md, which is the model card as it is: leave out what is to be written into one"
+                " (metrics, base model, license, data sets), or take the file away and a new card is made."
+            )
+        if dry_run:
+            url = f"{HfApi(token=False).endpoint}/{repo_id}"
+            print(_describe(folder, files, url, private, revision))
+            return url
+        return _upload(files, repo_id, token, private, revision, commit_message)
+
+
+def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
+    """The names of the files that make up the checkpoint in a folder; whatever else is in there isn't among them.
+
+    Raises:
+        FileNotFoundError: if one is missing; its name, and what to do, is in the message.
+        ValueError: if one is damaged, or the folder holds another kind of checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: expected one with a saved checkpoint.")
+    config = _read_json(_require(folder, "config.json", "the model's configuration"))
+    if config.get("model_type") != MadtpBlipConfig.model_type:
+        raise ValueError(
+            f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected {MadtpBlipConfig.model_type!r},"
+            " a model of this package; make one with `from_blip` or `madtp-hf convert`."
+        )
+    architecture = (config.get("architectures") or [None])[0]
+    model_class = getattr(modeling_madtp_blip, str(architecture), None)
+    if model_class is None or not {"AutoConfig", "AutoModel"} <= set(config.get("auto_map") or ()):
+        raise ValueError(
+            f"{folder / 'config.json'} does not say which code loads it (architectures, auto_map): {_SAVE_AGAIN}."
+        )
+    _require(folder, "tokenizer_config.json", "the tokenizer's configuration")
+    if not (folder / "vocab.txt").is_file():
+        _require(folder, "tokenizer.json", "the tokenizer")
+    if not (folder / "preprocessor_config.json").is_file():
+        processor = _read_json(_require(folder, "processor_config.json", "the processor's configuration"))
+        if "image_processor" not in processor:
+            _require(folder, "preprocessor_config.json", "the image processor's configuration")
+    if model_class.can_generate():
+        _require(folder, "generation_config.json", "the generation settings")
+    names = {"config.json", *_find_weights(folder), *_find_modules(folder)}
+    names |= {
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and any(fnmatch(path.name, known) for known in _ALONGSIDE)
+    }
+    for name in names:
+        if name.endswith(".json"):
+            _read_json(folder / name)
+    return sorted(names)
+
+
+def _require(folder: Path, name: str, what: str) -> Path:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} has no {name}, {what}: {_SAVE_AGAIN}.")
+    return folder / name
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON ({error}): it may be cut short; {_SAVE_AGAIN}.") from error
+
+
+def _find_weights(folder: Path) -> list[str]:
+    """The weights' files: one, or shards and their index; each of them whole."""
+    name, index_name = "model.safetensors", "model.safetensors.index.json"
+    index = folder / index_name
+    if (folder / name).is_file():  # loaders take it even where there are shards
+        tensors_of = {name: set()}
+    elif index.is_file():
+        tensors_of = {}
+        for tensor, shard in _read_json(index).get("weight_map", {}).items():
+            tensors_of.setdefault(shard, set()).add(tensor)
+    else:
+        pickled = [path.name for path in folder.glob("pytorch_model*.bin")]
+        but = f", but {pickled[0]}, a pickle that could run anything where it is loaded" if pickled else ""
+        raise FileNotFoundError(
+            f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes safetensors."
+        )
+    for shard, tensors in tensors_of.items():
+        _require(folder, shard, "weights that the index names")
+        try:
+            with safe_open(
+                folder / shard, framework="pt"
+            ) as weights:  # reads the header alone, and holds it against the length
+                missing = tensors - set(weights.keys())
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / shard} is cut short or damaged ({error}): {_SAVE_AGAIN}, or download it again."
+            ) from error
+        if missing:
+            raise ValueError(f"{folder / shard} lacks {min(missing)}, which the index says is in it: {_SAVE_AGAIN}.")
+    return [*tensors_of, *([index_name] if name not in tensors_of else [])]
+
+
+def _find_modules(folder: Path) -> list[str]:
+    """The files of code that the configurations name, and those that these import from beside them."""
+    wanted = {}  # a file -> what names it
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        content = _read_json(folder / name)
+        references = list((content.get("auto_map") or {}).values())
+        references += [pipeline.get("impl") for pipeline in (content.get("custom_pipelines") or {}).values()]
+        for reference in references:
+            for path in reference if isinstance(reference, list) else [reference]:  # a tokenizer may be slow or fast
+                if path is None:
+                    continue
+                if "--" in path:
+                    raise ValueError(
+                        f"{folder / name} takes its code from another repository, {path!r}: expected code in this folder;"
+                        " load the model with madtp_hf's own class, and save it."
+                    )
+                wanted.setdefault(f"{path.rpartition('.')[0]}.py", name)
+    found = {}
+    while wanted:
+        name, referrer = wanted.popitem()
+        path = _require(folder, name, f"code that {referrer} refers to")
+        found[name] = path
+        for module in get_relative_imports(path):
+            if f"{module}.py" not in found:
+                wanted[f"{module}.py"] = name
+    return list(found)
+
+
+def _make_card(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, bytes]:
+    """A model card, and a picture of its numbers where they make one: name -> content."""
+    if metrics is None and (folder / "results.json").is_file():
+        metrics = folder / "results.json"
+    if isinstance(metrics, (str, os.PathLike)):
+        if not Path(metrics).is_file():
+            raise FileNotFoundError(f"There is no file of metrics {metrics}: expected a results.json.")
+        try:
+            metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{metrics} is no readable JSON ({error}): expected a results.json.") from error
+    made = {}
+    with tempfile.TemporaryDirectory(prefix="madtp-hf-") as scratch:
+        picture = Path(scratch, _PICTURE)
+        if metrics is not None and draw_budgets(metrics, picture):
+            made[_PICTURE] = picture.read_bytes()
+            metadata["plot"] = _PICTURE
+    card = create_model_card(MadtpBlipConfig.from_pretrained(folder), repo_id, metrics=metrics, **metadata)
+    return {**made, "README.md": str(card).encode()}
+
+
+def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: bool, revision: str | None) -> str:
+    """What would go up, as a person reads it."""
+
+    def row(name, content):
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        # What the hub decides; by its rules, weights, pictures and what is above 10 MB.
+        is_lfs = name.endswith((".safetensors", ".png", ".jpg")) or size > 10_000_000
+        return f"  {name:<{width}}  {size / 1000:>12,.1f} kB{'  LFS' if is_lfs else ''}{'  (made)' if isinstance(content, bytes) else ''}"
+
+    width = max(map(len, files))
+    stays = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
+    card = files["README.md"]
+    card = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    head = card.splitlines()[:24]
+    return "\n".join(
+        [
+            f"Would publish to {url}, {revision or 'main'}{', private' if private else ''}:",
+            *(row(name, content) for name, content in sorted(files.items())),
+            *([f"Would stay here: {', '.join(stays)}"] if stays else []),
+            "The card begins:",
+            *(f"  {line}".rstrip() for line in head),
+        ]
+    )
+
+
+def _check_token(token: str | None) -> str:
+    if token is not None and not isinstance(token, str):
+        raise TypeError(f"token is a {type(token).__name__}: expected a string, or None for the stored one.")
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise PermissionError(
+            "There is no token to publish with: log in with `hf auth login`, set HF_TOKEN, or pass a token with write access."
+        )
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        # Sent as it is, it would be quoted in the error of a library.
+        raise ValueError(
+            "The token has characters that none has, such as a space or a line break: expected `hf_` and letters."
+        )
+    return token
+
+
+def _upload(files, repo_id, token, private, revision, commit_message) -> str:
+    """Upload files, name -> path or content, in one commit, and delete what they leave stale."""
+    api = HfApi(token=token, library_name="madtp_hf", library_version=__version__)
+    # None, not False: an organization may want its repositories to be private.
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if revision not in (None, "main") and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = api.model_info(repo_id, revision=revision)
+    if private and not before.private:
+        raise ValueError(
+            f"{repo_id} exists and is public, and private=True was given: make it private in its settings, or choose another name."
+        )
+    existing = [sibling.rfilename for sibling in before.siblings or ()]
+    stale = [name for name in existing if name not in files and any(fnmatch(name, known) for known in _STALE)]
+    operations = [CommitOperationDelete(name) for name in stale]
+    operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    try:
+        # Not `upload_folder`, which may commit in several steps: whoever loads meanwhile would get half a checkpoint.
+        api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or f"Upload with madtp_hf {__version__}",
+            revision=revision,
+            parent_commit=before.sha,  # what is stale was read off it
+        )
+    except HTTPError:
+        raise
+    except (RuntimeError, OSError) as error:  # by which the client, and Xet's, say that they could not send a file
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+            raise _explain_answer(cause, repo_id, api.endpoint) from error
+        if getattr(error, "errno", None) is not None:  # of a file here
+            raise
+        reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
+        raise OSError(
+            f"The upload to {repo_id} broke off and nothing was published ({reason}): run the same again, what is up already is not"
+            " sent twice."
+        ) from error
+    return f"{api.endpoint}/{repo_id}"
+
+
+@contextmanager
+def _one_sentence_errors(repo_id: str, token: str | None):
+    """Turn what the libraries raise into errors that say what to do, with the original as their cause."""
+    try:
+        yield
+    except Exception as error:
+        explained = _explain(error, repo_id)
+        if explained is None:
+            raise
+        if token:
+            explained.args = tuple(argument.replace(token.strip(), "***") for argument in explained.args)
+        raise explained from error
+
+
+def _explain(error: Exception, repo_id: str) -> Exception | None:
+    """The error to raise in the place of one that a library raised; None where that one will do."""
+    endpoint = HfApi(token=False).endpoint
+    if isinstance(error, HFValidationError):
+        return ValueError(
+            f"{repo_id!r} can't be the name of a repository: expected `name` or `namespace/name`, of letters, digits, '-', '_' and"
+            " '.', at most 96 of them; choose another."
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return ConnectionError("HF_HUB_OFFLINE is set, and nothing can be published offline: unset it and try again.")
+    if isinstance(error, HfHubHTTPError):
+        return _explain_answer(error, repo_id, endpoint)
+    if isinstance(error, HTTPError):  # no answer at all
+        return ConnectionError(
+            f"{endpoint} can't be reached ({type(error).__name__}), so nothing was published: check the connection and run the same again."
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return ConnectionError(f"{endpoint} does not answer as a model hub does: check the variable HF_ENDPOINT.")
+    if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+        explained = OSError(
+            f"No space is left to save the checkpoint in {tempfile.gettempdir()}: make room, or set TMPDIR."
+        )
+        explained.errno = errno.ENOSPC
+        return explained
+    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
+        problems = "; ".join(line.removeprefix("- ") for line in str(error).splitlines()[1:])
+        return ValueError(f"The model card's metadata is not accepted by {endpoint} ({problems}): correct README.md.")
+    return None
+
+
+def _explain_answer(error: HfHubHTTPError, repo_id: str, endpoint: str) -> Exception:
+    status = error.response.status_code
+    said = (error.server_message or "no reason given").strip().replace("\n", " ").rstrip(".")
+    if status == 401:
+        return PermissionError(
+            f"{endpoint} does not take the token for {repo_id} ({said}): make one with write access in your account's settings, and log in"
+            " with `hf auth login`."
+        )
+    if status == 403:
+        return PermissionError(
+            f"The token may not write to {repo_id} ({said}): expected one with write access there; if the name is someone else's, choose"
+            " one in a namespace of your own."
+        )
+    if status == 404:
+        return FileNotFoundError(
+            f"{endpoint} has no {repo_id} for this token, or not that revision ({said}): check the name, the branch and the token."
+        )
+    if status in (409, 412):
+        return OSError(
+            f"{repo_id} was changed by someone else meanwhile ({said}): nothing was published, run the same again."
+        )
+    if status == 400:
+        return ValueError(f"{endpoint} does not take what was to be published as {repo_id}: {said}.")
+    return OSError(
+        f"{endpoint} answered {status} and nothing was published as {repo_id} ({said}): run the same again, what is up already is"
+        " not sent twice."
+    )
