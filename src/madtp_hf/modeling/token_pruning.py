@@ -143,16 +143,17 @@ def token_importance(
     return (by_self + by_class + normalize_over_tokens(by_alignment)) / 3
 
 
+@torch.no_grad()  # a threshold is compared with, and passes no gradient on
 def importance_threshold(
     scores: torch.Tensor, importance: torch.Tensor, temperature: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Step 5: theta (B,): the smallest importance that an alignment token sees, looking at the tokens with `temperature`."""
-    gate = scores.float() / temperature  # float16 would overflow at small temperatures
+    gate = scores / temperature if scores.dtype == torch.float32 else scores.float().div_(temperature)
     if mask is not None:
-        gate = gate.masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
+        gate.masked_fill_(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
     # The softmax's division comes last. At small temperatures an alignment token sees one token alone, theta is the importance of a
     # token to the last bit, and rounding decides: this order decides as the published implementation does.
-    gate = (gate - gate.amax(dim=1, keepdim=True)).exp()
+    gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
     with torch.autocast(gate.device.type, enabled=False):
         seen = (importance.float().unsqueeze(1) @ gate).squeeze(1)  # padding has no importance
     return (seen / gate.sum(dim=1)).amin(dim=-1)
