@@ -11,6 +11,7 @@ from .modeling.modeling_madtp_blip import (
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
 )
+from .training.checkpoints import last_checkpoint
 from .training.optimizer import create_optimizer
 from .training.reduction_callback import ReductionCallback
 from .training.retrieval_trainer import RetrievalTrainer
@@ -30,6 +31,7 @@ __all__ = [
     "convert_original_checkpoint",
     "count_flops",
     "create_optimizer",
+    "last_checkpoint",
     "push_checkpoint",
     "push_folder",
 ]

@@ -17,6 +17,9 @@ class ReductionCallback(TrainerCallback, ExportableState):
     rate, and follows as the model changes. While the reduction stays on one side of the target the steps grow, so that a start far
     off, where the temperature hardly matters, is left quickly. `calibrate` afterwards finds the exact temperatures.
 
+    Between steps, when `Trainer` evaluates and saves, the model is at the temperature of the largest target: evaluations compare, and a
+    checkpoint's configuration has it. Training that is resumed goes on with the temperatures of its checkpoint. The model may be one of peft's.
+
     Args:
         target_reduction (`float` or `tuple[float, float]`):
             The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced targets between the two,
@@ -87,6 +90,15 @@ class ReductionCallback(TrainerCallback, ExportableState):
                 "ReductionCallback moves the temperature, and this model's token counts are frozen: expected"
                 ' model.config.pruning_granularity = "instance" (or "batch") while it trains; calibrate with freeze=True afterwards.'
             )
+        # A resumed training's state holds the callback's, whether or not `Trainer` restores callbacks by itself.
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if (
+            self.log_temperatures is None
+            and isinstance(saved, dict)
+            and type(self)(**saved["args"]).targets == self.targets
+        ):
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
         if self.log_temperatures is None:
             self.log_temperatures = [math.log(self._start(model.config, target)) for target in self.targets]
         if self._hook is not None:  # of a run that was interrupted
@@ -95,7 +107,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._measured.clear()
-        model.set_pruning(temperature=math.exp(self.log_temperatures[self._current(state.global_step)]))
+        self.temperature = math.exp(self.log_temperatures[self._current(state.global_step)])
+        model.set_pruning(temperature=self.temperature)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         reduction = torch.stack(self._measured).mean()
@@ -111,10 +124,11 @@ class ReductionCallback(TrainerCallback, ExportableState):
         moved = self.log_temperatures[current] + min(max(self.gain * self.boosts[current] * error, -0.5), 0.5)
         # A target out of reach must not wind the temperature up or down without end.
         self.log_temperatures[current] = min(max(moved, math.log(SCAN[0])), math.log(SCAN[-1]))
+        model.set_pruning(temperature=math.exp(self.log_temperatures[-1]))
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and "loss" in logs:
-            measured = {"reduction": self.reduction, "pruning_temperature": model.config.pruning_temperature}
+            measured = {"reduction": self.reduction, "pruning_temperature": self.temperature}
             logs.update(measured)
             state.log_history[-1].update(measured)
 

@@ -183,13 +183,15 @@ class RetrievalTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, *args, **kwargs):
-        super()._save_checkpoint(*args, **kwargs)
-        folder = os.path.join(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save and os.path.isdir(folder):
+        # Before the rest: a checkpoint whose `trainer_state.json` is there is complete.
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
+            os.makedirs(folder, exist_ok=True)
             save_file(
                 {name: tensor.contiguous() for name, tensor in self.memory.state_dict().items()},
                 os.path.join(folder, MEMORY_FILE),
             )
+        super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
