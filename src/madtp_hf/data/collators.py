@@ -5,6 +5,7 @@ A collator is made with the model's processor; `max_length` cuts longer texts to
 
 import hashlib
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,22 @@ def _decoder_tokens(processor, texts, start_token_id: int, max_length: int | Non
     return encoded
 
 
+def _hash(text: str) -> int:
+    """A number of 56 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
+    """For the draws of a batch with these rows: it follows from the seed, the rows and how often they came together, `seen`.
+
+    Not from the draws before: so training that is resumed goes on with the draws that it would have made, and so do a data loader's workers.
+    Shuffling puts a row beside others in every epoch, so that its draw is a new one.
+    """
+    batch = _hash(repr(rows))
+    seen[batch] += 1
+    return random.Random(_hash(f"{seed} {batch} {seen[batch]}"))
+
+
 @dataclass
 class QuestionAnsweringCollator:
     """Rows with `image`, `question` and `answer`, or the `answers` of several people, -> what question answering takes.
@@ -52,16 +69,15 @@ class QuestionAnsweringCollator:
     decoder_start_token_id: int
     max_length: int | None = None
     seed: int = 0
-    _random: random.Random = field(init=False, repr=False)
-
-    def __post_init__(self):
-        self._random = random.Random(self.seed)
+    _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = _tokens(self.processor, [row["question"] for row in rows], self.max_length)
         batch["pixel_values"] = _pixels(self.processor, [row["image"] for row in rows])
         if all(row.get("answer") or row.get("answers") for row in rows):
-            answers = [row.get("answer") or self._random.choice(row["answers"]) for row in rows]
+            given = [[row["answer"]] if row.get("answer") else row["answers"] for row in rows]
+            draw = _generator(self.seed, self._seen, [(row["question"], answers) for row, answers in zip(rows, given)])
+            answers = [draw.choice(answers) for answers in given]
             encoded = _decoder_tokens(self.processor, answers, self.decoder_start_token_id)
             batch["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
         return batch
@@ -109,17 +125,15 @@ class CaptioningCollator:
     prompt: str = "a picture of"
     max_length: int | None = None
     seed: int = 0
-    _random: random.Random = field(init=False, repr=False)
-
-    def __post_init__(self):
-        self._random = random.Random(self.seed)
+    _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def prompt_ids(self, batch_size: int) -> torch.Tensor:
         """The prompt as `generate` takes it, (batch_size, length)."""
         return self.processor.tokenizer([self.prompt] * batch_size, return_tensors="pt").input_ids
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        captions = [f"{self.prompt} {self._random.choice(row['captions'])}".strip() for row in rows]
+        draw = _generator(self.seed, self._seen, [row["captions"] for row in rows])
+        captions = [f"{self.prompt} {draw.choice(row['captions'])}".strip() for row in rows]
         batch = _decoder_tokens(self.processor, captions, self.decoder_start_token_id, self.max_length)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, : self.prompt_ids(1).shape[1] - 1] = -100  # its last token is the tokenizer's [SEP]
@@ -137,18 +151,12 @@ class RetrievalCollator:
     processor: object
     max_length: int | None = None
     seed: int = 0
-    _random: random.Random = field(init=False, repr=False)
-
-    def __post_init__(self):
-        self._random = random.Random(self.seed)
+    _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = _tokens(self.processor, [self._random.choice(row["captions"]) for row in rows], self.max_length)
+        draw = _generator(self.seed, self._seen, [(row["image_id"], row["captions"]) for row in rows])
+        batch = _tokens(self.processor, [draw.choice(row["captions"]) for row in rows], self.max_length)
         batch["pixel_values"] = _pixels(self.processor, [row["image"] for row in rows])
-        # A number for each image, the same in every process: identifiers are strings.
-        ids = [
-            int.from_bytes(hashlib.blake2b(row["image_id"].encode(), digest_size=7).digest(), "big") for row in rows
-        ]
-        batch["image_ids"] = torch.tensor(ids)
+        batch["image_ids"] = torch.tensor([_hash(row["image_id"]) for row in rows])
         batch["return_loss"] = True
         return batch
