@@ -217,6 +217,7 @@ def hub(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with the endpoint of then
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # as well; peft asks it whether a file exists
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     yield hub

@@ -405,6 +405,13 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
     def set_input_embeddings(self, value):
         self.text_encoder.embeddings.word_embeddings = value
 
+    def get_output_embeddings(self):
+        # Of the tasks that write. peft has to know it: tied to the words, it is no linear map to adapt.
+        return self.text_decoder.get_output_embeddings() if hasattr(self, "text_decoder") else None
+
+    def set_output_embeddings(self, new_embeddings):
+        self.text_decoder.set_output_embeddings(new_embeddings)
+
     @property
     def is_pruning(self) -> bool:
         """Whether pruning is on. Where it is not, the model is transformers' BLIP: its decoder reads a question's padding, too."""

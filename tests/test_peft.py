@@ -1,0 +1,172 @@
+"""LoRA by peft: training, saving, loading, merging, publishing, as peft's users do it."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, Trainer, TrainingArguments
+
+from madtp_hf import (
+    MadtpBlipConfig,
+    MadtpBlipForQuestionAnswering,
+    ReductionCallback,
+    calibrate,
+    create_optimizer,
+)
+from madtp_hf.calibration import measure_reduction
+
+from .conftest import TASKS, make_blip, make_inputs, make_task_model
+from .test_reduction_callback import Rows
+
+
+peft = pytest.importorskip("peft")
+BATCHES = [make_inputs((9, 5, 7, 12), seed=seed) for seed in range(3)]
+
+
+def logits(model, inputs=None):
+    with torch.no_grad():
+        return model.eval()(**(inputs or make_inputs())).logits
+
+
+def add_lora(model, target_modules="all-linear", **options):
+    config = peft.LoraConfig(r=4, target_modules=target_modules, modules_to_save=["alignment"], **options)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A LoRA trained under pruning by the stock `Trainer`, calibrated and saved: the peft model and the folders of the dense model and the adapter."""
+    folder = tmp_path_factory.mktemp("lora")
+    make_blip().save_pretrained(folder / "dense")
+    torch.manual_seed(0)
+    model = add_lora(MadtpBlipForQuestionAnswering.from_blip(folder / "dense", num_alignment_tokens=12))
+    before = copy.deepcopy(model.state_dict())
+    callback = ReductionCallback(0.4)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=40,
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Rows(),
+        callbacks=[callback],
+        optimizers=(create_optimizer(model, 1e-3), None),
+    )
+    trainer.train()
+    calibrate(model, BATCHES, [0.3, 0.5])
+    model.set_pruning(reduction=0.5)
+    model.save_pretrained(folder / "adapter")
+    model.config.save_pretrained(folder / "adapter")
+    return model, folder, before, trainer
+
+
+def load(folder, source=None, **options):
+    """As the documentation says it."""
+    config = MadtpBlipConfig.from_pretrained(source or folder / "adapter", **options)
+    base = MadtpBlipForQuestionAnswering.from_pretrained(folder / "dense", config=config)
+    return peft.PeftModel.from_pretrained(base, source or folder / "adapter", **options)
+
+
+def test_what_is_learned_is_the_adapter_and_the_alignment_tokens(trained):
+    model, _, before, trainer = trained
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "base_model.model.alignment.modules_to_save.default.tokens" in changed
+    assert "base_model.model.vision_model.encoder.layers.0.self_attn.qkv.lora_B.default.weight" in changed
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+    reductions = [entry["reduction"] for entry in trainer.state.log_history if "reduction" in entry]
+    assert sum(reductions[-20:]) / 20 == pytest.approx(0.4, abs=0.03)
+    fast, slow = trainer.optimizer.param_groups
+    assert slow["params"] == [model.get_base_model().alignment.tokens]  # one width: there are no projections
+    assert slow["initial_lr"] == pytest.approx(fast["initial_lr"] / 100)
+    assert all(parameter.requires_grad for parameter in fast["params"])
+    assert not model._forward_hooks
+
+
+def test_a_saved_adapter_brings_its_alignment_tokens_and_its_schedule(trained):
+    model, folder, *_ = trained
+    loaded = load(folder)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    for reduction in (0.3, 0.5):
+        loaded.set_pruning(reduction=reduction)
+        reached = measure_reduction(loaded, BATCHES, loaded.config.pruning_temperature)
+        assert reached == pytest.approx(reduction, abs=0.01)
+    # Without the adapter, the dense model is as it was.
+    model.set_pruning(None)
+    with model.disable_adapter():
+        torch.testing.assert_close(
+            logits(model), logits(MadtpBlipForQuestionAnswering.from_blip(folder / "dense")), atol=1e-5, rtol=0
+        )
+    model.set_pruning(reduction=0.5)
+
+
+def test_transformers_own_load_adapter(trained):
+    model, folder, *_ = trained
+    config = MadtpBlipConfig.from_pretrained(folder / "adapter")
+    base = MadtpBlipForQuestionAnswering.from_pretrained(folder / "dense", config=config)
+    base.load_adapter(folder / "adapter")
+    torch.testing.assert_close(logits(base), logits(model), rtol=0, atol=1e-5)
+
+
+def test_merged_it_is_a_plain_checkpoint(trained, tmp_path, monkeypatch):
+    model, folder, *_ = trained
+    expected = logits(model)
+    merged = load(folder).merge_and_unload()
+    assert type(merged) is MadtpBlipForQuestionAnswering
+    assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    loaded, info = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(loaded), logits(merged), rtol=0, atol=1e-5)
+    decoder = loaded.text_decoder
+    assert decoder.cls.predictions.decoder.weight is decoder.bert.embeddings.word_embeddings.weight
+    loaded.set_pruning(reduction=0.3)  # the schedule is there
+
+
+def test_the_pipeline_answers_with_the_adapter(trained, processor):
+    model, folder, *_ = trained
+    image = Image.effect_noise((48, 48), 90).convert("RGB")
+    asked = {"image": image, "question": "how many sevens are there?", "max_new_tokens": 3}
+    answer = model.eval().as_pipeline(processor)(**asked)
+    merged = load(folder).merge_and_unload().eval().as_pipeline(processor)(**asked)
+    assert answer[0]["answer"] == merged[0]["answer"]
+    assert answer[0]["score"] == pytest.approx(merged[0]["score"], rel=1e-3)
+
+
+def test_published_and_loaded(hub, trained):
+    model, folder, *_ = trained
+    model.push_to_hub("org/blip-lora", token="hf_alice")
+    model.config.push_to_hub("org/blip-lora", token="hf_alice")
+    files = hub.files("org/blip-lora")
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "README.md"} <= set(files)
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    loaded = load(folder, "org/blip-lora")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    loaded.set_pruning(reduction=0.3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_takes_lora_and_merges(task):
+    """On every linear map, and with a width of their own for the alignment tokens, whose projections are learned as well."""
+    model = add_lora(make_task_model(task, {"alignment_dim": 8}), init_lora_weights=False)
+    model.set_pruning(temperature=1.0)
+    inputs = TASKS[task].make_inputs()
+    output = model.train()(**inputs, **TASKS[task].to_train)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) <= parameter.requires_grad, name
+        if "modules_to_save" in name and task != "captioning":  # which encodes no text to align
+            assert parameter.grad.abs().max() > 0, name
+    with torch.no_grad():
+        adapted = model.eval()(**inputs)[TASKS[task].scores]
+        merged = model.merge_and_unload()(**inputs)[TASKS[task].scores]
+    torch.testing.assert_close(merged, adapted, atol=1e-3, rtol=1e-3)
