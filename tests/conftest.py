@@ -189,12 +189,16 @@ def make_task_model(task, config_overrides=None, **overrides):
     return model
 
 
-@pytest.fixture
-def processor():
+def make_processor() -> BlipProcessor:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "?"]
     pieces += [f"[unused{index}]" for index in range(38 - len(pieces))] + ["[DEC]", "[ENC]"]
     tokenizer = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, bos_token="[DEC]")
     return BlipProcessor(BlipImageProcessor(size={"height": 48, "width": 48}), tokenizer)
+
+
+@pytest.fixture
+def processor():
+    return make_processor()
 
 
 @pytest.fixture
