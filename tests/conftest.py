@@ -201,6 +201,14 @@ def processor():
     return make_processor()
 
 
+@pytest.fixture(scope="session")
+def modules_cache(tmp_path_factory):
+    """Where the code of checkpoints goes that this process loads: one folder for all tests, as Python looks where it found the first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass `token="hf_alice"`."""

@@ -115,7 +115,7 @@ def test_transformers_own_load_adapter(trained):
     torch.testing.assert_close(logits(base), logits(model), rtol=0, atol=1e-5)
 
 
-def test_merged_it_is_a_plain_checkpoint(trained, tmp_path, monkeypatch):
+def test_merged_it_is_a_plain_checkpoint(trained, tmp_path, modules_cache):
     model, folder, *_ = trained
     expected = logits(model)
     merged = load(folder).merge_and_unload()
@@ -123,7 +123,6 @@ def test_merged_it_is_a_plain_checkpoint(trained, tmp_path, monkeypatch):
     assert not any("lora" in name or "modules_to_save" in name for name in merged.state_dict())
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     loaded, info = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(loaded), logits(merged), rtol=0, atol=1e-5)
