@@ -22,14 +22,11 @@ def close(ours, theirs, **tolerances):
         torch.testing.assert_close(value, theirs[name], **tolerances, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two processes has come to, and the folder; all of it in one launch, most of which is spent on imports."""
-    folder = tmp_path_factory.mktemp("two")
-    make_dense("retrieval", folder / "dense")
+def torchrun(module: str, folder) -> None:
+    """Run a module with a folder in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.Popen(
-        [*command, "-m", "tests.two_process_training", str(folder)],
+        [*command, "-m", module, str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -43,6 +40,14 @@ def ranks(tmp_path_factory):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, printed[-6000:]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes has come to, and the folder; all of it in one launch, most of which is spent on imports."""
+    folder = tmp_path_factory.mktemp("two")
+    make_dense("retrieval", folder / "dense")
+    torchrun("tests.two_process_training", folder)
     return *(torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)), folder
 
 

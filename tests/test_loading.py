@@ -1,10 +1,11 @@
-"""What people ask `from_pretrained` and `save_pretrained` for: shards, half precision, devices."""
+"""What people ask `from_pretrained` and `save_pretrained` for: shards, half precision, devices, 8 bits."""
 
 import json
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from .conftest import TASKS, make_task_model
 
@@ -100,3 +101,22 @@ def test_layers_on_the_disk(saved, tmp_path):
     torch.testing.assert_close(scores(task, loaded, inputs), expected, atol=1e-5, rtol=1e-5)
     written = write(task, loaded, inputs)
     assert written is None or torch.equal(written, write(task, model, inputs))
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+def test_eight_bits(saved):
+    task, model, inputs, _, folder = saved
+    quantized = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert quantized.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.int8
+    assert quantized.alignment.tokens.dtype.is_floating_point
+    inputs["pixel_values"] = inputs["pixel_values"].to(quantized.dtype)
+    assert scores(task, quantized, inputs).isfinite().all()
+    written = write(task, quantized, inputs)
+    assert written is None or len(written) == len(inputs["input_ids"])
+    quantized.set_pruning(None)
+    model.set_pruning(None)
+    with torch.no_grad():
+        got = quantized(**inputs)[TASKS[task].scores].float()
+        inputs["pixel_values"] = inputs["pixel_values"].float()
+        expected = model(**inputs)[TASKS[task].scores]
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
