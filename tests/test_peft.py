@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import AutoModel, Trainer, TrainingArguments, pipeline
 
 from madtp_hf import (
     MadtpBlipConfig,
@@ -64,13 +65,13 @@ def trained(tmp_path_factory):
     calibrate(model, BATCHES, [0.3, 0.5])
     model.set_pruning(reduction=0.5)
     model.save_pretrained(folder / "adapter")
-    model.config.save_pretrained(folder / "adapter")
+    model.config.save_pretrained(folder / "adapter" / "pruning")
     return model, folder, before, trainer
 
 
 def load(folder, source=None, **options):
     """As the documentation says it."""
-    config = MadtpBlipConfig.from_pretrained(source or folder / "adapter", **options)
+    config = MadtpBlipConfig.from_pretrained(source or folder / "adapter", subfolder="pruning", **options)
     base = MadtpBlipForQuestionAnswering.from_pretrained(folder / "dense", config=config)
     return peft.PeftModel.from_pretrained(base, source or folder / "adapter", **options)
 
@@ -109,7 +110,7 @@ def test_a_saved_adapter_brings_its_alignment_tokens_and_its_schedule(trained):
 
 def test_transformers_own_load_adapter(trained):
     model, folder, *_ = trained
-    config = MadtpBlipConfig.from_pretrained(folder / "adapter")
+    config = MadtpBlipConfig.from_pretrained(folder / "adapter", subfolder="pruning")
     base = MadtpBlipForQuestionAnswering.from_pretrained(folder / "dense", config=config)
     base.load_adapter(folder / "adapter")
     torch.testing.assert_close(logits(base), logits(model), rtol=0, atol=1e-5)
@@ -143,14 +144,50 @@ def test_the_pipeline_answers_with_the_adapter(trained, processor):
 
 def test_published_and_loaded(hub, trained):
     model, folder, *_ = trained
-    model.push_to_hub("org/blip-lora", token="hf_alice")
-    model.config.push_to_hub("org/blip-lora", token="hf_alice")
+    api = HfApi(token="hf_alice")
+    api.create_repo("org/blip-lora")
+    api.upload_folder(repo_id="org/blip-lora", folder_path=folder / "adapter")
     files = hub.files("org/blip-lora")
-    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "README.md"} <= set(files)
+    assert {"adapter_config.json", "adapter_model.safetensors", "pruning/config.json", "README.md"} <= set(files)
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     loaded = load(folder, "org/blip-lora")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
     loaded.set_pruning(reduction=0.3)
+    # And by peft's own way.
+    model.push_to_hub("org/again", token="hf_alice")
+    assert hub.files("org/again")["adapter_model.safetensors"] == files["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("published", (False, True))
+def test_an_adapter_of_a_pruned_checkpoint_loads_by_its_name_alone(hub, processor, tmp_path, modules_cache, published):
+    """Where this package is not: `AutoModel` and `pipeline` fetch the checkpoint that the adapter is of, its code and its schedule."""
+    source, adapter = str(tmp_path / "pruned"), str(tmp_path / "adapter")
+    base = make_task_model("vqa")
+    calibrate(base, BATCHES, [0.3, 0.5])
+    base.set_pruning(reduction=0.3)
+    if published:
+        source, adapter = "org/pruned", "org/adapter"
+        base.push_to_hub(source, token="hf_alice")
+        processor.push_to_hub(source, token="hf_alice")
+    else:
+        base.save_pretrained(source)
+        processor.save_pretrained(source)
+    model = add_lora(MadtpBlipForQuestionAnswering.from_pretrained(source), init_lora_weights=False)
+    if published:
+        model.push_to_hub(adapter, token="hf_alice")
+    else:
+        model.save_pretrained(adapter)
+        model.config.save_pretrained(f"{adapter}/pruning")  # is not in the way
+    loaded = AutoModel.from_pretrained(adapter, trust_remote_code=True)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    assert (logits(loaded) - logits(base)).abs().max() > 0.1
+    loaded.set_pruning(reduction=0.5)
+    tools = {"tokenizer": source, "image_processor": source}
+    ask = pipeline("visual-question-answering", adapter, trust_remote_code=True, **tools)
+    asked = {"image": Image.new("RGB", (48, 48)), "question": "how many sevens are there?", "max_new_tokens": 3}
+    expected = model.as_pipeline(processor)(**asked)
+    assert ask(**asked)[0]["score"] == pytest.approx(expected[0]["score"], rel=1e-4)
+    assert ask(**asked)[0]["answer"] == expected[0]["answer"]
 
 
 @pytest.mark.parametrize("task", TASKS)
