@@ -448,8 +448,15 @@ class DecoderAttention(BlipTextSelfAttention):
     """transformers' attention of the text decoder, fused, and in cross-attention minding the mask, which transformers' own loses on the way."""
 
     def forward(
-        self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        past_key_values=None,
+        cache=None,
+        **kwargs,
     ) -> tuple[torch.Tensor, None]:
+        past_key_values = past_key_values if cache is None else cache  # what it is called from transformers 5.24 on
         query = split_heads(self.query(hidden_states), self.num_attention_heads).transpose(1, 2)
         is_cross = encoder_hidden_states is not None
         cache = past_key_values
