@@ -4,6 +4,7 @@ What a pruned layer does to its tokens is in `token_pruning.py`; each branch say
 """
 
 import copy
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ from .token_pruning import (
 MIN_LENGTH = 4  # of a sequence that can be pruned: the class token, one token that stays and two that go
 MERGE_FROM_LAYER = (
     6  # where the text of NLVR2 begins to concatenate and project what it sees of two images; before, it averages
+)
+# What transformers calls the keys and values of earlier steps: since 5.24 `cache`. Under a name that it doesn't pass, they would be ignored unseen.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(BlipTextSelfAttention.forward).parameters else "past_key_values"
 )
 
 
@@ -448,21 +453,14 @@ class DecoderAttention(BlipTextSelfAttention):
     """transformers' attention of the text decoder, fused, and in cross-attention minding the mask, which transformers' own loses on the way."""
 
     def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        encoder_hidden_states=None,
-        past_key_values=None,
-        cache=None,
-        **kwargs,
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, **kwargs
     ) -> tuple[torch.Tensor, None]:
-        past_key_values = past_key_values if cache is None else cache  # what it is called from transformers 5.24 on
         query = split_heads(self.query(hidden_states), self.num_attention_heads).transpose(1, 2)
         is_cross = encoder_hidden_states is not None
-        cache = past_key_values
+        given = cache = kwargs.get(CACHE_ARGUMENT)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-        if is_cross and cache is not None and past_key_values.is_updated.get(self.layer_idx):
+        if is_cross and cache is not None and given.is_updated.get(self.layer_idx):
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
             source = encoder_hidden_states if is_cross else hidden_states
@@ -473,7 +471,7 @@ class DecoderAttention(BlipTextSelfAttention):
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
                 if is_cross:
-                    past_key_values.is_updated[self.layer_idx] = True
+                    given.is_updated[self.layer_idx] = True
         dropout = self.dropout.p if self.training else 0.0
         mask = attention_mask
         if mask is not None and mask.dtype != torch.bool:

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_madtp_blip import MadtpBlipConfig
 from .encoders import (
+    CACHE_ARGUMENT,
     BranchOutput,
     BranchPruning,
     MadtpBlipPairTextLayer,
@@ -53,6 +54,10 @@ from .retrieval_loss import (
     process_rank,
 )
 from .token_pruning import alignment_loss
+
+# Not used here, but older transformers (5.0) bring along only the files that this one imports itself.
+from .triton_attention import is_available  # noqa: F401
+from .versions import VERSION  # noqa: F401
 
 
 @dataclass
@@ -480,10 +485,12 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
             return next((value for value in given if value is not None), None)
 
         caches = setting("use_cache") is not False and setting("cache_implementation") is None
-        if caches and generate_kwargs.get("past_key_values") is None:
+        if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
+            generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
+        if caches and generate_kwargs.get(CACHE_ARGUMENT) is None:
             copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             generate_kwargs["use_cache"] = True
-            generate_kwargs["past_key_values"] = cross_attention_cache(
+            generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.layout, copies
             )
         return self.text_decoder.generate(
