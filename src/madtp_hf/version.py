@@ -1,1 +1,6 @@
-__version__ = "0.1.0"
+"""The package's version; its home is beside the modeling files, which say in every checkpoint which version they are."""
+
+from .modeling.versions import VERSION as __version__
+
+
+__all__ = ["__version__"]

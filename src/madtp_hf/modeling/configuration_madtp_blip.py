@@ -5,6 +5,11 @@ import math
 
 from transformers import BlipConfig
 
+from .versions import VERSION, warn_if_untested
+
+
+# Here, as a checkpoint's configuration is the first of its code that is imported: before what another transformers may not have.
+warn_if_untested()
 
 MODALITIES = ("vision", "text")
 GRANULARITIES = ("instance", "batch", "frozen")
@@ -40,6 +45,8 @@ class MadtpBlipConfig(BlipConfig):
             each layer of the branch leaves, class token included.
         encoder_token_id (`int`, *optional*):
             If given, the model puts this token in the place of a text's first where the text meets an image, as the original BLIP does.
+        madtp_version (`str`, *optional*):
+            Which version of this code a saved configuration is of; set to the present one.
 
     Raises:
         ValueError: where a value is not one of the above.
@@ -82,9 +89,12 @@ class MadtpBlipConfig(BlipConfig):
         pruning_schedule=None,
         pruning_token_counts=None,
         encoder_token_id=None,
+        madtp_version=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        # Of the code that goes with what is saved next; the argument is that of what was saved before.
+        self.madtp_version = VERSION
         self.num_alignment_tokens = num_alignment_tokens
         self.alignment_dim = alignment_dim
         self.alignment_loss_weight = alignment_loss_weight
