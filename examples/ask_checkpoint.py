@@ -4,6 +4,7 @@ python examples/ask_checkpoint.py CHECKPOINT '[["scene.png", "how many sevens ar
 """
 
 import json
+import os
 import sys
 
 
@@ -14,6 +15,8 @@ from transformers import pipeline  # noqa: E402
 
 def main():
     checkpoint, asked = sys.argv[1], json.loads(sys.argv[2])
+    if not os.path.isdir(checkpoint):  # a Hub id would run whatever code that repository holds by then
+        sys.exit(f"There is no folder {checkpoint}: expected one with a saved checkpoint.")
     answer = pipeline("visual-question-answering", model=checkpoint, trust_remote_code=True)
     for image, question in asked:
         print(f"{image}  {question}  {answer(image=image, question=question)}")

@@ -70,12 +70,16 @@ def read_checkpoint(path) -> dict:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError and what a hostile or damaged pickle makes the unpickler raise
+    except Exception as error:  # a hostile or damaged pickle makes the unpickler raise whatever it likes
+        known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
+        if known and "weights_only" not in str(error):
+            raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
+        # torch's own message says how to read it all the same, code and all: not what to do with a file that was just found to hold code.
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} was refused: it is damaged, or holds more than tensors and plain values, which could run code: {error}"
-        ) from error
+            f"{path} was refused: it is damaged, or holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which could"
+            " run code; expected the file as its authors published it, or its weights alone as .safetensors."
+        ) from None
     _state_dict(content, path)
     return content
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -157,7 +157,7 @@ def push_folder(
 
     Raises:
         FileNotFoundError: if a file of the checkpoint is missing.
-        ValueError: besides, if a file is damaged, or for `metrics` with a README.md that is there.
+        ValueError: besides, if a file is damaged or lies outside the folder, or for `metrics` with a README.md that is there.
     """
     folder = Path(folder)
     with _one_sentence_errors(repo_id, token):
@@ -186,7 +186,7 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
 
     Raises:
         FileNotFoundError: if one is missing; its name, and what to do, is in the message.
-        ValueError: if one is damaged, or the folder holds another kind of checkpoint.
+        ValueError: if one is damaged or lies outside the folder, or the folder holds another kind of checkpoint.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -219,12 +219,26 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
         if path.is_file() and any(fnmatch(path.name, known) for known in _ALONGSIDE)
     }
     for name in names:
+        _check_inside(folder, name)
         if name.endswith(".json"):
             _read_json(folder / name)
     return sorted(names)
 
 
+def _check_inside(folder: Path, name: str) -> None:
+    """Raise a `ValueError` for a file that isn't one of the folder: no configuration or link may have another file of this machine published."""
+    if name in ("", ".", "..") or name != Path(name).name or name != PureWindowsPath(name).name:
+        raise ValueError(f"{folder} refers to {name!r}: expected the name of a file in that folder, without a path.")
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":  # of a download: links to what lies in the same repository's cache
+        roots.append(folder.resolve().parents[1] / "blobs")
+    target = (folder / name).resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ValueError(f"{folder / name} is a link to {target}, outside the folder: put the file itself there.")
+
+
 def _require(folder: Path, name: str, what: str) -> Path:
+    _check_inside(folder, name)
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} has no {name}, {what}: {_SAVE_AGAIN}.")
     return folder / name
@@ -282,6 +296,8 @@ def _find_modules(folder: Path) -> list[str]:
             for path in reference if isinstance(reference, list) else [reference]:  # a tokenizer may be slow or fast
                 if path is None:
                     continue
+                if not isinstance(path, str):
+                    raise ValueError(f"{folder / name} names code by {path!r}: expected a string, `module.Class`.")
                 if "--" in path:
                     raise ValueError(
                         f"{folder / name} takes its code from another repository, {path!r}: expected code in this folder;"

@@ -5,7 +5,7 @@ their own. A reader takes
 
 - a file, or a folder with the split's file under its publisher's name (the authors' before BLIP's). Every image is looked for
   below the image folder at the path that the file gives or implies, and in the folder itself by its name. A path that leads out
-  of the image folder is refused.
+  of the image folder is refused; links in the folder, which are its owner's, are followed. No archive is opened.
 - where there is no such file or folder, a data set on the Hub, and what its columns are called.
 
 It gives a `datasets.Dataset` whose images are paths: all exist when the reader returns, none is opened before its row is read.
