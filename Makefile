@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test lint format cards dense bench bench-budgets clean
+.PHONY: install demo demo-all test test-matrix test-wheel lint format cards dense bench bench-budgets clean
 
 install: .venv/.installed
 
@@ -24,6 +24,14 @@ demo-all: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The frozen checkpoints under the oldest, a middle and the newest transformers, each in an environment of its own. Downloads them.
+test-matrix:
+	$(PYTHON) tests/version_matrix.py --torch "$(TORCH)"
+
+# README's quick start, from a wheel in a clean environment.
+test-wheel:
+	$(PYTHON) tests/wheel_check.py --torch "$(TORCH)"
 
 lint: install
 	$(BIN)/ruff check .
