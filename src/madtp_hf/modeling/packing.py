@@ -5,7 +5,6 @@ attention above all, asks the batch's `Layout`, and takes the samples in padded 
 similar length together; elsewhere all at once.
 """
 
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ class Layout:
         """All samples have `length` rows, of which those are padding where mask (B, length) is False."""
         return cls(batch_size, length, device, mask)
 
-    @cached_property
+    @property
     def row_counts(self) -> torch.Tensor:
         """(B,) int64: the samples' numbers of rows."""
         if self.lengths is not None:
@@ -104,14 +103,14 @@ class Layout:
         """(B,) int64: the samples' numbers of real tokens."""
         return self.row_counts if self.mask is None else self.mask.sum(dim=1)
 
-    @cached_property
+    @property
     def starts(self) -> torch.Tensor:
         """(B,): each sample's first row."""
         if self.lengths is None:
             return torch.arange(self.batch_size, device=self.device) * self.longest
         return self.lengths.cumsum(0) - self.lengths
 
-    @cached_property
+    @property
     def samples(self) -> torch.Tensor:
         """(R,): which sample each row is of."""
         samples = torch.arange(self.batch_size, device=self.device)
@@ -119,19 +118,19 @@ class Layout:
             return samples.unsqueeze(1).expand(-1, self.longest).flatten()
         return samples.repeat_interleave(self.lengths, output_size=self.total)
 
-    @cached_property
+    @property
     def boundaries(self) -> torch.Tensor:
         """(B + 1,) int32: where samples begin and end, as variable-length attention kernels ask for."""
         return torch.nn.functional.pad(self.row_counts.cumsum(0), (1, 0)).to(torch.int32)
 
-    @cached_property
+    @property
     def padded_mask(self) -> torch.Tensor | None:
         """(B, longest) bool: the real tokens of padded states, None without padding."""
         if self.lengths is None:
             return self.mask
         return torch.arange(self.longest, device=self.device) < self.lengths.unsqueeze(1)
 
-    @cached_property
+    @property
     def token_mask(self) -> torch.Tensor | None:
         """(B, longest - 1) bool: `padded_mask` without the class token."""
         mask = self.padded_mask

@@ -25,7 +25,7 @@ from .packing import Layout
 from .triton_attention import disable, is_available, triton_scored_attention
 
 
-ATTENTION_BLOCK = 2**20  # attention probabilities at a time on a CPU: 4 MB, which stay in cache
+ATTENTION_BLOCK = 3 * 2**19  # attention probabilities at a time on a CPU: 6 MB, which stay in cache
 
 
 class AttentionScores(NamedTuple):
@@ -82,7 +82,7 @@ def scored_attention(
     """Step 3: self-attention of (B, H, L, d) queries, keys and values: its output O (B, H, L, d) and its scores.
 
     On CUDA, unless `training`, a kernel computes what is needed of the heads' maps without holding them. On a CPU it is some samples, or of a long
-    one some queries, at a time, whose maps stay in cache; all of them are kept only for a backward pass.
+    one some heads, at a time, whose maps stay in cache; all of them are kept only for a backward pass.
     """
     if not training and is_available(query):
         try:
@@ -91,43 +91,43 @@ def scored_attention(
             return output, AttentionScores(received, from_class, output[:, :, 1:].float().norm(dim=-1))
         except Exception as error:  # no compiler, or a GPU that the kernels don't fit
             disable(error)
-    batch_size, num_heads, length, width = query.shape
-    samples = batch_size
+    batch_size, num_heads, length, _ = query.shape
+    samples, heads = batch_size, num_heads
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        samples = max(ATTENTION_BLOCK // (num_heads * length**2), 1)
+        maps = ATTENTION_BLOCK // length**2
+        # An even number of heads: there mostly is an even number of cores.
+        samples, heads = (maps // num_heads, num_heads) if maps >= num_heads else (1, max(maps // 2 * 2, 2))
     if samples >= batch_size:
-        return _attention_of_block(query, key, value, mask, dropout)
+        return _attention_of_samples(query, key, value, mask, dropout, heads)
     masks = [None] * -(-batch_size // samples) if mask is None else mask.split(samples)
     blocks = [
-        _attention_of_block(*block, dropout)
+        _attention_of_samples(*block, dropout, heads)
         for block in zip(query.split(samples), key.split(samples), value.split(samples), masks)
     ]
     return torch.cat([output for output, _ in blocks]), AttentionScores(*map(torch.cat, zip(*(s for _, s in blocks))))
 
 
-def _attention_of_block(query, key, value, mask, dropout) -> tuple[torch.Tensor, AttentionScores]:
-    batch_size, num_heads, length, width = query.shape
-    starts, block = [0], None
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        block = max(ATTENTION_BLOCK // (batch_size * num_heads * length), 16)
-        starts = range(0, length, block)
-    query, key = query * width**-0.5, key.transpose(-1, -2)
-    outputs, received, from_class = [], 0, None
-    for start in starts:
-        rows = slice(start, block and start + block)
-        logits = query[:, :, rows] @ key
+def _attention_of_samples(query, key, value, mask, dropout, heads) -> tuple[torch.Tensor, AttentionScores]:
+    """`scored_attention` with the maps of so many `heads` at a time."""
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    outputs, from_class, strongest = [], [], None
+    for some_query, some_key, some_value in zip(query.split(heads, 1), key.split(heads, 1), value.split(heads, 1)):
+        logits = (some_query * query.shape[-1] ** -0.5) @ some_key.transpose(-1, -2)
         if mask is not None:
             logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
-        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-        outputs.append(F.dropout(probabilities, dropout).to(value.dtype) @ value)
-        strongest = probabilities[..., 1:].amax(dim=1)
-        if mask is not None:
-            strongest = strongest * mask[:, rows, None]  # what padding asks for is not asked
-        if start == 0:
-            from_class, strongest = probabilities[:, :, 0, 1:], strongest[:, 1:]
-        received = received + strongest.sum(dim=1)
-    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return output, AttentionScores(received, from_class, output[:, :, 1:].float().norm(dim=-1))
+        probabilities = torch.softmax(
+            logits, -1, dtype=torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None
+        )
+        outputs.append(F.dropout(probabilities, dropout).to(value.dtype) @ some_value)
+        from_class.append(probabilities[:, :, 0, 1:].clone())  # not to keep the maps
+        most = probabilities.amax(dim=1)
+        strongest = most if strongest is None else torch.maximum(strongest, most)
+    strongest = strongest[:, 1:, 1:]
+    if mask is not None:
+        strongest = strongest * mask[:, 1:, None]  # what padding asks for is not asked
+    output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    from_class = torch.cat(from_class, dim=1) if len(from_class) > 1 else from_class[0]
+    return output, AttentionScores(strongest.sum(dim=1), from_class, output[:, :, 1:].float().norm(dim=-1))
 
 
 def token_importance(
