@@ -244,4 +244,8 @@ def merge_tokens(
         source = rows.gather(1, order).flatten()
         mask = None if mask is None else torch.arange(length, device=states.device) < lengths.unsqueeze(1)
         layout = Layout.rectangle(layout.batch_size, length, layout.device, mask)
-    return torch.cat([states, merged]).index_select(0, source), layout, source
+    # The merged token is the last of its sample, where there is one.
+    last = layout.starts + lengths - 1
+    states = states.index_select(0, source.clamp(max=states.shape[0] - 1))
+    merged = torch.where(merges, merged, states.index_select(0, last))
+    return states.index_copy_(0, last, merged), layout, source
