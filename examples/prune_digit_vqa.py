@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--train_questions", type=int, default=12800)
     parser.add_argument("--test_questions", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=3e-5)
     parser.add_argument("--target_reduction", type=float, nargs="+", default=[0.5, 0.8], help="one, or two: a range")
     parser.add_argument("--num_targets", type=int, default=3, help="how many targets in that range")
     parser.add_argument("--num_alignment_tokens", type=int, default=256)
