@@ -60,7 +60,7 @@ bench: install
 
 # One checkpoint for every budget against one checkpoint a budget, on digit scenes.
 bench-budgets: install
-	$(BIN)/python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json
+	$(BIN)/python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json --options --learning_rate 3e-5
 
 clean:
 	rm -rf .venv outputs

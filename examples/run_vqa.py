@@ -73,7 +73,7 @@ def main():
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         num_train_epochs=1,
-        learning_rate=3e-5,
+        learning_rate=1e-4,
         lr_scheduler_type="cosine",
         logging_steps=20,
         save_strategy="no",

@@ -96,7 +96,7 @@ model.set_pruning(reduction=0.6)
 assert model.config.pruning_temperature == 4.0
 again = sys.argv[4] + "/again"  # and what was loaded saves as completely
 model.save_pretrained(again)
-AutoProcessor.from_pretrained(folder).save_pretrained(again)
+AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
 answers = []
 for source in (folder, again):
     ask = pipeline("visual-question-answering", model=source, trust_remote_code=True)
@@ -203,7 +203,7 @@ for task, (auto_classes, scores) in json.loads(task).items():
         )
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         assert type(model).__module__.startswith("transformers_modules"), type(model)
-        AutoProcessor.from_pretrained(folder + "/" + task)
+        AutoProcessor.from_pretrained(folder + "/" + task, trust_remote_code=True)
         inputs = everything[task]
         with torch.no_grad():
             output = model(**inputs)

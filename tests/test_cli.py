@@ -77,7 +77,7 @@ for task, expected in torch.load("expected.pt", weights_only=True).items():
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert_same(outputs(model, task), expected[0])
     assert_same(outputs(model, task, 3.0), expected[1])
-    processor = AutoProcessor.from_pretrained(f"{task}-model")
+    processor = AutoProcessor.from_pretrained(f"{task}-model", trust_remote_code=True)
     assert type(processor).__name__ == "BlipProcessor", type(processor)
     image_size = processor.image_processor.size
     assert image_size["height"] == image_size["width"] == model.config.vision_config.image_size

@@ -135,3 +135,14 @@ def test_a_decoders_padding_is_behind_the_text(processor, padding_side):
     assert (batch["input_ids"][:, 0] == 38).all() and (batch["attention_mask"].diff(dim=1) <= 0).all()
     rows = [{"image": image(), "question": "how many?", "answer": answer} for answer in ("a", "a red seven")]
     assert (QuestionAnsweringCollator(processor, 38)(rows)["labels"][:, 0] == 38).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_draw_anew_also_in_workers_and_one_by_one(workers, processor):
+    """A worker begins anew every epoch: what it has drawn before, it can't know."""
+    rows = [{"image": image(), "question": "is there a seven?", "answers": ["one", "two", "three", "seven"]}] * 2
+    torch.manual_seed(0)
+    collator = QuestionAnsweringCollator(processor, 38)
+    loader = torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=collator, num_workers=workers)
+    drawn = [batch["labels"].tolist() for _ in range(4) for batch in loader]
+    assert len(drawn) == 8 and len({str(labels) for labels in drawn}) > 1

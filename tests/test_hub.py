@@ -1,11 +1,13 @@
 """Publishing, against a hub on 127.0.0.1 that huggingface_hub takes for the real one."""
 
+import copy
 import errno
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import urllib.request
 import warnings
 from unittest.mock import Mock
@@ -14,8 +16,10 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -92,7 +96,7 @@ with torch.no_grad():
     result["logits"]["snapshot"] = AutoModel.from_pretrained(local, trust_remote_code=True)(**inputs).logits.tolist()
 # Whoever has it may publish it on, by transformers' own means.
 model.push_to_hub("org/again", token="hf_alice")
-AutoProcessor.from_pretrained(repo).push_to_hub("org/again", token="hf_alice")
+AutoProcessor.from_pretrained(repo, trust_remote_code=True).push_to_hub("org/again", token="hf_alice")
 with torch.no_grad():
     result["logits"]["again"] = AutoModel.from_pretrained("org/again", trust_remote_code=True)(**inputs).logits.tolist()
 for what, arguments in {
@@ -155,6 +159,7 @@ def test_from_training_to_a_stranger_who_asks(hub, model, processor, tmp_path):
         timeout=240,
     )
     assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert "Do you wish to run" not in loaded.stdout + loaded.stderr  # nobody is there to answer
     result = json.loads(loaded.stdout.splitlines()[-1].partition("RESULT")[2])
 
     def assert_same(revision, which):
@@ -207,7 +212,7 @@ def test_metrics_of_any_kind_are_in_the_card(hub, model, processor, tmp_path, so
 
 def test_an_interrupted_upload_is_repeated(hub, folder):
     hub.failing_uploads = {2}
-    (folder / "picture.png").write_bytes(b"\x89PNG\0" + bytes(100))
+    (folder / "budgets.png").write_bytes(b"\x89PNG\0" + bytes(100))
     with pytest.raises(OSError, match=r"broke off and nothing was published .*: run the same again") as raised:
         push_folder(folder, "org/blip-madtp", token="hf_alice")
     assert raised.value.__cause__ is not None
@@ -240,11 +245,42 @@ def test_a_new_version_leaves_nothing_stale(hub, model, processor, folder, tmp_p
     api = HfApi(token="hf_alice")
     api.upload_file(path_or_fileobj=b"kept", path_in_repo="docs/model.safetensors", repo_id="org/blip-madtp")
     api.upload_file(path_or_fileobj=b"kept", path_in_repo="handler.py", repo_id="org/blip-madtp")
+    theirs = {"model-int8/notes.safetensors", "model-ema.safetensors", "pytorch_model_old/x.bin"}
+    for name in theirs:
+        api.upload_file(path_or_fileobj=b"kept", path_in_repo=name, repo_id="org/blip-madtp")
     push_folder(folder, "org/blip-madtp", token="hf_alice")
     after = hub.files("org/blip-madtp")
-    assert {name for name in after if "safetensors" in name} == {"model.safetensors", "docs/model.safetensors"}
-    assert "added_tokens.json" not in after and {"handler.py", ".gitattributes"} <= set(after)
-    assert len(hub.repositories["org/blip-madtp"].history()) == 5
+    ours = {"model.safetensors", "docs/model.safetensors"}
+    assert {name for name in after if "safetensors" in name} == ours | {t for t in theirs if "safetensors" in t}
+    assert "added_tokens.json" not in after and {"handler.py", ".gitattributes", *theirs} <= set(after)
+    assert len(hub.repositories["org/blip-madtp"].history()) == 8
+
+
+def test_weights_that_are_not_the_models_are_named(hub, model, processor, folder):
+    tensors = load_file(folder / "model.safetensors")
+
+    def refused(problem, tensors):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=problem):
+            push_folder(folder, "org/new", token="hf_alice")
+
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    refused(f"lacks {name}, which the model has", {k: v for k, v in tensors.items() if k != name})
+    refused("has extra, which the model has not", {**tensors, "extra": torch.zeros(1)})
+    refused(rf"has {name} of shape \(1,\), where", {**tensors, name: torch.zeros(1)})
+
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["fc1"]))
+    for with_adapter in (adapted, adapted.get_base_model()):
+        with pytest.raises(TypeError, match=r"a model with an adapter: call its merge_and_unload\(\)"):
+            push_checkpoint(with_adapter, processor, "org/new", metrics=None, token="hf_alice")
+    # Layers of another kind, which save what no loader looks for.
+    model.vision_model.encoder.layers[0].mlp.fc1 = torch.nn.Sequential(model.vision_model.encoder.layers[0].mlp.fc1)
+    with pytest.raises(ValueError, match=r"does not load again .*lacks .*fc1.*expected one of") as raised:
+        push_checkpoint(model, processor, "org/new", metrics=None, token="hf_alice")
+    assert tempfile.gettempdir() not in str(raised.value)
+    with pytest.raises(TypeError, match="repo_id is None: expected the name"):
+        push_checkpoint(model, processor, None, metrics=None, token="hf_alice")
+    assert "org/new" not in hub.repositories
 
 
 def test_a_branch_and_what_stays_at_home(hub, folder):
@@ -253,6 +289,7 @@ def test_a_branch_and_what_stays_at_home(hub, folder):
         "training_args.bin",
         "trainer_state.json",
         "train.py",
+        "patients.png",
         "model-00001-of-00002.safetensors",
     ):
         (folder / name).write_bytes(b"mine")
@@ -300,12 +337,13 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
     assert isinstance(error.__cause__, HfHubHTTPError)
     refused(PermissionError, "may not write to org/new .*someone else's, choose one in a namespace", token="hf_bob")
     refused(PermissionError, "may not write to org/public", "org/public", token="hf_bob")
-    refused(ValueError, "org/public exists and is public, and private=True", "org/public", private=True)
+    refused(ValueError, "exists and is public, and private=True", "org/public", private=True, revision="next")
+    assert [branch.name for branch in HfApi(token="hf_alice").list_repo_refs("org/public").branches] == ["main"]
     (folder / "README.md").write_text("---\nlicense: [1\n---\n")
     refused(ValueError, "card's metadata is not accepted by .*Invalid YAML metadata.*: correct README.md")
     refused(ValueError, "has a README.md, .*take the file away", metrics={"accuracy": 1.0})
     (folder / "README.md").unlink()
-    refused(FileNotFoundError, "no file of metrics nowhere.json", metrics="nowhere.json")
+    refused(ValueError, "metrics='nowhere.json' can't be read", metrics="nowhere.json")
     with pytest.raises(RepositoryNotFoundError):
         HfApi().model_info("org/new2", token="hf_alice")
 

@@ -5,7 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
@@ -86,7 +88,9 @@ def test_a_card_shows_every_budget_to_people_and_to_the_hub(tmp_path):
             f"| {row['reduction asked']:g} | {row['reached']:.3f} | {row['accuracy %']:.1%} | {row['GFLOPs']:.4g} |"
         )
         assert shown in card.text
-    assert "94.1%, pruning off; accuracy 87.8% at 0.8 reduction" in card.text and "alone: accuracy 23.6%" in card.text
+    dense, pruned = results["before_fine_tuning"]
+    before = f"{dense['accuracy %']:.1%}, pruning off; accuracy {pruned['accuracy %']:.1%} at 0.8 reduction"
+    assert before in card.text and f"alone: accuracy {results['floor']:.1%}" in card.text
     assert "| target reduction | 0.5, 0.8 |" in card.text and "torch 2.13.0" in card.text
     assert "calibrated at\n0.3, 0.5, 0.8" in card.text and "As it loads, it prunes at reduction 0.8." in card.text
     assert "2403.02991" in card.text and "2201.12086" in card.text and "budgets.png" not in card.text
@@ -110,7 +114,9 @@ def test_a_card_of_every_task_is_python_and_valid(task):
         card = create_model_card(pruned_config(task), name, metrics={"accuracy": 0.93})
         (usage,) = code_blocks(card)
         ast.parse(usage)
-        assert ('revision="..."' in usage) == pinned and "trust_remote_code=True" in usage
+        assert ('revision="..."' in usage) == pinned and usage.count("trust_remote_code=True") == usage.count(
+            "from_pretrained("
+        ) + usage.count("pipeline(")
         (result,) = ModelCard(card.content).data.eval_results
         assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "accuracy", 0.93)
     dense = create_model_card(
@@ -127,9 +133,8 @@ def test_metrics_of_another_form_are_named(tmp_path):
     row = {"reduction asked": 0.5, "accuracy %": 0.9}
     for bad in (
         0.93,
-        [],
-        {},
         {"results": []},
+        {"0.5": 0.9, "accuracy": None},
         {"tasks": {"vqa": {}}},
         {"accuracy": "0.93"},
         {"accuracy": float("nan")},
@@ -144,6 +149,26 @@ def test_metrics_of_another_form_are_named(tmp_path):
         assert (bad.name if isinstance(bad, Path) else repr(bad)) in str(error.value)
     with pytest.raises(ValueError, match=r"architectures=.'BertModel'.: expected one of BlipForQuestionAnswering"):
         create_model_card(BlipConfig(architectures=["BertModel"]), "model")
+
+
+def test_metrics_in_every_form_that_people_have():
+    config, rows = (
+        pruned_config(),
+        [{"reduction asked": 0.0, "accuracy": 0.5}, {"reduction asked": 0.5, "accuracy": 0.25}],
+    )
+    expected = create_model_card(config, "model", metrics=rows).content
+    for metrics in (
+        [{"reduction": 0, "accuracy": np.float64(0.5)}, {"reduction": 0.5, "accuracy": torch.tensor(0.25)}],
+        {0.0: {"accuracy": np.float32(0.5)}, 0.5: {"accuracy": 0.25}},
+        {"0": {"accuracy": 0.5}, "0.5": {"accuracy": np.array(0.25)}},
+        {"results": rows},
+    ):
+        assert create_model_card(config, "model", metrics=metrics).content.replace(": 0\n", ": 0.0\n") == expected
+    card = create_model_card(config, "model", metrics={"accuracy": np.int64(1), "dataset": "digits"})
+    (result,) = ModelCard(card.content).data.eval_results
+    assert (result.metric_value, result.dataset_name) == (1, "digits")
+    for nothing in (None, {}, []):
+        assert "None are recorded" in create_model_card(config, "model", metrics=nothing).text
 
 
 def test_the_picture_of_budgets(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from madtp_hf import ReductionCallback
 
@@ -94,6 +94,24 @@ def test_resumed_training_goes_on_at_the_same_temperature(model, tmp_path):
     )
     trainer.train(resume_from_checkpoint=True)
     assert seen.temperature == pytest.approx(math.exp(callback.log_temperatures[0]))
+
+
+def test_a_callback_that_has_trained_on_goes_back_to_its_checkpoint(model, tmp_path):
+    callback = ReductionCallback(0.5)
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    trainer = train(model, callback, tmp_path, **settings)
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-2" / "trainer_state.json"))
+    (saved,) = state.stateful_callbacks["ReductionCallback"]["attributes"]["log_temperatures"]
+    assert saved != callback.log_temperatures[0]
+    began = []
+
+    class Seen(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            began.append((state.global_step, *callback.log_temperatures))
+
+    trainer.add_callback(Seen())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert began[0] == (2, saved)
 
 
 def test_a_target_out_of_reach_does_not_wind_up(model, tmp_path):

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .model_card import create_model_card, draw_budgets
+from .model_card import PICTURE, make_card
 from .modeling import modeling_madtp_blip
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 from .version import __version__
@@ -43,19 +44,19 @@ _ALONGSIDE = (
     "LICENSE.txt",
     "NOTICE",
     "results.json",
-    "*.png",
-    "*.jpg",
-    "*.svg",
 )
-_PICTURE = "budgets.png"
+_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # those that README.md names
 # What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put there are not.
 _STALE = (
     *_PROCESSOR_FILES,
     "generation_config.json",
-    _PICTURE,
-    "model.safetensors*",
-    "model-*.safetensors",
-    "pytorch_model*.bin*",
+    PICTURE,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-[0-9]*-of-[0-9]*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-[0-9]*-of-[0-9]*.bin",
     "training_args.bin",  # of a `Trainer` that pushed before: a pickle
 )
 _SAVE_AGAIN = "save model and processor there with `save_pretrained`"
@@ -106,31 +107,32 @@ def push_checkpoint(
     # Not by its class: one that `AutoModel` loaded with its own code is as good.
     if getattr(getattr(model, "config", None), "model_type", None) != MadtpBlipConfig.model_type:
         raise TypeError(f"push_checkpoint got a {type(model).__name__}: expected one of madtp_hf's models.")
+    if hasattr(model, "peft_config"):
+        raise TypeError(
+            f"push_checkpoint got a {type(model).__name__}, a model with an adapter: call its merge_and_unload() and push what that gives, or"
+            " save the adapter and upload its folder."
+        )
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise TypeError(
                 f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's BlipProcessor."
             )
-    with _one_sentence_errors(repo_id, token):
-        validate_repo_id(repo_id)
-        if not dry_run:
-            _check_token(token)
-        with tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            return push_folder(
-                folder,
-                repo_id,
-                metrics=metrics,
-                token=token,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                dry_run=dry_run,
-                base_model=base_model,
-                license=license,
-                datasets=datasets,
-            )
+    with _one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
+        repo_id = _check_name(repo_id, token, dry_run)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        try:
+            files = find_checkpoint_files(folder)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"What this {type(model).__name__} saves does not load again"
+                f" ({str(error).replace(f'{folder}{os.sep}', '').replace(f'; {_SAVE_AGAIN}', '').replace(f': {_SAVE_AGAIN}', '').rstrip('.')}):"
+                " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
+            ) from error
+        metadata = {"base_model": base_model, "license": license, "datasets": datasets}
+        return _push(
+            Path(folder), files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run
+        )
 
 
 def push_folder(
@@ -161,24 +163,37 @@ def push_folder(
     """
     folder = Path(folder)
     with _one_sentence_errors(repo_id, token):
-        validate_repo_id(repo_id)
-        files = {name: folder / name for name in find_checkpoint_files(folder)}
-        if not dry_run:
-            token = _check_token(token)
-            if "/" not in repo_id:  # the card names it in full
-                repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-        if "README.md" not in files:
-            files |= _make_card(folder, repo_id, metrics, base_model=base_model, license=license, datasets=datasets)
-        elif not (metrics is base_model is license is datasets is None):
-            raise ValueError(
-                f"{folder} has a README.md, which is the model card as it is: leave out what is to be written into one"
-                " (metrics, base model, license, data sets), or take the file away and a new card is made."
-            )
-        if dry_run:
-            url = f"{HfApi(token=False).endpoint}/{repo_id}"
-            print(_describe(folder, files, url, private, revision))
-            return url
-        return _upload(files, repo_id, token, private, revision, commit_message)
+        files = find_checkpoint_files(folder)
+        repo_id = _check_name(repo_id, token, dry_run)
+        metadata = {"base_model": base_model, "license": license, "datasets": datasets}
+        return _push(folder, files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run)
+
+
+def _check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
+    """The repository's name in full, as the card has it."""
+    if not isinstance(repo_id, str):
+        raise TypeError(f"repo_id is {repo_id!r}: expected the name of a repository, `name` or `namespace/name`.")
+    validate_repo_id(repo_id)
+    if dry_run:
+        return repo_id
+    token = _check_token(token)
+    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def _push(folder, names, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run) -> str:
+    files = {name: folder / name for name in names}
+    if "README.md" not in files:
+        files |= _make_files(folder, repo_id, metrics, **metadata)
+    elif metrics is not None or any(value is not None for value in metadata.values()):
+        raise ValueError(
+            f"{folder} has a README.md, which is the model card as it is: leave out what is to be written into one"
+            " (metrics, base model, license, data sets), or take the file away and a new card is made."
+        )
+    if dry_run:
+        url = f"{HfApi(token=False).endpoint}/{repo_id}"
+        print(_describe(folder, files, url, private, revision))
+        return url
+    return _upload(files, repo_id, _check_token(token), private, revision, commit_message)
 
 
 def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
@@ -212,12 +227,12 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
             _require(folder, "preprocessor_config.json", "the image processor's configuration")
     if model_class.can_generate():
         _require(folder, "generation_config.json", "the generation settings")
-    names = {"config.json", *_find_weights(folder), *_find_modules(folder)}
-    names |= {
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and any(fnmatch(path.name, known) for known in _ALONGSIDE)
-    }
+    names = {"config.json", *_find_weights(folder, config, model_class), *_find_modules(folder)}
+    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
+    for path in folder.iterdir():
+        shown = path.suffix in _PICTURES and (path.name == PICTURE or path.name in card)
+        if path.is_file() and (path.name in _ALONGSIDE or shown):
+            names.add(path.name)
     for name in names:
         _check_inside(folder, name)
         if name.endswith(".json"):
@@ -251,8 +266,8 @@ def _read_json(path: Path):
         raise ValueError(f"{path} is no readable JSON ({error}): it may be cut short; {_SAVE_AGAIN}.") from error
 
 
-def _find_weights(folder: Path) -> list[str]:
-    """The weights' files: one, or shards and their index; each of them whole."""
+def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
+    """The weights' files: one, or shards and their index; each of them whole, and together those of the model."""
     name, index_name = "model.safetensors", "model.safetensors.index.json"
     index = folder / index_name
     if (folder / name).is_file():  # loaders take it even where there are shards
@@ -267,6 +282,7 @@ def _find_weights(folder: Path) -> list[str]:
         raise FileNotFoundError(
             f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes safetensors."
         )
+    shapes = {}
     for shard, tensors in tensors_of.items():
         _require(folder, shard, "weights that the index names")
         try:
@@ -274,13 +290,36 @@ def _find_weights(folder: Path) -> list[str]:
                 folder / shard, framework="pt"
             ) as weights:  # reads the header alone, and holds it against the length
                 missing = tensors - set(weights.keys())
+                shapes |= {tensor: tuple(weights.get_slice(tensor).get_shape()) for tensor in weights.keys()}
         except SafetensorError as error:
             raise ValueError(
                 f"{folder / shard} is cut short or damaged ({error}): {_SAVE_AGAIN}, or download it again."
             ) from error
         if missing:
             raise ValueError(f"{folder / shard} lacks {min(missing)}, which the index says is in it: {_SAVE_AGAIN}.")
+    if "quantization_config" not in config:
+        _check_tensors(folder, shapes, model_class, config)
     return [*tensors_of, *([index_name] if name not in tensors_of else [])]
+
+
+def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class, config: dict) -> None:
+    """Raise a `ValueError` if the tensors that are saved aren't those of the model: it would load with random ones in their place."""
+    with torch.device("meta"):
+        model = model_class(MadtpBlipConfig.from_dict(config))
+    model.tie_weights()
+    expected = dict(model.state_dict(keep_vars=True))
+    saved = {id(expected[name]) for name in shapes if name in expected}  # tied ones are saved under one name
+    for name, tensor in expected.items():
+        if name in shapes and shapes[name] != tuple(tensor.shape):
+            problem = f"has {name} of shape {shapes[name]}, where the configuration says {tuple(tensor.shape)}"
+        elif id(tensor) not in saved:
+            problem = f"lacks {name}, which the model has"
+        else:
+            continue
+        raise ValueError(f"{folder / 'model.safetensors'} {problem}: {_SAVE_AGAIN}.")
+    unknown = sorted(shapes.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"{folder / 'model.safetensors'} has {unknown[0]}, which the model has not: {_SAVE_AGAIN}.")
 
 
 def _find_modules(folder: Path) -> list[str]:
@@ -315,24 +354,12 @@ def _find_modules(folder: Path) -> list[str]:
     return list(found)
 
 
-def _make_card(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, bytes]:
+def _make_files(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, bytes]:
     """A model card, and a picture of its numbers where they make one: name -> content."""
-    if metrics is None and (folder / "results.json").is_file():
-        metrics = folder / "results.json"
-    if isinstance(metrics, (str, os.PathLike)):
-        if not Path(metrics).is_file():
-            raise FileNotFoundError(f"There is no file of metrics {metrics}: expected a results.json.")
-        try:
-            metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{metrics} is no readable JSON ({error}): expected a results.json.") from error
-    made = {}
     with tempfile.TemporaryDirectory(prefix="madtp-hf-") as scratch:
-        picture = Path(scratch, _PICTURE)
-        if metrics is not None and draw_budgets(metrics, picture):
-            made[_PICTURE] = picture.read_bytes()
-            metadata["plot"] = _PICTURE
-    card = create_model_card(MadtpBlipConfig.from_pretrained(folder), repo_id, metrics=metrics, **metadata)
+        picture = Path(scratch, PICTURE)
+        card = make_card(folder, repo_id, metrics, picture, **metadata)
+        made = {PICTURE: picture.read_bytes()} if picture.exists() else {}
     return {**made, "README.md": str(card).encode()}
 
 
@@ -382,15 +409,19 @@ def _upload(files, repo_id, token, private, revision, commit_message) -> str:
     api = HfApi(token=token, library_name="madtp_hf", library_version=__version__)
     # None, not False: an organization may want its repositories to be private.
     api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if revision not in (None, "main") and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    before = api.model_info(repo_id, revision=revision)
-    if private and not before.private:
+    if private and not api.model_info(repo_id).private:
         raise ValueError(
             f"{repo_id} exists and is public, and private=True was given: make it private in its settings, or choose another name."
         )
+    if revision not in (None, "main") and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = api.model_info(repo_id, revision=revision)
     existing = [sibling.rfilename for sibling in before.siblings or ()]
-    stale = [name for name in existing if name not in files and any(fnmatch(name, known) for known in _STALE)]
+    stale = [
+        name
+        for name in existing
+        if name not in files and "/" not in name and any(fnmatch(name, known) for known in _STALE)
+    ]
     operations = [CommitOperationDelete(name) for name in stale]
     operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     try:
@@ -427,8 +458,8 @@ def _one_sentence_errors(repo_id: str, token: str | None):
         explained = _explain(error, repo_id)
         if explained is None:
             raise
-        if token:
-            explained.args = tuple(argument.replace(token.strip(), "***") for argument in explained.args)
+        for secret in filter(None, (token, get_token())):
+            explained.args = tuple(argument.replace(secret.strip(), "***") for argument in explained.args)
         raise explained from error
 
 

@@ -12,6 +12,7 @@ from transformers import BlipConfig
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 
 
+PICTURE = "budgets.png"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # Of each task: the Hub's name for it, where it has one; tags; a sentence; the auto class; a text to try; what the floor is.
@@ -88,6 +89,17 @@ def _task_and_class(config) -> tuple[str, str]:
     )
 
 
+def _plain(value):
+    """Numbers of numpy and torch as Python's own, in whatever they lie; the rest as it is."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return value.item()
+    return value
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -98,29 +110,56 @@ def _is_row(row) -> bool:
     )
 
 
+def _as_budget(name) -> float | None:
+    """The reduction that a key stands for, 0.5 or "0.5"; None for any other."""
+    try:
+        return float(name) if 0 <= float(name) < 1 else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _as_results(content):
+    """The forms that metrics may have, as the dictionary of a results.json, without a look at the numbers."""
+    if isinstance(content, list):
+        content = {"results": content}
+    elif isinstance(content, dict) and "results" not in content:
+        if all(_as_budget(key) is not None and isinstance(row, dict) for key, row in content.items()):
+            content = {"results": [{_BUDGET: _as_budget(key), **row} for key, row in content.items()]}
+        else:
+            # A row, and facts beside it.
+            facts = {name: value for name, value in content.items() if isinstance(value, (str, dict))}
+            content = {"results": [{k: v for k, v in content.items() if k not in facts}], **facts}
+    if isinstance(content, dict) and isinstance(content.get("results"), list):
+        rows = [
+            {_BUDGET if name == "reduction" else name: value for name, value in row.items()}
+            if isinstance(row, dict)
+            else row
+            for row in content["results"]
+        ]
+        content = {**content, "results": rows}
+    return content
+
+
 def _read_metrics(metrics) -> dict:
-    """Whatever form metrics were given in, as the dictionary of a results.json; empty for None.
+    """Whatever form metrics were given in, as the dictionary of a results.json; empty for None and for what is empty.
 
     Raises:
         ValueError: for anything that `create_model_card` doesn't take.
     """
-    if metrics is None:
+    if metrics is None or (isinstance(metrics, (dict, list)) and not metrics):
         return {}
     given, content = repr(metrics), metrics
-    if isinstance(metrics, (str, Path)):
+    if isinstance(metrics, (str, os.PathLike)):
         try:
-            content = json.loads(Path(metrics).read_text())
+            content = json.loads(Path(metrics).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"metrics={str(metrics)!r} can't be read as a results.json: {error}") from error
-    if isinstance(content, dict) and "results" not in content:
-        content = {"results": [content]}
-    elif isinstance(content, list):
-        content = {"results": content}
+            raise ValueError(f"metrics={str(metrics)!r} can't be read ({error}): expected a results.json.") from error
+    content = _as_results(_plain(content))
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ValueError(
-            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows or one row, such as"
-            " {'accuracy': 0.93}, where a row gives finite numbers by name, one of them of a metric; or None."
+            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, a row a budget, such as"
+            " {0.5: {'accuracy': 0.93}}, or one row, {'accuracy': 0.93}, where a row gives finite numbers by name, one of them of a metric; or None."
         )
     if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
         raise ValueError(
@@ -317,7 +356,8 @@ def create_model_card(
         loader=loader,
         imports=imports,
         options=f"{pin}, trust_remote_code=True{half}" if with_code else half,
-        processor_options=pin,
+        # Its tokenizer asks for the configuration, which is code: without, the loader stops and asks a person.
+        processor_options=f"{pin}, trust_remote_code=True" if with_code else "",
         pruned_class=f"Madtp{model_class.removeprefix('Madtp')}",
         image_size=config.vision_config.image_size,
         made_from=public_name(base_model) if base_model else None,
@@ -389,6 +429,19 @@ def draw_budgets(metrics, path) -> bool:
     return True
 
 
+def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> ModelCard:
+    """The card of the checkpoint in a folder, whose plot is drawn to `picture`; of its results.json if no metrics are given."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    is_ours = content.get("model_type") == MadtpBlipConfig.model_type
+    config = (MadtpBlipConfig if is_ours else BlipConfig).from_dict(content)
+    if not (folder / "modeling_madtp_blip.py").exists():
+        config.auto_map = None
+    if metrics is None and (folder / "results.json").exists():
+        metrics = folder / "results.json"
+    plot = picture.name if draw_budgets(metrics, picture) else None
+    return create_model_card(config, name, metrics=metrics, plot=plot, **facts)
+
+
 def write_model_card(folder, name=None, metrics=None, **facts) -> ModelCard:
     """Write a saved checkpoint's README.md, and its budgets.png where there are budgets to draw.
 
@@ -406,15 +459,6 @@ def write_model_card(folder, name=None, metrics=None, **facts) -> ModelCard:
         OSError: if there is no configuration in the folder.
     """
     folder = Path(folder)
-    content = json.loads((folder / "config.json").read_text())
-    config = (MadtpBlipConfig if content.get("model_type") == MadtpBlipConfig.model_type else BlipConfig).from_dict(
-        content
-    )
-    if not (folder / "modeling_madtp_blip.py").exists():
-        config.auto_map = None
-    if metrics is None and (folder / "results.json").exists():
-        metrics = folder / "results.json"
-    plot = "budgets.png" if draw_budgets(metrics, folder / "budgets.png") else None
-    card = create_model_card(config, name or folder.resolve().name, metrics=metrics, plot=plot, **facts)
+    card = make_card(folder, name or folder.resolve().name, metrics, folder / PICTURE, **facts)
     card.save(folder / "README.md")
     return card

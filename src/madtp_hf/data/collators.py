@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+import torch.utils.data
 
 
 def _pixels(processor, images) -> torch.Tensor:
@@ -39,12 +40,14 @@ def _hash(text: str) -> int:
 def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
     """For the draws of a batch with these rows: it follows from the seed, the rows and how often they came together, `seen`.
 
-    Not from the draws before: so training that is resumed goes on with the draws that it would have made, and so do a data loader's workers.
-    Shuffling puts a row beside others in every epoch, so that its draw is a new one.
+    Not from the draws before: so training that is resumed goes on with the draws that it would have made. A data loader's worker, which begins anew
+    every epoch and can't count, takes the seed that the loader gives it for the epoch.
     """
     batch = _hash(repr(rows))
-    seen[batch] += 1
-    return random.Random(_hash(f"{seed} {batch} {seen[batch]}"))
+    worker = torch.utils.data.get_worker_info()
+    if worker is None:
+        seen[batch] += 1
+    return random.Random(_hash(f"{seed} {batch} {seen[batch] if worker is None else worker.seed}"))
 
 
 @dataclass

@@ -92,11 +92,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
             )
         # A resumed training's state holds the callback's, whether or not `Trainer` restores callbacks by itself.
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if (
-            self.log_temperatures is None
-            and isinstance(saved, dict)
-            and type(self)(**saved["args"]).targets == self.targets
-        ):
+        begins = self.log_temperatures is None or state.global_step > 0  # also for a callback that has trained before
+        if begins and isinstance(saved, dict) and type(self)(**saved["args"]).targets == self.targets:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
         if self.log_temperatures is None:
