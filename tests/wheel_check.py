@@ -61,9 +61,7 @@ def quick_start() -> str:
     )
     missing = [part for part in (*wanted, '"Salesforce/blip-vqa-base"') if part not in code]
     if missing:
-        sys.exit(
-            f"README's blocks of Python have no {', '.join(missing)}: adapt this check to what is there."
-        )
+        sys.exit(f"README's blocks of Python have no {', '.join(missing)}: adapt this check to what is there.")
     return code.replace('"Salesforce/blip-vqa-base"', "DENSE").replace("\nask(image", "\nanswer = ask(image")
 
 
