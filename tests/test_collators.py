@@ -137,12 +137,20 @@ def test_a_decoders_padding_is_behind_the_text(processor, padding_side):
     assert (QuestionAnsweringCollator(processor, 38)(rows)["labels"][:, 0] == 38).all()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_draw_anew_also_in_workers_and_one_by_one(workers, processor):
-    """A worker begins anew every epoch: what it has drawn before, it can't know."""
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=["0", "2", "2 persistent"]
+)
+def test_epochs_draw_anew_also_in_workers_and_one_by_one(options, processor):
+    """Most workers begin anew every epoch and can't know what they have drawn before; others keep their seed."""
     rows = [{"image": image(), "question": "is there a seven?", "answers": ["one", "two", "three", "seven"]}] * 2
-    torch.manual_seed(0)
-    collator = QuestionAnsweringCollator(processor, 38)
-    loader = torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=collator, num_workers=workers)
-    drawn = [batch["labels"].tolist() for _ in range(4) for batch in loader]
-    assert len(drawn) == 8 and len({str(labels) for labels in drawn}) > 1
+
+    def draw():
+        torch.manual_seed(0)
+        collator = QuestionAnsweringCollator(processor, 38)
+        loader = torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=collator, **options)
+        return [batch["labels"].tolist() for _ in range(5) for batch in loader]
+
+    drawn = draw()
+    assert drawn == draw()
+    for worker in range(2):  # each has a row of its own in every epoch
+        assert len({str(labels) for labels in drawn[worker::2]}) > 1

@@ -486,7 +486,7 @@ def test_the_command(hub, folder, monkeypatch):
     assert "alice/blip-madtp" in ModelCard.load("alice/blip-madtp").text
 
 
-def test_a_model_that_was_loaded_with_its_own_code(hub, folder, processor, modules_cache):
+def test_a_model_that_was_loaded_with_its_own_code(hub, folder, processor):
     name = "modeling_madtp_blip.MadtpBlipForQuestionAnswering"
     model = get_class_from_dynamic_module(name, str(folder)).from_pretrained(folder)
     assert type(model).__module__.startswith("transformers_modules.")

@@ -11,7 +11,7 @@ from .conftest import TASKS, make_task_model
 
 
 @pytest.fixture(params=TASKS)
-def saved(request, tmp_path, modules_cache):
+def saved(request, tmp_path):
     """A task, its model, pruning, its inputs, its scores of them, and the folder that it is saved in, in several shards."""
     task = request.param
     model = make_task_model(task, {"alignment_dim": 8})

@@ -116,7 +116,7 @@ def test_transformers_own_load_adapter(trained):
     torch.testing.assert_close(logits(base), logits(model), rtol=0, atol=1e-5)
 
 
-def test_merged_it_is_a_plain_checkpoint(trained, tmp_path, modules_cache):
+def test_merged_it_is_a_plain_checkpoint(trained, tmp_path):
     model, folder, *_ = trained
     expected = logits(model)
     merged = load(folder).merge_and_unload()
@@ -159,7 +159,7 @@ def test_published_and_loaded(hub, trained):
 
 
 @pytest.mark.parametrize("published", (False, True))
-def test_an_adapter_of_a_pruned_checkpoint_loads_by_its_name_alone(hub, processor, tmp_path, modules_cache, published):
+def test_an_adapter_of_a_pruned_checkpoint_loads_by_its_name_alone(hub, processor, tmp_path, published):
     """Where this package is not: `AutoModel` and `pipeline` fetch the checkpoint that the adapter is of, its code and its schedule."""
     source, adapter = str(tmp_path / "pruned"), str(tmp_path / "adapter")
     base = make_task_model("vqa")

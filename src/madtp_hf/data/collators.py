@@ -40,14 +40,13 @@ def _hash(text: str) -> int:
 def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
     """For the draws of a batch with these rows: it follows from the seed, the rows and how often they came together, `seen`.
 
-    Not from the draws before: so training that is resumed goes on with the draws that it would have made. A data loader's worker, which begins anew
-    every epoch and can't count, takes the seed that the loader gives it for the epoch.
+    Not from the draws before: so training that is resumed goes on with the draws that it would have made. In a data loader's workers, most of which begin
+    anew every epoch and so count in vain, it follows from the loader's seed of the epoch as well.
     """
     batch = _hash(repr(rows))
+    seen[batch] += 1
     worker = torch.utils.data.get_worker_info()
-    if worker is None:
-        seen[batch] += 1
-    return random.Random(_hash(f"{seed} {batch} {seen[batch] if worker is None else worker.seed}"))
+    return random.Random(_hash(f"{seed} {batch} {seen[batch]}{'' if worker is None else f' {worker.seed}'}"))
 
 
 @dataclass
