@@ -311,6 +311,17 @@ def test_a_branch_and_what_stays_at_home(hub, folder):
     assert hub.files("org/blip-madtp")["README.md"] == (folder / "README.md").read_bytes()
 
 
+def test_of_pictures_those_that_the_card_links_to_go_along(folder):
+    linked, not_linked = {"curve.png", "by scene.PNG", "html.svg", "budgets.png"}, {"e.png", "patients.png"}
+    for name in linked | not_linked:
+        (folder / name).write_bytes(b"picture")
+    (folder / "README.md").write_text(
+        'Not patients.png. ![curve](curve.png "title") ![](./by%20scene.PNG) <img width="9" src="html.svg">'
+    )
+    names = set(find_checkpoint_files(folder))
+    assert linked <= names and not not_linked & names
+
+
 def only_sentence(error):
     """The message, once it is made sure that it is one that a person can read."""
     message = str(error)
@@ -332,6 +343,12 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
     refused(ValueError, "'org/a--b' can't be", "org/a--b")
     refused(ValueError, "token has characters that none has", token="hf_al\nice")
     assert len(hub.requests) == requests  # none of them got as far as the hub
+
+    with monkeypatch.context() as patch:  # pasted into the wrong place
+        patch.setenv("HF_TOKEN", "hf_secret")
+        refused(ValueError, r"'a/b/\*\*\*' can't be", "a/b/hf_secret", token=None)
+        refused(ValueError, r"'a/b/\*\*\*' can't be", "a/b/hf_secret")
+        refused(ValueError, r"'a/b/c' can't be", "a/b/c", token=" ")
 
     error = refused(PermissionError, "does not take the token for org/new .*Invalid credentials", token="hf_stolen")
     assert isinstance(error.__cause__, HfHubHTTPError)

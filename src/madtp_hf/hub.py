@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -45,7 +47,8 @@ _ALONGSIDE = (
     "NOTICE",
     "results.json",
 )
-_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # those that README.md names
+_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # those that README.md links to
+_LINK = re.compile(r"""\]\(<?(?:\./)?([^)>\s]+)|\b(?:src|href)=["'](?:\./)?([^"']+)""")  # of Markdown, or HTML in it
 # What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put there are not.
 _STALE = (
     *_PROCESSOR_FILES,
@@ -229,8 +232,9 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
         _require(folder, "generation_config.json", "the generation settings")
     names = {"config.json", *_find_weights(folder, config, model_class), *_find_modules(folder)}
     card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
+    linked = {PICTURE, *(unquote(target) for link in _LINK.findall(card) for target in link)}
     for path in folder.iterdir():
-        shown = path.suffix in _PICTURES and (path.name == PICTURE or path.name in card)
+        shown = path.suffix.lower() in _PICTURES and path.name in linked
         if path.is_file() and (path.name in _ALONGSIDE or shown):
             names.add(path.name)
     for name in names:
@@ -304,6 +308,8 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
 
 def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class, config: dict) -> None:
     """Raise a `ValueError` if the tensors that are saved aren't those of the model: it would load with random ones in their place."""
+    sharded = not (folder / "model.safetensors").is_file()
+    where = folder / f"model.safetensors{'.index.json' if sharded else ''}"
     with torch.device("meta"):
         model = model_class(MadtpBlipConfig.from_dict(config))
     model.tie_weights()
@@ -316,10 +322,10 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
             problem = f"lacks {name}, which the model has"
         else:
             continue
-        raise ValueError(f"{folder / 'model.safetensors'} {problem}: {_SAVE_AGAIN}.")
+        raise ValueError(f"{where} {problem}: {_SAVE_AGAIN}.")
     unknown = sorted(shapes.keys() - expected.keys())
     if unknown:
-        raise ValueError(f"{folder / 'model.safetensors'} has {unknown[0]}, which the model has not: {_SAVE_AGAIN}.")
+        raise ValueError(f"{where} has {unknown[0]}, which the model has not: {_SAVE_AGAIN}.")
 
 
 def _find_modules(folder: Path) -> list[str]:
@@ -458,8 +464,9 @@ def _one_sentence_errors(repo_id: str, token: str | None):
         explained = _explain(error, repo_id)
         if explained is None:
             raise
-        for secret in filter(None, (token, get_token())):
-            explained.args = tuple(argument.replace(secret.strip(), "***") for argument in explained.args)
+        for secret in (token, get_token()):
+            if secret and secret.strip():  # replacing nothing would put stars between all letters
+                explained.args = tuple(argument.replace(secret.strip(), "***") for argument in explained.args)
         raise explained from error
 
 

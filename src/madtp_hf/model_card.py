@@ -95,8 +95,10 @@ def _plain(value):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return value.item()
+    if hasattr(value, "item"):
+        size = getattr(value, "size", 1)  # a method of torch's tensors, a number of numpy's arrays
+        if (value.numel() if hasattr(value, "numel") else size) == 1:
+            return value.item()
     return value
 
 
@@ -105,8 +107,12 @@ def _is_number(value) -> bool:
 
 
 def _is_row(row) -> bool:
+    # A budget is no metric's name: such a key was meant otherwise.
     return (
-        isinstance(row, dict) and any(name not in _NO_METRICS for name in row) and all(map(_is_number, row.values()))
+        isinstance(row, dict)
+        and any(name not in _NO_METRICS for name in row)
+        and not any(name == "reduction" or _as_budget(name) is not None for name in row)
+        and all(map(_is_number, row.values()))
     )
 
 
@@ -123,21 +129,32 @@ def _as_results(content):
     if isinstance(content, list):
         content = {"results": content}
     elif isinstance(content, dict) and "results" not in content:
-        if all(_as_budget(key) is not None and isinstance(row, dict) for key, row in content.items()):
-            content = {"results": [{_BUDGET: _as_budget(key), **row} for key, row in content.items()]}
+        # Facts, such as the data set's name, may stand beside a row or beside the budgets.
+        budgets = {name: value for name, value in content.items() if _as_budget(name) is not None}
+        facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and k not in budgets}
+        if budgets and len(budgets) + len(facts) == len(content):
+            rows = [_as_row(_as_budget(name), value) for name, value in budgets.items()]
         else:
-            # A row, and facts beside it.
-            facts = {name: value for name, value in content.items() if isinstance(value, (str, dict))}
-            content = {"results": [{k: v for k, v in content.items() if k not in facts}], **facts}
+            rows = [{k: v for k, v in content.items() if k not in facts}]
+        content = {"results": rows, **facts}
     if isinstance(content, dict) and isinstance(content.get("results"), list):
-        rows = [
-            {_BUDGET if name == "reduction" else name: value for name, value in row.items()}
-            if isinstance(row, dict)
-            else row
-            for row in content["results"]
-        ]
-        content = {**content, "results": rows}
+        content = {**content, "results": [_name_budget(row) for row in content["results"]]}
     return content
+
+
+def _as_row(budget: float, value):
+    """The row of a budget: its metrics by name, or a lone number, which can only be the accuracy as a share."""
+    if isinstance(value, dict):
+        row = {_BUDGET: budget, **_name_budget(value)}
+        return row if row[_BUDGET] == budget else None  # it names another budget than the one it stands under
+    return {_BUDGET: budget, "accuracy": value} if _is_number(value) and 0 <= value <= 1 else value
+
+
+def _name_budget(row):
+    """A row whose budget is called "reduction", with the name that the card has for it; one with both names is left, and refused."""
+    if not isinstance(row, dict) or "reduction" not in row or _BUDGET in row:
+        return row
+    return {_BUDGET if name == "reduction" else name: value for name, value in row.items()}
 
 
 def _read_metrics(metrics) -> dict:
