@@ -5,8 +5,11 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from madtp_hf import MadtpBlipForQuestionAnswering
 from madtp_hf.modeling.packed_linear import PackedLinear, can_pack
 
 from .conftest import TASKS, make_inputs, make_task_model
@@ -319,8 +322,29 @@ def test_a_linear_map_takes_states_of_any_shape():
     strided = torch.randn(6, 5).T
     with torch.no_grad():
         for states in (torch.randn(6), torch.randn(1, 6), torch.randn(2, 3, 6), torch.randn(0, 6), strided):
-            torch.testing.assert_close(packed(states), plain(states))
-            torch.testing.assert_close(packed_unbiased(states), unbiased(states))
+            for mine, theirs in ((packed, plain), (packed_unbiased, unbiased)):
+                torch.testing.assert_close(mine(states), theirs(states))
+                torch.testing.assert_close(mine(states, gelu=True), F.gelu(theirs(states)))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new"])
+@torch.no_grad()
+def test_other_activations_stay_what_they_are(activation):
+    config = make_task_model("vqa").config
+    config.vision_config.hidden_act = activation
+    plain = MadtpBlipForQuestionAnswering(config).eval()
+    expected = plain(**make_inputs(LENGTHS))
+    check_same_outputs(plain.pack_weights()(**make_inputs(LENGTHS)), expected)
+
+
+@torch.no_grad()
+def test_an_adapter_on_a_packed_model_comes_before_the_activation():
+    config = LoraConfig(target_modules=["fc1", "fc2"], init_lora_weights=False)
+    results = []
+    for model in make_models("vqa"):
+        torch.manual_seed(3)  # of the adapter's weights
+        results.append(get_peft_model(model, config).eval()(**make_inputs(LENGTHS)))
+    check_same_outputs(*results)
 
 
 def test_without_onednn_the_error_says_what_is_missing(monkeypatch):

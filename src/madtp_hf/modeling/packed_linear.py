@@ -1,11 +1,14 @@
 """Linear maps with their weights laid out in advance for oneDNN, for inference on a CPU.
 
 A pruned model multiplies few rows at a time, where an ordinary matrix product spends its time on fetching weights. Laid out in the order in which they are
-used, they are fetched up to twice as fast. The copy costs as much memory as the weights.
+used, they are fetched up to twice as fast. The copy costs as much memory as the weights. The activation behind a wide map is applied while its result is
+still in cache, which spares a copy of the widest states there are.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers.models.blip.modeling_blip import BlipMLP
 
 
 def can_pack() -> bool:
@@ -22,7 +25,8 @@ class PackedLinear(nn.Linear):
 
     _packed = _packed_from = None
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """`gelu`: whether to apply that activation as well."""
         weight = self.weight
         # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to give the same.
         if (
@@ -33,14 +37,16 @@ class PackedLinear(nn.Linear):
             or not weight.dtype == states.dtype == torch.float32
             or torch.is_autocast_enabled("cpu")
         ):
-            return super().forward(states)
+            states = super().forward(states)
+            return F.gelu(states) if gelu else states
         version = 0 if weight.is_inference() else weight._version
         now = (id(weight), weight.data_ptr(), version)
         if self._packed_from != now:
             # Past nn.Module's own bookkeeping: it belongs to no state dictionary.
             self.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             self.__dict__["_packed_from"] = now
-        return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
+        activation = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, *activation)
 
     def drop_packed(self) -> None:
         for name in ("_packed", "_packed_from"):
@@ -60,10 +66,22 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_packed")}
 
 
+class PackedMLP(BlipMLP):
+    """The vision tower's feed-forward layer, with map and activation in one where the map is a `PackedLinear`: an adapter may have taken its place."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if type(self.fc1) is PackedLinear and self.config.hidden_act == "gelu":
+            return self.fc2(self.fc1(hidden_states, gelu=True))
+        return super().forward(hidden_states)
+
+
+PACKED_CLASSES = {nn.Linear: PackedLinear, BlipMLP: PackedMLP}
+
+
 def pack_linear_maps(model: nn.Module, packed: bool = True) -> None:
     """Make every plain linear map of a model a `PackedLinear`, whose copy is made anew, or plain again."""
+    classes = PACKED_CLASSES if packed else {theirs: plain for plain, theirs in PACKED_CLASSES.items()}
     for module in model.modules():
         if type(module) is PackedLinear:
             module.drop_packed()
-        if type(module) is (nn.Linear if packed else PackedLinear):
-            module.__class__ = PackedLinear if packed else nn.Linear
+        module.__class__ = classes.get(type(module), type(module))
