@@ -101,10 +101,13 @@ class _Curve:
         return min(self.reductions, key=lambda point: abs(self.reductions[point] - target))
 
 
-def _scan(model, batch) -> list[tuple[float, float]]:
+def _scan(model, batch, progress) -> list[tuple[float, float]]:
     """(log temperature, reduction) on a few samples, from the lowest point of the curve to its highest: there it grows."""
     few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    scan = [(math.log(temperature), measure_reduction(model, [few], temperature)) for temperature in SCAN]
+    scan = []
+    for temperature in SCAN:
+        scan.append((math.log(temperature), measure_reduction(model, [few], temperature)))
+        progress.update()
     top = max(range(len(scan)), key=lambda i: scan[i][1])
     bottom = min(range(top + 1), key=lambda i: scan[i][1])
     return scan[bottom : top + 1]
@@ -217,7 +220,7 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
     with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
         if model.config.pruning_granularity == "frozen":
             model.config.pruning_granularity = "instance"
-        scan = _scan(model, first)
+        scan = _scan(model, first, progress)
         curve = _Curve(model, dataloader, progress)
         for target in targets:
             _search(curve, scan, target)
