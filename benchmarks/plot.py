@@ -1,8 +1,9 @@
-"""Draw what speed.py has measured: the time of a forward pass against its FLOPs, both as ratios to transformers' BLIP.
+"""Draw what speed.py has measured, the time of a forward pass against its FLOPs, both as ratios to transformers' BLIP, and print it as a table.
 
     python benchmarks/plot.py benchmarks/results/speed_cpu.json   # writes speed_cpu.png beside it
 
-On the line, everything that is saved on paper is saved on the clock; bars are the quartiles over the rounds.
+On the line, everything that is saved on paper is saved on the clock; bars are the quartiles over the rounds. In the table, in Markdown, `of ours` is the
+efficiency against our own model with pruning off.
 """
 
 import argparse
@@ -20,6 +21,30 @@ SERIES = {
     "tome": ("ToMe", "tab:orange", "^"),
     "evit": ("EViT", "tab:green", "v"),
 }
+
+TASKS = {
+    "vqa": "question answering",
+    "nlvr2": "NLVR2",
+    "captioning": "captioning, reading",
+    "captioning-generate": "captioning, writing",
+    "retrieval": "retrieval",
+    "vqa-training": "question answering, a training step",
+}
+
+
+def print_table(rows: list[dict]) -> None:
+    print("| task | batch | run | times faster | quartiles | FLOPs saved | efficiency | of ours | memory |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
+    off = {(row["task"], row["batch_size"]): row["time_ratio"] for row in rows if row["run"] == "off"}
+    for row in rows:
+        if row["run"] == "transformers":
+            continue
+        run = f"{row['run']} {row['asked']}" if "asked" in row else row["run"]
+        of_ours = row["efficiency"] / off[row["task"], row["batch_size"]]
+        quartiles = "{:.2f}-{:.2f}".format(*row["time_quartiles"]) if row["rounds"] > 1 else ""
+        numbers = [row["flops_ratio"], row["efficiency"], of_ours, row["memory_ratio"]]
+        cells = [TASKS[row["task"]], row["batch_size"], run, f"{row['time_ratio']:.2f}", quartiles]
+        print("| " + " | ".join(map(str, [*cells, *(format(number, ".2f") for number in numbers)])) + " |")
 
 
 def draw_panel(axes, rows: list[dict], title: str) -> None:
@@ -46,6 +71,7 @@ def main():
     matplotlib.use("Agg")
 
     rows = [row for row in json.loads(args.results.read_text())["rows"] if "time_ratio" in row]
+    print_table(rows)
     panels: dict[str, dict[int, list]] = {}
     for row in rows:
         panels.setdefault(row["task"], {}).setdefault(row["batch_size"], []).append(row)

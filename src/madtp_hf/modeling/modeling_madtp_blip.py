@@ -600,6 +600,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             encoder_attention_mask=text.mask if self.is_pruning else None,
             labels=labels,
             reduction="mean",
+            use_cache=False,
         )
         image_embeds = vision.hidden_states
         loss = task_loss = align_loss = None
@@ -834,6 +835,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             labels=labels,
             reduction="mean",
             logits_to_keep=logits_to_keep,
+            use_cache=False,  # or it would keep every layer's keys and values of the image, for nobody
         )
         loss = align_loss = None
         if labels is not None:
