@@ -476,7 +476,15 @@ class DecoderAttention(BlipTextSelfAttention):
         mask = attention_mask
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
+        copies = len(query) // len(
+            key
+        )  # sequences that are written about each sample, such as beams: they ask the same keys
+        if copies > 1:
+            query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
+            mask = None if mask is None else mask[::copies, :, :1]
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        if copies > 1:
+            context = context.unflatten(2, (copies, -1)).transpose(1, 2).flatten(0, 1)
         return context.transpose(1, 2).flatten(2), None
 
 
@@ -493,19 +501,21 @@ def build_text_decoder(config, encoder_width: int) -> BlipTextLMHeadModel:
     return decoder
 
 
-def cross_attention_cache(
-    decoder: BlipTextLMHeadModel, states, layout: Layout, copies: int = 1
-) -> EncoderDecoderCache:
-    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on no padding.
+class SampleCache(DynamicCache):
+    """Keys and values of samples, shared by the sequences that are written about each: nothing moves when beams change places."""
 
-    `copies`: how many sequences are generated for each sample.
-    """
-    cache = DynamicCache()
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        pass
+
+
+def cross_attention_cache(decoder: BlipTextLMHeadModel, states, layout: Layout) -> EncoderDecoderCache:
+    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on no padding."""
+    cache = SampleCache()
     for index, layer in enumerate(decoder.bert.encoder.layer):
         attention = layer.crossattention.self
         key, value = (
             layout.pad(split_heads(linear(states), attention.num_attention_heads)).transpose(1, 2)
             for linear in (attention.key, attention.value)
         )
-        cache.update(key.repeat_interleave(copies, 0), value.repeat_interleave(copies, 0), index)
+        cache.update(key, value, index)
     return EncoderDecoderCache(DynamicCache(), cache)

@@ -488,11 +488,8 @@ class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
         if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
             generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
         if caches and generate_kwargs.get(CACHE_ARGUMENT) is None:
-            copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
             generate_kwargs["use_cache"] = True
-            generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
-                self.text_decoder, encoded.states, encoded.layout, copies
-            )
+            generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(self.text_decoder, encoded.states, encoded.layout)
         return self.text_decoder.generate(
             input_ids=input_ids,
             eos_token_id=text_config.sep_token_id,
