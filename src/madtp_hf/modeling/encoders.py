@@ -460,8 +460,11 @@ class DecoderAttention(BlipTextSelfAttention):
         given = cache = kwargs.get(CACHE_ARGUMENT)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+        copies = 1
         if is_cross and cache is not None and given.is_updated.get(self.layer_idx):
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+            # Sequences that are written about a sample, such as beams, all ask its keys.
+            copies = query.shape[0] // key.shape[0]
         else:
             source = encoder_hidden_states if is_cross else hidden_states
             key, value = (
@@ -476,9 +479,6 @@ class DecoderAttention(BlipTextSelfAttention):
         mask = attention_mask
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        copies = len(query) // len(
-            key
-        )  # sequences that are written about each sample, such as beams: they ask the same keys
         if copies > 1:
             query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
             mask = None if mask is None else mask[::copies, :, :1]
