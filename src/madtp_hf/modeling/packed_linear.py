@@ -79,7 +79,7 @@ PACKED_CLASSES = {nn.Linear: PackedLinear, BlipMLP: PackedMLP}
 
 
 def pack_linear_maps(model: nn.Module, packed: bool = True) -> None:
-    """Make every plain linear map of a model a `PackedLinear`, whose copy is made anew, or plain again."""
+    """Make every plain linear map of a model a `PackedLinear`, whose copy is made anew, and its MLPs `PackedMLP`s; or all of them plain again."""
     classes = PACKED_CLASSES if packed else {theirs: plain for plain, theirs in PACKED_CLASSES.items()}
     for module in model.modules():
         if type(module) is PackedLinear:
