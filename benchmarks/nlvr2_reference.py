@@ -17,7 +17,7 @@ from transformers.models.blip.modeling_blip_text import (
 )
 from transformers.utils import ModelOutput
 
-from madtp_hf.modeling.encoders import MERGE_FROM_LAYER
+from madtp_hf.modeling.madtp_blip_encoders import MERGE_FROM_LAYER
 
 
 class PairOutput(nn.Module):

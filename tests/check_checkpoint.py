@@ -34,7 +34,7 @@ def pruned_more(model, inputs: dict) -> dict:
     before = model.config.pruning_temperature
     model.set_pruning(reduction=0.4)
     outputs = _forward(model, inputs, "logits", "vision_tokens", "text_tokens")
-    model.set_pruning(before)
+    model.set_pruning(temperature=before)
     return outputs
 
 
@@ -42,7 +42,7 @@ def pruning_off(model, inputs: dict) -> dict:
     before = model.config.pruning_temperature
     model.set_pruning(None)
     outputs = _forward(model, inputs, "logits", "vision_tokens")
-    model.set_pruning(before)
+    model.set_pruning(temperature=before)
     return outputs
 
 

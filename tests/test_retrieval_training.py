@@ -207,7 +207,7 @@ def test_without_a_memory_the_batch_is_contrasted_with_itself(model):
 
 def test_the_twin_prunes_as_the_model_does(model):
     memory = ContrastiveMemory(model, queue_size=0)
-    model.set_pruning(1.5)
+    model.set_pruning(temperature=1.5)
     memory.follow(model)
     inputs = pairs(4)
     keys = memory(inputs, 0.0)
@@ -508,7 +508,7 @@ def test_budgets_are_evaluated_side_by_side(blip, training):
         {name: value[rows] for name, value in inputs.items()} for rows in (slice(0, 3), slice(3, 6), slice(6, 7))
     ]
     schedule = dict(calibrate(model, batches, [0.3, 0.5]))
-    model.set_pruning(0.123)
+    model.set_pruning(temperature=0.123)
 
     def predict(batch):
         assert not model.training

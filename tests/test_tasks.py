@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
 from madtp_hf import MadtpBlipForImagesAndTextClassification, MadtpBlipForImageTextRetrieval
-from madtp_hf.modeling.encoders import MERGE_FROM_LAYER
+from madtp_hf.modeling.madtp_blip_encoders import MERGE_FROM_LAYER
 from madtp_hf.modeling.retrieval_loss import contrastive_loss, draw_hard_negatives
 
 from .conftest import (

@@ -165,7 +165,7 @@ def run_evaluation(count, accelerator=None) -> list[tuple]:
 
 def run_scoring() -> tuple[torch.Tensor, torch.Tensor]:
     model = make_model(MadtpBlipForImageTextRetrieval).eval()
-    model.set_pruning(1.0)
+    model.set_pruning(temperature=1.0)
     inputs = make_inputs((9, 5, 7, 4, 8), seed=5)
     images = inputs["pixel_values"][:3].split(2)
     return score_images_and_texts(model, images, inputs["input_ids"], inputs["attention_mask"], k=2, batch_size=2)

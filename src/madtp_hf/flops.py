@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-from .modeling.encoders import MERGE_FROM_LAYER
+from .modeling.madtp_blip_encoders import MERGE_FROM_LAYER
 
 
 TASKS = ("vqa", "captioning", "nlvr2", "retrieval")

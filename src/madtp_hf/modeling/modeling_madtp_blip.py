@@ -1,49 +1,37 @@
 """BLIP with MADTP token pruning: the four tasks.
 
-Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The encoders are in `encoders.py`, what a
-pruned layer does to its tokens in `token_pruning.py`. Text decoders are transformers' own but for their attention.
+Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The encoders are in
+`madtp_blip_encoders.py`, the text decoder is transformers' own but for its attention.
 """
-
-import copy
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-    PreTrainedModel,
-)
-from transformers import initialization as init
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from transformers.generation import GenerationMixin
-from transformers.models.blip.modeling_blip import (
-    BlipForConditionalGenerationModelOutput,
-    BlipImageTextMatchingModelOutput,
-    BlipPreTrainedModel,
-    BlipTextVisionModelOutput,
-)
-from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
+from .attention import TokenRoles  # noqa: F401
 from .configuration_madtp_blip import MadtpBlipConfig
-from .encoders import (
+from .configuration_pruning import MODALITIES  # noqa: F401
+from .encoder import BranchOutput
+from .madtp_blip_base import MadtpBlipPreTrainedModel, real_tokens
+from .madtp_blip_decoder import (
     CACHE_ARGUMENT,
-    BranchOutput,
-    BranchPruning,
-    MadtpBlipPairTextLayer,
-    MadtpBlipTextModel,
-    MadtpBlipVisionModel,
-    MergeLayer,
-    attention_function,
-    build_text_decoder,
+    TextDecoder,
     cross_attention_cache,
-    query_key_value,
+    cross_attention_mask,
+    self_attention_mask,
+    with_new_self_attention,
 )
-from .packed_linear import can_pack, pack_linear_maps
-from .packing import pack
+from .madtp_blip_encoders import MadtpBlipPairTextLayer, MadtpBlipTextModel, MadtpBlipVisionModel
+from .madtp_blip_outputs import (
+    MadtpBlipForConditionalGenerationOutput,
+    MadtpBlipForImagesAndTextClassificationOutput,
+    MadtpBlipForImageTextRetrievalOutput,
+    MadtpBlipForQuestionAnsweringOutput,
+)
+from .padding import check_same_number, check_same_shape, left_align, text_lengths
 from .retrieval_loss import (
     TEMPERATURE,
     ContrastiveKeys,
@@ -53,458 +41,7 @@ from .retrieval_loss import (
     gather_rows,
     process_rank,
 )
-from .token_pruning import alignment_loss
-
-# Not used here, but older transformers (5.0) bring along only the files that this one imports itself.
-from .triton_attention import is_available  # noqa: F401
-from .versions import VERSION  # noqa: F401
-
-
-@dataclass
-class PruningOutput:
-    r"""
-    What the outputs of all tasks add to transformers' own.
-
-    task_loss (`torch.Tensor`, *optional*):
-        The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
-    alignment_loss (`torch.Tensor`, *optional*):
-        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no text is encoded.
-    vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
-        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
-        sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
-    image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
-        True at the real tokens of `image_embeds`; `None` where there is no padding.
-    vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
-        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
-        class token and n the n-th patch; -1 for merged tokens and padding.
-    """
-
-    task_loss: torch.Tensor | None = None
-    alignment_loss: torch.Tensor | None = None
-    vision_tokens: torch.Tensor | None = None
-    text_tokens: torch.Tensor | None = None
-    image_mask: torch.Tensor | None = None
-    vision_positions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class MadtpBlipForQuestionAnsweringOutput(PruningOutput, BlipTextVisionModelOutput):
-    r"""
-    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
-        `task_loss`, the answer decoder's language modeling loss (the mean over tokens), and the alignment loss.
-    image_embeds, last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
-        The states of the image tokens that are left, the class token first.
-    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
-        The states that enter the vision encoder, then those that leave each of its layers.
-    logits (`torch.Tensor` of shape `(batch_size, answer_length, vocab_size)`):
-        The answer decoder's scores of the next token.
-    question_states (`torch.Tensor` of shape `(batch_size, question_length, hidden_size)`):
-        The states of the question tokens that are left, the class token first: what the answer decoder reads.
-    question_mask (`torch.BoolTensor` of shape `(batch_size, question_length)`, *optional*):
-        True at its real tokens; `None` where there is no padding.
-    """
-
-    logits: torch.Tensor | None = None
-    question_states: torch.Tensor | None = None
-    question_mask: torch.Tensor | None = None
-
-
-@dataclass
-class MadtpBlipForConditionalGenerationOutput(PruningOutput, BlipForConditionalGenerationModelOutput):
-    r"""
-    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
-        The same as `task_loss`: the decoder's language modeling loss, the mean over tokens.
-    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-        The decoder's scores of the next token.
-    image_embeds, last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
-        The states of the image tokens that are left, the class token first: what the decoder reads.
-    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
-        The states that enter the vision encoder, then those that leave each of its layers.
-    """
-
-
-@dataclass
-class MadtpBlipForImageTextRetrievalOutput(PruningOutput, BlipImageTextMatchingModelOutput):
-    r"""
-    itm_score (`torch.Tensor` of shape `(batch_size, 2)`, or `(image_batch_size, text_batch_size)` with `use_itm_head=False`):
-        The logits of "doesn't match" and "matches"; or the cosine similarity of each image and each text.
-    loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
-        `task_loss`, the sum of the contrastive and the matching loss, and the alignment loss.
-    last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
-        The states of the image tokens that are left, the class token first.
-    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
-        The states that enter the vision encoder, then those that leave each of its layers.
-    question_embeds (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
-        The states of the text tokens that are left, the class token first.
-    text_mask (`torch.BoolTensor` of shape `(batch_size, text_length)`, *optional*):
-        True at its real tokens; `None` where there is no padding.
-    image_feature, text_feature (`torch.Tensor` of shape `(batch_size, image_text_hidden_size)`, *optional*):
-        The L2-normalised features whose products the similarities are; not with the matching head alone.
-    contrastive_loss, matching_loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
-        The two parts of `task_loss`.
-    """
-
-    text_mask: torch.Tensor | None = None
-    image_feature: torch.Tensor | None = None
-    text_feature: torch.Tensor | None = None
-    contrastive_loss: torch.Tensor | None = None
-    matching_loss: torch.Tensor | None = None
-
-
-@dataclass
-class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, ModelOutput):
-    r"""
-    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
-        `task_loss`, the cross-entropy, and the alignment loss.
-    logits (`torch.Tensor` of shape `(batch_size, 2)`):
-        The scores of "false" and "true".
-    image_embeds (`torch.Tensor` of shape `(batch_size, 2, image_length, hidden_size)`):
-        The states of the image tokens that are left, the left image first, the class token first.
-    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
-        The states that enter the vision encoder, then those that leave each of its layers, `(2 * batch_size, length, hidden_size)`, the left
-        and the right image of each sample in turn.
-    text_states (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
-        The states of the text tokens that are left, the class token first.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    text_states: torch.Tensor | None = None
-
-
-class MadtpBlipAlignment(nn.Module):
-    """The alignment tokens (T, D) that both branches share, and the maps to their width for branches of another."""
-
-    def __init__(self, config: MadtpBlipConfig):
-        super().__init__()
-        width = config.alignment_dim or config.text_config.hidden_size
-
-        def projection(branch_width):
-            return None if branch_width == width else nn.Linear(branch_width, width)
-
-        self.tokens = nn.Parameter(torch.empty(config.num_alignment_tokens, width))
-        self.vision_projection = projection(config.vision_config.hidden_size)
-        self.text_projection = projection(config.text_config.hidden_size)
-
-
-def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -> None:
-    if tensor.shape != input_ids.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and input_ids {tuple(input_ids.shape)}: expected the same."
-        )
-
-
-def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """The number of real tokens in each text (B,), that of the shortest and that of the longest; a `ValueError` for a mask that can't be."""
-    check_same_shape("attention_mask", attention_mask, input_ids)
-    lengths = attention_mask.bool().sum(dim=1)
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    if shortest == 0:
-        rows = (lengths == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            f"attention_mask is 0 everywhere in row {rows}: expected at least one real token in each text."
-        )
-    return lengths, shortest, longest
-
-
-def left_align(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cut: bool = True, static: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Move padding, wherever it is, behind the text, and `cut` what no text of the batch needs.
-
-    input_ids, attention_mask (B, L) -> input_ids (B, M), mask (B, M) bool or None where nothing is padded. So neither the side nor the
-    length of padding matters to what follows. `static`: neither cut nor look at the values, so that nothing waits for the device and shapes
-    follow from shapes.
-    """
-    if attention_mask is None:
-        return input_ids, None
-    if static:
-        check_same_shape("attention_mask", attention_mask, input_ids)
-        real = attention_mask.bool()
-        width = input_ids.shape[1]
-        # A stable sort, by an operation that ONNX knows.
-        order = (real * width - torch.arange(width, device=real.device)).topk(width).indices
-        return input_ids.gather(1, order), real.gather(1, order)
-    lengths, shortest, longest = text_lengths(input_ids, attention_mask)
-    real = attention_mask.bool()
-    width = longest if cut else input_ids.shape[1]
-    order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    input_ids = input_ids.gather(1, order)
-    if shortest == width:
-        return input_ids, None
-    return input_ids, torch.arange(width, device=input_ids.device) < lengths.unsqueeze(1)
-
-
-class MadtpBlipPreTrainedModel(BlipPreTrainedModel):
-    """What the four tasks share: the alignment tokens, the switch for pruning, the way in from transformers' BLIP."""
-
-    config: MadtpBlipConfig
-    config_class = MadtpBlipConfig
-    base_model_prefix = "madtp_blip"
-    # What `push_to_hub` and `Trainer` write into a model card's metadata.
-    model_tags = ["blip", "madtp", "token-pruning"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _no_split_modules = [
-        "MadtpBlipVisionLayer",
-        "MadtpBlipTextLayer",
-        "MadtpBlipPairTextLayer",
-        "BlipTextLayer",
-        "BlipTextEmbeddings",
-    ]
-    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there is one.
-    _auto_class = "AutoModel"
-    task = None  # as `madtp_hf.count_flops` names it
-    _task_auto_class = None
-    _task_pipeline = None
-    _blip_classes = ()  # transformers' models that `from_blip` takes
-    _new_in_task = ("alignment.",)  # parameters that those don't have
-    # The loss is a mean over this batch; `Trainer` is to divide it by its accumulation steps.
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: MadtpBlipConfig):
-        super().__init__(config)
-        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
-        config.check_pruning()
-        name = f"modeling_madtp_blip.{type(self).__name__}"
-        config.auto_map = {"AutoConfig": "configuration_madtp_blip.MadtpBlipConfig", "AutoModel": name}
-        if self._task_auto_class is not None:
-            config.auto_map[self._task_auto_class] = name
-        if self._task_pipeline is not None:
-            task, pipeline = self._task_pipeline
-            config.custom_pipelines = {
-                task: {"impl": pipeline, "pt": [self._task_auto_class], "type": "multimodal", "default": {}}
-            }
-        self.alignment = MadtpBlipAlignment(config)
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, MadtpBlipAlignment):
-            # Norms from large to a hundredth of that. At a temperature, alignment tokens of small norm look at all tokens alike and those
-            # of large norm at their likeliest alone: graded norms let the threshold, the least of what they see, move smoothly from
-            # the lowest importance to the mean, so that an untrained model reaches small reductions and large ones.
-            scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
-            init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))
-        elif isinstance(module, MergeLayer):
-            # Begin as the layers before do, with the mean of what is seen of both images.
-            init.copy_(module.weight, torch.eye(module.out_features).repeat(1, 2) / 2)
-            init.zeros_(module.bias)
-        elif isinstance(module, BlipTextEmbeddings):
-            # In no checkpoint, and empty when a model is built on the meta device to be loaded.
-            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-
-    @classmethod
-    def from_pretrained(cls, *args, config=None, **kwargs):
-        # `AutoModel` remembers one model class for a configuration's class. Of two local checkpoints with the same folder name it would load
-        # the second, of another task, with the first one's class.
-        named = globals().get((getattr(config, "architectures", None) or [None])[0])
-        if named is not None and named is not cls and issubclass(named, MadtpBlipPreTrainedModel):
-            return named.from_pretrained(*args, config=config, **kwargs)
-        return super().from_pretrained(*args, config=config, **kwargs)
-
-    @classmethod
-    def from_blip(cls, source, **config_overrides):
-        """Make a model of this class from transformers' BLIP for the same task; only alignment parameters are new.
-
-        For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and what only NLVR2 has is new
-        as well.
-
-        Args:
-            source (`PreTrainedModel` or `str`):
-                The BLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class will do, too.
-            config_overrides:
-                Fields of [`MadtpBlipConfig`] to set.
-
-        Raises:
-            TypeError: if the source is another model than this task's BLIP, or an override is no field of the configuration.
-        """
-        classes = (*cls._blip_classes, cls)
-        expected = " or a ".join(blip_class.__name__ for blip_class in classes)
-        blip = source
-        if not isinstance(source, PreTrainedModel):
-            saved = BlipConfig.get_config_dict(source)[0].get("architectures") or []
-            blip_class = next((c for c in classes if c.__name__ in saved), classes[0])
-            blip, info = blip_class.from_pretrained(source, output_loading_info=True)
-            amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
-            if amiss:
-                raise ValueError(
-                    f"{source} is no checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
-                    f" expected or of another shape ({', '.join(sorted(amiss)[:3])}, ...). Expected one of that class."
-                )
-        if not isinstance(blip, classes):
-            raise TypeError(
-                f"{cls.__name__}.from_blip got a {type(blip).__name__}: expected a {expected}, or a path or Hub id of one."
-            )
-        fields = blip.config.to_dict()
-        fields.pop("model_type", None)
-        defaults = MadtpBlipConfig()
-        unknown = [name for name in config_overrides if not hasattr(defaults, name)]
-        if unknown:
-            raise TypeError(f"{cls.__name__}.from_blip got {', '.join(unknown)}: no such field in MadtpBlipConfig.")
-        model = cls(MadtpBlipConfig(**{**fields, **config_overrides})).to(device=blip.device, dtype=blip.dtype)
-        weights = {name: tensor for name, tensor in blip.state_dict().items() if not name.startswith("alignment.")}
-        if not isinstance(blip, cls):
-            weights = cls._from_blip_weights(weights)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not any(new in name for new in cls._new_in_task)]
-        if missing or unexpected:
-            raise ValueError(f"The BLIP model does not fit its configuration: {missing=}, {unexpected=}.")
-        if cls.can_generate() and blip.generation_config is not None:
-            model.generation_config = copy.deepcopy(blip.generation_config)
-        return model.train(blip.training)
-
-    @classmethod
-    def _from_blip_weights(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return state_dict
-
-    def set_pruning(self, temperature: float | None = None, *, reduction: float | None = None) -> None:
-        """Set how much the model prunes, from the next forward pass on; the configuration keeps it.
-
-        Args:
-            temperature (`float`, *optional*):
-                The threshold's temperature: 0 is off, larger prunes more. `None`, without a reduction, is off.
-            reduction (`float`, *optional*):
-                The share of FLOPs to save, in [0, 1), by the schedule that `madtp_hf.calibrate` has measured.
-
-        Raises:
-            ValueError: for a value that can't be set; the model is left as it was.
-        """
-        if temperature is not None and reduction is not None:
-            raise ValueError(f"Both {temperature=} and {reduction=} were given: expected one of them.")
-        if reduction is not None:
-            temperature = self.config.temperature_for(reduction)
-        before = self.config.pruning_temperature
-        self.config.pruning_temperature = 0.0 if temperature is None else temperature
-        try:
-            self.config.check_pruning()
-        except ValueError:
-            self.config.pruning_temperature = before
-            raise
-
-    def pack_weights(self, packed: bool = True):
-        """Lay the weights of linear maps out for fast inference on a CPU in float32, or, with `packed=False`, no longer.
-
-        Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights. Training, other devices and
-        other types go on with the weights as they are.
-
-        Returns:
-            The model itself.
-
-        Raises:
-            RuntimeError: if torch was built without oneDNN.
-        """
-        if packed and not can_pack():
-            raise RuntimeError(
-                "pack_weights needs torch with oneDNN, and this one has none: expected a build where torch.backends.mkldnn.is_available();"
-                " go on without, the model runs as it is."
-            )
-        pack_linear_maps(self, packed)
-        return self
-
-    def get_input_embeddings(self):
-        return self.text_encoder.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value):
-        self.text_encoder.embeddings.word_embeddings = value
-
-    def get_output_embeddings(self):
-        # Of the tasks that write. peft has to know it: tied to the words, it is no linear map to adapt.
-        return self.text_decoder.get_output_embeddings() if hasattr(self, "text_decoder") else None
-
-    def set_output_embeddings(self, new_embeddings):
-        self.text_decoder.set_output_embeddings(new_embeddings)
-
-    @property
-    def is_pruning(self) -> bool:
-        """Whether pruning is on. Where it is not, the model is transformers' BLIP: its decoder reads a question's padding, too."""
-        return self.config.pruning_temperature > 0
-
-    def _branch_pruning(self, modality: str, with_feature: bool) -> BranchPruning | None:
-        config = self.config
-        if not self.is_pruning:
-            return None
-        prunes = modality in config.pruning_modalities
-        if not (prunes or with_feature):
-            return None
-        counts = config.token_counts()
-        return BranchPruning(
-            self.alignment.tokens,
-            self.alignment.vision_projection if modality == "vision" else self.alignment.text_projection,
-            float(config.pruning_temperature) if prunes else 0.0,
-            config.pruning_granularity,
-            with_feature,
-            None if counts is None or not prunes else counts[modality],
-        )
-
-    def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs`: what the vision model is asked for besides."""
-        self.config.check_pruning()
-        pruning = self._branch_pruning("vision", with_feature)
-        return self.vision_model(pixel_values, pruning, interpolate_pos_encoding, **outputs)
-
-    def _encode_text(self, input_ids, attention_mask, *images, with_feature=False) -> BranchOutput:
-        """Texts (B, L) about `images`, the states and layout of each image that a text meets; none for the texts by themselves."""
-        frozen = self.is_pruning and self.config.pruning_granularity == "frozen"
-        packed = self.is_pruning and not frozen
-        input_ids, mask = left_align(input_ids, attention_mask, cut=packed, static=frozen)
-        if images and self.config.encoder_token_id is not None:
-            input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
-        pruning = self._branch_pruning("text", with_feature)
-        return self.text_encoder(input_ids, *images, mask=mask, packed=packed, pruning=pruning)
-
-    def _no_alignment_loss(self) -> torch.Tensor:
-        # The alignment parameters still get a gradient, of 0: distributed training waits for one from each.
-        return 0.0 * sum(parameter.sum() for parameter in self.alignment.parameters())
-
-    def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
-        if image_feature is None:  # pruning is off
-            return self._no_alignment_loss()
-        return alignment_loss(image_feature, text_feature)
-
-    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict[str, bool]:
-        if output_attentions:
-            raise ValueError("output_attentions=True: this model keeps no attention maps. Expected None or False.")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return {"output_hidden_states": output_hidden_states, "output_positions": output_positions}
-
-    def _generate(self, input_ids, encoded: BranchOutput, mask, **generate_kwargs) -> torch.LongTensor:
-        """Let the text decoder go on from input_ids (B, L), reading what was encoded, at padding as well where there is no mask (B, M)."""
-        text_config = self.config.text_config
-
-        def setting(name):
-            """As `generate` will find it: an argument, a field of the configuration that is given, or of the decoder's own."""
-            given = [
-                generate_kwargs.get(name),
-                getattr(generate_kwargs.get("generation_config"), name, None),
-                getattr(self.text_decoder.generation_config, name, None),
-            ]
-            return next((value for value in given if value is not None), None)
-
-        caches = setting("use_cache") is not False and setting("cache_implementation") is None
-        if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
-            generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
-        if caches and generate_kwargs.get(CACHE_ARGUMENT) is None:
-            generate_kwargs["use_cache"] = True
-            generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(self.text_decoder, encoded.states, encoded.layout)
-        return self.text_decoder.generate(
-            input_ids=input_ids,
-            eos_token_id=text_config.sep_token_id,
-            pad_token_id=text_config.pad_token_id,
-            encoder_hidden_states=encoded.hidden_states,
-            encoder_attention_mask=mask,
-            **generate_kwargs,
-        )
-
-
-def check_same_number(images, texts: torch.Tensor, kind: str) -> None:
-    if images.shape[0] != texts.shape[0]:
-        raise ValueError(
-            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of the other."
-        )
+from .sequences import unpad
 
 
 class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
@@ -517,20 +54,20 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
     task = "vqa"
     _task_auto_class = "AutoModelForVisualQuestionAnswering"
     _task_pipeline = ("visual-question-answering", "pipeline_madtp_blip.MadtpBlipVisualQuestionAnsweringPipeline")
-    _blip_classes = (BlipForQuestionAnswering,)
+    _dense_classes = (BlipForQuestionAnswering,)
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
         self.vision_model = MadtpBlipVisionModel(config.vision_config)
         self.text_encoder = MadtpBlipTextModel(config.text_config)
-        self.text_decoder = build_text_decoder(config.text_config, config.text_config.hidden_size)
+        self.text_decoder = TextDecoder(config.text_config, config.text_config.hidden_size)
         self.post_init()
 
     def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
         """The states of the images and of the questions about them, a `BranchOutput` each."""
         check_same_number(pixel_values, input_ids, "questions")
         vision = self._encode_images(pixel_values, with_feature, **vision_options)
-        text = self._encode_text(input_ids, attention_mask, vision.states, vision.layout, with_feature=with_feature)
+        text = self._encode_text(input_ids, attention_mask, vision.states, vision.sequences, with_feature=with_feature)
         return vision, text
 
     @can_return_tuple
@@ -592,9 +129,9 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         question_states = text.hidden_states
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
+            attention_mask=self_attention_mask(decoder_attention_mask),
             encoder_hidden_states=question_states,
-            encoder_attention_mask=text.mask if self.is_pruning else None,
+            encoder_attention_mask=cross_attention_mask(text.mask) if self.is_pruning else None,
             labels=labels,
             reduction="mean",
             use_cache=False,
@@ -615,9 +152,9 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens,
             text_tokens=text.num_tokens,
-            image_mask=vision.mask,
+            image_mask=real_tokens(vision),
             question_states=question_states,
-            question_mask=text.mask,
+            question_mask=real_tokens(text),
             vision_positions=vision.positions,
         )
 
@@ -650,7 +187,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         start = torch.full((len(pixel_values), 1), self.config.text_config.bos_token_id, device=pixel_values.device)
-        return self._generate(start, text, text.mask if self.is_pruning else None, **generate_kwargs)
+        return self._generate(start, text, masked=self.is_pruning, **generate_kwargs)
 
     def as_pipeline(self, processor, **kwargs):
         """The model, as it is, behind the pipeline that its checkpoints carry: `model.as_pipeline(processor)(image=..., question=...)`."""
@@ -665,30 +202,18 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _decode(self, answer_ids: torch.Tensor, text: BranchOutput) -> torch.Tensor:
-        """The decoder's last states (B, K, A, D) of K answers (B, K, A) to each of B questions.
-
-        The question's states serve all its answers as they are: in cross-attention the answers lie end to end as one sequence of
-        queries.
-        """
+    def _decode(self, answer_ids: torch.Tensor, text: BranchOutput, cache) -> torch.Tensor:
+        """The decoder's last states (B, K, A, D) of K answers (B, K, A) to each of B questions, which share its keys and values."""
         batch_size, num_answers, _ = answer_ids.shape
-        decoder = self.text_decoder.bert
-        states = decoder.embeddings(answer_ids.flatten(0, 1))
-        question, mask = text.hidden_states, text.mask
-
-        def context_of(attention, states, context_states, mask=None, is_causal=False):
-            query_key_values = query_key_value(attention, states, context_states)
-            query, key, value = (heads.transpose(1, 2) for heads in query_key_values)
-            context = attention_function("sdpa", query, key, value, mask, 0.0, is_causal)
-            return context.transpose(1, 2).flatten(2)
-
-        for layer in decoder.encoder.layer:
-            context = context_of(layer.attention.self, states, states, is_causal=True)
-            states = layer.attention.output(context, states)
-            queries = states.unflatten(0, (batch_size, num_answers)).flatten(1, 2)
-            context = context_of(layer.crossattention.self, queries, question, mask)
-            queries = layer.crossattention.output(context, queries)
-            states = layer.feed_forward_chunk(queries.view_as(states))
+        mask = None if text.mask is None else text.mask.repeat_interleave(num_answers, 0)
+        states = self.text_decoder.bert(
+            input_ids=answer_ids.flatten(0, 1),
+            encoder_hidden_states=text.hidden_states,
+            encoder_attention_mask=cross_attention_mask(mask),
+            is_decoder=True,
+            use_cache=True,
+            **{CACHE_ARGUMENT: with_new_self_attention(cache)},
+        ).last_hidden_state
         return states.unflatten(0, (batch_size, num_answers))
 
     @torch.no_grad()
@@ -722,23 +247,23 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         text_config = self.config.text_config
         if answer_attention_mask is None:
             answer_attention_mask = answer_input_ids != text_config.pad_token_id
-        answer_ids, answer_mask = left_align(answer_input_ids, answer_attention_mask)
-        lengths = (
-            torch.full((len(answer_ids),), answer_ids.shape[1]) if answer_mask is None else answer_mask.sum(dim=1)
-        )
-        if lengths.amin() < 2 or lengths.amax() > text_config.max_position_embeddings:
+        lengths = text_lengths(answer_input_ids, answer_attention_mask)
+        answer_ids, answer_mask = left_align(answer_input_ids, answer_attention_mask.bool())
+        answer_ids, answer_mask = answer_ids[:, : max(lengths)], answer_mask[:, : max(lengths)]
+        if min(lengths) < 2 or max(lengths) > text_config.max_position_embeddings:
             raise ValueError(
-                f"answer_input_ids hold answers of {int(lengths.amin())} to {int(lengths.amax())} tokens: expected a start token, at"
+                f"answer_input_ids hold answers of {min(lengths)} to {max(lengths)} tokens: expected a start token, at"
                 f" least one token behind it and at most {text_config.max_position_embeddings} in all."
             )
         answer_ids = F.pad(answer_ids[:, 1:], (1, 0), value=text_config.bos_token_id)
-        targets = answer_ids if answer_mask is None else answer_ids.masked_fill(~answer_mask, -100)
+        targets = answer_ids.masked_fill(~answer_mask, -100)
 
         _, text = self._encode(input_ids, pixel_values, attention_mask)
+        cache = cross_attention_cache(self.text_decoder, text.states, text.sequences)
         start = answer_ids[:1, :1].expand(len(input_ids), 1, 1)
-        first_logits = self.text_decoder.cls(self._decode(start, text)[:, 0, 0])
+        first_logits = self.text_decoder.cls(self._decode(start, text, cache)[:, 0, 0])
         shortlist = first_logits[:, answer_ids[:, 1]].argsort(dim=1, descending=True, stable=True)[:, :k]
-        states = self._decode(answer_ids[shortlist], text)
+        states = self._decode(answer_ids[shortlist], text, cache)
         # One question at a time: k answers' scores over the whole vocabulary are the largest tensor here by far.
         losses = torch.stack(
             [
@@ -761,12 +286,12 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
     task = "captioning"
     _task_auto_class = "AutoModelForImageTextToText"
-    _blip_classes = (BlipForConditionalGeneration,)
+    _dense_classes = (BlipForConditionalGeneration,)
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
         self.vision_model = MadtpBlipVisionModel(config.vision_config)
-        self.text_decoder = build_text_decoder(config.text_config, config.vision_config.hidden_size)
+        self.text_decoder = TextDecoder(config.text_config, config.vision_config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -826,9 +351,9 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         image_embeds = vision.hidden_states
         caption = self.text_decoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=self_attention_mask(attention_mask),
             encoder_hidden_states=image_embeds,
-            encoder_attention_mask=vision.mask,
+            encoder_attention_mask=cross_attention_mask(vision.mask),
             labels=labels,
             reduction="mean",
             logits_to_keep=logits_to_keep,
@@ -836,7 +361,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         )
         loss = align_loss = None
         if labels is not None:
-            align_loss = self._no_alignment_loss()
+            align_loss = self.alignment(None)
             loss = caption.loss + align_loss
         return MadtpBlipForConditionalGenerationOutput(
             loss=loss,
@@ -847,7 +372,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             task_loss=caption.loss,
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens,
-            image_mask=vision.mask,
+            image_mask=real_tokens(vision),
             vision_positions=vision.positions,
         )
 
@@ -884,7 +409,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             prompt = F.pad(input_ids[:, 1:-1], (1, 0), value=start)
         if attention_mask is not None:
             generate_kwargs["attention_mask"] = attention_mask[:, :-1]
-        return self._generate(prompt, vision, vision.mask, **generate_kwargs)
+        return self._generate(prompt, vision, masked=True, **generate_kwargs)
 
 
 class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
@@ -896,7 +421,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
     """
 
     task = "nlvr2"
-    _blip_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
+    _dense_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
     _new_in_task = ("alignment.", "merge_layer.", "cls_head.")
 
     def __init__(self, config: MadtpBlipConfig):
@@ -908,7 +433,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def _from_blip_weights(cls, state_dict):
+    def _from_dense_weights(cls, state_dict):
         """Both cross-attentions of a layer start as BLIP's one, as the original's fine-tuning does; its other heads stay behind."""
         weights = {}
         for name, tensor in state_dict.items():
@@ -972,7 +497,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
         # (2 * B, ...), left and right in turn
-        left, right = (vision.layout.select(vision.states, slice(side, None, 2)) for side in (0, 1))
+        left, right = (vision.sequences.every_other(vision.states, side) for side in (0, 1))
         text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature)
         logits = self.cls_head(text.class_states)
 
@@ -992,7 +517,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens.unflatten(1, (-1, 2)).transpose(1, 2),
             text_tokens=text.num_tokens,
-            image_mask=None if vision.mask is None else vision.mask.unflatten(0, (-1, 2)),
+            image_mask=real_tokens(vision).unflatten(0, (-1, 2)),
             vision_positions=vision.positions,
         )
 
@@ -1006,7 +531,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     """
 
     task = "retrieval"
-    _blip_classes = (BlipForImageTextRetrieval,)
+    _dense_classes = (BlipForImageTextRetrieval,)
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
@@ -1092,7 +617,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             if pixel_values.shape[0] == input_ids.shape[0]:
                 align_loss = self._alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
-            text = self._encode_text(input_ids, attention_mask, vision.states, vision.layout)
+            text = self._encode_text(input_ids, attention_mask, vision.states, vision.sequences)
             itm_score = self.itm_head(text.class_states)
         else:
             itm_score = image_feature @ text_feature.T
@@ -1124,9 +649,9 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens,
             text_tokens=text.num_tokens,
-            image_mask=vision.mask,
+            image_mask=real_tokens(vision),
             vision_positions=vision.positions,
-            text_mask=text.mask,
+            text_mask=real_tokens(text),
             image_feature=image_feature,
             text_feature=text_feature,
             **losses,
@@ -1134,7 +659,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
         """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask (B, M)."""
-        text = self._encode_text(input_ids, attention_mask, *pack(image_states, image_mask))
+        text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
         return self.itm_head(text.class_states)
 
     def _score_hard_negatives(
@@ -1142,7 +667,9 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     ) -> torch.Tensor:
         """Matching logits (up to 2 * B, 2) of each text with a wrong image and of each image with a wrong text, of all processes'."""
         rank = process_rank()
-        text_ids, text_mask = left_align(input_ids, attention_mask)
+        text_ids, text_mask = input_ids, None
+        if attention_mask is not None:
+            text_ids, text_mask = left_align(input_ids, attention_mask.bool())
         all_ids = gather_rows(image_ids)
         states, states_mask = gather_padded(vision.hidden_states, vision.mask)
         texts, texts_mask = gather_padded(text_ids, text_mask)

@@ -1,0 +1,208 @@
+"""Attention over the sequences of a batch, fused, or collecting what a method needs to know of its maps.
+
+Shapes: R rows of all sequences; in a part of the batch n sequences of up to L tokens, N of which can go; H heads, d head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .sequences import Sequences, join
+from .token_pruning import AttentionEvidence
+from .triton_kernels import KERNEL_ERRORS, disable, is_available, scored_varlen_attention, varlen_attention
+
+
+ATTENTION_BLOCK = 3 * 2**19  # attention probabilities at a time on a CPU: 6 MB, which stay in cache
+
+
+class TokenRoles(NamedTuple):
+    """What a host says of its tokens: the first of a sequence is protected and never goes; the others may, except
+
+    protects_last: the last is protected, too, and is the one that reads the sequence, as CLIP's end of text; else the first reads;
+    is_causal: tokens attend to themselves and what is before them.
+    """
+
+    protects_last: bool = False
+    is_causal: bool = False
+
+    def num_removable(self, sequences: Sequences) -> int:
+        """N: the slots of tokens that can go, the first of a sequence's padded states left out."""
+        return sequences.max_seqlen - 1 - self.protects_last
+
+    def removable(self, sequences: Sequences) -> torch.Tensor | None:
+        """(n, N) bool: the tokens that can go at these slots; None: all."""
+        if sequences.mask is None:
+            return None
+        # Where the last is protected, a slot holds a token that can go if there is one behind it.
+        return sequences.mask[:, 1 + self.protects_last :]
+
+
+# Fused attention
+
+
+def attend(
+    attention: nn.Module,
+    implementation: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    context: Sequences | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention of query (R, H, d) in `sequences` to key and value (S, H, d) in `context`, or in the same -> (R, H * d).
+
+    implementation: "eager", "sdpa", or a flash attention of transformers', which takes varlen rows as they are.
+    """
+    context = sequences if context is None else context
+    varlen = sequences.is_varlen or context.is_varlen
+    if "flash" in implementation and _has_only_real_rows(sequences, context):
+        return _flash_attention(
+            attention, implementation, query, key, value, sequences, context, dropout, is_causal
+        )
+    if varlen and not dropout and _has_only_real_rows(sequences, context) and is_available(query):
+        lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen)
+        try:
+            return varlen_attention(query, key, value, *lengths, is_causal).flatten(1)
+        except KERNEL_ERRORS as error:
+            disable(error)
+    bounds = (0, sequences.batch_size)
+    if varlen:
+        bounds = (context if context.is_varlen else sequences).boundaries(key.shape[1] * key.shape[2])
+    outputs = []
+    for asking, asked in zip(sequences.parts(bounds), context.parts(bounds)):
+        states = padded_attention(
+            implementation,
+            asking.pad(query).transpose(1, 2),
+            asked.pad(key).transpose(1, 2),
+            asked.pad(value).transpose(1, 2),
+            asked.mask,
+            dropout,
+            is_causal,
+        )
+        outputs.append(asking.unpad(states.transpose(1, 2).flatten(2)))
+    return join(outputs)
+
+
+def _has_only_real_rows(*batches: Sequences) -> bool:
+    return all(sequences.is_varlen or sequences.mask is None for sequences in batches)
+
+
+def _flash_attention(attention, implementation, query, key, value, sequences, context, dropout, is_causal):
+    states, _ = ALL_ATTENTION_FUNCTIONS[implementation](
+        attention,
+        *(states.transpose(0, 1).unsqueeze(0) for states in (query, key, value)),
+        None,
+        dropout=dropout,
+        is_causal=is_causal,
+        cu_seq_lens_q=sequences.cu_seqlens,
+        cu_seq_lens_k=context.cu_seqlens,
+        max_length_q=sequences.max_seqlen,
+        max_length_k=context.max_seqlen,
+    )
+    return states.squeeze(0).flatten(1)
+
+
+def padded_attention(implementation: str, query, key, value, mask=None, dropout: float = 0.0, is_causal: bool = False):
+    """Attention of (B, H, L, d) to (B, H, M, d) with mask (B, M), True at real tokens, or None -> (B, H, L, d)."""
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    if implementation != "eager":
+        if is_causal and mask is not None:
+            mask, is_causal = mask & causal_mask(query.shape[2], query.device), False
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal)
+    return F.dropout(attention_maps(query, key, mask, is_causal), dropout) @ value
+
+
+def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tensor:
+    """The probabilities (B, H, L, M) of (B, H, L, d) attending to (B, H, M, d) where mask, which broadcasts to them, is True."""
+    logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if is_causal:
+        causal = causal_mask(logits.shape[-1], logits.device)
+        mask = causal if mask is None else mask & causal
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return logits.softmax(dim=-1)
+
+
+def causal_mask(length: int, device) -> torch.Tensor:
+    """(length, length) bool: True where the row's token sees the column's."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+# Attention that collects evidence
+
+
+def attend_with_evidence(
+    query_key_value: torch.Tensor, part: Sequences, roles: TokenRoles, dropout: float = 0.0
+) -> tuple[torch.Tensor, AttentionEvidence]:
+    """Self-attention of query_key_value (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its evidence.
+
+    Some heads are taken at a time on a CPU, whose maps stay in cache; the maps are kept only for a backward pass.
+    """
+    query, key, value = _split_and_pad(query_key_value, part)
+    num_heads, length = query.shape[0], part.max_seqlen
+    heads = num_heads
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # An even number of heads: there mostly is an even number of cores.
+        heads = min(max(ATTENTION_BLOCK // (part.batch_size * length**2) // 2 * 2, 2), num_heads)
+    hidden = None if part.mask is None else ~part.mask[:, None, :]
+    if roles.is_causal:
+        future = ~causal_mask(length, query.device)
+        hidden = future if hidden is None else hidden | future
+    outputs, of_reader, strongest = [], [], None
+    for block in zip(query.split(heads), key.split(heads), value.split(heads)):
+        output, maps = _attention_of_heads(*block, hidden, dropout)
+        outputs.append(output)
+        of_reader.append(_row_of_reader(maps, part, roles))
+        most = maps.amax(dim=0)
+        strongest = most if strongest is None else torch.maximum(strongest, most)
+    output, from_reader = join(outputs), join(of_reader)
+    tokens = slice(1, 1 + roles.num_removable(part))
+    asked = strongest[:, 1:, tokens]
+    if part.mask is None:
+        received = asked.sum(dim=1)
+    else:  # zero out padded queries
+        received = (part.mask[:, None, 1:].to(asked.dtype) @ asked).squeeze(1)
+    evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
+    return part.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), evidence
+
+
+def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
+    """(R, 3, H, d) -> query, key and value of a part, (H, n, L, d) each: heads first, so that they multiply as one batch."""
+    states = part.rows(query_key_value).permute(1, 2, 0, 3)
+    if part.is_varlen:
+        states = states.index_select(2, part._row_of_slot)
+    elif part.batch_size > 1:
+        states = states.contiguous()
+    return states.unflatten(2, (part.batch_size, part.max_seqlen)).unbind()
+
+
+def _attention_of_heads(query, key, value, hidden, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in float32."""
+    shape = query.shape[:2]
+    query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    scale = query.shape[-1] ** -0.5
+    logits = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, shape)
+    if hidden is not None:
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill_(hidden, lowest) if in_place else logits.masked_fill(hidden, lowest)
+    maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)
+    output = F.dropout(maps, dropout).to(value.dtype).flatten(0, 1) @ value
+    return output.unflatten(0, shape), maps
+
+
+def _row_of_reader(maps: torch.Tensor, part: Sequences, roles: TokenRoles) -> torch.Tensor:
+    """maps (H, n, L, L) -> (H, n, N): how the reader attends to the tokens that can go."""
+    tokens = slice(1, 1 + roles.num_removable(part))
+    if not roles.protects_last:
+        return maps[:, :, 0, tokens].clone()  # not to keep the maps
+    if part.mask is None:
+        return maps[:, :, -1, tokens].clone()
+    last = (part.lengths - 1).view(1, -1, 1, 1).expand(maps.shape[0], -1, 1, maps.shape[3])
+    return maps.gather(2, last)[:, :, 0, tokens]

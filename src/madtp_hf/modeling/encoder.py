@@ -1,0 +1,238 @@
+"""The loop over an encoder's layers on tokens that become fewer, and the layer that hosts share.
+
+Shapes: R rows of all sequences; in a part of the batch n sequences; N tokens that can go, T alignment tokens, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import TokenRoles, attend, attend_with_evidence
+from .sequences import Sequences, join
+from .token_pruning import (
+    alignment_feature,
+    alignment_scores,
+    importance_threshold,
+    keep_all_or_enough,
+    merge_weights,
+    most_important,
+    select_tokens,
+    token_importance,
+)
+from .token_reduction import Reduction, Repacking, move_positions, reduce
+from .triton_kernels import KERNEL_ERRORS, disable, is_available
+
+
+class AlignmentTokens(NamedTuple):
+    """What a layer's tokens are compared with.
+
+    tokens (T, E): the alignment tokens, and projection: the map from a token's width D to theirs, if it has one; or, folded for
+    inference, weight (T, D) and bias (T,), which give the scores of the tokens as they are: (x W^T + b) S^T = x (S W)^T + b S^T.
+    """
+
+    tokens: torch.Tensor
+    projection: nn.Module | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+class MadtpReduction:
+    """MADTP for the layers of one branch in one forward pass.
+
+    Args:
+        alignment (`AlignmentTokens` or a list, one for each layer).
+        temperature (`float`): 0 leaves the tokens alone, but gathers their alignment feature.
+        granularity (`str`): "instance", "batch", or "frozen", which leaves `token_counts`, how many tokens each layer leaves.
+        with_feature (`bool`): whether the alignment loss is wanted.
+        min_kept (`int`): a layer prunes a sample only if as many of its tokens would stay.
+    """
+
+    def __init__(self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1):
+        self.alignment, self.temperature, self.granularity = alignment, temperature, granularity
+        self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
+
+    def reduces(self, layer: int, sequences: Sequences) -> bool:
+        """Whether a sequence could lose a token: beside those that are protected, some have to stay and two to go."""
+        if self.temperature == 0:
+            return False
+        return self.roles.num_removable(sequences) >= self.min_kept + 2
+
+    def bounds(self, sequences: Sequences, width: int) -> tuple[int, ...]:
+        """The parts that the batch is taken in: all of it where samples have to know of one another."""
+        if self.granularity == "instance":
+            return sequences.boundaries(width)
+        return (0, sequences.batch_size)
+
+    def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
+        """From a layer's input (R, D): its alignment scores (R, T), and its alignment feature (B, T, E) where the loss is wanted."""
+        alignment = self.alignment[layer] if isinstance(self.alignment, list) else self.alignment
+        if alignment.weight is not None:
+            return F.linear(states, alignment.weight, alignment.bias), None
+        tokens = states if alignment.projection is None else alignment.projection(states)
+        scores = alignment_scores(tokens, alignment.tokens)
+        if not self.with_feature:
+            return scores, None
+        removable = slice(1, 1 + self.roles.num_removable(sequences))
+        features = [
+            alignment_feature(part.pad(scores)[:, removable], part.pad(tokens)[:, removable], self.roles.removable(part))
+            for part in sequences.parts(self.bounds(sequences, states.shape[1]))
+        ]
+        return scores, join(features)
+
+    def attend(self, layer: int, query_key_value: torch.Tensor, scores: torch.Tensor, sequences: Sequences, dropout):
+        """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
+        parts = sequences.parts(self.bounds(sequences, query_key_value.shape[2] * query_key_value.shape[3]))
+        outputs, reductions = [], []
+        for part in parts:
+            output, evidence = attend_with_evidence(query_key_value, part, self.roles, dropout)
+            outputs.append(output)
+            reductions.append(self.choose(layer, evidence, scores, part))
+        return join(outputs), (parts, reductions)
+
+    def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
+        """What stays of a part of the batch, from its attention and its alignment scores (R, T)."""
+        num_removable, mask = self.roles.num_removable(part), self.roles.removable(part)
+        scores = part.pad(scores)[:, 1 : 1 + num_removable]
+        importance = token_importance(evidence, scores, mask)
+        length = None
+        if self.token_counts is not None:
+            length = min(self.token_counts[layer], part.max_seqlen)
+            # The protected tokens and the merged one are among those that it leaves.
+            number = length - 2 - self.roles.protects_last
+            keep = most_important(importance, min(max(number, 1), num_removable), mask)
+            stays, merges = keep_all_or_enough(keep, mask)
+        else:
+            threshold = importance_threshold(scores, importance, self.temperature, mask)
+            if self.granularity == "batch":
+                keep = importance > threshold
+                number = (keep if mask is None else keep & mask).sum(dim=1).amax()
+                stays, merges = keep_all_or_enough(most_important(importance, number, mask), mask, self.min_kept)
+            else:
+                stays, merges = select_tokens(importance, threshold, mask, self.min_kept)
+        return Reduction(stays, merges, merge_weights(importance, stays, merges), length=length)
+
+
+class LayerPlan(NamedTuple):
+    """What a layer is told of the forward pass that it is part of: resolved once a pass, so that no layer reads a configuration.
+
+    attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become fewer, if they do.
+    """
+
+    attention: str
+    index: int
+    roles: TokenRoles
+    reduction: MadtpReduction | None = None
+
+
+# A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment feature (B, T, E) or
+# None, and where the layer's rows went, None if nowhere else.
+LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, list[Repacking] | None]
+
+
+class ReducibleLayer:
+    """A transformer layer whose tokens become fewer between self-attention and what follows. A host says what these are:
+
+    project(states) -> query_key_value (R, 3, H, d); add_attention(output (R, H * d), states) -> states;
+    feed_forward(states, sequences, plan, *context) -> states, cross-attention included; attention_dropout, a probability.
+    """
+
+    def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
+        """states (R, D) that lie as `sequences` say; `context`: what the layer looks at besides."""
+        output, feature, chosen = self.attend(states, sequences, plan)
+        states, sequences, moved = self.reduce(self.add_attention(output, states), sequences, chosen)
+        return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved
+
+    def attend(self, states, sequences: Sequences, plan: LayerPlan):
+        """The output (R, H * d) of self-attention, the alignment feature, and what is to be reduced."""
+        reduction, query_key_value = plan.reduction, self.project(states)
+        dropout = self.attention_dropout if self.training else 0.0
+        feature = None
+        if reduction is not None and (reduction.with_feature or reduction.reduces(plan.index, sequences)):
+            scores, feature = reduction.read_input(plan.index, states, sequences)
+            if reduction.reduces(plan.index, sequences):
+                output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout)
+                return output, feature, (*chosen, plan.roles)
+        output = attend(
+            self, plan.attention, *query_key_value.unbind(1), sequences, dropout=dropout, is_causal=plan.roles.is_causal
+        )
+        return output, feature, None
+
+    def reduce(self, states, sequences, chosen):
+        return (states, sequences, None) if chosen is None else reduce(states, sequences, *chosen)
+
+
+class BranchOutput(NamedTuple):
+    """states (R, D) that lie as `sequences` say, feature (B, T, E) or None, num_tokens (layers + 1, B) int64.
+
+    On request, all_hidden_states, what enters the branch and leaves each layer, padded, and positions, layers + 1 tensors (B, L) that
+    say where in the branch's input each token was, -1 for merged ones and padding.
+    """
+
+    states: torch.Tensor
+    sequences: Sequences
+    feature: torch.Tensor | None
+    num_tokens: torch.Tensor
+    all_hidden_states: tuple[torch.Tensor, ...] | None = None
+    positions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """(B, L, D), padding behind the real tokens."""
+        return self.sequences.pad_zeros(self.states)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """(B, L) bool: the real tokens of `hidden_states`, None without padding."""
+        return self.sequences.mask
+
+    @property
+    def class_states(self) -> torch.Tensor:
+        """(B, D): the first tokens."""
+        return self.sequences.first(self.states)
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    states: torch.Tensor,
+    sequences: Sequences,
+    attention: str,
+    reduction: MadtpReduction | None = None,
+    roles: TokenRoles = TokenRoles(),
+    output_hidden_states: bool = False,
+    output_positions: bool = False,
+    context: tuple = (),
+) -> BranchOutput:
+    """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
+    num_tokens = [sequences.lengths]
+    all_hidden_states = [sequences.pad_zeros(states)] if output_hidden_states else None
+    all_positions = None
+    if output_positions:
+        positions = sequences.positions
+        all_positions = [_padded_positions(positions, sequences)]
+    feature = None
+    for index, layer in enumerate(layers):
+        plan = LayerPlan(attention, index, roles, reduction)
+        states, sequences, layer_feature, moved = layer(states, sequences, plan, *context)
+        if layer_feature is not None:
+            feature = layer_feature if feature is None else feature + layer_feature
+        num_tokens.append(sequences.lengths)
+        if output_hidden_states:
+            all_hidden_states.append(sequences.pad_zeros(states))
+        if output_positions:
+            positions = move_positions(positions, moved)
+            all_positions.append(_padded_positions(positions, sequences))
+    return BranchOutput(
+        states,
+        sequences,
+        feature,
+        torch.stack(num_tokens),
+        None if all_hidden_states is None else tuple(all_hidden_states),
+        None if all_positions is None else tuple(all_positions),
+    )
+
+
+def _padded_positions(positions: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    padded = sequences.pad(positions)
+    return padded if sequences.mask is None else padded.where(sequences.mask, -1)

@@ -1,0 +1,193 @@
+"""What the four tasks of BLIP share: the encoders, generation, the way in from transformers' BLIP."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.models.blip.modeling_blip import BlipMLP, BlipPreTrainedModel
+from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextIntermediate
+
+from .configuration_madtp_blip import MadtpBlipConfig
+from .encoder import BranchOutput
+from .madtp_blip_decoder import CACHE_ARGUMENT, cross_attention_cache, cross_attention_mask
+from .madtp_blip_encoders import MergeLayer
+from .padding import check_same_shape, left_align, text_lengths
+from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment
+from .sequences import Sequences, takes_parts
+
+
+class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
+    """What the four tasks share."""
+
+    config: MadtpBlipConfig
+    config_class = MadtpBlipConfig
+    base_model_prefix = "madtp_blip"
+    # What `push_to_hub` and `Trainer` write into a model card's metadata.
+    model_tags = ["blip", "madtp", "token-pruning"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = [
+        "MadtpBlipVisionLayer",
+        "MadtpBlipTextLayer",
+        "MadtpBlipPairTextLayer",
+        "BlipTextLayer",
+        "BlipTextEmbeddings",
+        "BlipVisionEmbeddings",
+    ]
+    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there is one.
+    _auto_class = "AutoModel"
+    _task_auto_class = None
+    _task_pipeline = None
+    _prepacked_classes = (nn.Linear, MergeLayer)
+    _fused_activations = {
+        BlipMLP: ("fc1", "activation_fn"),
+        BlipTextIntermediate: ("dense", "intermediate_act_fn"),
+    }
+    # The loss is a mean over this batch; `Trainer` is to divide it by its accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MadtpBlipConfig):
+        super().__init__(config)
+        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
+        name = f"modeling_madtp_blip.{type(self).__name__}"
+        config.auto_map = {"AutoConfig": "configuration_madtp_blip.MadtpBlipConfig", "AutoModel": name}
+        if self._task_auto_class is not None:
+            config.auto_map[self._task_auto_class] = name
+        if self._task_pipeline is not None:
+            task, pipeline = self._task_pipeline
+            config.custom_pipelines = {
+                task: {"impl": pipeline, "pt": [self._task_auto_class], "type": "multimodal", "default": {}}
+            }
+        self.alignment = MadtpAlignment(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MadtpAlignment):
+            init_alignment(module)
+        elif isinstance(module, MergeLayer):
+            # Begin as the layers before do, with the mean of what is seen of both images.
+            init.copy_(module.weight, torch.eye(module.out_features, device=module.weight.device).repeat(1, 2) / 2)
+            init.zeros_(module.bias)
+        elif isinstance(module, BlipTextEmbeddings):
+            # In no checkpoint, and empty when a model is built on the meta device to be loaded.
+            positions = torch.arange(module.position_ids.shape[-1], device=module.position_ids.device)
+            init.copy_(module.position_ids, positions.expand((1, -1)))
+
+    @classmethod
+    def from_pretrained(cls, *args, config=None, **kwargs):
+        # `AutoModel` remembers one model class for a configuration's class. Of two local checkpoints with the same folder name it would
+        # load the second, of another task, with the first one's class.
+        named = (getattr(config, "architectures", None) or [None])[0]
+        for other in MadtpBlipPreTrainedModel.__subclasses__():
+            if other.__name__ == named and other is not cls:
+                return other.from_pretrained(*args, config=config, **kwargs)
+        return super().from_pretrained(*args, config=config, **kwargs)
+
+    @classmethod
+    def from_blip(cls, source, **config_overrides):
+        """Make a model of this class from transformers' BLIP for the same task; only alignment parameters are new.
+
+        For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and what only NLVR2 has is
+        new as well.
+
+        Args:
+            source (`PreTrainedModel` or `str`):
+                The BLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class will do, too.
+            config_overrides:
+                Fields of [`MadtpBlipConfig`] to set; with a path or Hub id also what `from_pretrained` takes: `dtype`, `revision`,
+                `token`, ...
+
+        Raises:
+            TypeError: if the source is another model than this task's BLIP, or an override is neither of these.
+        """
+        return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
+
+    def get_input_embeddings(self):
+        return self.text_encoder.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.text_encoder.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self):
+        # Of the tasks that generate. peft has to know it: tied to the words, it is no linear map to adapt.
+        return self.text_decoder.get_output_embeddings() if hasattr(self, "text_decoder") else None
+
+    def set_output_embeddings(self, new_embeddings):
+        self.text_decoder.set_output_embeddings(new_embeddings)
+
+    def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
+        """pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs`: what the vision model is asked for besides."""
+        reduction = self._reduction("vision", with_feature)
+        return self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
+
+    def _encode_text(self, input_ids, attention_mask, *images, with_feature=False) -> BranchOutput:
+        """Texts (B, L) about `images`, the states and layout of each image that a text meets; none for text only."""
+        frozen = self.config.pruning_granularity == "frozen"
+        varlen = self.is_pruning and not frozen
+        mask = None
+        if attention_mask is not None:
+            check_same_shape("attention_mask", attention_mask, input_ids)
+            input_ids, mask = left_align(input_ids, attention_mask.bool())
+            # Elsewhere than on a CPU to look at values is to wait for them.
+            if takes_parts(input_ids.device) and min(text_lengths(input_ids, mask)) == mask.shape[1] and not frozen:
+                mask = None
+        if images and self.config.encoder_token_id is not None:
+            input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
+        reduction = self._reduction("text", with_feature)
+        return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction)
+
+    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict[str, bool]:
+        if output_attentions:
+            raise ValueError("output_attentions=True: this model keeps no attention maps. Expected None or False.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return {"output_hidden_states": output_hidden_states, "output_positions": output_positions}
+
+    def _generate(self, input_ids, encoded: BranchOutput, masked: bool, **generate_kwargs) -> torch.LongTensor:
+        """Generate from input_ids (B, L) on, conditioned on the encoder's hidden states, at padding as well unless `masked`."""
+        text_config = self.config.text_config
+
+        def setting(name):
+            """As `generate` will find it: an argument, a field of the configuration that is given, or of the decoder's own."""
+            given = [
+                generate_kwargs.get(name),
+                getattr(generate_kwargs.get("generation_config"), name, None),
+                getattr(self.text_decoder.generation_config, name, None),
+            ]
+            return next((value for value in given if value is not None), None)
+
+        caches = setting("use_cache") is not False and setting("cache_implementation") is None
+        if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
+            generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
+        if caches and generate_kwargs.get(CACHE_ARGUMENT) is None:
+            generate_kwargs["use_cache"] = True
+            generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
+                self.text_decoder, encoded.states, encoded.sequences
+            )
+        return self.text_decoder.generate(
+            input_ids=input_ids,
+            eos_token_id=text_config.sep_token_id,
+            pad_token_id=text_config.pad_token_id,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attention_mask=cross_attention_mask(encoded.mask) if masked else None,
+            **generate_kwargs,
+        )
+
+
+def real_tokens(branch: BranchOutput) -> torch.Tensor:
+    """(B, L) bool: the real tokens of a branch's hidden states, whether or not any is padding."""
+    if branch.mask is not None:
+        return branch.mask
+    shape = (branch.sequences.batch_size, branch.sequences.max_seqlen)
+    return torch.ones(shape, dtype=torch.bool, device=branch.states.device)
+
+
+def same_image_for_all(vision: BranchOutput, number: int) -> tuple[torch.Tensor, Sequences]:
+    """The states and layout of one image, for each of `number` texts."""
+    sequences = vision.sequences
+    repeated = Sequences.padded(number, sequences.max_seqlen, sequences.device)
+    return vision.states.repeat(number, 1), repeated
+
+
+__all__ = ["MadtpBlipPreTrainedModel"]

@@ -1,0 +1,144 @@
+"""BLIP's text decoder: transformers' own, with fused attention that applies masks, and keys and values computed once a sample."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.models.blip import modeling_blip_text
+from transformers.models.blip.modeling_blip_text import (
+    BlipTextLMHeadModel,
+    BlipTextModel,
+    BlipTextOnlyMLMHead,
+    BlipTextPreTrainedModel,
+    BlipTextSelfAttention,
+)
+
+from .attention import attention_maps, causal_mask
+from .madtp_blip_encoders import split_heads
+from .sequences import Sequences
+
+
+# What transformers calls the keys and values of earlier steps: since 5.24 `cache`. Under a name that it doesn't pass, they would be ignored unseen.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(BlipTextSelfAttention.forward).parameters else "past_key_values"
+)
+# Newer versions take a mask of four dimensions as it is; of others they look at the values, which waits for the device.
+TAKES_FINISHED_MASKS = hasattr(modeling_blip_text, "create_causal_mask")
+
+
+def cross_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, M) bool, True at real tokens -> what transformers' decoder takes as `encoder_attention_mask`."""
+    return mask[:, None, None, :] if mask is not None and TAKES_FINISHED_MASKS else mask
+
+
+def self_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, L), not 0 at real tokens -> what transformers' decoder takes as `attention_mask` of a whole text."""
+    if mask is None or not TAKES_FINISHED_MASKS:
+        return mask
+    return mask.bool()[:, None, None, :] & causal_mask(mask.shape[1], mask.device)
+
+
+class DecoderAttention(BlipTextSelfAttention):
+    """transformers' attention of the text decoder, fused; it applies `encoder_attention_mask`, which transformers' BLIP drops."""
+
+    def __init__(self, config, is_cross_attention: bool, layer_idx: int, encoder_width: int | None = None):
+        super().__init__(config, is_cross_attention, layer_idx=layer_idx)
+        if is_cross_attention and encoder_width != config.encoder_hidden_size:
+            self.key = nn.Linear(encoder_width, self.all_head_size)
+            self.value = nn.Linear(encoder_width, self.all_head_size)
+
+    def forward(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = split_heads(self.query(hidden_states), self.num_attention_heads).transpose(1, 2)
+        is_cross = encoder_hidden_states is not None
+        key, value = self._key_and_value(hidden_states, encoder_hidden_states, kwargs.get(CACHE_ARGUMENT))
+        # Sequences that are generated for a sample, such as beams, share its keys and values.
+        copies = query.shape[0] // key.shape[0]
+        mask = attention_mask
+        if mask is not None and mask.ndim == 2:  # as flash attention takes it
+            mask = self_attention_mask(mask)[:, :, -query.shape[2] :]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
+        is_causal = mask is None and not is_cross and query.shape[2] > 1
+        if self.config._attn_implementation == "eager":
+            return self._attend_eagerly(query, key, value, mask, is_causal, copies)
+        if copies > 1:
+            query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
+            mask = None if mask is None else mask[::copies, :, :1]
+        dropout = self.dropout.p if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal)
+        if copies > 1:
+            context = context.unflatten(2, (copies, -1)).transpose(1, 2).flatten(0, 1)
+        return context.transpose(1, 2).flatten(2), None
+
+    def _attend_eagerly(self, query, key, value, mask, is_causal, copies):
+        key, value = key.repeat_interleave(copies, 0), value.repeat_interleave(copies, 0)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask >= 0
+        maps = attention_maps(query, key, mask, is_causal)
+        return (self.dropout(maps) @ value).transpose(1, 2).flatten(2), maps
+
+    def _key_and_value(self, hidden_states, encoder_hidden_states, cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, M, d) both, from the cache where they are in there already."""
+        is_cross, given = encoder_hidden_states is not None, cache
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+        if is_cross and cache is not None and given.is_updated.get(self.layer_idx):
+            return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        source = encoder_hidden_states if is_cross else hidden_states
+        key, value = (
+            split_heads(linear(source), self.num_attention_heads).transpose(1, 2) for linear in (self.key, self.value)
+        )
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            if is_cross:
+                given.is_updated[self.layer_idx] = True
+        return key, value
+
+
+class DecoderModel(BlipTextModel):
+    _supports_sdpa = _supports_flash_attn = True
+
+
+class TextDecoder(BlipTextLMHeadModel):
+    """transformers' decoder on the configuration that the whole model has; it reads states of `encoder_width`."""
+
+    _supports_sdpa = _supports_flash_attn = True
+
+    def __init__(self, config, encoder_width: int):
+        BlipTextPreTrainedModel.__init__(self, config)
+        self.bert = DecoderModel(config, add_pooling_layer=False)
+        self.cls = BlipTextOnlyMLMHead(config)
+        self.label_smoothing = config.label_smoothing
+        for index, layer in enumerate(self.bert.encoder.layer):
+            layer.attention.self = DecoderAttention(config, False, index)
+            layer.crossattention.self = DecoderAttention(config, True, index, encoder_width)
+        self.post_init()
+
+
+class SampleCache(DynamicCache):
+    """Keys and values of samples, shared by the sequences that are generated for each: nothing moves when beams change places."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        pass
+
+
+def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences: Sequences) -> EncoderDecoderCache:
+    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on no padding."""
+    cache = SampleCache()
+    for index, layer in enumerate(decoder.bert.encoder.layer):
+        attention = layer.crossattention.self
+        key, value = (
+            sequences.pad_zeros(split_heads(linear(states), attention.num_attention_heads)).transpose(1, 2)
+            for linear in (attention.key, attention.value)
+        )
+        cache.update(key, value, index)
+    return EncoderDecoderCache(DynamicCache(), cache)
+
+
+def with_new_self_attention(cache: EncoderDecoderCache) -> EncoderDecoderCache:
+    """The same keys and values in cross-attention, for other sequences."""
+    return EncoderDecoderCache(DynamicCache(), cache.cross_attention_cache)

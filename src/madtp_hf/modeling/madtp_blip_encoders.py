@@ -1,0 +1,213 @@
+"""BLIP's encoders: transformers' layers with their parameter names, for tokens that become fewer.
+
+What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and feed-forward are.
+"""
+
+import torch
+from torch import nn
+from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionEmbeddings
+from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextLayer, BlipTextSelfAttention
+
+from .attention import attend
+from .encoder import BranchOutput, LayerPlan, MadtpReduction, ReducibleLayer, run_layers
+from .sequences import Sequences, unpad
+
+
+# Where the text of NLVR2 begins to concatenate and project what it sees of two images; before, it averages.
+MERGE_FROM_LAYER = 6
+
+
+class MadtpBlipVisionLayer(ReducibleLayer, BlipEncoderLayer):
+    @property
+    def attention_dropout(self) -> float:
+        return self.self_attn.dropout.p
+
+    def project(self, states):
+        query_key_value = self.self_attn.qkv(self.layer_norm1(states))
+        return query_key_value.unflatten(1, (3, self.self_attn.num_heads, -1))
+
+    def add_attention(self, output, states):
+        return states + self.self_attn.projection(output)
+
+    def feed_forward(self, states, sequences, plan):
+        return states + self.mlp(self.layer_norm2(states))
+
+
+def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(..., D) -> (..., H, d)."""
+    return states.unflatten(-1, (num_heads, -1))
+
+
+class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
+    """`context`: the states and the layout of each image that a text meets, one after the other; nothing for text only."""
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.attention.self.dropout.p
+
+    def project(self, states):
+        attention = self.attention.self
+        projected = torch.stack([attention.query(states), attention.key(states), attention.value(states)], dim=1)
+        return split_heads(projected, attention.num_attention_heads)
+
+    def add_attention(self, output, states):
+        return self.attention.output(output, states)
+
+    def feed_forward(self, states, sequences, plan, *images):
+        if images:
+            states = self.attend_to_images(states, sequences, plan, *images)
+        return self.feed_forward_chunk(states)
+
+    def attend_to_images(self, states, sequences, plan, image_states, image_sequences):
+        seen = attend_to_image(self.crossattention.self, plan, states, sequences, image_states, image_sequences)
+        return self.crossattention.output(seen, states)
+
+
+def attend_to_image(
+    attention: BlipTextSelfAttention, plan: LayerPlan, states, sequences: Sequences, image_states, images: Sequences
+) -> torch.Tensor:
+    """Cross-attention of the text's states (R, D) to an image's (S, E) -> (R, D)."""
+    heads = attention.num_attention_heads
+    query, key, value = attention.query(states), attention.key(image_states), attention.value(image_states)
+    projected = (split_heads(query, heads), split_heads(key, heads), split_heads(value, heads))
+    dropout = attention.dropout.p if attention.training else 0.0
+    return attend(attention, plan.attention, *projected, sequences, images, dropout)
+
+
+class MergeLayer(nn.Linear):
+    """A learned mixture of two states (..., width): of their concatenation (..., 2 * width). It begins as their mean."""
+
+
+class PairCrossAttentionOutput(nn.Module):
+    """What a text sees of two images becomes one: the mean of the two, or with a merge layer their learned mixture."""
+
+    def __init__(self, config, merges: bool):
+        super().__init__()
+        width = config.hidden_size
+        self.dense0 = nn.Linear(width, width)
+        self.dense1 = nn.Linear(width, width)
+        self.merge_layer = MergeLayer(2 * width, width) if merges else None
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        left, right = self.dense0(left), self.dense1(right)
+        seen = (left + right) / 2 if self.merge_layer is None else self.merge_layer(torch.cat([left, right], dim=-1))
+        return self.LayerNorm(self.dropout(seen) + hidden_states)
+
+
+class PairCrossAttention(nn.Module):
+    """A text's cross-attention to two images, with a query, key and value of its own for each."""
+
+    def __init__(self, config, merges: bool):
+        super().__init__()
+        self.self0 = BlipTextSelfAttention(config, is_cross_attention=True)
+        self.self1 = BlipTextSelfAttention(config, is_cross_attention=True)
+        self.output = PairCrossAttentionOutput(config, merges)
+
+    def forward(self, states, sequences, plan, left_states, left, right_states, right) -> torch.Tensor:
+        seen_left = attend_to_image(self.self0, plan, states, sequences, left_states, left)
+        seen_right = attend_to_image(self.self1, plan, states, sequences, right_states, right)
+        return self.output(seen_left, seen_right, states)
+
+
+class MadtpBlipPairTextLayer(MadtpBlipTextLayer):
+    """The text layer of NLVR2: a sentence about two images."""
+
+    def __init__(self, config, layer_num: int):
+        super().__init__(config, layer_num)
+        self.crossattention = PairCrossAttention(config, merges=layer_num >= MERGE_FROM_LAYER)
+
+    def attend_to_images(self, states, sequences, plan, *images):
+        return self.crossattention(states, sequences, plan, *images)
+
+
+class MadtpBlipVisionEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([MadtpBlipVisionLayer(config) for _ in range(config.num_hidden_layers)])
+
+
+class MadtpBlipVisionModel(nn.Module):
+    """The image branch: pixel_values (B, 3, H, W) -> `BranchOutput`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = BlipVisionEmbeddings(config)
+        self.encoder = MadtpBlipVisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        reduction: MadtpReduction | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_positions: bool = False,
+    ) -> BranchOutput:
+        size = self.embeddings.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the model's"
+                " image processor makes it."
+            )
+        if not interpolate_pos_encoding and tuple(pixel_values.shape[2:]) != (size, size):
+            height, width = pixel_values.shape[2:]
+            raise ValueError(
+                f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with its"
+                " image processor, or pass interpolate_pos_encoding=True."
+            )
+        states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        output = run_layers(
+            self.encoder.layers,
+            states.flatten(0, 1),
+            Sequences.padded(*states.shape[:2], states.device),
+            self.config._attn_implementation or "sdpa",
+            reduction,
+            output_hidden_states=output_hidden_states,
+            output_positions=output_positions,
+        )
+        return output._replace(states=self.post_layernorm(output.states))
+
+
+class MadtpBlipTextEncoder(nn.Module):
+    def __init__(self, config, layer_class):
+        super().__init__()
+        self.layer = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
+
+
+class MadtpBlipTextModel(nn.Module):
+    """The text branch: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it is about -> `BranchOutput`."""
+
+    def __init__(self, config, layer_class=MadtpBlipTextLayer):
+        super().__init__()
+        self.config = config
+        self.embeddings = BlipTextEmbeddings(config)
+        self.encoder = MadtpBlipTextEncoder(config, layer_class)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *images: torch.Tensor | Sequences,
+        mask: torch.Tensor | None = None,
+        varlen: bool = False,
+        reduction: MadtpReduction | None = None,
+    ) -> BranchOutput:
+        """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not attended to."""
+        longest = self.embeddings.position_embeddings.num_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"input_ids holds a text of {input_ids.shape[1]} tokens: this model reads at most {longest}. Tokenize with"
+                f" truncation=True, max_length={longest}."
+            )
+        if varlen:
+            input_ids, sequences = unpad(input_ids, mask)
+        else:
+            sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
+            input_ids = input_ids.flatten()
+        states = self.embeddings(
+            input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)
+        ).squeeze(0)
+        attention = self.config._attn_implementation or "sdpa"
+        return run_layers(self.encoder.layer, states, sequences, attention, reduction, context=images)

@@ -1,0 +1,125 @@
+"""What the four tasks of BLIP put out."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.models.blip.modeling_blip import (
+    BlipForConditionalGenerationModelOutput,
+    BlipImageTextMatchingModelOutput,
+    BlipTextVisionModelOutput,
+)
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class PruningOutput:
+    r"""
+    What the outputs of all tasks add to transformers' own.
+
+    task_loss (`torch.Tensor`, *optional*):
+        The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
+    alignment_loss (`torch.Tensor`, *optional*):
+        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no text is encoded.
+    vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
+        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
+        sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
+    image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
+        True at the real tokens of `image_embeds`; `None` where there is no padding.
+    vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
+        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
+        class token and n the n-th patch; -1 for merged tokens and padding.
+    """
+
+    task_loss: torch.Tensor | None = None
+    alignment_loss: torch.Tensor | None = None
+    vision_tokens: torch.Tensor | None = None
+    text_tokens: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    vision_positions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MadtpBlipForQuestionAnsweringOutput(PruningOutput, BlipTextVisionModelOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
+        `task_loss`, the answer decoder's language modeling loss (the mean over tokens), and the alignment loss.
+    image_embeds, last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
+        The states of the image tokens that are left, the class token first.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers.
+    logits (`torch.Tensor` of shape `(batch_size, answer_length, vocab_size)`):
+        The answer decoder's scores of the next token.
+    question_states (`torch.Tensor` of shape `(batch_size, question_length, hidden_size)`):
+        The states of the question tokens that are left, the class token first: what the answer decoder reads.
+    question_mask (`torch.BoolTensor` of shape `(batch_size, question_length)`, *optional*):
+        True at its real tokens; `None` where there is no padding.
+    """
+
+    logits: torch.Tensor | None = None
+    question_states: torch.Tensor | None = None
+    question_mask: torch.Tensor | None = None
+
+
+@dataclass
+class MadtpBlipForConditionalGenerationOutput(PruningOutput, BlipForConditionalGenerationModelOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
+        The same as `task_loss`: the decoder's language modeling loss, the mean over tokens.
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        The decoder's scores of the next token.
+    image_embeds, last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
+        The states of the image tokens that are left, the class token first: what the decoder reads.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers.
+    """
+
+
+@dataclass
+class MadtpBlipForImageTextRetrievalOutput(PruningOutput, BlipImageTextMatchingModelOutput):
+    r"""
+    itm_score (`torch.Tensor` of shape `(batch_size, 2)`, or `(image_batch_size, text_batch_size)` with `use_itm_head=False`):
+        The logits of "doesn't match" and "matches"; or the cosine similarity of each image and each text.
+    loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+        `task_loss`, the sum of the contrastive and the matching loss, and the alignment loss.
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, image_length, hidden_size)`):
+        The states of the image tokens that are left, the class token first.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers.
+    question_embeds (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
+        The states of the text tokens that are left, the class token first.
+    text_mask (`torch.BoolTensor` of shape `(batch_size, text_length)`, *optional*):
+        True at its real tokens; `None` where there is no padding.
+    image_feature, text_feature (`torch.Tensor` of shape `(batch_size, image_text_hidden_size)`, *optional*):
+        The L2-normalised features whose products the similarities are; not with the matching head alone.
+    contrastive_loss, matching_loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+        The two parts of `task_loss`.
+    """
+
+    text_mask: torch.Tensor | None = None
+    image_feature: torch.Tensor | None = None
+    text_feature: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    matching_loss: torch.Tensor | None = None
+
+
+@dataclass
+class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, ModelOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
+        `task_loss`, the cross-entropy, and the alignment loss.
+    logits (`torch.Tensor` of shape `(batch_size, 2)`):
+        The scores of "false" and "true".
+    image_embeds (`torch.Tensor` of shape `(batch_size, 2, image_length, hidden_size)`):
+        The states of the image tokens that are left, the left image first, the class token first.
+    hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+        The states that enter the vision encoder, then those that leave each of its layers, `(2 * batch_size, length, hidden_size)`, the left
+        and the right image of each sample in turn.
+    text_states (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
+        The states of the text tokens that are left, the class token first.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    text_states: torch.Tensor | None = None

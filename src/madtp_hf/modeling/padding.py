@@ -1,0 +1,40 @@
+"""Texts and their padding: where it lies, and what can't be."""
+
+import torch
+
+
+def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -> None:
+    if tensor.shape != input_ids.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and input_ids {tuple(input_ids.shape)}: expected the same."
+        )
+
+
+def check_same_number(images: torch.Tensor, texts: torch.Tensor, kind: str) -> None:
+    if images.shape[0] != texts.shape[0]:
+        raise ValueError(
+            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of the other."
+        )
+
+
+def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[int]:
+    """The number of real tokens in each text; a `ValueError` for a mask that can't be. Waits for the device once."""
+    check_same_shape("attention_mask", attention_mask, input_ids)
+    lengths = attention_mask.bool().sum(dim=1).tolist()
+    empty = [row for row, length in enumerate(lengths) if length == 0]
+    if empty:
+        raise ValueError(
+            f"attention_mask is 0 everywhere in row {empty}: expected at least one real token in each text."
+        )
+    return lengths
+
+
+def left_align(input_ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move padding, wherever it is, behind the text: input_ids and real (B, L) -> the same, in that order.
+
+    Neither looks at values nor waits for the device: shapes follow from shapes.
+    """
+    width = input_ids.shape[1]
+    # A stable sort, by an operation that ONNX knows.
+    order = (real * width - torch.arange(width, device=real.device)).topk(width).indices
+    return input_ids.gather(1, order), real.gather(1, order)

@@ -1,0 +1,231 @@
+"""How the sequences of a batch lie in memory.
+
+States are (R, ...): R rows, the tokens of one sequence after those of the other. Linear maps, norms and feed-forward need to know
+no more. What needs to know which rows are whose, attention above all, asks the batch's `Sequences`.
+"""
+
+from functools import cached_property
+
+import torch
+
+
+# On a CPU, where a call costs little beside the work, attention takes some consecutive sequences of a batch at a time. Beyond so
+# many numbers in their states they are taken one by one; of their rows, this share or so many numbers may be padding.
+PART_SIZE = 2**18
+PART_PADDING_SHARE = 1 / 8
+PART_PADDING = 2**16
+
+
+def takes_parts(device: torch.device) -> bool:
+    """Whether attention takes a batch part by part, as a CPU likes it, or all of it at once, as other devices do."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class Sequences:
+    """Which rows are whose, in one of two cases.
+
+    *padded*: each of the `batch_size` sequences has `max_seqlen` rows. `mask` (batch_size, max_seqlen) is True at real tokens;
+    None: all are.
+    *varlen*: the sequences have rows of their real tokens alone, from `offsets[i]` to `offsets[i + 1]`.
+
+    `num_rows`: all rows; `first_row`: where they begin, if this is a part of a batch.
+    """
+
+    def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):
+        self.batch_size, self.max_seqlen, self.device = batch_size, max_seqlen, torch.device(device)
+        self.offsets, self.first_row = offsets, first_row
+        self.num_rows = batch_size * max_seqlen if offsets is None else offsets[-1]
+        if mask is not None:
+            self.mask = mask  # instead of the property's
+        if lengths is not None:
+            self.lengths = lengths
+        self._parts = {}
+
+    @classmethod
+    def padded(cls, batch_size: int, max_seqlen: int, device, mask: torch.Tensor | None = None, lengths=None):
+        """Rows of padded states (batch_size, max_seqlen, ...)."""
+        sequences = cls(batch_size, max_seqlen, device, mask, lengths=lengths)
+        if mask is None:
+            sequences.mask = None
+        return sequences
+
+    @classmethod
+    def varlen(cls, lengths: list[int], device, device_lengths: torch.Tensor | None = None, first_row: int = 0):
+        """Rows of sequences of these lengths; padded ones without padding where all are alike."""
+        longest = max(lengths, default=0)
+        if min(lengths, default=0) == longest:
+            sequences = cls(len(lengths), longest, device, lengths=device_lengths, first_row=first_row)
+            sequences.mask = None
+            return sequences
+        offsets = [0]
+        for length in lengths:
+            offsets.append(offsets[-1] + length)
+        return cls(len(lengths), longest, device, offsets=offsets, lengths=device_lengths, first_row=first_row)
+
+    @property
+    def is_varlen(self) -> bool:
+        return self.offsets is not None
+
+    @property
+    def row_counts(self) -> list[int]:
+        """How many rows each sequence has."""
+        if self.is_varlen:
+            return [end - start for start, end in zip(self.offsets, self.offsets[1:])]
+        return [self.max_seqlen] * self.batch_size
+
+    # What is derived from the lengths, each made once.
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """(B,) int64: the numbers of real tokens."""
+        if self.is_varlen:
+            return torch.tensor(self.offsets, device=self.device).diff()
+        if self.mask is not None:
+            return self.mask.sum(dim=1)
+        return torch.full((self.batch_size,), self.max_seqlen, device=self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """(B + 1,) int32: where the rows of each sequence begin and end, as varlen attention kernels ask for."""
+        if self.is_varlen:
+            return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        step = max(self.max_seqlen, 1)
+        return torch.arange(0, self.batch_size * step + 1, step, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """(B, max_seqlen) bool: the real tokens of padded states, None without padding."""
+        return torch.arange(self.max_seqlen, device=self.device) < self.lengths.unsqueeze(1)
+
+    @cached_property
+    def _row_number(self) -> torch.Tensor:
+        """(B * max_seqlen,): the number of the row at each slot of padded states, counted from 1; at padding, of the one before."""
+        return self.mask.flatten().cumsum(0)
+
+    @cached_property
+    def _row_of_slot(self) -> torch.Tensor:
+        return self._row_number - 1
+
+    @cached_property
+    def _slot_to_row(self) -> torch.Tensor:
+        """As `_row_number`, with 0 at padding."""
+        return self._row_number * self.mask.flatten()
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """(R,): the place of each row in its sequence."""
+        slots = torch.arange(self.max_seqlen, device=self.device).expand(self.batch_size, -1)
+        return self.unpad(slots)
+
+    # Rows to padded states and back
+
+    def rows(self, states: torch.Tensor) -> torch.Tensor:
+        """This part's rows of a batch's (R, ...)."""
+        return states if states.shape[0] == self.num_rows else states.narrow(0, self.first_row, self.num_rows)
+
+    def pad(self, states: torch.Tensor) -> torch.Tensor:
+        """(R, ...) -> (B, max_seqlen, ...), with copies of a sequence's last row at padding, where there is any."""
+        states = self.rows(states)
+        if self.is_varlen:
+            states = states.index_select(0, self._row_of_slot)
+        return states.unflatten(0, (self.batch_size, self.max_seqlen))
+
+    def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
+        """(R, ...) -> (B, max_seqlen, ...), 0 at what varlen states have no row for."""
+        padded = self.pad(states)
+        if not self.is_varlen:
+            return padded
+        return padded.masked_fill(~self.mask.view(self.mask.shape + (1,) * (padded.ndim - 2)), 0)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B, max_seqlen, ...) -> (R, ...)."""
+        return self.unpad_rows(padded.flatten(0, 1))
+
+    def unpad_rows(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B * max_seqlen, ...) -> (R, ...)."""
+        return scatter_rows(padded, self._slot_to_row, self.num_rows) if self.is_varlen else padded
+
+    def first(self, states: torch.Tensor) -> torch.Tensor:
+        """(R, D) -> (B, D): each sequence's first row, the class token."""
+        if not self.is_varlen:
+            return states.unflatten(0, (self.batch_size, self.max_seqlen))[:, 0]
+        return states.index_select(0, self.cu_seqlens[:-1])
+
+    # Parts of the batch
+
+    def boundaries(self, width: int) -> tuple[int, ...]:
+        """At which sequences attention over states of `width` begins a part, and the number of sequences."""
+        if not takes_parts(self.device):
+            return (0, self.batch_size)
+        bounds, longest, rows = [0], 0, 0
+        for index, length in enumerate(self.row_counts):
+            longest, rows = max(longest, length), rows + length
+            slots = longest * (index + 1 - bounds[-1])
+            too_much_padding = slots - rows > max(PART_PADDING_SHARE * slots, PART_PADDING / width)
+            if index > bounds[-1] and (slots * width > PART_SIZE or too_much_padding):
+                bounds.append(index)
+                longest = rows = length
+        return (*bounds, self.batch_size)
+
+    def parts(self, bounds: tuple[int, ...]) -> list["Sequences"]:
+        """The sequences between these bounds, each part as a `Sequences` of its own."""
+        if len(bounds) == 2:
+            return [self]
+        if bounds not in self._parts:
+            self._parts[bounds] = [self._part(start, stop) for start, stop in zip(bounds, bounds[1:])]
+        return self._parts[bounds]
+
+    def _part(self, start: int, stop: int) -> "Sequences":
+        if not self.is_varlen:
+            mask = None if self.mask is None else self.mask[start:stop]
+            part = Sequences.padded(stop - start, self.max_seqlen, self.device, mask)
+            part.first_row = start * self.max_seqlen
+            return part
+        return Sequences.varlen(
+            self.row_counts[start:stop], self.device, self.lengths[start:stop], self.offsets[start]
+        )
+
+    def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
+        """The sequences first, first + 2, ... : their rows and how they lie. First the left, then the right image of each pair."""
+        if not self.is_varlen:
+            padded = states.unflatten(0, (-1, 2, self.max_seqlen))[:, first]
+            mask = None if self.mask is None else self.mask[first::2]
+            return padded.flatten(0, 1), Sequences.padded(padded.shape[0], self.max_seqlen, self.device, mask)
+        chosen = Sequences.varlen(self.row_counts[first::2], self.device, self.lengths[first::2])
+        return torch.cat(states.split(self.row_counts)[first::2]), chosen
+
+    def to(self, device, non_blocking: bool = False) -> "Sequences":
+        """For models whose layers lie on several devices: what moves tensors moves a batch's layout along."""
+        if torch.device(device) == self.device:
+            return self
+        moved = Sequences(self.batch_size, self.max_seqlen, device, offsets=self.offsets, first_row=self.first_row)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device, non_blocking=non_blocking))
+        if not self.is_varlen and self.mask is None:
+            moved.mask = None
+        return moved
+
+
+def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """states (S, ...) -> (num_rows, ...): each goes where its number (S,) says, counted from 1; those at 0 go nowhere."""
+    rows = states.new_empty(num_rows + 1, *states.shape[1:])
+    return rows.index_copy_(0, numbers, states)[1:]
+
+
+def join(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """What was computed for the parts of a batch, as that of the batch."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def unpad(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Sequences]:
+    """Padded states (B, L, ...) with mask (B, L), whose real tokens come first, -> their rows (R, ...), and how they lie.
+
+    Waits for the device once, if there is a mask.
+    """
+    batch_size, length = padded.shape[:2]
+    if mask is None:
+        return padded.flatten(0, 1), Sequences.padded(batch_size, length, padded.device)
+    lengths = mask.sum(dim=1)
+    sequences = Sequences.varlen(lengths.tolist(), padded.device, lengths)
+    return sequences.unpad(padded[:, : sequences.max_seqlen]), sequences

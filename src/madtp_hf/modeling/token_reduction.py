@@ -1,0 +1,136 @@
+"""How a batch's tokens become fewer: what a method answers for a layer, and the one place that turns it into new rows.
+
+Shapes: in a part of the batch n sequences of up to L tokens; N tokens of each can go (its first token, and where the host says so
+its last, are protected).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .attention import TokenRoles
+from .sequences import Sequences, join
+
+
+class Reduction(NamedTuple):
+    """What a method answers for a layer.
+
+    stays (n, N) bool: the tokens that stay, False at padding.
+    merges (n, 1) bool: the sequences that get a new token, behind those that stay, for those that go.
+    weight (n, N): the weight of each token that goes in the token that it enters; 0 at those that stay and at padding.
+    into (n, N) int64, optional: instead of a new token, the slot of the staying token that each enters, whose own weight is then 1
+        less what enters it.
+    length: how many rows each sequence gets, if that is fixed: those that need fewer are padded.
+    """
+
+    stays: torch.Tensor
+    merges: torch.Tensor
+    weight: torch.Tensor
+    into: torch.Tensor | None = None
+    length: int | None = None
+
+
+class Repacking(NamedTuple):
+    """Where the tokens of a part of the batch go.
+
+    numbers (n, C): of each column's new row, counted from 1, or 0 for none, among `num_rows`; columns are the first token, those that
+        can go, the merged one and, where it is protected, the last. For a fixed length instead `order` (n, length): the columns that
+        are taken.
+    """
+
+    part: Sequences
+    num_rows: int
+    roles: TokenRoles
+    numbers: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def __call__(self, padded: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+        """Padded states (n, L, D) and merged tokens (n, D) -> new rows (num_rows, D)."""
+        columns = [padded[:, : 1 + self.roles.num_removable(self.part)], merged.unsqueeze(1)]
+        if self.roles.protects_last:
+            columns.append(self._last(padded))
+        if self.order is not None:
+            return torch.cat(columns, dim=1).take_along_dim(self.order.unsqueeze(-1), dim=1).flatten(0, 1)
+        rows = padded.new_empty(self.num_rows + 1, *padded.shape[2:])
+        for states, numbers in zip(columns, self.numbers.split([states.shape[1] for states in columns], dim=1)):
+            rows.index_copy_(0, numbers.flatten(), states.flatten(0, 1))
+        return rows[1:]
+
+    def _last(self, padded: torch.Tensor) -> torch.Tensor:
+        if self.part.mask is None:
+            return padded[:, -1:]
+        return padded.take_along_dim((self.part.lengths - 1).view(-1, *[1] * (padded.ndim - 1)), dim=1)
+
+
+def stay_table(reduction: Reduction, roles: TokenRoles) -> torch.Tensor:
+    """(n, C) bool: which of the columns are new rows."""
+    always = torch.ones_like(reduction.merges)
+    merges = reduction.merges if reduction.into is None else ~always
+    return torch.cat([always, reduction.stays, merges, *[always] * roles.protects_last], dim=1)
+
+
+def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded states (n, L, D) with the tokens that go in those that they enter, and the new tokens (n, D)."""
+    num_removable = reduction.stays.shape[1]
+    tokens = padded[:, 1 : 1 + num_removable]
+    if reduction.into is None:
+        with torch.autocast(padded.device.type, enabled=False):
+            return padded, (reduction.weight.unsqueeze(1).to(padded.dtype) @ tokens).squeeze(1)
+    entering = torch.zeros_like(reduction.weight).scatter_add(1, reduction.into, reduction.weight)
+    own = tokens.float() * (1 - entering).unsqueeze(-1)
+    others = tokens.float() * reduction.weight.unsqueeze(-1)
+    tokens = own.scatter_add(1, reduction.into.unsqueeze(-1).expand_as(others), others).to(padded.dtype)
+    return torch.cat([padded[:, :1], tokens, padded[:, 1 + num_removable :]], dim=1), padded[:, 0]
+
+
+def reduce(
+    states: torch.Tensor, sequences: Sequences, parts: list[Sequences], reductions: list[Reduction], roles: TokenRoles
+) -> tuple[torch.Tensor, Sequences, list[Repacking] | None]:
+    """Apply what a method answered for each part of a batch: states (R, D) -> (R', D), how they lie, and where rows went.
+
+    Waits for the device once, to learn how many rows there are; not where lengths are fixed. The last is None where nothing changed.
+    """
+    if reductions[0].length is not None:
+        return _reduce_to_length(states, sequences, reductions[0], roles)
+    tables = [stay_table(reduction, roles) for reduction in reductions]
+    lengths = join([table.sum(dim=1) for table in tables])
+    row_counts = lengths.tolist()
+    if sum(row_counts) == sequences.num_rows:  # one that merges has fewer
+        return states, sequences, None
+    outputs, repackings, done = [], [], 0
+    for part, reduction, table in zip(parts, reductions, tables):
+        num_rows = sum(row_counts[done : done + part.batch_size])
+        done += part.batch_size
+        numbers = table.flatten().cumsum(0).view_as(table).mul_(table)
+        repacking = Repacking(part, num_rows, roles, numbers=numbers)
+        outputs.append(repacking(*enter_tokens(part.pad(states), reduction)))
+        repackings.append(repacking)
+    return join(outputs), Sequences.varlen(row_counts, states.device, lengths), repackings
+
+
+def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles: TokenRoles):
+    length = reduction.length
+    if length == sequences.max_seqlen:
+        return states, sequences, None
+    table = stay_table(reduction, roles)
+    num_columns = table.shape[1]
+    # The columns that are rows come first, in their order; by an operation that ONNX knows.
+    order = (table * num_columns - torch.arange(num_columns, device=table.device)).topk(length).indices
+    repacking = Repacking(sequences, sequences.batch_size * length, roles, order=order)
+    mask = lengths = None
+    if sequences.mask is not None:
+        lengths = table.sum(dim=1)
+        mask = torch.arange(length, device=table.device) < lengths.unsqueeze(1)
+    states = repacking(*enter_tokens(sequences.pad(states), reduction))
+    return states, Sequences.padded(sequences.batch_size, length, states.device, mask, lengths), [repacking]
+
+
+def move_positions(positions: torch.Tensor, repackings: list[Repacking] | None) -> torch.Tensor:
+    """Follow positions (R,) of a layer's input to its output (R',): -1 for merged tokens."""
+    if repackings is None:
+        return positions
+    moved = []
+    for repacking in repackings:
+        nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
+        moved.append(repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere))
+    return join(moved).squeeze(1)
