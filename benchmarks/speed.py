@@ -32,7 +32,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from baselines import BaselineVisionModel, find_schedule
 from nlvr2_reference import BlipForImagesAndText
 from photographs import mixed_images, photograph_crops
 from rich.console import Console
@@ -176,7 +175,7 @@ def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines
         def apply():
             model.vision_model = vision
             model.config.pruning_granularity = granularity
-            model.set_pruning(temperature)
+            model.set_pruning(temperature=temperature)
 
         return apply
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .sequences import Sequences, join
+from .sequences import Sequences, join, takes_parts
 from .token_pruning import AttentionEvidence
 from .triton_kernels import KERNEL_ERRORS, disable, is_available, scored_varlen_attention, varlen_attention
 
@@ -147,7 +147,7 @@ def attend_with_evidence(
     query, key, value = _split_and_pad(query_key_value, part)
     num_heads, length = query.shape[0], part.max_seqlen
     heads = num_heads
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if takes_parts(query.device):
         # An even number of heads: there mostly is an even number of cores.
         heads = min(max(ATTENTION_BLOCK // (part.batch_size * length**2) // 2 * 2, 2), num_heads)
     hidden = None if part.mask is None else ~part.mask[:, None, :]

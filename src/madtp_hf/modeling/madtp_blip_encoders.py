@@ -10,6 +10,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, Blip
 
 from .attention import attend
 from .encoder import BranchOutput, LayerPlan, MadtpReduction, ReducibleLayer, run_layers
+from .padding import check_no_empty_text
 from .sequences import Sequences, unpad
 
 
@@ -195,17 +196,18 @@ class MadtpBlipTextModel(nn.Module):
         reduction: MadtpReduction | None = None,
     ) -> BranchOutput:
         """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not attended to."""
-        longest = self.embeddings.position_embeddings.num_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(
-                f"input_ids holds a text of {input_ids.shape[1]} tokens: this model reads at most {longest}. Tokenize with"
-                f" truncation=True, max_length={longest}."
-            )
         if varlen:
             input_ids, sequences = unpad(input_ids, mask)
+            check_no_empty_text(sequences.row_counts)
         else:
             sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
             input_ids = input_ids.flatten()
+        longest = self.embeddings.position_embeddings.num_embeddings
+        if sequences.max_seqlen > longest:
+            raise ValueError(
+                f"input_ids holds a text of {sequences.max_seqlen} tokens: this model reads at most {longest}. Tokenize with"
+                f" truncation=True, max_length={longest}."
+            )
         states = self.embeddings(
             input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)
         ).squeeze(0)

@@ -21,12 +21,16 @@ def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[
     """The number of real tokens in each text; a `ValueError` for a mask that can't be. Waits for the device once."""
     check_same_shape("attention_mask", attention_mask, input_ids)
     lengths = attention_mask.bool().sum(dim=1).tolist()
+    check_no_empty_text(lengths)
+    return lengths
+
+
+def check_no_empty_text(lengths: list[int]) -> None:
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:
         raise ValueError(
             f"attention_mask is 0 everywhere in row {empty}: expected at least one real token in each text."
         )
-    return lengths
 
 
 def left_align(input_ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,9 +16,13 @@ PART_PADDING_SHARE = 1 / 8
 PART_PADDING = 2**16
 
 
+# Set to False, a CPU takes the path of other devices.
+CPU_TAKES_PARTS = True
+
+
 def takes_parts(device: torch.device) -> bool:
-    """Whether attention takes a batch part by part, as a CPU likes it, or all of it at once, as other devices do."""
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether attention takes a batch part by part and values are looked at for free, as on a CPU, or all at once, without a wait."""
+    return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Sequences:
