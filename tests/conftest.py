@@ -1,8 +1,6 @@
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,28 +22,17 @@ from madtp_hf import (
     MadtpBlipForQuestionAnswering,
 )
 
-from .loopback_hub import LoopbackHub
+from .helpers.loopback_hub import LoopbackHub
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 WORDS = "is there a seven three how many sevens are which digit leftmost yes no one two what color red of the image".split()
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def reference():
-    """The golden cases: (cases.json, tensors)."""
-    if not REFERENCE.is_dir():
-        pytest.skip(f"the published implementation's golden numbers are not there: no folder {REFERENCE}")
-    from safetensors.torch import load_file
-
-    return json.loads((REFERENCE / "cases.json").read_text()), load_file(REFERENCE / "cases.safetensors"), REFERENCE
 
 
 def blip_config(**overrides) -> BlipConfig:

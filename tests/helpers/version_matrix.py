@@ -1,9 +1,9 @@
 """Holds the package against other versions of transformers: `make test-matrix`, or
 
-python tests/version_matrix.py [--transformers 5.0.0 5.12.1 5.24.0] [--torch torch==2.13.0] [--suite]
+python tests/helpers/version_matrix.py [--transformers 5.0.0 5.12.1 5.24.0] [--torch torch==2.13.0] [--suite]
 
 For each version an environment of its own under --folder, kept for the next time. In it the frozen checkpoints of tests/fixtures run by their
-own code, where madtp_hf is not installed (tests/check_checkpoint.py). With --suite, the package's own tests of checkpoints, question answering and
+own code, where madtp_hf is not installed (tests/helpers/check_checkpoint.py). With --suite, the package's own tests of checkpoints, question answering and
 tasks follow, in the same environment with `src` on the path. Downloads packages; not a part of `make test`.
 
 After a pass with a newer transformers set TESTED_TRANSFORMERS in src/madtp_hf/modeling/versions.py.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSIONS = ["5.0.0", "5.12.1", "5.24.0"]  # the oldest that the package takes, one in the middle, the newest there was
 SUITE = [
     "tests/test_checkpoint.py",
@@ -52,8 +52,8 @@ def run(command: list, **environment: str) -> subprocess.CompletedProcess:
 def check_version(python: Path, suite: bool) -> dict[str, str]:
     """What was checked -> "passed" or what went wrong."""
     found = {}
-    for checkpoint in sorted((ROOT / "tests" / "fixtures").glob("checkpoint-v*")):
-        result = run([python, "tests/check_checkpoint.py", checkpoint])
+    for checkpoint in sorted(path for path in (ROOT / "tests" / "fixtures").glob("checkpoint-v*") if path.is_dir()):
+        result = run([python, "tests/helpers/check_checkpoint.py", checkpoint])
         try:
             checks = json.loads(result.stdout.splitlines()[-1])
         except (IndexError, ValueError):

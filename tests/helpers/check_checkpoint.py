@@ -1,6 +1,6 @@
 """Holds a frozen checkpoint against what was recorded with it, with torch, transformers and Pillow alone: no madtp_hf, no pytest, no network.
 
-python tests/check_checkpoint.py tests/fixtures/checkpoint-v0.1.0
+python tests/helpers/check_checkpoint.py tests/fixtures/checkpoint-v0.1.0
 
 prints a line a check, "passed" or the error, and last all of them as JSON; the exit code is 1 if one failed.
 """

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from .conftest import TASKS, make_task_model
+from ..conftest import TASKS, make_task_model
 
 
 STEPS = 3

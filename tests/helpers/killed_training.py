@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, create_optimizer, last_checkpoint
 from madtp_hf.data import QuestionAnsweringCollator
 
-from .conftest import make_blip, make_processor
+from ..conftest import make_blip, make_processor
 
 
 SAVE_STEPS = 4  # 6 steps are an epoch: training is resumed inside of epochs

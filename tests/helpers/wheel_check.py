@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BEFORE = """
 import torch
 from PIL import Image

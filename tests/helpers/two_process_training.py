@@ -1,7 +1,7 @@
 """What several processes must do as one does: each task trained, budgets evaluated, rows gathered. Not a test by itself:
 `tests/test_distributed.py` runs it under torchrun with two processes, and its functions with one, and compares.
 
-    torchrun --nproc_per_node 2 -m tests.two_process_training FOLDER
+    torchrun --nproc_per_node 2 -m tests.helpers.two_process_training FOLDER
 """
 
 import sys
@@ -33,8 +33,8 @@ from madtp_hf.modeling import modeling_madtp_blip
 from madtp_hf.modeling.retrieval_loss import gather_padded, gather_rows, is_distributed, process_rank
 from madtp_hf.retrieval import score_images_and_texts
 
-from .conftest import blip_config, make_inputs
-from .test_examples import run_example
+from ..conftest import blip_config, make_inputs
+from ..test_examples import run_example
 
 
 GLOBAL_BATCH = 8
