@@ -29,10 +29,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
 WORDS = "is there a seven three how many sevens are which digit leftmost yes no one two what color red of the image".split()
 
+TEMPERATURES = (0.3, 3.0, 30.0)
+LENGTHS = (9, 3, 7, 16, 5, 4, 12, 8)
+
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def close(mine, theirs, atol=1e-5):
+    torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
 
 
 def blip_config(**overrides) -> BlipConfig:
@@ -157,6 +164,18 @@ TASKS = {
         {"return_loss": True},
     ),
 }
+
+
+def padded_otherwise(inputs, task):
+    """The inputs with the padding in front of the texts, and with more of it behind; for captions, the latter alone."""
+    names = TASKS[task].sequences
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    left, longer = dict(inputs), dict(inputs)
+    for name in names:
+        left[name] = torch.stack([row.roll(len(row) - length) for row, length in zip(inputs[name], lengths)])
+        value = {"input_ids": 17, "attention_mask": 0, "labels": -100}[name]
+        longer[name] = torch.nn.functional.pad(inputs[name], (0, 6), value=value)
+    return [longer] if task == "captioning" else [left, longer]
 
 
 def make_task_blip(task, **overrides):

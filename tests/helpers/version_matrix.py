@@ -23,7 +23,12 @@ VERSIONS = ["5.0.0", "5.12.1", "5.24.0"]  # the oldest that the package takes, o
 SUITE = [
     "tests/test_checkpoint.py",
     "tests/test_question_answering.py",
-    "tests/test_tasks.py",
+    "tests/test_pruning_off.py",
+    "tests/test_pruning_on.py",
+    "tests/test_from_blip.py",
+    "tests/test_gradients.py",
+    "tests/test_retrieval_losses.py",
+    "tests/test_bad_input.py",
     "tests/test_attention.py",
 ]
 
