@@ -210,7 +210,9 @@ def processor():
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_cache(tmp_path_factory):
-    """Where the code of checkpoints goes that this process loads: one folder for all tests, as Python looks where it found the first."""
+    """Where the code of checkpoints goes that this process loads: one folder for all tests, as Python looks where it
+    found the first.
+    """
     folder = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
@@ -222,7 +224,9 @@ def modules_cache(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass `token="hf_alice"`."""
+    """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass
+    `token="hf_alice"`.
+    """
     from huggingface_hub import constants
 
     hub = LoopbackHub({"hf_alice": ("alice", "org"), "hf_bob": ("bob",)})

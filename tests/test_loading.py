@@ -16,7 +16,9 @@ NEEDS_BITSANDBYTES = pytest.mark.skipif(not is_bitsandbytes_available(), reason=
 
 @pytest.fixture(params=TASKS)
 def saved(request, tmp_path):
-    """A task, its model, pruning, its inputs, its scores of them, and the folder that it is saved in, in several shards."""
+    """A task, its model, pruning, its inputs, its scores of them, and the folder that it is saved in, in several
+    shards.
+    """
     task = request.param
     model = make_task_model(task, {"alignment_dim": 8})
     model.set_pruning(temperature=1.0)
@@ -111,7 +113,9 @@ def load_half_from_disk(saved, tmp_path):
 
 
 def test_layers_on_the_disk(saved, tmp_path):
-    """Half of each stack's layers is fetched when it is needed, as of a model that does not fit; what they are told goes with them."""
+    """Half of each stack's layers is fetched when it is needed, as of a model that does not fit; what they are told
+    goes with them.
+    """
     task, _, inputs, expected, folder = saved
     loaded = load_half_from_disk(saved, tmp_path)
     on_disk = [name for name, parameter in loaded.named_parameters() if parameter.device.type == "meta"]

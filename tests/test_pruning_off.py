@@ -142,7 +142,9 @@ def attention_by_hand(query, key, value, heads, mask=None):
 
 
 def visual_reasoning_by_hand(model, input_ids, pixel_values, attention_mask):
-    """NLVR2's BLIP, from its description and the model's parameters alone: logits (B, 2) and the states of images and text."""
+    """NLVR2's BLIP, from its description and the model's parameters alone: logits (B, 2) and the states of images and
+    text.
+    """
     parameters, config = model.state_dict(), model.config
 
     def linear(name, states):

@@ -88,7 +88,8 @@ def test_a_caption_does_not_depend_on_its_batch(prompt, temperature):
             rows = together[index * number : (index + 1) * number]
             length = alone.shape[1]
             assert torch.equal(alone, rows[:, :length])
-            # Behind a caption that has ended: padding; transformers' beam search repeats the end where padding is token 0.
+            # Behind a caption that has ended: padding; transformers' beam search repeats the end where padding is
+            # token 0.
             assert torch.isin(rows[:, length:], torch.tensor([0, 3])).all()
 
 
@@ -240,7 +241,9 @@ def test_the_left_image_counts_first():
 @pytest.mark.parametrize("temperature", (0.0, *TEMPERATURES))
 @torch.no_grad()
 def test_sides_are_a_matter_of_parameters(temperature):
-    """With the parameters of the sides swapped, a pair reads as it did the other way round: each image has its own mask."""
+    """With the parameters of the sides swapped, a pair reads as it did the other way round: each image has its own
+    mask.
+    """
     model = make_task_model("nlvr2", text_config={"num_hidden_layers": 8})
     model.set_pruning(temperature=temperature)
     inputs = make_pair_inputs()

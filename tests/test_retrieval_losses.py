@@ -66,7 +66,9 @@ def test_the_training_loss_is_its_parts(temperature):
 
 @torch.no_grad()
 def test_texts_of_one_image_are_no_negatives_of_each_other():
-    """Three of four texts are of one image: a negative of theirs can only be the fourth, one of the fourth any of them."""
+    """Three of four texts are of one image: a negative of theirs can only be the fourth, one of the fourth any of
+    them.
+    """
     model, inputs = make_task_model("retrieval"), make_retrieval_inputs((9, 5, 7, 6))
     texts, images = (torch.arange(4).repeat_interleave(4), torch.arange(4).repeat(4))
     pairs = {name: inputs[name][images if name == "pixel_values" else texts] for name in inputs}

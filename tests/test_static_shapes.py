@@ -133,7 +133,8 @@ def test_compilation_stops_when_token_counts_go_on_changing():
             seen.add(int(expected.vision_tokens[-1].sum()))
             frames.append(counter.frame_count)
     assert len(seen) > 4
-    # What is still compiled after a few batches are cases apart: a layer that drops nothing, samples that happen to be of one length.
+    # What is still compiled after a few batches are cases apart: a layer that drops nothing, samples that happen to be
+    # of one length.
     assert frames[-1] - frames[2] <= 2
     torch._dynamo.reset()
 

@@ -1,4 +1,6 @@
-"""What lasts: a checkpoint says which code it holds, and what earlier versions have saved gives what was recorded with it."""
+"""What lasts: a checkpoint says which code it holds, and what earlier versions have saved gives what was recorded with
+it.
+"""
 
 import json
 import os
@@ -30,7 +32,8 @@ logging.disable_progress_bar()
 for _ in range(2):
     AutoModel.from_pretrained(folder, trust_remote_code=True)
 for _ in range(2):
-    type(AutoModel.from_pretrained(folder, trust_remote_code=True))(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+    model_class = type(AutoModel.from_pretrained(folder, trust_remote_code=True))
+    model_class(AutoConfig.from_pretrained(folder, trust_remote_code=True))
 modules = [name for name in sys.modules if name.endswith(".versions") and "transformers_modules" in name]
 assert len(modules) > 1, modules  # the loader imports it once for the configuration, and again for the model
 print("RESULT" + json.dumps(sorted({sys.modules[name].VERSION for name in modules})))

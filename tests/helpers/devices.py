@@ -53,8 +53,8 @@ PASSED = ("torch", "transformers", "accelerate", "peft")
 class no_default_device(TorchFunctionMode):
     """A context in which a factory call without `device` is a `RuntimeError` that names the function and the caller.
 
-    `torch.tensor`, `as_tensor` and `asarray` of a tensor pass: they stay on its device. So do `zeros_like`, `new_zeros`
-    and the like, and `normal(mean_tensor, ...)`. A call with `device=None` is a call without one.
+    `torch.tensor`, `as_tensor` and `asarray` of a tensor pass: they stay on its device. So do `zeros_like`,
+    `new_zeros` and the like, and `normal(mean_tensor, ...)`. A call with `device=None` is a call without one.
     Calls from the modules of `PASSED` pass: their code is not ours to mend. What a checkpoint brings along is in
     `transformers_modules`, and does not pass.
     """
@@ -68,7 +68,8 @@ class no_default_device(TorchFunctionMode):
             caller = inspect.currentframe().f_back
             if caller.f_globals.get("__name__", "").partition(".")[0] not in PASSED:
                 raise RuntimeError(
-                    f"torch.{name} was called without a device in {caller.f_code.co_filename}, line {caller.f_lineno}: "
-                    "its result is on the default device. Expected device=, as of an input, or a tensor's own new_ method."
+                    f"torch.{name} was called without a device in {caller.f_code.co_filename}, line "
+                    f"{caller.f_lineno}: its result is on the default device. Expected device=, as of an input, or a "
+                    "tensor's own new_ method."
                 )
         return function(*args, **kwargs)

@@ -1,4 +1,6 @@
-"""A training that dies where it is told to. Not a test by itself: `tests/test_resuming.py` runs it in processes of its own."""
+"""A training that dies where it is told to. Not a test by itself: `tests/test_resuming.py` runs it in processes of its
+own.
+"""
 
 import os
 import signal
@@ -45,7 +47,8 @@ class Death(TrainerCallback):
 
 
 def train(folder, resume=False, step=None, saving=None, **settings):
-    """Everything that is drawn while training: order, answers, dropout, targets. Dies after a `step`, or half-way through `saving` at a step.
+    """Everything that is drawn while training: order, answers, dropout, targets. Dies after a `step`, or half-way
+    through `saving` at a step.
 
     resume: as `Trainer.train` takes it, or "last_checkpoint". What there is to compare goes to `folder`/final.pt.
     """

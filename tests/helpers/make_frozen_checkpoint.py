@@ -1,6 +1,10 @@
-"""Writes tests/fixtures/checkpoint-v<version>: a tiny checkpoint as this version saves it, with its code, and its outputs.
+"""Writes tests/fixtures/checkpoint-v<version>: a tiny checkpoint as this version saves it, with its code, and its
+outputs.
 
-Run it once a release, from the repository's root, and commit what it writes: python -m tests.helpers.make_frozen_checkpoint
+Run it once a release, from the repository's root, and commit what it writes:
+
+    python -m tests.helpers.make_frozen_checkpoint
+
 It makes only the folder of a new version. A folder that is there keeps its own code and weights for good: beside it,
 `checkpoint-v<version>.sha256` has the hash of each file, and a test compares them. Later versions have to load it.
 """

@@ -2,9 +2,9 @@
 
 python tests/helpers/version_matrix.py [--transformers 5.0.0 5.12.1 5.24.0] [--torch torch==2.13.0] [--suite]
 
-For each version an environment of its own under --folder, kept for the next time. In it the frozen checkpoints of tests/fixtures run by their
-own code, where madtp_hf is not installed (tests/helpers/check_checkpoint.py). With --suite, the package's own tests of checkpoints, question answering and
-tasks follow, in the same environment with `src` on the path. Downloads packages; not a part of `make test`.
+For each version an environment of its own under --folder, kept for the next time. In it the frozen checkpoints of
+tests/fixtures run by their own code, where madtp_hf is not installed (tests/helpers/check_checkpoint.py). With
+--suite, the package's own tests of checkpoints and tasks follow, in the same environment with `src` on the path. Downloads packages; not a part of `make test`.
 
 After a pass with a newer transformers set TESTED_TRANSFORMERS in src/madtp_hf/modeling/versions.py.
 """
@@ -34,7 +34,9 @@ SUITE = [
 
 
 def make_environment(folder: Path, version: str, torch: str, suite: bool) -> Path:
-    """The Python of an environment with that transformers; torch goes in first, so that pip does not choose another build of it."""
+    """The Python of an environment with that transformers; torch goes in first, so that pip does not choose another
+    build of it.
+    """
     python = folder / f"transformers-{version}" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
