@@ -1,5 +1,6 @@
 """A few steps with parameters sharded over two processes by torch's `fully_shard` (FSDP2), layer by layer. Not a test
-by itself: `tests/test_sharded_training.py` runs it under torchrun with two processes, and its functions with one, and compares.
+by itself: `tests/test_sharded_training.py` runs it under torchrun with two processes, and its functions with
+one, and compares.
 
 Not by `Trainer(fsdp=True)`: on CPUs accelerate passes that over, and trains with copies of the model (DDP).
 """

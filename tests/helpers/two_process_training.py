@@ -1,5 +1,6 @@
 """What several processes must do as one does: each task trained, budgets evaluated, rows gathered. Not a test by
-itself: `tests/test_distributed.py` runs it under torchrun with two processes, and its functions with one, and compares.
+itself: `tests/test_distributed.py` runs it under torchrun with two processes, and its functions with one, and
+compares.
 
     torchrun --nproc_per_node 2 -m tests.helpers.two_process_training FOLDER
 """

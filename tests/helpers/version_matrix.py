@@ -4,7 +4,8 @@ python tests/helpers/version_matrix.py [--transformers 5.0.0 5.12.1 5.24.0] [--t
 
 For each version an environment of its own under --folder, kept for the next time. In it the frozen checkpoints of
 tests/fixtures run by their own code, where madtp_hf is not installed (tests/helpers/check_checkpoint.py). With
---suite, the package's own tests of checkpoints and tasks follow, in the same environment with `src` on the path. Downloads packages; not a part of `make test`.
+--suite, the package's own tests of checkpoints and tasks follow, in the
+same environment with `src` on the path. Downloads packages; not a part of `make test`.
 
 After a pass with a newer transformers set TESTED_TRANSFORMERS in src/madtp_hf/modeling/versions.py.
 """
