@@ -27,11 +27,11 @@ test: install
 
 # The frozen checkpoints under the oldest, a middle and the newest transformers, each in an environment of its own. Downloads them.
 test-matrix:
-	$(PYTHON) tests/version_matrix.py --torch "$(TORCH)"
+	$(PYTHON) tests/helpers/version_matrix.py --torch "$(TORCH)"
 
 # README's quick start, from a wheel in a clean environment.
 test-wheel:
-	$(PYTHON) tests/wheel_check.py --torch "$(TORCH)"
+	$(PYTHON) tests/helpers/wheel_check.py --torch "$(TORCH)"
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,8 +1,6 @@
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,13 +22,15 @@ from madtp_hf import (
     MadtpBlipForQuestionAnswering,
 )
 
-from .loopback_hub import LoopbackHub
+from .helpers.loopback_hub import LoopbackHub
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 WORDS = "is there a seven three how many sevens are which digit leftmost yes no one two what color red of the image".split()
+
+TEMPERATURES = (0.3, 3.0, 30.0)
+LENGTHS = (9, 3, 7, 16, 5, 4, 12, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,8 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def reference():
-    """The golden cases: (cases.json, tensors)."""
-    if not REFERENCE.is_dir():
-        pytest.skip(f"the published implementation's golden numbers are not there: no folder {REFERENCE}")
-    from safetensors.torch import load_file
-
-    return json.loads((REFERENCE / "cases.json").read_text()), load_file(REFERENCE / "cases.safetensors"), REFERENCE
+def close(mine, theirs, atol=1e-5):
+    torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
 
 
 def blip_config(**overrides) -> BlipConfig:
@@ -172,6 +166,18 @@ TASKS = {
 }
 
 
+def padded_otherwise(inputs, task):
+    """The inputs with the padding in front of the texts, and with more of it behind; for captions, the latter alone."""
+    names = TASKS[task].sequences
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    left, longer = dict(inputs), dict(inputs)
+    for name in names:
+        left[name] = torch.stack([row.roll(len(row) - length) for row, length in zip(inputs[name], lengths)])
+        value = {"input_ids": 17, "attention_mask": 0, "labels": -100}[name]
+        longer[name] = torch.nn.functional.pad(inputs[name], (0, 6), value=value)
+    return [longer] if task == "captioning" else [left, longer]
+
+
 def make_task_blip(task, **overrides):
     """transformers' BLIP for a task, small and random."""
     torch.manual_seed(1)
@@ -204,7 +210,9 @@ def processor():
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_cache(tmp_path_factory):
-    """Where the code of checkpoints goes that this process loads: one folder for all tests, as Python looks where it found the first."""
+    """Where the code of checkpoints goes that this process loads: one folder for all tests, as Python looks where it
+    found the first.
+    """
     folder = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
@@ -216,7 +224,9 @@ def modules_cache(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass `token="hf_alice"`."""
+    """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass
+    `token="hf_alice"`.
+    """
     from huggingface_hub import constants
 
     hub = LoopbackHub({"hf_alice": ("alice", "org"), "hf_bob": ("bob",)})

@@ -1,4 +1,4 @@
-"""Two processes on the CPU do what one does on the whole batch; see `two_process_training.py`."""
+"""Two processes on the CPU do what one does on the whole batch; see `helpers/two_process_training.py`."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import two_process_training as two
+from .helpers import two_process_training as two
 from .test_examples import check_output, make_dense
 
 
@@ -44,10 +44,12 @@ def torchrun(module: str, folder) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes has come to, and the folder; all of it in one launch, most of which is spent on imports."""
+    """What each of two processes has come to, and the folder; all of it in one launch, most of which is spent on
+    imports.
+    """
     folder = tmp_path_factory.mktemp("two")
     make_dense("retrieval", folder / "dense")
-    torchrun("tests.two_process_training", folder)
+    torchrun("tests.helpers.two_process_training", folder)
     return *(torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)), folder
 
 
@@ -73,7 +75,9 @@ def test_all_processes_end_with_the_same(ranks, run):
 
 @pytest.mark.parametrize("run", two.RUNS)
 def test_two_processes_learn_what_one_learns(ranks, one, run):
-    """From the same global batches: gradients, weights, twin, queues in order of rank, the learned and the pruning temperature."""
+    """From the same global batches: gradients, weights, twin, queues in order of rank, the learned and the pruning
+    temperature.
+    """
     expected, got = one(run.removesuffix("_resumed")), ranks[0][run]
     if not run.endswith("_resumed"):
         assert max(gradient.abs().max() for gradient in got["gradients"].values()) > 0.01

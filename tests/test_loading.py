@@ -10,9 +10,15 @@ from transformers.utils import is_bitsandbytes_available
 from .conftest import TASKS, make_task_model
 
 
+WRITERS = ("vqa", "captioning")  # the tasks that generate
+NEEDS_BITSANDBYTES = pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+
+
 @pytest.fixture(params=TASKS)
 def saved(request, tmp_path):
-    """A task, its model, pruning, its inputs, its scores of them, and the folder that it is saved in, in several shards."""
+    """A task, its model, pruning, its inputs, its scores of them, and the folder that it is saved in, in several
+    shards.
+    """
     task = request.param
     model = make_task_model(task, {"alignment_dim": 8})
     model.set_pruning(temperature=1.0)
@@ -21,7 +27,8 @@ def saved(request, tmp_path):
     )  # of two folders of one name, `AutoModel` would load the second with the first one's class
     model.save_pretrained(folder, max_shard_size="100KB")
     inputs = TASKS[task].make_inputs()
-    inputs.pop("labels", None) if task != "vqa" else None
+    if task != "vqa":
+        inputs.pop("labels", None)
     return task, model, inputs, scores(task, model, inputs), folder
 
 
@@ -39,13 +46,16 @@ def load(folder, **options):
 
 
 def write(task, model, inputs):
-    """What it generates, where it does."""
-    if task == "vqa":
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        return model.generate(**inputs, max_new_tokens=4, num_beams=2)
+    """The token ids that a task of WRITERS generates."""
     if task == "captioning":
         return model.generate(inputs["pixel_values"], max_new_tokens=4, num_beams=2)
-    return None
+    questions = {name: value for name, value in inputs.items() if name != "labels"}
+    return model.generate(**questions, max_new_tokens=4, num_beams=2)
+
+
+def assert_written(written, inputs):
+    """A sequence a sample, of the start token and more."""
+    assert written.dtype == torch.int64 and len(written) == len(inputs["pixel_values"]) and written.shape[1] > 1
 
 
 def test_shards(saved):
@@ -63,8 +73,6 @@ def test_half_precision(saved, dtype):
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     got = scores(task, model, inputs)
     assert got.dtype == dtype and got.isfinite().all()
-    written = write(task, model, inputs)
-    assert written is None or len(written) == len(inputs["input_ids"])
     # Not pruned: there, a rounded score that falls to the other side of a threshold makes another token sequence.
     model.set_pruning(None)
     exact = load(folder)
@@ -76,6 +84,14 @@ def test_half_precision(saved, dtype):
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("saved", WRITERS, indirect=True)
+def test_half_precision_generates(saved, dtype):
+    task, _, inputs, _, folder = saved
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    assert_written(write(task, load(folder, dtype=dtype), inputs), inputs)
+
+
 def test_device_map_auto(saved):
     task, _, inputs, expected, folder = saved
     model = load(folder, device_map="auto")
@@ -83,9 +99,9 @@ def test_device_map_auto(saved):
     torch.testing.assert_close(scores(task, model, inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_on_the_disk(saved, tmp_path):
-    """Half of each stack's layers is fetched when it is needed, as of a model that does not fit; what they are told goes with them."""
-    task, model, inputs, expected, folder = saved
+def load_half_from_disk(saved, tmp_path):
+    """The model with layers 1 and 2 of each stack on the disk."""
+    _, model, _, _, folder = saved
     device_map = {}
     for name, module in model.named_modules():
         if type(module).__name__ in model._no_split_modules:
@@ -93,17 +109,39 @@ def test_layers_on_the_disk(saved, tmp_path):
             device_map[name] = "disk" if on_disk else "cpu"
     rest = {name for name in model.state_dict() if not name.startswith(tuple(f"{key}." for key in device_map))}
     device_map.update(dict.fromkeys(rest, "cpu"))
-    loaded = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    return load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+
+
+def test_layers_on_the_disk(saved, tmp_path):
+    """Half of each stack's layers is fetched when it is needed, as of a model that does not fit; what they are told
+    goes with them.
+    """
+    task, _, inputs, expected, folder = saved
+    loaded = load_half_from_disk(saved, tmp_path)
     on_disk = [name for name, parameter in loaded.named_parameters() if parameter.device.type == "meta"]
-    assert any(name.startswith("vision_model.") for name in on_disk) and any(
-        name.startswith("text_") for name in on_disk
-    )
+    assert any(name.startswith("vision_model.") for name in on_disk)
+    assert any(name.startswith("text_") for name in on_disk)
     torch.testing.assert_close(scores(task, loaded, inputs), expected, atol=1e-5, rtol=1e-5)
-    written = write(task, loaded, inputs)
-    assert written is None or torch.equal(written, write(task, model, inputs))
 
 
-@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("saved", WRITERS, indirect=True)
+def test_layers_on_the_disk_generate(saved, tmp_path):
+    task, model, inputs, _, _ = saved
+    written = write(task, load_half_from_disk(saved, tmp_path), inputs)
+    assert_written(written, inputs)
+    assert torch.equal(written, write(task, model, inputs))
+
+
+@NEEDS_BITSANDBYTES
+@pytest.mark.parametrize("saved", WRITERS, indirect=True)
+def test_eight_bits_generate(saved):
+    task, _, inputs, _, folder = saved
+    quantized = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    inputs["pixel_values"] = inputs["pixel_values"].to(quantized.dtype)
+    assert_written(write(task, quantized, inputs), inputs)
+
+
+@NEEDS_BITSANDBYTES
 def test_eight_bits(saved):
     task, model, inputs, _, folder = saved
     quantized = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
@@ -111,8 +149,6 @@ def test_eight_bits(saved):
     assert quantized.alignment.tokens.dtype.is_floating_point
     inputs["pixel_values"] = inputs["pixel_values"].to(quantized.dtype)
     assert scores(task, quantized, inputs).isfinite().all()
-    written = write(task, quantized, inputs)
-    assert written is None or len(written) == len(inputs["input_ids"])
     quantized.set_pruning(None)
     model.set_pruning(None)
     with torch.no_grad():

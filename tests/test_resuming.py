@@ -1,4 +1,4 @@
-"""Training that is killed and resumed ends where it would have without; see `killed_training.py`."""
+"""Training that is killed and resumed ends where it would have without; see `helpers/killed_training.py`."""
 
 import multiprocessing
 import random
@@ -10,12 +10,12 @@ import torch
 
 from madtp_hf import last_checkpoint
 
-from . import killed_training as killed
+from .helpers import killed_training as killed
 
 
 # The server imports what is needed once; each training is a fork of it, and dies by itself.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.killed_training"])
+PROCESSES.set_forkserver_preload(["tests.helpers.killed_training"])
 
 
 def run(folder, **options) -> int:

@@ -1,16 +1,16 @@
-"""Parameters sharded over two processes learn what one process learns; see `sharded_training.py`."""
+"""Parameters sharded over two processes learn what one process learns; see `helpers/sharded_training.py`."""
 
 import pytest
 import torch
 
-from . import sharded_training as sharded
+from .helpers import sharded_training as sharded
 from .test_distributed import close, torchrun
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    torchrun("tests.sharded_training", folder)
+    torchrun("tests.helpers.sharded_training", folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -48,19 +48,21 @@ def test_a_frozen_model_leaves_the_numbers_that_were_fixed_and_saves_what_was_as
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_frozen_output_depends_neither_on_its_batch_nor_on_padding(name):
-    task = TASKS[name]
     model = frozen(name)
-    inputs = question() if name == "vqa" else without_labels(task.make_inputs())
+    inputs = question() if name == "vqa" else without_labels(TASKS[name].make_inputs())
     together = scores(model(**inputs))
     longer = {
         key: torch.nn.functional.pad(value, (0, 3)) if key in ("input_ids", "attention_mask") else value
         for key, value in inputs.items()
     }
-    if name != "captioning":  # whose scores are of every token
-        torch.testing.assert_close(scores(model(**longer)), together, atol=1e-4, rtol=1e-4)
-        for index in range(3):
-            alone = scores(model(**one_sample(inputs, index)))
-            torch.testing.assert_close(alone, together[index : index + 1], atol=1e-4, rtol=1e-4)
+    padded = scores(model(**longer))
+    # A caption's scores are of every token: those of padding say nothing.
+    lengths = inputs["attention_mask"].sum(1).tolist() if name == "captioning" else [None] * 3
+    for index, length in enumerate(lengths):
+        expected = together[index, :length]
+        torch.testing.assert_close(padded[index, :length], expected, atol=1e-4, rtol=1e-4)
+        alone = scores(model(**one_sample(inputs, index)))
+        torch.testing.assert_close(alone[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_frozen_model_is_saved_and_loaded(tmp_path):
@@ -131,7 +133,8 @@ def test_compilation_stops_when_token_counts_go_on_changing():
             seen.add(int(expected.vision_tokens[-1].sum()))
             frames.append(counter.frame_count)
     assert len(seen) > 4
-    # What is still compiled after a few batches are cases apart: a layer that drops nothing, samples that happen to be of one length.
+    # What is still compiled after a few batches are cases apart: a layer that drops nothing, samples that happen to be
+    # of one length.
     assert frames[-1] - frames[2] <= 2
     torch._dynamo.reset()
 

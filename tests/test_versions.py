@@ -1,4 +1,6 @@
-"""What lasts: a checkpoint says which code it holds, and what earlier versions have saved gives what was recorded with it."""
+"""What lasts: a checkpoint says which code it holds, and what earlier versions have saved gives what was recorded with
+it.
+"""
 
 import json
 import os
@@ -16,11 +18,11 @@ import madtp_hf
 from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering
 from madtp_hf.modeling.versions import TESTED_TRANSFORMERS, VERSION
 
-from . import check_checkpoint
+from .helpers import check_checkpoint, make_frozen_checkpoint
 from .test_checkpoint import WITHOUT_PACKAGE
 
 
-FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("checkpoint-v*"))
+FIXTURES = sorted(path for path in make_frozen_checkpoint.FIXTURES.glob("checkpoint-v*") if path.is_dir())
 MODELING = Path(madtp_hf.__file__).parent / "modeling"
 # The loader's own code, in a transformers that says to be another one.
 LOAD_TWICE = """
@@ -30,7 +32,8 @@ logging.disable_progress_bar()
 for _ in range(2):
     AutoModel.from_pretrained(folder, trust_remote_code=True)
 for _ in range(2):
-    type(AutoModel.from_pretrained(folder, trust_remote_code=True))(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+    model_class = type(AutoModel.from_pretrained(folder, trust_remote_code=True))
+    model_class(AutoConfig.from_pretrained(folder, trust_remote_code=True))
 modules = [name for name in sys.modules if name.endswith(".versions") and "transformers_modules" in name]
 assert len(modules) > 1, modules  # the loader imports it once for the configuration, and again for the model
 print("RESULT" + json.dumps(sorted({sys.modules[name].VERSION for name in modules})))
@@ -99,8 +102,27 @@ def test_the_model_file_imports_all_others_itself():
 
 def test_there_is_a_frozen_checkpoint():
     assert f"checkpoint-v{VERSION}" in [folder.name for folder in FIXTURES], (
-        "a release has a frozen checkpoint: run `python -m tests.make_frozen_checkpoint`"
+        "a release has a frozen checkpoint: run `python -m tests.helpers.make_frozen_checkpoint`"
     )
+
+
+@pytest.mark.parametrize("frozen", FIXTURES, ids=lambda folder: folder.name)
+def test_a_frozen_checkpoint_keeps_its_code_and_weights(frozen):
+    """It stands for what users have saved: a later version may not touch it."""
+    recorded = frozen.with_name(f"{frozen.name}.sha256").read_text()
+    assert "model.safetensors\n" in recorded and "modeling_madtp_blip.py\n" in recorded
+    found = make_frozen_checkpoint.hashes(frozen)
+    assert found == recorded, f"{frozen.name} was changed: restore it; a new version gets a folder of its own"
+
+
+def test_a_frozen_checkpoint_is_made_for_a_new_version_alone(tmp_path):
+    make_frozen_checkpoint.main(tmp_path)
+    folder = tmp_path / f"checkpoint-v{VERSION}"
+    made = make_frozen_checkpoint.hashes(folder)
+    assert folder.with_name(f"{folder.name}.sha256").read_text() == made
+    with pytest.raises(SystemExit, match=rf"checkpoint-v{re.escape(VERSION)} is there already.*raise VERSION"):
+        make_frozen_checkpoint.main(tmp_path)
+    assert make_frozen_checkpoint.hashes(folder) == made
 
 
 @pytest.mark.parametrize("frozen", FIXTURES, ids=lambda folder: folder.name)

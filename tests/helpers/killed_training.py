@@ -1,4 +1,6 @@
-"""A training that dies where it is told to. Not a test by itself: `tests/test_resuming.py` runs it in processes of its own."""
+"""A training that dies where it is told to. Not a test by itself: `tests/test_resuming.py` runs it in processes of its
+own.
+"""
 
 import os
 import signal
@@ -12,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, create_optimizer, last_checkpoint
 from madtp_hf.data import QuestionAnsweringCollator
 
-from .conftest import make_blip, make_processor
+from ..conftest import make_blip, make_processor
 
 
 SAVE_STEPS = 4  # 6 steps are an epoch: training is resumed inside of epochs
@@ -45,7 +47,8 @@ class Death(TrainerCallback):
 
 
 def train(folder, resume=False, step=None, saving=None, **settings):
-    """Everything that is drawn while training: order, answers, dropout, targets. Dies after a `step`, or half-way through `saving` at a step.
+    """Everything that is drawn while training: order, answers, dropout, targets. Dies after a `step`, or half-way
+    through `saving` at a step.
 
     resume: as `Trainer.train` takes it, or "last_checkpoint". What there is to compare goes to `folder`/final.pt.
     """

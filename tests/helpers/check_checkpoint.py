@@ -1,6 +1,7 @@
-"""Holds a frozen checkpoint against what was recorded with it, with torch, transformers and Pillow alone: no madtp_hf, no pytest, no network.
+"""Holds a frozen checkpoint against what was recorded with it, with torch, transformers and Pillow alone: no madtp_hf,
+no pytest, no network.
 
-python tests/check_checkpoint.py tests/fixtures/checkpoint-v0.1.0
+python tests/helpers/check_checkpoint.py tests/fixtures/checkpoint-v0.1.0
 
 prints a line a check, "passed" or the error, and last all of them as JSON; the exit code is 1 if one failed.
 """
@@ -55,7 +56,9 @@ def generate(model, inputs: dict) -> dict:
 
 
 def train_step(model, inputs: dict) -> dict:
-    """The norm of all gradients, and the loss after a step of plain descent; the recorded models have no dropout. The model is left as it was."""
+    """The norm of all gradients, and the loss after a step of plain descent; the recorded models have no dropout. The
+    model is left as it was.
+    """
     import torch
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -82,7 +85,9 @@ def ask(pipeline) -> list[dict]:
 
 
 def compare(found: dict, recorded: dict, name: str) -> None:
-    """Raise an `AssertionError` unless these are the tensors recorded as `name`: numbers to 1e-4, counts and ids exactly."""
+    """Raise an `AssertionError` unless these are the tensors recorded as `name`: numbers to 1e-4, counts and ids
+    exactly.
+    """
     import torch
 
     for key, tensor in found.items():

@@ -1,10 +1,12 @@
-"""A small model hub on 127.0.0.1 that the unmodified huggingface_hub client works against, uploads and downloads alike.
+"""A small model hub on 127.0.0.1 that the unmodified huggingface_hub client works against, uploads and downloads
+alike.
 
-    hub = LoopbackHub({"hf_alice": ("alice", "org")})  # a token and the namespaces that it may write to, its user's first
+    hub = LoopbackHub({"hf_alice": ("alice", "org")})  # a token; its user's namespace, and others
     hub.start()
     HfApi(endpoint=hub.url, token="hf_alice").create_repo("org/model")
 
-Repositories are held in memory; a commit is a snapshot of all files. What is large goes through LFS; Xet is not spoken: set HF_HUB_DISABLE_XET.
+Repositories are held in memory; a commit is a snapshot of all files. What is large goes through LFS; Xet is not
+spoken: set HF_HUB_DISABLE_XET.
 """
 
 import base64
@@ -85,7 +87,8 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.requests: list[str] = []  # "METHOD /path" of each, in order
-        # Faults: the numbers of the uploads of large files that are to fail, counted from 1, and files to be served cut in half.
+        # Faults: the numbers of the uploads of large files that are to fail, counted from 1, and files to be served
+        # cut in half.
         self.failing_uploads: set[int] = set()
         self.truncated_files: set[tuple[str, str]] = set()  # (repo_id, path)
         self.uploads = 0
@@ -357,7 +360,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def card_problems(content: str) -> list[str]:
-    """What keeps the metadata of a model card from being taken: the client's own parser says so, and what the real hub asks for besides."""
+    """What keeps the metadata of a model card from being taken: the client's own parser says so, and what the real hub
+    asks for besides.
+    """
     header = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
     if header is None:
         return []  # the real hub only warns

@@ -1,5 +1,6 @@
-"""A few steps with parameters sharded over two processes by torch's `fully_shard` (FSDP2), layer by layer. Not a test by itself:
-`tests/test_sharded_training.py` runs it under torchrun with two processes, and its functions with one, and compares.
+"""A few steps with parameters sharded over two processes by torch's `fully_shard` (FSDP2), layer by layer. Not a test
+by itself: `tests/test_sharded_training.py` runs it under torchrun with two processes, and its functions with
+one, and compares.
 
 Not by `Trainer(fsdp=True)`: on CPUs accelerate passes that over, and trains with copies of the model (DDP).
 """
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from .conftest import TASKS, make_task_model
+from ..conftest import TASKS, make_task_model
 
 
 STEPS = 3

@@ -1,7 +1,8 @@
-"""What several processes must do as one does: each task trained, budgets evaluated, rows gathered. Not a test by itself:
-`tests/test_distributed.py` runs it under torchrun with two processes, and its functions with one, and compares.
+"""What several processes must do as one does: each task trained, budgets evaluated, rows gathered. Not a test by
+itself: `tests/test_distributed.py` runs it under torchrun with two processes, and its functions with one, and
+compares.
 
-    torchrun --nproc_per_node 2 -m tests.two_process_training FOLDER
+    torchrun --nproc_per_node 2 -m tests.helpers.two_process_training FOLDER
 """
 
 import sys
@@ -33,8 +34,8 @@ from madtp_hf.modeling import modeling_madtp_blip
 from madtp_hf.modeling.retrieval_loss import gather_padded, gather_rows, is_distributed, process_rank
 from madtp_hf.retrieval import score_images_and_texts
 
-from .conftest import blip_config, make_inputs
-from .test_examples import run_example
+from ..conftest import blip_config, make_inputs
+from ..test_examples import run_example
 
 
 GLOBAL_BATCH = 8
@@ -63,7 +64,9 @@ def make_model(model_class):
 
 
 def make_rows(model_class, count):
-    """Answers and captions are of one length: a process's loss is the mean over its tokens, that of all the mean of those means."""
+    """Answers and captions are of one length: a process's loss is the mean over its tokens, that of all the mean of
+    those means.
+    """
     captioning = model_class is MadtpBlipForConditionalGeneration
     inputs = make_inputs([8 if captioning else 4 + index * 5 % 7 for index in range(count)], seed=3)
     if captioning:
@@ -96,7 +99,9 @@ class FirstGradients(TrainerCallback):
 
 
 def run_training(run, folder, processes) -> dict:
-    """Train; what there is to compare: the first step's gradients, the last weights, the memory, where the temperatures are."""
+    """Train; what there is to compare: the first step's gradients, the last weights, the memory, where the
+    temperatures are.
+    """
     model_class, with_memory = RUNS[run]
     accumulated = 2 if with_memory else 1
     settings = {

@@ -1,6 +1,8 @@
-"""Builds the wheel, installs it into an environment of its own and runs README's quick start there, out of sight of the repository: `make test-wheel`.
+"""Builds the wheel, installs it into an environment of its own and runs README's quick start there, out of sight of
+the repository: `make test-wheel`.
 
-What README loads from the Hub is the shipped examples/blip-vqa-digits here, and the Trainer is left out; all else runs as it is printed.
+What README loads from the Hub is the shipped examples/blip-vqa-digits here, and the Trainer is left out; all else runs
+as it is printed.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BEFORE = """
 import torch
 from PIL import Image
@@ -27,7 +29,12 @@ Image.effect_noise((96, 96), 90).convert("RGB").save("scene.png")
 asked = AutoProcessor.from_pretrained(DENSE)
 questions = ["how many sevens are there?", "is there a seven?"]
 validation_dataloader = [
-    asked(images=[Image.effect_noise((96, 96), 40 + 20 * index).convert("RGB")] * 2, text=questions, padding=True, return_tensors="pt")
+    asked(
+        images=[Image.effect_noise((96, 96), 40 + 20 * index).convert("RGB")] * 2,
+        text=questions,
+        padding=True,
+        return_tensors="pt",
+    )
     for index in range(8)
 ]
 """
