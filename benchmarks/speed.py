@@ -119,7 +119,7 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
 
 
 def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
-    """`calibrate`, which leaves out what this model can't reach; an hour's benchmark is not to end where that is everything."""
+    """`calibrate`, with an empty schedule where nothing is in reach: an hour's benchmark is not to end there."""
     try:
         return calibrate(model, batches, reductions)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """The `madtp-hf` command: `madtp-hf convert model_base_vqa.pth my-blip --task vqa`.
 
-It stands beside the package, so that `madtp-hf --help` imports neither the package nor torch: each command imports what it needs.
+It stands beside the package, so that `madtp-hf --help` imports neither the package nor torch: each command imports
+what it needs.
 """
 
 import os

@@ -32,7 +32,7 @@ assert flop_registry == before
 
 
 def test_the_alignment_scores_of_a_branch_of_another_width():
-    """Folded, they cost the branch's width for each token and each of T alignment tokens, whatever the alignment tokens' width."""
+    """Folded, they cost the branch's width for each token and alignment token, whatever those are wide."""
     config = MadtpBlipConfig(vision_config={"hidden_size": 1024}, alignment_dim=48, num_alignment_tokens=100)
     vision, text = torch.full((13, 1), 577), torch.full((13, 1), 36)
     dense = count_flops(config, "retrieval", vision, text)

@@ -55,7 +55,7 @@ def _start_tokens(model, batch) -> torch.Tensor:
 
 
 def encode(model, batch):
-    """What the model puts out where only its encoders matter: no labels, so no loss, and a decoder reads its start token alone."""
+    """The model's output where only its encoders matter: no labels, and a decoder reads its start token alone."""
     name = TASKS[model.task].decoder_inputs
     left_out = {"labels"}
     if name is not None:
@@ -88,7 +88,10 @@ def measure_reduction(model, batches, temperature: float) -> float:
 
 @torch.no_grad()
 def _run(model, batches, temperature: float) -> tuple[float, dict[str, torch.Tensor]]:
-    """One pass: the mean reduction, and the numbers of tokens of each sample in either branch, on the CPU, as the model puts them out."""
+    """One pass over the data.
+
+    Returns the mean reduction, and each branch's token counts as in the model's outputs, of all samples, on the CPU.
+    """
     model.set_pruning(temperature=temperature)
     vision, text, answers = [], [], []
     for batch in batches:
@@ -207,7 +210,7 @@ def _freeze(model, batches, target: float, temperature: float, tokens: dict[str,
 
 
 def _read_reductions(reductions) -> list[float]:
-    """The reductions to calibrate, in order, without 0; an error for anything but a list of numbers between 0 and 1."""
+    """The reductions to calibrate, sorted and without 0; an error for anything but a list of numbers in [0, 1)."""
     try:
         given = None if isinstance(reductions, str) else list(reductions)
     except TypeError:  # a lone number
@@ -230,8 +233,9 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
     """Warn of reductions that the model can't reach; raise a `ValueError` where that is all of them."""
     named = ", ".join(f"{target} (nearest {curve.reductions[curve.nearest(target)]:.3f})" for target in unreached)
     finding = (
-        f"this model can't reach {named} on this data; the largest reduction that it reaches is about {curve.largest(scan):.3f},"
-        f" the smallest about {curve.smallest(scan):.3f}. Give more samples if it is in between, or fine-tune with"
+        f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
+        f" {curve.largest(scan):.3f}, the smallest about {curve.smallest(scan):.3f}."
+        " Give more samples if it is in between, or fine-tune with"
         f" `madtp_hf.ReductionCallback({unreached[-1]})` first."
     )
     if nothing_reached:
@@ -242,21 +246,22 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
 def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
     """Find the pruning temperatures at which a model saves given shares of its FLOPs, and write them into its configuration.
 
-    No training, no gradients, no labels: the reduction is measured at a few temperatures and bracketed. It need not grow with the temperature
-    everywhere; of the temperatures that reach a reduction, the search takes those where it grows.
+    No training, no gradients, no labels: the reduction is measured at a few temperatures and bracketed. It need not
+    grow with the temperature everywhere; of the temperatures that reach a reduction, the search takes those where it
+    grows.
 
-    It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and 19 passes over 4 samples: five
-    reductions on 512 samples take about as long as 15 x 512 samples do, reading them included.
+    It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and 19 passes
+    over 4 samples: five reductions on 512 samples take about as long as 15 x 512 samples do, reading them included.
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
             The model; afterwards it has a schedule, `model.set_pruning(reduction=...)` works, and its temperature is what it was.
         dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without any, FLOPs count the decoder's start token
-            alone. It is read once a pass; a few hundred samples are enough.
+            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without any, FLOPs count the
+            decoder's start token alone. It is read once a pass; a few hundred samples are enough.
         reductions (`list[float]`):
-            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no temperature. One that this model can't reach on this data is
-            left out, with a warning that names the largest that it reaches; the others are kept.
+            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no temperature. One that this model can't
+            reach on this data is left out, with a warning that names the largest that it reaches; the others are kept.
         freeze (`bool`, *optional*, defaults to `False`):
             Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then depend on the input's
             shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes `"frozen"` (one that is frozen already stays
@@ -267,7 +272,8 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
 
     Raises:
         TypeError: if `reductions` is no list of numbers.
-        ValueError: if a reduction is out of bounds, or none of them can be reached on this data; the old schedule is kept.
+        ValueError: if a reduction is out of bounds, or none of them can be reached on this data; the old schedule
+            stays.
     """
     targets = _read_reductions(reductions)
     if iter(dataloader) is dataloader:

@@ -1,4 +1,4 @@
-"""The `madtp-hf` command as `python -m madtp_hf.cli`. It is in `madtp_hf_cli`, outside the package, whose import takes seconds."""
+"""The `madtp-hf` command as `python -m madtp_hf.cli`; it is in `madtp_hf_cli`, outside the package, to start fast."""
 
 from madtp_hf_cli import app
 

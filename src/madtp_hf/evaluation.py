@@ -46,9 +46,10 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def record_tokens(model):
-    """Record how many tokens a model's encoders leave, whatever runs them: `forward`, `generate` or another of its methods.
+    """Record the token counts of a model's encoders, whatever runs them: `forward`, `generate` or another method.
 
-    Yields a dictionary which every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in the outputs of `forward`.
+    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in `forward`'s
+    outputs.
     """
     task, tokens = TASKS[model.task], {}
 
@@ -82,8 +83,8 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
         reductions (`list[float]`):
             The shares of FLOPs to save; 0 is off.
         predict (`Callable`):
-            `predict(batch)` gives a list of predictions, one a sample. Tokens are counted as it runs the encoders; where it doesn't run them on
-            the whole batch at once, another pass, which isn't timed, counts them.
+            `predict(batch)` gives a list of predictions, one a sample. Tokens are counted as it runs the encoders;
+            where it doesn't run them on the whole batch at once, another pass, which isn't timed, counts them.
         accelerator (`accelerate.Accelerator`, *optional*):
             If given, the results of all processes are gathered; each gets the whole.
 

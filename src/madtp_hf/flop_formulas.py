@@ -1,12 +1,12 @@
 """FLOPs in closed form: of a model's parts, then of each task's forward pass.
 
-The paper's convention: one multiply-accumulate of a convolution, a linear map or an attention product counts as one FLOP, a layer norm
-as five an element. `tokens` is what enters a branch and what each of its layers leaves, a float tensor (layers + 1, B); results are (B,).
+The paper's convention: one multiply-accumulate of a convolution, a linear map or an attention product counts as one
+FLOP, a layer norm as five an element. `tokens` is what enters a branch and what each of its layers leaves, a float
+tensor (layers + 1, B); results are (B,).
 """
 
 import itertools
 
-# It will move to `.modeling.modeling_madtp_blip`.
 from .modeling.encoders import MERGE_FROM_LAYER
 
 
@@ -16,8 +16,8 @@ LAYER_NORM = 5
 def alignment_scores(config, tokens, width):
     """The alignment scores of a layer that `tokens` enter, the class token among them.
 
-    Where the branch's width is not the alignment tokens', inference folds the projection into the alignment tokens, once a pass: each token
-    is multiplied with T columns of the branch's width.
+    Where the branch's width is not the alignment tokens', inference folds the projection into the alignment tokens,
+    once a pass (not counted): each token is multiplied with T columns of the branch's width.
     """
     return (tokens - 1) * config.num_alignment_tokens * width
 
@@ -56,7 +56,7 @@ def text_encoder(config, tokens, image_tokens, prunes):
 
 
 def text_decoder(config, tokens, context_tokens, context_width):
-    """`tokens` (B,) read in one pass, with cross-attention to `context_tokens` in every layer, and the scores over the vocabulary."""
+    """`tokens` (B,) read in one pass, cross-attending to `context_tokens` in every layer, and the word logits."""
     text = config.text_config
     width, hidden = text.hidden_size, text.intermediate_size
     layer = tokens * (4 * width**2 + 2 * width * hidden + 3 * LAYER_NORM * width) + 2 * tokens**2 * width

@@ -1,4 +1,7 @@
-"""FLOPs of a forward pass, from the number of tokens in each layer. Nothing is run and nothing is traced; the formulas are in `flop_formulas`."""
+"""FLOPs of a forward pass in closed form, from the number of tokens in each layer (see `flop_formulas`).
+
+Nothing is run and nothing is traced.
+"""
 
 import torch
 
@@ -22,8 +25,8 @@ def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, pruning
             )
     if task.num_images > 1 and (vision_tokens.ndim != 3 or vision_tokens.shape[1] != task.num_images):
         raise ValueError(
-            f"vision_tokens has shape {tuple(vision_tokens.shape)}: expected (layers + 1, {task.num_images}, batch_size) for task"
-            f" {task.name!r}."
+            f"vision_tokens has shape {tuple(vision_tokens.shape)}: expected (layers + 1, {task.num_images},"
+            f" batch_size) for task {task.name!r}."
         )
     return task.flops(config, vision_tokens, text_tokens, answer_tokens, config.pruning_modalities if pruning else ())
 

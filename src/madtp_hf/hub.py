@@ -213,8 +213,9 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
     config = _read_json(_require(folder, "config.json", "the model's configuration"))
     if config.get("model_type") not in _MODEL_TYPES:
         raise ValueError(
-            f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected {' or '.join(map(repr, _MODEL_TYPES))},"
-            " a model of this package; make one with `from_blip` or `madtp-hf convert`."
+            f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected"
+            f" {' or '.join(map(repr, _MODEL_TYPES))}, a model of this package;"
+            " make one with `from_blip` or `madtp-hf convert`."
         )
     model_class = _MODEL_CLASSES.get((config.get("architectures") or [None])[0])
     if model_class is None or not {"AutoConfig", "AutoModel"} <= set(config.get("auto_map") or ()):

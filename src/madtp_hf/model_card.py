@@ -33,7 +33,7 @@ def _hub_ids(sources) -> list[str] | None:
 
 
 def _task_and_class(config) -> tuple[Task, str]:
-    """The task of a configuration, and the name of its model's class: ours, or transformers' own, which lacks the prefix."""
+    """The task of a configuration, and the name of its model's class: ours, or transformers', without the prefix."""
     tasks = {task.model_class.__name__.removeprefix("Madtp"): task for task in TASKS.values()}
     # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
     named = [

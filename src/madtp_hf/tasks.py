@@ -20,44 +20,35 @@ from .modeling.modeling_madtp_blip import (
 
 @dataclass(frozen=True)
 class Task:
-    """What is true of one task.
-
-    The model: its class; `flops(config, vision_tokens, text_tokens, answer_tokens, prunes) -> (B,)`, see `flop_formulas`; how many images a
-    sample has; the name of the text encoder, None without one; the argument of `forward` that the decoder reads, where its start token goes, None
-    without a decoder.
-
-    The data: the collator; the folder of the metric in `metrics/`; the column of a results table that counts, and what people call it.
-
-    Checkpoints: the auto class that loads one, and whether it brings a pipeline; the parts of an original BLIP checkpoint besides the vision tower.
-
-    The model card: the task in words; what the model does; how to ask it, with `{text}` in place of a text; a text to try; how the baseline
-    without images is got; the Hub's name for the task, where it has one; tags.
-    """
+    """What is true of one task."""
 
     name: str
+    # The model.
     model_class: type
-    flops: Callable
-
+    flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, prunes) -> (B,), see `flop_formulas`
+    # The data: the metric's folder in `metrics/`, and the column of a results table that counts, with its title.
     collator: type
     metric: str
     headline: str
     headline_title: str
-
+    # Checkpoints: what loads one, and the parts of an original BLIP checkpoint besides the vision tower.
     auto_class: str
     original_parts: tuple[str, ...]
-
+    # The model card: how to ask the model, with {text} in place of a text; a text; how the blind baseline is got.
     title: str
     what: str
     usage: str
     text: str
     floor: str
-    pipeline_tag: str | None = None
+    pipeline_tag: str | None = None  # the Hub's name for the task
     tags: tuple[str, ...] = ()
 
-    num_images: int = 1
-    text_encoder: str | None = "text_encoder"
-    decoder_inputs: str | None = None
-    has_pipeline: bool = False
+    num_images: int = 1  # of a sample
+    text_encoder: str | None = "text_encoder"  # the model's attribute; None without one
+    decoder_inputs: str | None = (
+        None  # the argument of `forward` where the decoder's start token goes; None without one
+    )
+    has_pipeline: bool = False  # brought by checkpoints
 
 
 _INPUTS = """image = Image.open("image.jpg").convert("RGB")
@@ -99,7 +90,8 @@ _ENTRIES = (
         title="captioning",
         what="writes captions of images",
         usage=_INPUTS
-        + "print(processor.decode(model.generate(**inputs, num_beams=3, max_new_tokens=20)[0], skip_special_tokens=True))",
+        + "print(processor.decode(model.generate(**inputs, num_beams=3, max_new_tokens=20)[0],"
+        + " skip_special_tokens=True))",
         text="a picture of",
         floor="With captions of other images",
         pipeline_tag="image-to-text",
