@@ -20,6 +20,7 @@ from torch import nn
 from madtp_hf.flops import reduction_of_flops
 from madtp_hf.modeling.encoders import BranchOutput
 from madtp_hf.modeling.packing import Layout
+from madtp_hf.tasks import TASKS
 
 
 SEARCH_STEPS = 40  # halvings of the interval; the numbers of tokens are whole, so fewer would do
@@ -63,10 +64,10 @@ def schedule_reduction(config, task: str, schedule: list[int], text_tokens=None,
     config.pruning_temperature = 0.0  # no alignment scores
     num_samples = 1 if text_tokens is None else len(text_tokens)
     vision = torch.tensor(schedule)[:, None].repeat(1, num_samples)
-    if task == "nlvr2":
-        vision = torch.stack([vision, vision], dim=1)
+    if TASKS[task].num_images > 1:
+        vision = torch.stack([vision] * TASKS[task].num_images, dim=1)
     text = None
-    if task != "captioning":
+    if TASKS[task].text_encoder:
         text = torch.as_tensor(text_tokens).cpu().repeat(config.text_config.num_hidden_layers + 1, 1)
     return reduction_of_flops(config, task, vision, text, answer_tokens).mean().item()
 

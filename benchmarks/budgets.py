@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from madtp_hf.tasks import TASKS
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TASKS = ("vqa", "nlvr2", "captioning", "retrieval")
-METRICS = {"vqa": "accuracy %", "nlvr2": "accuracy %", "captioning": "bleu_4 %", "retrieval": "mean %"}
 
 
 def fine_tune(task: str, targets: list[float], reductions: list[float], folder: Path, options: list[str]) -> dict:
@@ -48,7 +48,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         span = [min(args.reductions), max(args.reductions)]
         together = fine_tune(task, span, args.reductions, folder / "all", options)
-        metric = METRICS[task]
+        metric = TASKS[task].headline
         of_all = {row["reduction asked"]: row for row in together["results"]}
         rows = []
         for reduction in args.reductions:

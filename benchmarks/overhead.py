@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from speed import calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
+from speed import MODELS, calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
 
 from madtp_hf.modeling import encoders
 
@@ -66,7 +66,7 @@ class Clock:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("vqa", "captioning", "nlvr2", "retrieval"), default="vqa")
+    parser.add_argument("--task", choices=MODELS, default="vqa")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--rounds", type=int, default=8)

@@ -19,7 +19,6 @@ size, are not timed: they show what images of different kinds in one batch do to
 """
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -46,22 +45,18 @@ from transformers import (
     BlipForQuestionAnswering,
 )
 
-from madtp_hf import (
-    MadtpBlipForConditionalGeneration,
-    MadtpBlipForImagesAndTextClassification,
-    MadtpBlipForImageTextRetrieval,
-    MadtpBlipForQuestionAnswering,
-    calibrate,
-    count_flops,
-)
+from madtp_hf import calibrate, count_flops
 from madtp_hf.calibration import decoder_tokens, measure
+from madtp_hf.flops import dense_flops
+from madtp_hf.tasks import TASKS
 
 
+# transformers' model that ours is made from.
 MODELS = {
-    "vqa": (BlipForQuestionAnswering, MadtpBlipForQuestionAnswering),
-    "nlvr2": (BlipForImageTextRetrieval, MadtpBlipForImagesAndTextClassification),
-    "captioning": (BlipForConditionalGeneration, MadtpBlipForConditionalGeneration),
-    "retrieval": (BlipForImageTextRetrieval, MadtpBlipForImageTextRetrieval),
+    "vqa": BlipForQuestionAnswering,
+    "nlvr2": BlipForImageTextRetrieval,
+    "captioning": BlipForConditionalGeneration,
+    "retrieval": BlipForImageTextRetrieval,
 }
 TEXT_TOKENS = {"vqa": 12, "nlvr2": 36, "captioning": 12, "retrieval": 12}  # special tokens included
 TEXT_SPREAD = 0.3  # the texts of a batch are up to that share shorter and longer
@@ -94,9 +89,8 @@ def blip_config(size: str) -> BlipConfig:
 def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
     """transformers' model and ours, with the same random weights."""
     torch.manual_seed(args.seed)
-    blip_class, madtp_class = MODELS[task]
-    dense = blip_class(blip_config(args.size)).to(device=args.device, dtype=args.torch_dtype).eval()
-    model = madtp_class.from_blip(dense)
+    dense = MODELS[task](blip_config(args.size)).to(device=args.device, dtype=args.torch_dtype).eval()
+    model = TASKS[task].model_class.from_blip(dense)
     if args.device.type == "cpu" and args.dtype == "float32" and not args.plain_weights:
         model.pack_weights()
     return (BlipForImagesAndText.from_madtp(model) if task == "nlvr2" else dense), model
@@ -111,10 +105,10 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     words = (text.vocab_size // 20, text.vocab_size // 2)  # none of the special tokens
     ids = torch.randint(*words, mask.shape, generator=generator).where(mask == 1, text.pad_token_id)
-    images_each = 2 if task == "nlvr2" else 1
-    pixel_values = images(images_each * batch_size, config.vision_config.image_size, args.seed + seed)
-    if task == "nlvr2":
-        pixel_values = pixel_values.unflatten(0, (batch_size, 2))
+    num_images = TASKS[task].num_images
+    pixel_values = images(num_images * batch_size, config.vision_config.image_size, args.seed + seed)
+    if num_images > 1:
+        pixel_values = pixel_values.unflatten(0, (batch_size, num_images))
     inputs = {"pixel_values": pixel_values.to(args.torch_dtype), "input_ids": ids, "attention_mask": mask}
     if task == "captioning":
         ids[:, 0] = text.bos_token_id
@@ -124,18 +118,13 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
 
 
 def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
-    """`calibrate`, leaving out with a message what this model can't reach: an hour's benchmark is not to end there."""
+    """`calibrate`, with an empty schedule where nothing is in reach: an hour's benchmark is not to end there."""
     try:
         return calibrate(model, batches, reductions)
-    except ValueError:
-        schedule = []
-        for reduction in sorted(reductions):
-            try:
-                schedule += calibrate(model, batches, [reduction])
-            except ValueError as error:
-                print(f"{model.task}: left out. {error}")
-        model.config.pruning_schedule = schedule or None
-        return schedule
+    except ValueError as error:
+        print(f"{model.task}: {error}")
+        model.config.pruning_schedule = None
+        return []
 
 
 # What is timed
@@ -226,17 +215,13 @@ def reduction_reached(model, inputs: dict, output, generates: bool) -> float:
     if not generates:
         return measure(model, inputs, output).mean().item()
 
-    def flops(config, vision_tokens):
-        encoder = count_flops(config, model.task, vision_tokens)
+    def flops(count):
+        encoder = count(model.config, model.task, output.vision_tokens)
         # With its cache each beam reads each token once, and the image's keys and values are made once a beam.
-        return encoder + NUM_BEAMS * (
-            count_flops(config, model.task, vision_tokens, answer_tokens=NEW_TOKENS) - encoder
-        )
+        written = count(model.config, model.task, output.vision_tokens, answer_tokens=NEW_TOKENS)
+        return encoder + NUM_BEAMS * (written - encoder)
 
-    dense_config = copy.copy(model.config)
-    dense_config.pruning_temperature = 0.0
-    tokens = output.vision_tokens
-    return (1 - flops(model.config, tokens) / flops(dense_config, tokens[:1].expand_as(tokens))).mean().item()
+    return (1 - flops(count_flops) / flops(dense_flops)).mean().item()
 
 
 def feed_forwards(model) -> list[nn.Module]:

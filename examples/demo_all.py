@@ -16,19 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-
-METRICS = {
-    "vqa": ("question answering", "accuracy", "accuracy %"),
-    "nlvr2": ("visual reasoning", "accuracy", "accuracy %"),
-    "captioning": ("captioning", "BLEU-4", "bleu_4 %"),
-    "retrieval": ("retrieval", "mean recall", "mean %"),
-}
+from madtp_hf.tasks import TASKS
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-all"))
-    parser.add_argument("--tasks", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     args, others = parser.parse_known_args()
     started = time.time()
     summary = {}
@@ -42,12 +36,13 @@ def main():
     budgets = [row["reduction asked"] for row in summary[args.tasks[0]]["results"]]
     for name in ("task", "metric", "floor", "dense checkpoint", "pruning off", *budgets[1:]):
         table.add_column(str(name), justify="left" if name in ("task", "metric") else "right")
-    for task, outcome in summary.items():
-        name, metric, column = METRICS[task]
+    for name, outcome in summary.items():
+        task = TASKS[name]
+        column = task.headline
         floor = outcome["floor"][column] if isinstance(outcome["floor"], dict) else outcome["floor"]
         table.add_row(
-            name,
-            metric,
+            task.title,
+            task.headline_title,
             f"{floor:.1%}",
             f"{outcome['dense_before_training'][column]:.1%}",
             *(f"{row[column]:.1%}\n{row['GFLOPs']:.4f}" for row in outcome["results"]),

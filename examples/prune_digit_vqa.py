@@ -82,8 +82,8 @@ def main():
 
     # 2. Pruned without any training: which temperature saves how much.
     validation_batches = DataLoader(validation, batch_size=args.batch_size, collate_fn=collator)
-    calibrate(model, validation_batches, args.reductions)
-    untrained = evaluate(model, processor, test, collator, [0.0, args.reductions[-1]], args.batch_size)
+    schedule = calibrate(model, validation_batches, args.reductions)
+    untrained = evaluate(model, processor, test, collator, [0.0, schedule[-1][0]], args.batch_size)
 
     # 3. Fine-tune it under pruning: the callback steers the temperature. The alignment parameters learn slowly.
     optimizer = create_optimizer(model, args.learning_rate)
@@ -111,8 +111,9 @@ def main():
     trainer.train()
 
     # 4. One checkpoint, every budget.
-    calibrate(model, validation_batches, args.reductions)
-    results = evaluate(model, processor, test, collator, [0.0, *args.reductions], args.batch_size)
+    schedule = calibrate(model, validation_batches, args.reductions)
+    budgets = [0.0, *(entry[0] for entry in schedule)]
+    results = evaluate(model, processor, test, collator, budgets, args.batch_size)
     floor = question_only_accuracy(train, test)
     checkpoint = args.output_dir / "checkpoint"
     not_of_training = ("model", "output_dir", "test_questions", "reductions")
@@ -131,12 +132,12 @@ def main():
         },
     )
     print(
-        f"Before fine-tuning: dense {untrained[0]['accuracy %']:.1%}, at {args.reductions[-1]} reduction"
+        f"Before fine-tuning: dense {untrained[0]['accuracy %']:.1%}, at {untrained[-1]['reduction asked']} reduction"
         f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {floor:.1%}."
     )
 
     # 5. What a user of the model loads, with its card, and a picture.
-    model.set_pruning(reduction=args.reductions[-1])
+    model.set_pruning(reduction=budgets[-1])
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     write_model_card(checkpoint, base_model=args.model)

@@ -152,13 +152,13 @@ def main():
     loader = trainer.accelerator.prepare(
         DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
     )
-    costs = evaluate_budgets(
-        model,
-        loader,
-        [0.0, *pruning_args.reductions],
-        lambda batch: [None] * len(batch["input_ids"]),
-        trainer.accelerator,
-    )
+
+    def match(batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        return model(**inputs).itm_score[:, 1].tolist()
+
+    budgets = pruning_args.budgets(model)
+    costs = evaluate_budgets(model, loader, budgets, match, trainer.accelerator)
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
@@ -189,7 +189,7 @@ def main():
             },
             settings=pruning_args.settings(args, trainer),
         )
-        model.set_pruning(reduction=max(pruning_args.reductions, default=0.0))
+        model.set_pruning(reduction=max(budgets))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)

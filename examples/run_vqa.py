@@ -139,7 +139,8 @@ def main():
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if not pruning_args.dense:
             calibrate(model, validation_batches, pruning_args.reductions)
-    results = evaluate_budgets(model, loader, [0.0, *pruning_args.reductions], predict, trainer.accelerator)
+    budgets = pruning_args.budgets(model)
+    results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
@@ -167,7 +168,7 @@ def main():
             },
             settings=pruning_args.settings(args, trainer),
         )
-        model.set_pruning(reduction=max(pruning_args.reductions, default=0.0))
+        model.set_pruning(reduction=max(budgets))
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)

@@ -21,15 +21,11 @@ from train_dense_blip import answer_ids, schedule, to_pixels
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor
 from transformers import BlipForQuestionAnswering as DenseBlip
 
-from madtp_hf import (
-    MadtpBlipConfig,
-    MadtpBlipForConditionalGeneration,
-    MadtpBlipForImagesAndTextClassification,
-    MadtpBlipForImageTextRetrieval,
-)
+from madtp_hf import MadtpBlipConfig
 from madtp_hf.data import digit_scenes as ds
 from madtp_hf.modeling.encoders import run_layers
 from madtp_hf.modeling.packing import Layout
+from madtp_hf.tasks import TASKS
 
 
 NEW_WORDS = "both only neither all an of picture".split()
@@ -44,11 +40,6 @@ NUM_TOKENS = (
     81,
     101,
 )  # that thinned images keep: few numbers, for a CPU's kernels are made anew for each shape
-MODELS = {
-    "nlvr2": MadtpBlipForImagesAndTextClassification,
-    "captioning": MadtpBlipForConditionalGeneration,
-    "retrieval": MadtpBlipForImageTextRetrieval,
-}
 # What is saved: transformers' own model where it has one.
 DENSE = {"captioning": BlipForConditionalGeneration, "retrieval": BlipForImageTextRetrieval}
 
@@ -79,7 +70,7 @@ def start_from(path, task: str):
     fields["image_text_hidden_size"] = 64
     # As the original BLIP: a text that meets an image begins with a token of its own.
     config = MadtpBlipConfig(**fields, encoder_token_id=tokenizer.convert_tokens_to_ids("[ENC]"))
-    model = MODELS[task](config)
+    model = TASKS[task].model_class(config)
 
     weights = {f"vision_model.{name}": tensor for name, tensor in trained.vision_model.state_dict().items()}
     for stack in ("text_decoder.bert", "text_encoder"):

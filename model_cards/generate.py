@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard
 
 from madtp_hf.model_card import write_model_card
+from madtp_hf.tasks import TASKS
 
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ def demo_metrics(task: str) -> dict:
         "title": outcome["title"],
         "results": [outcome["dense_before_training"]],
         "floor": outcome["floor"],
-        "metric": {"captioning": "bleu_4 %", "retrieval": "mean %"}.get(task, "accuracy %"),
+        "metric": TASKS[task].headline,
         "source": f"`make demo-all`, before its training; [`{path.name}`](../../benchmarks/results/{path.name})",
     }
 

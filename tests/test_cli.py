@@ -15,8 +15,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from madtp_hf import MadtpBlipConfig, __version__, convert_original_checkpoint
-from madtp_hf.cli import Task, app
-from madtp_hf.conversion import TASK_MODELS
+from madtp_hf.cli import app
+from madtp_hf.tasks import TASKS
 
 from .conftest import WORDS, blip_config
 from .test_conversion import assert_same, outputs, to_original, with_training_state
@@ -40,7 +40,7 @@ def make_checkpoint(task, folder):
     ).to_dict()
     config.pop("model_type")
     torch.manual_seed(3)
-    model = TASK_MODELS[task](MadtpBlipConfig(num_alignment_tokens=12, **config))
+    model = TASKS[task].model_class(MadtpBlipConfig(num_alignment_tokens=12, **config))
     content = with_training_state(to_original(model, alignment=LAYOUTS[task] == "madtp"))
     if LAYOUTS[task] == "blip":
         del content["temperature"]
@@ -52,7 +52,7 @@ def make_checkpoint(task, folder):
 def source(tmp_path_factory):
     """A folder with a checkpoint of each task and the tokenizer of them all, of 38 tokens, without BLIP's two."""
     folder = tmp_path_factory.mktemp("source")
-    for task in TASK_MODELS:
+    for task in TASKS:
         make_checkpoint(task, folder)
     (folder / "bert").mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "?"]
@@ -107,7 +107,7 @@ def run(*arguments, cache):
 
 def test_what_it_writes_loads_with_auto_classes(source, tmp_path):
     expected = {}
-    for task in TASK_MODELS:
+    for task in TASKS:
         checkpoint = source / f"{task}.pth"
         size = ["--image-size", 64] if task == "retrieval" else []
         folder = tmp_path / f"{task}-model"
@@ -137,7 +137,7 @@ def test_what_it_writes_loads_with_auto_classes(source, tmp_path):
         model = convert_original_checkpoint(checkpoint, task, image_size=64 if size else None)
         model.config.text_config.sep_token_id = 3
         if LAYOUTS[task] == "blip":  # new alignment tokens are random: take those that were written
-            saved = TASK_MODELS[task].from_pretrained(folder)
+            saved = TASKS[task].model_class.from_pretrained(folder)
             model.alignment.load_state_dict(saved.alignment.state_dict())
         images = {"image_size": 64 if size else 48}
         expected[task] = outputs(model, task, **images), outputs(model, task, 3.0, **images)
@@ -170,11 +170,25 @@ def test_help_and_version():
     whole = CliRunner().invoke(app, ["--help"], env=environment).stdout
     assert "convert" in whole and "push" in whole and "version" in whole
     shown = CliRunner().invoke(app, ["convert", "--help"], env=environment).stdout
-    for word in ("IN", "OUT", "--task", "--tokenizer", "--image-size", "--force", "bert-base-uncased", *TASK_MODELS):
+    for word in ("IN", "OUT", "--task", "--tokenizer", "--image-size", "--force", "bert-base-uncased", *TASKS):
         assert word in shown
-    assert [task.value for task in Task] == list(TASK_MODELS)
     unknown = invoke("model.pth", "out", "--task", "gqa")
     assert unknown.exit_code == 2 and "gqa" in unknown.stderr
+
+
+def test_help_is_quick():
+    """What pip installs as `madtp-hf` imports no torch, not even by way of this package."""
+    module = re.search(r'^madtp-hf = "(\w+):app"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    code = f"""
+import sys
+from {module} import app
+try:
+    app(["convert", "--help"])
+finally:
+    print(sorted({{"torch", "transformers", "madtp_hf"}} & set(sys.modules)))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--image-size" in shown and shown.endswith("[]\n")
 
 
 def test_bad_inputs_are_one_message_and_leave_nothing(source, tmp_path, monkeypatch):

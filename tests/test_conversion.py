@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from madtp_hf import MadtpBlipConfig, convert_original_checkpoint
-from madtp_hf.conversion import TASK_MODELS
+from madtp_hf.tasks import TASKS as TASK_ENTRIES
 
 from .conftest import blip_config, make_inputs
 
@@ -15,7 +15,7 @@ HEADS = MadtpBlipConfig(
     text_config={"num_attention_heads": 4, "bos_token_id": 38, "sep_token_id": 3},
     vision_config={"num_attention_heads": 4},
 )
-TASKS = pytest.mark.parametrize("task", list(TASK_MODELS))
+TASKS = pytest.mark.parametrize("task", list(TASK_ENTRIES))
 
 
 def to_original(model, alignment=True):
@@ -70,9 +70,11 @@ def original_like(task="vqa", vision_width=32, **fields):
     ).to_dict()
     config.pop("model_type")
     torch.manual_seed(2)
-    return TASK_MODELS[task](
-        MadtpBlipConfig(**{"num_alignment_tokens": 12, "encoder_token_id": 39, **config, **fields})
-    ).eval()
+    return (
+        TASK_ENTRIES[task]
+        .model_class(MadtpBlipConfig(**{"num_alignment_tokens": 12, "encoder_token_id": 39, **config, **fields}))
+        .eval()
+    )
 
 
 def outputs(model, task, temperature=0.0, image_size=48):
@@ -117,7 +119,7 @@ def test_round_trip(task, layout, vision_width):
     names = set(content["model"])
     model = convert_original_checkpoint(content, task, config=HEADS)
     assert set(content["model"]) == names  # the caller's dictionary is left alone
-    assert type(model) is TASK_MODELS[task] and not model.training and not model.is_pruning
+    assert type(model) is TASK_ENTRIES[task].model_class and not model.training and not model.is_pruning
     assert model.config.encoder_token_id == 39 and model.config.vision_config.image_size == 48
     assert model.config.text_config.encoder_hidden_size == vision_width
     assert (model.alignment.vision_projection is None) == (vision_width == 32)
@@ -175,7 +177,7 @@ def test_blip_sizes_need_no_configuration(vision_width):
         },
         encoder_token_id=39,
     )
-    original = TASK_MODELS["vqa"](config).eval()
+    original = TASK_ENTRIES["vqa"].model_class(config).eval()
     model = convert_original_checkpoint(to_original(original), "vqa")
     assert model.config.vision_config.num_attention_heads == vision_width // 64
     assert model.config.text_config.num_attention_heads == 12
@@ -203,7 +205,7 @@ def test_special_tokens_are_those_of_the_vocabulary():
                 "vocab_size": vocab_size,
             },
         )
-        model = convert_original_checkpoint(to_original(TASK_MODELS["captioning"](config)), "captioning")
+        model = convert_original_checkpoint(to_original(TASK_ENTRIES["captioning"].model_class(config)), "captioning")
         text_config = model.config.text_config
         assert (text_config.bos_token_id, model.config.encoder_token_id) == (vocab_size - 2, vocab_size - 1)
         assert text_config.sep_token_id == text_config.eos_token_id == 102 and text_config.pad_token_id == 0
@@ -273,7 +275,7 @@ def test_maps_to_the_alignment_tokens(caplog):
 @TASKS
 def test_another_task_is_named(task):
     state_dict = to_original(original_like(task))
-    for other in TASK_MODELS:
+    for other in TASK_ENTRIES:
         if other != task:
             with pytest.raises(
                 ValueError, match=f"not of task '{other}': .* looks like a checkpoint of task '{task}'."
@@ -373,7 +375,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, capsys):
         pickle.dump({"model": Hostile()}, file)
     torch.save({"model": Hostile()}, tmp_path / "hostile_zip.pth")
     torch.save({"model": {"space_dict": torch.ones(1)}, "optimizer": Hostile()}, tmp_path / "hostile_beside.pth")
-    for task in TASK_MODELS:
+    for task in TASK_ENTRIES:
         for name in ("hostile.pth", "hostile_zip.pth", "hostile_beside.pth"):
             with pytest.raises(ValueError, match="refused"):
                 convert_original_checkpoint(tmp_path / name, task)

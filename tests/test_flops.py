@@ -1,11 +1,44 @@
+import subprocess
+import sys
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering, count_flops, flops
+from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering, count_flops, flop_formulas
 from madtp_hf.flops import reduction_of_flops
 
 from .conftest import TASKS, blip_config, make_blip, make_inputs, make_task_model
+
+
+def torchs_counter() -> FlopCounterMode:
+    """torch's own counter, which leaves fused attention out on the CPU alone, with a formula for it."""
+
+    def attention_on_cpu(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_on_cpu}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def test_torchs_registry_of_formulas_is_left_alone():
+    code = """
+from torch.utils.flop_counter import flop_registry
+before = dict(flop_registry)
+import madtp_hf.evaluation
+assert flop_registry == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_alignment_scores_of_a_branch_of_another_width():
+    """Folded, they cost the branch's width for each token and alignment token, whatever those are wide."""
+    config = MadtpBlipConfig(vision_config={"hidden_size": 1024}, alignment_dim=48, num_alignment_tokens=100)
+    vision, text = torch.full((13, 1), 577), torch.full((13, 1), 36)
+    dense = count_flops(config, "retrieval", vision, text)
+    config.pruning_temperature = 1.0
+    scores = 12 * 100 * (576 * 1024 + 35 * 768)
+    assert (count_flops(config, "retrieval", vision, text) - dense).item() == pytest.approx(scores, rel=1e-3)
 
 
 def test_the_papers_figure_for_dense_blip_base_nlvr2():
@@ -18,13 +51,13 @@ def test_the_papers_figure_for_dense_blip_base_nlvr2():
 @pytest.mark.parametrize("temperature", (0.0, 0.5, 5.0))
 @pytest.mark.parametrize("modalities", (("vision", "text"), ("vision",)))
 def test_equals_torchs_own_count(monkeypatch, temperature, modalities):
-    monkeypatch.setattr(flops, "LAYER_NORM", 0)  # torch counts none
+    monkeypatch.setattr(flop_formulas, "LAYER_NORM", 0)  # torch counts none
     blip = make_blip(vision_config={"hidden_size": 64}, text_config={"hidden_size": 64})
     model = MadtpBlipForQuestionAnswering.from_blip(blip, num_alignment_tokens=12, pruning_modalities=modalities)
     model.set_pruning(temperature=temperature)
     inputs = make_inputs(lengths=(11,))
     answers = inputs.pop("labels")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torchs_counter() as counter:
         output = model(**inputs, decoder_input_ids=answers)
     expected = count_flops(model.config, "vqa", output.vision_tokens, output.text_tokens, answers.shape[1])
     # A FLOP here is a multiply-accumulate, torch's is half of one; merging the dropped tokens is the little that is left.
@@ -43,7 +76,7 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("task", TASKS)
 def test_equals_torchs_own_count_for_every_task(monkeypatch, task, sizes, temperature):
-    monkeypatch.setattr(flops, "LAYER_NORM", 0)  # torch counts none
+    monkeypatch.setattr(flop_formulas, "LAYER_NORM", 0)  # torch counts none
     vision, text, overrides = SIZES[sizes]
     if task == "nlvr2":  # merge layers, from the seventh on
         text = {**text, "num_hidden_layers": 8}
@@ -60,7 +93,7 @@ def test_equals_torchs_own_count_for_every_task(monkeypatch, task, sizes, temper
             inputs["decoder_input_ids"] = answers
     if task == "nlvr2":  # a pair of twins: of others the shorter is padded, and torch counts that
         inputs["pixel_values"] = inputs["pixel_values"][:, :1].expand(-1, 2, -1, -1, -1)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torchs_counter() as counter:
         output = model(**inputs)
     assert (output.vision_tokens[-1] < 37).all() == (temperature > 0)
     expected = count_flops(model.config, task, output.vision_tokens, output.text_tokens, answer_tokens)

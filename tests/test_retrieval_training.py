@@ -24,7 +24,7 @@ from madtp_hf.modeling.retrieval_loss import contrastive_loss
 from madtp_hf.retrieval import NOT_LISTED, score_images_and_texts
 from madtp_hf.training.retrieval_trainer import MEMORY_FILE, ContrastiveMemory
 
-from .conftest import blip_config, make_inputs
+from .conftest import TASKS, blip_config, make_inputs, make_task_model
 
 
 def make_retrieval(**overrides) -> MadtpBlipForImageTextRetrieval:
@@ -527,6 +527,43 @@ def test_budgets_are_evaluated_side_by_side(blip, training):
         assert result.reduction_reached == pytest.approx(reached, abs=1e-6)
         assert result.reduction_reached == pytest.approx(result.reduction_asked, abs=0.02)
         assert result.gflops == pytest.approx(results[0].gflops * (1 - reached), rel=0.02) and result.seconds > 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_are_counted_as_the_model_predicts(task):
+    """The encoders run once for each budget and batch, and what they had is what `forward` says."""
+    model = make_task_model(task)
+    model.config.pruning_schedule = [[0.2, 0.5], [0.4, 3.0]]
+    batches = [TASKS[task].make_inputs(lengths, seed=seed) for seed, lengths in enumerate([(9, 5, 7), (8, 6)])]
+    passes = []
+    model.vision_model.register_forward_hook(lambda *_: passes.append(model.config.pruning_temperature))
+
+    def predict(batch):
+        if model.can_generate():
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            if task == "captioning":
+                inputs = {"pixel_values": inputs["pixel_values"]}
+            return model.generate(**inputs, max_new_tokens=2).tolist()
+        return model(**{name: value for name, value in batch.items() if name != "labels"})[0].tolist()
+
+    results = evaluate_budgets(model, batches, [0.0, 0.4], predict)
+    assert passes == [0.0, 3.0] * 2
+    # A predictor that sees one sample at a time, or doesn't ask the model, gets the same counts from another pass.
+    for other in (
+        lambda batch: [
+            predict({name: value[i : i + 1] for name, value in batch.items()})
+            for i in range(len(batch["pixel_values"]))
+        ],
+        lambda batch: [None] * len(batch["pixel_values"]),
+    ):
+        for one, two in zip(results, evaluate_budgets(model, batches, [0.0, 0.4], other)):
+            assert (one.reduction_reached, one.gflops) == (two.reduction_reached, two.gflops)
+    for result, temperature in zip(results, (0.0, 3.0)):
+        model.set_pruning(temperature)
+        with torch.no_grad():
+            reached = torch.cat([measure(model, batch, model(**batch)) for batch in batches]).mean().item()
+        assert result.reduction_reached == pytest.approx(reached, abs=1e-6)
+    assert results[1].reduction_reached > 0.2
 
 
 def test_the_model_is_restored_when_a_prediction_fails(blip):

@@ -11,22 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
-from .modeling.modeling_madtp_blip import (
-    MadtpBlipForConditionalGeneration,
-    MadtpBlipForImagesAndTextClassification,
-    MadtpBlipForImageTextRetrieval,
-    MadtpBlipForQuestionAnswering,
-)
+from .tasks import TASKS, Task, get_task
 
 
 logger = logging.getLogger(__name__)
-
-TASK_MODELS = {
-    "vqa": MadtpBlipForQuestionAnswering,
-    "captioning": MadtpBlipForConditionalGeneration,
-    "nlvr2": MadtpBlipForImagesAndTextClassification,
-    "retrieval": MadtpBlipForImageTextRetrieval,
-}
 
 # Original names -> ours, in order; the text stacks and the heads have the same names in both. MADTP's maps of a branch to the alignment
 # tokens' width are named as in its code: none of its published checkpoints, all of the base tower, has one.
@@ -149,10 +137,10 @@ def _count_heads(width: int, tower: str) -> int:
     return width // _HEAD_WIDTH
 
 
-def _read_config(state_dict: dict[str, torch.Tensor], task: str, config: MadtpBlipConfig | None) -> MadtpBlipConfig:
+def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config: MadtpBlipConfig | None) -> MadtpBlipConfig:
     """The configuration that the tensors' shapes imply; heads, norms and special tokens from `config`, or BLIP's."""
     vision_width, patch_size, grid = _read_patches(state_dict)
-    text = "text_decoder.bert." if task == "captioning" else "text_encoder."
+    text = "text_encoder." if task.text_encoder else "text_decoder.bert."
     vocab_size, text_width = _shape(state_dict, f"{text}embeddings.word_embeddings.weight", "words", "width")
 
     fields = (MadtpBlipConfig() if config is None else config).to_dict()
@@ -187,7 +175,7 @@ def _read_config(state_dict: dict[str, torch.Tensor], task: str, config: MadtpBl
         num_hidden_layers=_count(state_dict, re.escape(text) + r"encoder\.layer\.(\d+)\."),
         max_position_embeddings=_shape(state_dict, positions, "positions", "width")[0],
     )
-    if task == "retrieval":
+    if "vision_proj" in task.original_parts:
         fields["image_text_hidden_size"] = _shape(state_dict, "vision_proj.weight", "feature width", "width")[0]
     if "space_dict" in state_dict:
         fields["num_alignment_tokens"], fields["alignment_dim"] = _shape(state_dict, "space_dict", "tokens", "width")
@@ -202,16 +190,11 @@ def _hint(names, task: str) -> str:
 
     if has("vision_model.") and not has("visual_encoder."):
         return " It looks like a checkpoint of transformers' BLIP: load it with the task model's `from_blip`."
-    if has("cls_head."):
-        likely = "nlvr2"
-    elif has("itm_head.") and has("text_decoder."):
+    if has("itm_head.") and has("text_decoder."):
         return " It looks like BLIP's pretrained checkpoint, which is of no task: expected one fine-tuned for it."
-    elif has("itm_head.", "vision_proj.", "text_proj."):
-        likely = "retrieval"
-    elif has("text_decoder."):
-        likely = "vqa" if has("text_encoder.") else "captioning"
-    else:
-        return ""
+    known = {part for task in TASKS.values() for part in task.original_parts}
+    found = known & {name.partition(".")[0] for name in names}
+    likely = next((name for name, task in TASKS.items() if found == set(task.original_parts)), task)
     return "" if likely == task else f" It looks like a checkpoint of task {likely!r}."
 
 
@@ -258,8 +241,7 @@ def convert_original_checkpoint(
         ValueError: if the task is unknown, the file is damaged, its tensors are not those of the task, or images of that size can't be cut into
             patches.
     """
-    if task not in TASK_MODELS:
-        raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, TASK_MODELS))}.")
+    model_class = get_task(task).model_class
     if config is not None and not isinstance(config, MadtpBlipConfig):
         raise TypeError(f"config is a {type(config).__name__}: expected a MadtpBlipConfig, or None for BLIP's.")
     content = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_checkpoint(path_or_state_dict)
@@ -271,10 +253,10 @@ def convert_original_checkpoint(
     try:
         if image_size is not None:
             original["visual_encoder.pos_embed"] = _resize_positions(original, image_size)
-        config = _read_config(original, task, config)
+        config = _read_config(original, get_task(task), config)
     except KeyError as error:
         raise refuse(f"it has no tensor {error}") from error
-    model = TASK_MODELS[task](config)
+    model = model_class(config)
 
     original_names = {}
     for original_name in original:

@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from .calibration import complete, decoder_tokens, measure, restored
-from .flops import count_flops
+from .calibration import complete, decoder_tokens, encode, restored
+from .flops import count_flops, dense_flops
+from .tasks import TASKS
 from .version import __version__
 
 
@@ -30,6 +32,45 @@ class BudgetResult:
     predictions: list
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type == "cpu":
+        return
+    if hasattr(torch, "accelerator"):  # since torch 2.6
+        torch.accelerator.synchronize(device)
+    elif device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        getattr(torch, device.type).synchronize()
+
+
+@contextmanager
+def record_tokens(model):
+    """Record the token counts of a model's encoders, whatever runs them: `forward`, `generate` or another method.
+
+    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in `forward`'s
+    outputs.
+    """
+    task, tokens = TASKS[model.task], {}
+
+    def record_vision(encoder, inputs, output):
+        counts = output.num_tokens
+        # The images of a sample follow each other.
+        tokens["vision_tokens"] = counts.unflatten(1, (-1, task.num_images)).mT if task.num_images > 1 else counts
+
+    def record_text(encoder, inputs, output):
+        tokens["text_tokens"] = output.num_tokens
+
+    hooks = [model.vision_model.register_forward_hook(record_vision)]
+    if task.text_encoder:
+        hooks.append(getattr(model, task.text_encoder).register_forward_hook(record_text))
+    try:
+        yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch, so that their times compare.
@@ -42,7 +83,8 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
         reductions (`list[float]`):
             The shares of FLOPs to save; 0 is off.
         predict (`Callable`):
-            `predict(batch)` gives a list of predictions, one a sample.
+            `predict(batch)` gives a list of predictions, one a sample. Tokens are counted as it runs the encoders;
+            where it doesn't run them on the whole batch at once, another pass, which isn't timed, counts them.
         accelerator (`accelerate.Accelerator`, *optional*):
             If given, the results of all processes are gathered; each gets the whole.
 
@@ -53,20 +95,26 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
         (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
     )
     rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
-    with restored(model):
+    names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
+    with restored(model), record_tokens(model) as tokens:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             batch = complete(model, batch)
-            tokens = decoder_tokens(batch, model.task, model.config)
+            answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])
             for reduction, row in rows.items():
                 model.set_pruning(reduction=reduction)
+                tokens.clear()
+                synchronize(model.device)
                 started = time.perf_counter()
                 predictions = predict(batch)
+                synchronize(model.device)
                 row["seconds"] += time.perf_counter() - started
-                output = model(**batch)
-                flops = count_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
+                if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
+                    encode(model, batch)
+                flops = count_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
+                dense = dense_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
                 row["predictions"] += gather(predictions)
                 row["flops"] += gather(flops.tolist())
-                row["saved"] += gather(measure(model, batch, output).tolist())
+                row["saved"] += gather((1 - flops / dense).tolist())
     return [
         BudgetResult(
             reduction,

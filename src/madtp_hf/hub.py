@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .model_card import PICTURE, make_card
-from .modeling import modeling_madtp_blip
-from .modeling.configuration_madtp_blip import MadtpBlipConfig
+from .tasks import TASKS
 from .version import __version__
 
 
+_MODEL_CLASSES = {task.model_class.__name__: task.model_class for task in TASKS.values()}
+_MODEL_TYPES = sorted({model_class.config_class.model_type for model_class in _MODEL_CLASSES.values()})
 # A checkpoint is what its configuration refers to, and these files. All else in a folder, such as an optimizer's state, stays where it is.
 _PROCESSOR_FILES = (
     "processor_config.json",
@@ -108,7 +109,7 @@ def push_checkpoint(
         OSError: if the upload breaks off, or the disk is full.
     """
     # Not by its class: one that `AutoModel` loaded with its own code is as good.
-    if getattr(getattr(model, "config", None), "model_type", None) != MadtpBlipConfig.model_type:
+    if getattr(getattr(model, "config", None), "model_type", None) not in _MODEL_TYPES:
         raise TypeError(f"push_checkpoint got a {type(model).__name__}: expected one of madtp_hf's models.")
     if hasattr(model, "peft_config"):
         raise TypeError(
@@ -210,13 +211,13 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: expected one with a saved checkpoint.")
     config = _read_json(_require(folder, "config.json", "the model's configuration"))
-    if config.get("model_type") != MadtpBlipConfig.model_type:
+    if config.get("model_type") not in _MODEL_TYPES:
         raise ValueError(
-            f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected {MadtpBlipConfig.model_type!r},"
-            " a model of this package; make one with `from_blip` or `madtp-hf convert`."
+            f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected"
+            f" {' or '.join(map(repr, _MODEL_TYPES))}, a model of this package;"
+            " make one with `from_blip` or `madtp-hf convert`."
         )
-    architecture = (config.get("architectures") or [None])[0]
-    model_class = getattr(modeling_madtp_blip, str(architecture), None)
+    model_class = _MODEL_CLASSES.get((config.get("architectures") or [None])[0])
     if model_class is None or not {"AutoConfig", "AutoModel"} <= set(config.get("auto_map") or ()):
         raise ValueError(
             f"{folder / 'config.json'} does not say which code loads it (architectures, auto_map): {_SAVE_AGAIN}."
@@ -311,7 +312,7 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
     sharded = not (folder / "model.safetensors").is_file()
     where = folder / f"model.safetensors{'.index.json' if sharded else ''}"
     with torch.device("meta"):
-        model = model_class(MadtpBlipConfig.from_dict(config))
+        model = model_class(model_class.config_class.from_dict(config))
     model.tie_weights()
     expected = dict(model.state_dict(keep_vars=True))
     saved = {id(expected[name]) for name in shapes if name in expected}  # tied ones are saved under one name

@@ -10,52 +10,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BlipConfig
 
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
+from .tasks import TASKS, Task
 
 
 PICTURE = "budgets.png"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
-# Of each task: the Hub's name for it, where it has one; tags; a sentence; the auto class; a text to try; what the floor is.
-_TASKS = {
-    "vqa": {
-        "pipeline_tag": "visual-question-answering",
-        "tags": [],
-        "what": "answers questions about images",
-        "loader": "AutoModelForVisualQuestionAnswering",
-        "text": "how many dogs are there?",
-        "floor": "From the words of the questions alone",
-    },
-    "captioning": {
-        "pipeline_tag": "image-to-text",
-        "tags": ["image-captioning"],
-        "what": "writes captions of images",
-        "loader": "AutoModelForImageTextToText",
-        "text": "a picture of",
-        "floor": "With captions of other images",
-    },
-    "nlvr2": {
-        "pipeline_tag": None,
-        "tags": ["visual-reasoning", "nlvr2"],
-        "what": "tells whether a sentence about two images is true",
-        "loader": "AutoModel",
-        "text": "there are two dogs in the left image",
-        "floor": "From the words of the sentences alone",
-    },
-    "retrieval": {
-        "pipeline_tag": None,
-        "tags": ["image-text-retrieval", "image-text-matching"],
-        "what": "matches images and texts",
-        "loader": "AutoModel",
-        "text": "two dogs on a beach",
-        "floor": "By chance",
-    },
-}
-_CLASSES = {
-    "BlipForQuestionAnswering": "vqa",
-    "BlipForConditionalGeneration": "captioning",
-    "BlipForImagesAndTextClassification": "nlvr2",
-    "BlipForImageTextRetrieval": "retrieval",
-}
 # Columns of a results table that are no metric.
 _BUDGET = "reduction asked"
 _NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
@@ -72,8 +32,9 @@ def _hub_ids(sources) -> list[str] | None:
     return [str(source) for source in sources if not os.path.exists(source)] or None
 
 
-def _task_and_class(config) -> tuple[str, str]:
-    """The task of a configuration, and the class of its model."""
+def _task_and_class(config) -> tuple[Task, str]:
+    """The task of a configuration, and the name of its model's class: ours, or transformers', without the prefix."""
+    tasks = {task.model_class.__name__.removeprefix("Madtp"): task for task in TASKS.values()}
     # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
     named = [
         (getattr(config, "auto_map", None) or {}).get("AutoModel"),
@@ -81,11 +42,11 @@ def _task_and_class(config) -> tuple[str, str]:
     ]
     for name in filter(None, named):
         model_class = name.rpartition(".")[2]
-        if model_class.removeprefix("Madtp") in _CLASSES:
-            return _CLASSES[model_class.removeprefix("Madtp")], model_class
+        if model_class.removeprefix("Madtp") in tasks:
+            return tasks[model_class.removeprefix("Madtp")], model_class
     raise ValueError(
         f"The configuration has architectures={getattr(config, 'architectures', None)!r}: expected one of"
-        f" {', '.join(_CLASSES)}, or Madtp before these. Pass the configuration of a saved checkpoint."
+        f" {', '.join(tasks)}, or Madtp before these. Pass the configuration of a saved checkpoint."
     )
 
 
@@ -227,7 +188,7 @@ def _at(row: dict) -> str:
     return f" at {budget:g} reduction" if budget else ", pruning off"
 
 
-def _remarks(results: dict, task: str) -> list[str]:
+def _remarks(results: dict, task: Task) -> list[str]:
     """What stood beside the rows: the model before fine-tuning, what can be had blind, how long it took."""
     remarks = []
     if results.get("dense_before_training"):
@@ -238,7 +199,7 @@ def _remarks(results: dict, task: str) -> list[str]:
     floor = results.get("floor")
     if floor is not None:
         floor = floor if isinstance(floor, dict) else {_main_metric(results): floor}
-        remarks.append(f"{_TASKS[task]['floor']}: {_sentence(floor)}.")
+        remarks.append(f"{task.floor}: {_sentence(floor)}.")
     if _is_number(results.get("seconds")):
         machine = f" ({results['machine']})" if results.get("machine") else ""
         remarks.append(f"Training and evaluation took {results['seconds']:.0f} s{machine}.")
@@ -252,13 +213,13 @@ def _dataset(results: dict) -> dict:
     return {"name": dataset} if isinstance(dataset, str) else dataset
 
 
-def _eval_results(results: dict, task: str) -> list[EvalResult]:
+def _eval_results(results: dict, task: Task) -> list[EvalResult]:
     """Each metric at each budget, for the card's model-index."""
     dataset = _dataset(results)
     name = dataset.get("name") or "not recorded"
     return [
         EvalResult(
-            task_type=_TASKS[task]["pipeline_tag"] or _TASKS[task]["tags"][0],
+            task_type=task.pipeline_tag or task.tags[0],
             dataset_type=dataset.get("type") or re.sub(r"[^\w/.]+", "-", name.lower()),
             dataset_name=name,
             dataset_split=dataset.get("split"),
@@ -307,7 +268,7 @@ def create_model_card(
         ValueError: for a configuration of no task of BLIP, or metrics of another form.
     """
     task, model_class = _task_and_class(config)
-    facts, results = _TASKS[task], _read_metrics(metrics)
+    results = _read_metrics(metrics)
     is_ours = model_class.startswith("Madtp")
     with_code = is_ours and bool(getattr(config, "auto_map", None))
     dense = (
@@ -320,10 +281,8 @@ def create_model_card(
     # Weights stored in half precision would load so, and images come in full precision.
     half = ', dtype="float32"' if str(getattr(config, "dtype", None)) in ("float16", "torch.float16") else ""
     if with_code:
-        loader, imports = (
-            facts["loader"],
-            f"from transformers import {', '.join(sorted([facts['loader'], 'AutoProcessor']))}",
-        )
+        loader = task.auto_class
+        imports = f"from transformers import {', '.join(sorted([loader, 'AutoProcessor']))}"
     elif is_ours:
         loader, imports = model_class, f"from transformers import AutoProcessor\n\nfrom madtp_hf import {model_class}"
     else:
@@ -332,11 +291,11 @@ def create_model_card(
     schedule = getattr(config, "pruning_schedule", None) or []
     temperature = getattr(config, "pruning_temperature", 0.0)
     if schedule:
-        budget = f"reduction={min((reduction for reduction, _ in schedule), key=lambda r: abs(r - 0.5)):g}"
+        budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
     else:
         original = getattr(config, "original_temperature", None)
         budget = "temperature=1.0" if original is None else f"temperature={original:g}"
-    reached = [reduction for reduction, of_schedule in schedule if math.isclose(of_schedule, temperature)]
+    reached = [reduction for reduction, of_schedule, *_ in schedule if math.isclose(of_schedule, temperature)]
     if not temperature:
         as_loaded = "pruning is off"
     else:
@@ -348,28 +307,29 @@ def create_model_card(
     dataset = _dataset(results)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=facts["pipeline_tag"],
-        tags=["blip", *([] if dense else ["madtp", "token-pruning"]), *facts["tags"]],
+        pipeline_tag=task.pipeline_tag,
+        tags=["blip", *([] if dense else ["madtp", "token-pruning"]), *task.tags],
         base_model=(_hub_ids(base_model) or [None])[0],
         datasets=_hub_ids(datasets),
         license=license,
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=_eval_results(results, task) if results else None,
     )
+    text = json.dumps(dataset.get("example") or task.text)
     where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
         title=name.rpartition("/")[2],
-        what=facts["what"],
-        task=task,
+        what=task.what,
         dense=dense,
         with_code=with_code,
-        with_pipeline=with_code and task == "vqa",
+        with_pipeline=with_code and task.has_pipeline,
         on_hub=on_hub,
         quoted_name=json.dumps(name),
-        quoted_text=json.dumps(dataset.get("example") or facts["text"]),
+        quoted_text=text,
+        usage=task.usage.format(text=text),
         loader=loader,
         imports=imports,
         options=f"{pin}, trust_remote_code=True{half}" if with_code else half,
@@ -382,7 +342,7 @@ def create_model_card(
         half=bool(half),
         has_flops=bool(results) and "GFLOPs" in _columns(results["results"]),
         budget=budget,
-        reductions=", ".join(f"{reduction:g}" for reduction, _ in schedule),
+        reductions=", ".join(f"{reduction:g}" for reduction, *_ in schedule),
         several=len(schedule) > 1,
         frozen=getattr(config, "pruning_granularity", None) == "frozen",
         as_loaded=as_loaded,

@@ -44,9 +44,13 @@ def check_contents(wheel: Path) -> None:
     """All of the package, and nothing but the package."""
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {name for name in names if not name.startswith("madtp_hf-")}
-    stray = {name for name in ours if not name.startswith("madtp_hf/") or not name.endswith((".py", ".md"))}
+    stray = {
+        name
+        for name in ours
+        if not name.startswith(("madtp_hf/", "madtp_hf_cli.py")) or not name.endswith((".py", ".md"))
+    }
     source = ROOT / "src"
-    expected = {str(path.relative_to(source)) for path in (source / "madtp_hf").rglob("*.py")}
+    expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
     expected.add("madtp_hf/model_card_template.md")
     if stray or expected - ours:
         sys.exit(f"{wheel.name} has what it shouldn't, {sorted(stray)}, or lacks {sorted(expected - ours)}.")

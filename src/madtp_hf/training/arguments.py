@@ -37,6 +37,11 @@ class PruningArguments:
             )
         return model.float()  # whatever it was stored in: weights in half precision don't train
 
+    def budgets(self, model) -> list[float]:
+        """The reductions to evaluate: 0, and those to calibrate that the model was found to reach."""
+        reached = {entry[0] for entry in model.config.pruning_schedule or ()}
+        return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
+
     def callbacks(self) -> list:
         """What steers the temperature while a model trains."""
         if self.dense:

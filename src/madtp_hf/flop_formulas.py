@@ -1,0 +1,95 @@
+"""FLOPs in closed form: of a model's parts, then of each task's forward pass.
+
+The paper's convention: one multiply-accumulate of a convolution, a linear map or an attention product counts as one
+FLOP, a layer norm as five an element. `tokens` is what enters a branch and what each of its layers leaves, a float
+tensor (layers + 1, B); results are (B,).
+"""
+
+import itertools
+
+from .modeling.madtp_blip_encoders import MERGE_FROM_LAYER
+
+
+LAYER_NORM = 5
+
+
+def alignment_scores(config, tokens, width):
+    """The alignment scores of a layer that `tokens` enter, the class token among them.
+
+    Where the branch's width is not the alignment tokens', inference folds the projection into the alignment tokens,
+    once a pass (not counted): each token is multiplied with T columns of the branch's width.
+    """
+    return (tokens - 1) * config.num_alignment_tokens * width
+
+
+def vision_encoder(config, tokens, prunes):
+    vision = config.vision_config
+    width, hidden = vision.hidden_size, vision.intermediate_size
+    total = (tokens[0] - 1) * 3 * vision.patch_size**2 * width
+    for enter, leave in itertools.pairwise(tokens):
+        total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
+        total = total + leave * (2 * width * hidden + LAYER_NORM * width)
+        if prunes:
+            total = total + alignment_scores(config, enter, width)
+    return total + tokens[-1] * LAYER_NORM * width
+
+
+def cross_attention(width, queries, context, context_width):
+    return queries * 2 * width**2 + context * 2 * context_width * width + 2 * queries * context * width
+
+
+def text_encoder(config, tokens, image_tokens, prunes):
+    """`image_tokens`: one (B,) tensor for each image that the text cross-attends to."""
+    text = config.text_config
+    width, hidden, image_width = text.hidden_size, text.intermediate_size, config.vision_config.hidden_size
+    total = tokens[0] * LAYER_NORM * width
+    for layer, (enter, leave) in enumerate(itertools.pairwise(tokens)):
+        total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
+        if prunes:
+            total = total + alignment_scores(config, enter, width)
+        for image in image_tokens:
+            total = total + cross_attention(width, leave, image, image_width)
+        if len(image_tokens) == 2 and layer >= MERGE_FROM_LAYER:
+            total = total + leave * 2 * width**2  # the merge layer
+        total = total + leave * (2 * width * hidden + 2 * LAYER_NORM * width)
+    return total
+
+
+def text_decoder(config, tokens, context_tokens, context_width):
+    """`tokens` (B,) read in one pass, cross-attending to `context_tokens` in every layer, and the word logits."""
+    text = config.text_config
+    width, hidden = text.hidden_size, text.intermediate_size
+    layer = tokens * (4 * width**2 + 2 * width * hidden + 3 * LAYER_NORM * width) + 2 * tokens**2 * width
+    layer = layer + cross_attention(width, tokens, context_tokens, context_width)
+    head = tokens * (width**2 + width * text.vocab_size + LAYER_NORM * width)
+    return (tokens * LAYER_NORM * width + text.num_hidden_layers * layer + head) * (tokens > 0)
+
+
+# Of each task. `prunes`: the modalities whose layers compute alignment scores.
+
+
+def question_answering(config, vision_tokens, text_tokens, answer_tokens, prunes):
+    total = vision_encoder(config, vision_tokens, "vision" in prunes)
+    total = total + text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
+    return total + text_decoder(config, answer_tokens, text_tokens[-1], config.text_config.hidden_size)
+
+
+def captioning(config, vision_tokens, text_tokens, answer_tokens, prunes):
+    total = vision_encoder(config, vision_tokens, "vision" in prunes)
+    return total + text_decoder(config, answer_tokens, vision_tokens[-1], config.vision_config.hidden_size)
+
+
+def visual_reasoning(config, vision_tokens, text_tokens, answer_tokens, prunes):
+    """`vision_tokens` (layers + 1, 2, B): two images."""
+    images = vision_tokens.unbind(1)
+    total = sum(vision_encoder(config, image, "vision" in prunes) for image in images)
+    total = total + text_encoder(config, text_tokens, [image[-1] for image in images], "text" in prunes)
+    width = config.text_config.hidden_size
+    return total + width**2 + width * 2  # the classification head
+
+
+def retrieval(config, vision_tokens, text_tokens, answer_tokens, prunes):
+    """The pass that matches an image and a text."""
+    total = vision_encoder(config, vision_tokens, "vision" in prunes)
+    total = total + text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
+    return total + config.text_config.hidden_size * 2  # the matching head

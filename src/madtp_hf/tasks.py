@@ -1,0 +1,149 @@
+"""The tasks: everything that is true of one task alone. To add a task, add an entry to `TASKS`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import flop_formulas
+from .data.collators import (
+    CaptioningCollator,
+    QuestionAnsweringCollator,
+    RetrievalCollator,
+    VisualReasoningCollator,
+)
+from .modeling.modeling_madtp_blip import (
+    MadtpBlipForConditionalGeneration,
+    MadtpBlipForImagesAndTextClassification,
+    MadtpBlipForImageTextRetrieval,
+    MadtpBlipForQuestionAnswering,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is true of one task."""
+
+    name: str
+    # The model.
+    model_class: type
+    flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, prunes) -> (B,), see `flop_formulas`
+    # The data: the metric's folder in `metrics/`, and the column of a results table that counts, with its title.
+    collator: type
+    metric: str
+    headline: str
+    headline_title: str
+    # Checkpoints: what loads one, and the parts of an original BLIP checkpoint besides the vision tower.
+    auto_class: str
+    original_parts: tuple[str, ...]
+    # The model card: how to ask the model, with {text} in place of a text; a text; how the blind baseline is got.
+    title: str
+    what: str
+    usage: str
+    text: str
+    floor: str
+    pipeline_tag: str | None = None  # the Hub's name for the task
+    tags: tuple[str, ...] = ()
+
+    num_images: int = 1  # of a sample
+    text_encoder: str | None = "text_encoder"  # the model's attribute; None without one
+    decoder_inputs: str | None = (
+        None  # the argument of `forward` where the decoder's start token goes; None without one
+    )
+    has_pipeline: bool = False  # brought by checkpoints
+
+
+_INPUTS = """image = Image.open("image.jpg").convert("RGB")
+text = {text}
+inputs = processor(images=image, text=text, return_tensors="pt")
+"""
+_ENTRIES = (
+    Task(
+        name="vqa",
+        model_class=MadtpBlipForQuestionAnswering,
+        flops=flop_formulas.question_answering,
+        decoder_inputs="decoder_input_ids",
+        collator=QuestionAnsweringCollator,
+        metric="vqa_accuracy",
+        headline="accuracy %",
+        headline_title="accuracy",
+        auto_class="AutoModelForVisualQuestionAnswering",
+        has_pipeline=True,
+        original_parts=("text_encoder", "text_decoder"),
+        title="question answering",
+        what="answers questions about images",
+        usage=_INPUTS + "print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
+        text="how many dogs are there?",
+        floor="From the words of the questions alone",
+        pipeline_tag="visual-question-answering",
+    ),
+    Task(
+        name="captioning",
+        model_class=MadtpBlipForConditionalGeneration,
+        flops=flop_formulas.captioning,
+        text_encoder=None,
+        decoder_inputs="input_ids",
+        collator=CaptioningCollator,
+        metric="caption_metrics",
+        headline="bleu_4 %",
+        headline_title="BLEU-4",
+        auto_class="AutoModelForImageTextToText",
+        original_parts=("text_decoder",),
+        title="captioning",
+        what="writes captions of images",
+        usage=_INPUTS
+        + "print(processor.decode(model.generate(**inputs, num_beams=3, max_new_tokens=20)[0],"
+        + " skip_special_tokens=True))",
+        text="a picture of",
+        floor="With captions of other images",
+        pipeline_tag="image-to-text",
+        tags=("image-captioning",),
+    ),
+    Task(
+        name="nlvr2",
+        model_class=MadtpBlipForImagesAndTextClassification,
+        flops=flop_formulas.visual_reasoning,
+        num_images=2,
+        collator=VisualReasoningCollator,
+        metric="nlvr2",
+        headline="accuracy %",
+        headline_title="accuracy",
+        auto_class="AutoModel",
+        original_parts=("text_encoder", "cls_head"),
+        title="visual reasoning",
+        what="tells whether a sentence about two images is true",
+        usage="""images = [Image.open(side).convert("RGB") for side in ("left.jpg", "right.jpg")]
+text = {text}
+inputs = processor(images=images, text=text, return_tensors="pt")
+inputs["pixel_values"] = inputs["pixel_values"].unsqueeze(0)  # one pair
+print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is true""",
+        text="there are two dogs in the left image",
+        floor="From the words of the sentences alone",
+        tags=("visual-reasoning", "nlvr2"),
+    ),
+    Task(
+        name="retrieval",
+        model_class=MadtpBlipForImageTextRetrieval,
+        flops=flop_formulas.retrieval,
+        collator=RetrievalCollator,
+        metric="retrieval_recall",
+        headline="mean %",
+        headline_title="mean recall",
+        auto_class="AutoModel",
+        original_parts=("text_encoder", "vision_proj", "text_proj", "itm_head"),
+        title="retrieval",
+        what="matches images and texts",
+        usage=_INPUTS
+        + """print(model(**inputs).itm_score.softmax(dim=-1)[0, 1].item())  # how likely they match
+print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine similarity""",
+        text="two dogs on a beach",
+        floor="By chance",
+        tags=("image-text-retrieval", "image-text-matching"),
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ENTRIES}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; a `ValueError` that lists the names there are for any other."""
+    if name not in TASKS:
+        raise ValueError(f"task={name!r}: expected one of {', '.join(map(repr, TASKS))}.")
+    return TASKS[name]

@@ -1,0 +1,43 @@
+"""What `madtp_hf.tasks` says of each task is what its models, collators and metrics are."""
+
+import pytest
+
+from madtp_hf.data import load_digit_captions, load_digit_questions, load_digit_statements
+from madtp_hf.metrics import METRICS
+from madtp_hf.tasks import TASKS, get_task
+
+from .conftest import make_processor, make_task_model
+
+
+DIGITS = {"vqa": load_digit_questions, "nlvr2": load_digit_statements}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_entry_fits_its_model(name):
+    task = get_task(name)
+    model = make_task_model(name)
+    assert task.name == name and type(model) is task.model_class and model.task == name
+    assert {task.auto_class, "AutoModel"} <= set(model.config.auto_map)
+    assert task.has_pipeline == bool(getattr(model.config, "custom_pipelines", None))
+    assert model.can_generate() == (task.decoder_inputs is not None)
+    assert hasattr(model, "text_encoder") == (task.text_encoder is not None)
+    assert task.metric in METRICS
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_entrys_collator_makes_what_its_model_takes(name):
+    pytest.importorskip("sklearn")
+    task = TASKS[name]
+    model = make_task_model(name, image_text_hidden_size=16)
+    start = {} if task.decoder_inputs is None else {"decoder_start_token_id": model.config.text_config.bos_token_id}
+    rows = list(DIGITS.get(name, load_digit_captions)("test", 3))
+    batch = task.collator(make_processor(), **start, max_length=12)(rows)
+    output = model(**batch)
+    assert output.loss.isfinite()
+    assert output.vision_tokens.shape[1:] == ((task.num_images, 3) if task.num_images > 1 else (3,))
+    assert (output.text_tokens is None) == (task.text_encoder is None)
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="task='gqa': expected one of 'vqa', 'captioning', 'nlvr2', 'retrieval'"):
+        get_task("gqa")
