@@ -1,24 +1,44 @@
-"""Ask a saved checkpoint through its own pipeline, without this package: the import of `madtp_hf` is made to fail first.
+"""Ask a saved checkpoint through its own pipeline, without this package: importing `madtp_hf` is made to fail first.
 
-python examples/ask_checkpoint.py CHECKPOINT '[["scene.png", "how many sevens are there?"]]'
+    python examples/ask_checkpoint.py CHECKPOINT '[["scene.png", "how many sevens are there?"]]'
+
+Loading runs the Python files in the checkpoint's folder: read them first, unless you saved them yourself.
 """
 
+import argparse
 import json
 import os
 import sys
 
 
-sys.modules["madtp_hf"] = None
-
-from transformers import pipeline  # noqa: E402
+def read_pairs(text: str) -> list[tuple[str, str]]:
+    """The pairs of an image's path and a question in a JSON list."""
+    expected = """expected a JSON list of pairs, '[["scene.png", "how many sevens are there?"]]'"""
+    try:
+        pairs = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON ({error}): {expected}") from error
+    is_list = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    if not is_list or not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise argparse.ArgumentTypeError(f"got {text[:200]}: {expected}")
+    return [tuple(pair) for pair in pairs]
 
 
 def main():
-    checkpoint, asked = sys.argv[1], json.loads(sys.argv[2])
-    if not os.path.isdir(checkpoint):  # a Hub id would run whatever code that repository holds by then
-        sys.exit(f"There is no folder {checkpoint}: expected one with a saved checkpoint.")
-    answer = pipeline("visual-question-answering", model=checkpoint, trust_remote_code=True)
-    for image, question in asked:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="the folder of a saved question answering checkpoint; no Hub id")
+    parser.add_argument(
+        "asked", type=read_pairs, help="what to ask: a JSON list of pairs, an image's path and a question"
+    )
+    args = parser.parse_args()
+    if not os.path.isdir(args.checkpoint):  # a Hub id would run whatever code that repository holds by then
+        sys.exit(f"There is no folder {args.checkpoint}: expected one with a saved checkpoint.")
+
+    sys.modules["madtp_hf"] = None
+    from transformers import pipeline  # late, so that --help is quick
+
+    answer = pipeline("visual-question-answering", model=args.checkpoint, trust_remote_code=True)
+    for image, question in args.asked:
         print(f"{image}  {question}  {answer(image=image, question=question)}")
 
 

@@ -231,8 +231,13 @@ def save(model, processor, task: str, folder) -> None:
     else:
         dense = model
     dense.half().save_pretrained(folder)
-    for code in Path(folder).glob("*.py"):  # this package's own code loads it
+    # The installed package loads what is ours: the folder holds no code, so its configuration must refer to none.
+    for code in Path(folder).glob("*.py"):
         code.unlink()
+    path = Path(folder, "config.json")
+    fields = json.loads(path.read_text())
+    fields.pop("auto_map", None)
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def main():

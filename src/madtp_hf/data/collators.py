@@ -1,9 +1,13 @@
 """From rows of a data set to the tensors that a model's `forward` takes: one collator a task.
 
-A collator is made with the model's processor; `max_length` cuts longer texts to so many tokens.
+A collator is made with the model's processor; `max_length` cuts longer texts to so many tokens. An image is a PIL
+image, an array (height, width, 3) of uint8, or a path (`str` or `pathlib.Path`); it is turned upright by its EXIF
+orientation, as the pipeline does. A row that can't be used is named in a `ValueError`. With `Trainer`, pass
+`TrainingArguments(remove_unused_columns=False)`: it would remove the columns that `forward` doesn't know.
 """
 
 import hashlib
+import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,11 +15,96 @@ from dataclasses import dataclass, field
 import torch
 import torch.utils.data
 
+from ..modeling.pipeline_madtp_blip import read_image
 
-def _pixels(processor, images) -> torch.Tensor:
-    return processor.image_processor(
-        images=[image.convert("RGB") for image in images], return_tensors="pt"
-    ).pixel_values
+
+def _column(rows: list[dict], name: str) -> list:
+    """The values of a column; a `ValueError` for a row that has none."""
+    for index, row in enumerate(rows):
+        if name in row and row[name] is None:
+            raise ValueError(f"Row {index} of the batch has None as {name!r}: expected a value, or leave the row out.")
+        if name not in row:
+            raise ValueError(
+                f"Row {index} of the batch has no {name!r}, only {list(row)}: expected rows with that column; if the"
+                " data set has it, Trainer has removed it, as it does with columns that the model's forward doesn't"
+                " know: pass TrainingArguments(remove_unused_columns=False)."
+            )
+    return [row[name] for row in rows]
+
+
+def _texts(rows: list[dict], name: str) -> list[str]:
+    """The values of a column of strings; a `ValueError` for a row with anything else."""
+    texts = _column(rows, name)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Row {index} of the batch has {text!r} as {name!r}: expected a string.")
+    return texts
+
+
+def _captions(rows: list[dict]) -> list[list[str]]:
+    """The captions of each row, at least one; a string is one caption."""
+    of_rows = [[captions] if isinstance(captions, str) else list(captions) for captions in _column(rows, "captions")]
+    for index, captions in enumerate(of_rows):
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(
+                f"Row {index} of the batch has {captions!r} as 'captions': expected a string or a list of at least"
+                " one."
+            )
+    return of_rows
+
+
+def _answers(rows: list[dict]) -> list[list[str]] | None:
+    """The answers of each row, at least one that isn't blank; None if no row has any, as for prediction."""
+    found = []
+    for row in rows:
+        given = row.get("answer") or row.get("answers") or []
+        given = given if isinstance(given, (list, tuple)) else [given]
+        found.append([answer for answer in given if isinstance(answer, str) and answer.strip()])
+    # An empty string is an answer that went missing; no column, None or an empty list is a question to be answered.
+    if all(row.get(name) in (None, [], ()) for row in rows for name in ("answer", "answers")):
+        return None
+    for index, (row, answers) in enumerate(zip(rows, found)):
+        if not answers:
+            given = {name: row[name] for name in ("answer", "answers") if name in row}
+            raise ValueError(
+                f"Row {index} of the batch, question {row['question']!r}, has no answer"
+                f" ({given or 'no such column'}): expected a string as 'answer' or a list of strings as 'answers';"
+                " leave such rows out, or, to predict, the answers of all rows."
+            )
+    return found
+
+
+def _labels(rows: list[dict]) -> torch.Tensor | None:
+    """The labels (B,); None if no row has one, as for prediction."""
+    labels = [row.get("label") for row in rows]
+    if all(label is None for label in labels):
+        return None
+    for index, (row, label) in enumerate(zip(rows, labels)):
+        # -1 stands for "unknown" in test splits of the Hub, and the model would refuse it without saying where.
+        if isinstance(label, str) or label not in (0, 1):
+            raise ValueError(
+                f"Row {index} of the batch, sentence {row['sentence']!r}, has the label {label!r}: expected 1"
+                " where the sentence is true and 0 where it is false; to predict, leave the label out of all rows."
+            )
+    return torch.tensor([int(label) for label in labels])
+
+
+def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
+    """The images of the columns `names`, row by row, as the model takes them: (B * len(names), 3, H, W)."""
+    columns = [_column(rows, name) for name in names]
+    images = []
+    for index, of_row in enumerate(zip(*columns)):
+        for name, image in zip(names, of_row):
+            if isinstance(image, str) and not os.path.isfile(image):  # read_image would fetch a URL
+                raise ValueError(
+                    f"Row {index} of the batch has {image[:200]!r} as {name!r}: there is no such file; expected a"
+                    " path that exists, or a PIL image."
+                )
+            try:
+                images.append(read_image(image))
+            except (TypeError, ValueError, OSError) as error:
+                raise ValueError(f"Row {index} of the batch, {name!r}: {error}") from error
+    return processor.image_processor(images=images, return_tensors="pt").pixel_values
 
 
 def _tokens(processor, texts: list[str], max_length: int | None = None, **options) -> dict[str, torch.Tensor]:
@@ -38,10 +127,11 @@ def _hash(text: str) -> int:
 
 
 def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
-    """For the draws of a batch with these rows: it follows from the seed, the rows and how often they came together, `seen`.
+    """A generator for a batch's draws: it follows from the seed, the rows and `seen`, how often they came together.
 
-    Not from the draws before: so training that is resumed goes on with the draws that it would have made. In a data loader's workers, most of which begin
-    anew every epoch and so count in vain, it follows from the loader's seed of the epoch as well.
+    Not from the draws before: so training that is resumed goes on with the draws that it would have made. In a data
+    loader's workers, most of which begin anew every epoch and so count in vain, it follows from the loader's seed of
+    the epoch as well.
     """
     batch = _hash(repr(rows))
     seen[batch] += 1
@@ -51,10 +141,11 @@ def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
 
 @dataclass
 class QuestionAnsweringCollator:
-    """Rows with `image`, `question` and `answer`, or the `answers` of several people, -> what question answering takes.
+    """Rows with `image`, `question` and `answer`, or several people's `answers`, -> what question answering takes.
 
-    Of several answers one is drawn, so that each counts as often as people gave it, as BLIP weighs them. Gives `pixel_values`, `input_ids`,
-    `attention_mask` and `labels`; no labels for rows without an answer.
+    Of several answers one is drawn, so that each counts as often as people gave it, as BLIP weighs them. Gives
+    `pixel_values`, `input_ids`, `attention_mask` and `labels`; no labels if no row has an answer, and a `ValueError`
+    that names the row if only some have one.
 
     Args:
         processor (`BlipProcessor`):
@@ -74,10 +165,10 @@ class QuestionAnsweringCollator:
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = _tokens(self.processor, [row["question"] for row in rows], self.max_length)
-        batch["pixel_values"] = _pixels(self.processor, [row["image"] for row in rows])
-        if all(row.get("answer") or row.get("answers") for row in rows):
-            given = [[row["answer"]] if row.get("answer") else row["answers"] for row in rows]
+        batch = _tokens(self.processor, _texts(rows, "question"), self.max_length)
+        batch["pixel_values"] = _pixels(self.processor, rows, "image")
+        given = _answers(rows)
+        if given is not None:
             draw = _generator(self.seed, self._seen, [(row["question"], answers) for row, answers in zip(rows, given)])
             answers = [draw.choice(answers) for answers in given]
             encoded = _decoder_tokens(self.processor, answers, self.decoder_start_token_id)
@@ -89,25 +180,25 @@ class QuestionAnsweringCollator:
 class VisualReasoningCollator:
     """Rows with `left_image`, `right_image`, `sentence` and `label` -> what NLVR2's model takes.
 
-    Gives `pixel_values` (B, 2, 3, H, W), `input_ids`, `attention_mask` and `labels` (B,).
+    Gives `pixel_values` (B, 2, 3, H, W), `input_ids`, `attention_mask` and `labels` (B,); no labels if no row has one.
     """
 
     processor: object
     max_length: int | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = _tokens(self.processor, [row["sentence"] for row in rows], self.max_length)
-        images = [row[side] for row in rows for side in ("left_image", "right_image")]
-        batch["pixel_values"] = _pixels(self.processor, images).unflatten(0, (-1, 2))
-        batch["labels"] = torch.tensor([row["label"] for row in rows])
-        return batch
+        batch = _tokens(self.processor, _texts(rows, "sentence"), self.max_length)
+        batch["pixel_values"] = _pixels(self.processor, rows, "left_image", "right_image").unflatten(0, (-1, 2))
+        labels = _labels(rows)
+        return batch if labels is None else {**batch, "labels": labels}
 
 
 @dataclass
 class CaptioningCollator:
     """Rows with `image` and `captions` -> what captioning takes; one caption of each image is drawn.
 
-    Gives `pixel_values`, `input_ids`, `attention_mask` and `labels`, where the tokens of the prompt, which is given and not learned, are at -100.
+    Gives `pixel_values`, `input_ids`, `attention_mask` and `labels`, where the tokens of the prompt, which is given
+    and not learned, are at -100.
 
     Args:
         processor (`BlipProcessor`):
@@ -134,20 +225,21 @@ class CaptioningCollator:
         return self.processor.tokenizer([self.prompt] * batch_size, return_tensors="pt").input_ids
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        draw = _generator(self.seed, self._seen, [row["captions"] for row in rows])
-        captions = [f"{self.prompt} {draw.choice(row['captions'])}".strip() for row in rows]
+        given = _captions(rows)
+        draw = _generator(self.seed, self._seen, given)
+        captions = [f"{self.prompt} {draw.choice(captions)}".strip() for captions in given]
         batch = _decoder_tokens(self.processor, captions, self.decoder_start_token_id, self.max_length)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, : self.prompt_ids(1).shape[1] - 1] = -100  # its last token is the tokenizer's [SEP]
-        return {**batch, "labels": labels, "pixel_values": _pixels(self.processor, [row["image"] for row in rows])}
+        return {**batch, "labels": labels, "pixel_values": _pixels(self.processor, rows, "image")}
 
 
 @dataclass
 class RetrievalCollator:
     """Rows with `image`, `captions` and `image_id` -> what retrieval trains on; one caption of each image is drawn.
 
-    Gives `pixel_values`, `input_ids`, `attention_mask`, `image_ids` (B,) and `return_loss=True`. Rows of one `image_id` are no
-    negatives of each other.
+    Gives `pixel_values`, `input_ids`, `attention_mask`, `image_ids` (B,) and `return_loss=True`. Rows of one
+    `image_id` are no negatives of each other.
     """
 
     processor: object
@@ -156,9 +248,10 @@ class RetrievalCollator:
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        draw = _generator(self.seed, self._seen, [(row["image_id"], row["captions"]) for row in rows])
-        batch = _tokens(self.processor, [draw.choice(row["captions"]) for row in rows], self.max_length)
-        batch["pixel_values"] = _pixels(self.processor, [row["image"] for row in rows])
-        batch["image_ids"] = torch.tensor([_hash(row["image_id"]) for row in rows])
+        image_ids, captions = _texts(rows, "image_id"), _captions(rows)
+        draw = _generator(self.seed, self._seen, list(zip(image_ids, captions)))
+        batch = _tokens(self.processor, [draw.choice(of_image) for of_image in captions], self.max_length)
+        batch["pixel_values"] = _pixels(self.processor, rows, "image")
+        batch["image_ids"] = torch.tensor([_hash(image_id) for image_id in image_ids])
         batch["return_loss"] = True
         return batch
