@@ -134,7 +134,8 @@ def scored_varlen_attention(
     query, key, value = (_last_stride_1(x) for x in (query, key, value))
     num_rows, num_heads, width = query.shape
     output = query.new_empty(query.shape)
-    log_sums, from_reader, output_norm = query.new_empty(3, num_heads, num_rows, dtype=torch.float32)
+    # Not slices of one tensor: Triton's layouts, and so the order of sums, depend on the alignment of pointers.
+    log_sums, from_reader, output_norm = (query.new_empty(num_heads, num_rows, dtype=torch.float32) for _ in range(3))
     _launch_attend(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, is_causal, output, log_sums, output_norm)
 
     blocks = block_sizes(query.dtype, width)[1]
@@ -173,8 +174,7 @@ def gate(
     """
     scores = _last_stride_1(scores)
     num_rows, num_heads, batch_size = scores.shape[0], from_reader.shape[0], cu_seqlens.shape[0] - 1
-    parts = received.new_empty(4, num_rows)
-    importance = parts[3]
+    parts, importance = received.new_empty(3, num_rows), received.new_empty(num_rows)
     destination = cu_seqlens.new_empty(num_rows, dtype=torch.int32)
     lengths = cu_seqlens.new_empty(batch_size + 1, dtype=torch.int32)
     _launch(
