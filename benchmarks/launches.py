@@ -30,7 +30,7 @@ from madtp_hf.modeling import sequences
 FREE = {
     *("view", "_unsafe_view", "reshape", "expand", "transpose", "t", "permute", "select", "slice", "unsqueeze", "squeeze"),
     *("unflatten", "flatten", "split", "split_with_sizes", "unbind", "narrow", "as_strided", "alias", "detach", "view_as"),
-    *("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "_to_copy_noop", "is_same_size", "sym_size"),
+    *("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "lift_fresh", "_to_copy_noop", "is_same_size", "sym_size"),
 }
 WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "cpu", "numpy"}
 

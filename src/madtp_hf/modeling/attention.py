@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .sequences import Sequences, join, takes_parts
 from .token_pruning import AttentionEvidence
-from .triton_kernels import KERNEL_ERRORS, disable, is_available, scored_varlen_attention, varlen_attention
+from .triton_kernels import KERNEL_ERRORS, disable, is_available, varlen_attention
 
 
 ATTENTION_BLOCK = 3 * 2**19  # attention probabilities at a time on a CPU: 6 MB, which stay in cache
@@ -39,6 +39,16 @@ class TokenRoles(NamedTuple):
         # Where the last is protected, a slot holds a token that can go if there is one behind it.
         return sequences.mask[:, 1 + self.protects_last :]
 
+    def removable_weights(self, sequences: Sequences) -> torch.Tensor | None:
+        """`removable` as numbers."""
+        return None if sequences.mask is None else sequences.real[:, 1 + self.protects_last :]
+
+    def removable_counts(self, sequences: Sequences) -> torch.Tensor | int:
+        """(n, 1), or N where it is the same for all: how many tokens can go."""
+        if sequences.mask is None:
+            return self.num_removable(sequences)
+        return sequences.lengths.unsqueeze(1) - (1 + self.protects_last)
+
 
 # Fused attention
 
@@ -60,11 +70,11 @@ def attend(
     """
     context = sequences if context is None else context
     varlen = sequences.is_varlen or context.is_varlen
-    if "flash" in implementation and _has_only_real_rows(sequences, context):
+    if "flash" in implementation and has_only_real_rows(sequences, context):
         return _flash_attention(
             attention, implementation, query, key, value, sequences, context, dropout, is_causal
         )
-    if varlen and not dropout and _has_only_real_rows(sequences, context) and is_available(query):
+    if varlen and not dropout and has_only_real_rows(sequences, context) and is_available(query):
         lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen)
         try:
             return varlen_attention(query, key, value, *lengths, is_causal).flatten(1)
@@ -88,7 +98,8 @@ def attend(
     return join(outputs)
 
 
-def _has_only_real_rows(*batches: Sequences) -> bool:
+def has_only_real_rows(*batches: Sequences) -> bool:
+    """Whether no row is padding."""
     return all(sequences.is_varlen or sequences.mask is None for sequences in batches)
 
 
@@ -150,13 +161,13 @@ def attend_with_evidence(
     if takes_parts(query.device):
         # An even number of heads: there mostly is an even number of cores.
         heads = min(max(ATTENTION_BLOCK // (part.batch_size * length**2) // 2 * 2, 2), num_heads)
-    hidden = None if part.mask is None else ~part.mask[:, None, :]
+    seen = None if part.mask is None else part.mask[:, None, :]
     if roles.is_causal:
-        future = ~causal_mask(length, query.device)
-        hidden = future if hidden is None else hidden | future
+        past = causal_mask(length, query.device)
+        seen = past if seen is None else seen & past
     outputs, of_reader, strongest = [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
-        output, maps = _attention_of_heads(*block, hidden, dropout)
+        output, maps = _attention_of_heads(*block, seen, dropout)
         outputs.append(output)
         of_reader.append(_row_of_reader(maps, part, roles))
         most = maps.amax(dim=0)
@@ -167,7 +178,7 @@ def attend_with_evidence(
     if part.mask is None:
         received = asked.sum(dim=1)
     else:  # zero out padded queries
-        received = (part.mask[:, None, 1:].to(asked.dtype) @ asked).squeeze(1)
+        received = (part.real[:, None, 1:] @ asked).squeeze(1)
     evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
     return part.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), evidence
 
@@ -182,16 +193,15 @@ def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torc
     return states.unflatten(2, (part.batch_size, part.max_seqlen)).unbind()
 
 
-def _attention_of_heads(query, key, value, hidden, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention_of_heads(query, key, value, seen, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in float32."""
     shape = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     scale = query.shape[-1] ** -0.5
     logits = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, shape)
-    if hidden is not None:
-        lowest = torch.finfo(logits.dtype).min
-        logits = logits.masked_fill_(hidden, lowest) if in_place else logits.masked_fill(hidden, lowest)
+    if seen is not None:
+        logits = logits.where(seen, torch.finfo(logits.dtype).min)
     maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)
     output = F.dropout(maps, dropout).to(value.dtype).flatten(0, 1) @ value
     return output.unflatten(0, shape), maps
@@ -201,8 +211,8 @@ def _row_of_reader(maps: torch.Tensor, part: Sequences, roles: TokenRoles) -> to
     """maps (H, n, L, L) -> (H, n, N): how the reader attends to the tokens that can go."""
     tokens = slice(1, 1 + roles.num_removable(part))
     if not roles.protects_last:
-        return maps[:, :, 0, tokens].clone()  # not to keep the maps
+        return maps[:, :, 0, tokens]
     if part.mask is None:
-        return maps[:, :, -1, tokens].clone()
+        return maps[:, :, -1, tokens]
     last = (part.lengths - 1).view(1, -1, 1, 1).expand(maps.shape[0], -1, 1, maps.shape[3])
     return maps.gather(2, last)[:, :, 0, tokens]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import TokenRoles, attend, attend_with_evidence
-from .sequences import Sequences, join
+from .attention import TokenRoles, attend, attend_with_evidence, has_only_real_rows
+from .sequences import Sequences, count_tokens, join
 from .token_pruning import (
     alignment_feature,
     alignment_scores,
@@ -21,8 +21,8 @@ from .token_pruning import (
     select_tokens,
     token_importance,
 )
-from .token_reduction import Reduction, Repacking, move_positions, reduce
-from .triton_kernels import KERNEL_ERRORS, disable, is_available
+from .token_reduction import KernelReduction, Move, Reduction, reduce
+from .triton_kernels import KERNEL_ERRORS, disable, gate, is_available, scored_varlen_attention
 
 
 class AlignmentTokens(NamedTuple):
@@ -83,6 +83,11 @@ class MadtpReduction:
 
     def attend(self, layer: int, query_key_value: torch.Tensor, scores: torch.Tensor, sequences: Sequences, dropout):
         """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
+        if self._runs_in_kernels(query_key_value, scores, sequences, dropout):
+            try:
+                return self._attend_in_kernels(query_key_value, scores, sequences)
+            except KERNEL_ERRORS as error:
+                disable(error)
         parts = sequences.parts(self.bounds(sequences, query_key_value.shape[2] * query_key_value.shape[3]))
         outputs, reductions = [], []
         for part in parts:
@@ -91,26 +96,46 @@ class MadtpReduction:
             reductions.append(self.choose(layer, evidence, scores, part))
         return join(outputs), (parts, reductions)
 
+    def _runs_in_kernels(self, query_key_value, scores, sequences: Sequences, dropout: float) -> bool:
+        return (
+            self.granularity == "instance"
+            and not dropout
+            and is_available(query_key_value)
+            and not (scores.requires_grad and torch.is_grad_enabled())
+            and has_only_real_rows(sequences)
+        )
+
+    def _attend_in_kernels(self, query_key_value, scores, sequences: Sequences):
+        output, *evidence = scored_varlen_attention(
+            *query_key_value.unbind(1), sequences.cu_seqlens, sequences.max_seqlen, *reversed(self.roles)
+        )
+        chosen = gate(
+            scores, *evidence, sequences.cu_seqlens, self.temperature, self.min_kept, self.roles.protects_last
+        )
+        return output.flatten(1), ([sequences], [KernelReduction(*chosen)])
+
     def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
         """What stays of a part of the batch, from its attention and its alignment scores (R, T)."""
-        num_removable, mask = self.roles.num_removable(part), self.roles.removable(part)
+        roles, num_removable = self.roles, self.roles.num_removable(part)
+        mask, weights, counts = roles.removable(part), roles.removable_weights(part), roles.removable_counts(part)
         scores = part.pad(scores)[:, 1 : 1 + num_removable]
-        importance = token_importance(evidence, scores, mask)
+        importance = token_importance(evidence, scores, weights)
         length = None
         if self.token_counts is not None:
             length = min(self.token_counts[layer], part.max_seqlen)
             # The protected tokens and the merged one are among those that it leaves.
-            number = length - 2 - self.roles.protects_last
+            number = length - 2 - roles.protects_last
             keep = most_important(importance, min(max(number, 1), num_removable), mask)
-            stays, merges = keep_all_or_enough(keep, mask)
+            stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
         else:
-            threshold = importance_threshold(scores, importance, self.temperature, mask)
+            threshold = importance_threshold(scores, importance, self.temperature, weights)
             if self.granularity == "batch":
                 keep = importance > threshold
                 number = (keep if mask is None else keep & mask).sum(dim=1).amax()
-                stays, merges = keep_all_or_enough(most_important(importance, number, mask), mask, self.min_kept)
+                keep = most_important(importance, number, mask)
+                stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
             else:
-                stays, merges = select_tokens(importance, threshold, mask, self.min_kept)
+                stays, merges = select_tokens(importance, threshold, mask, counts, self.min_kept)
         return Reduction(stays, merges, merge_weights(importance, stays, merges), length=length)
 
 
@@ -128,7 +153,7 @@ class LayerPlan(NamedTuple):
 
 # A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment feature (B, T, E) or
 # None, and where the layer's rows went, None if nowhere else.
-LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, list[Repacking] | None]
+LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None]
 
 
 class ReducibleLayer:
@@ -205,7 +230,7 @@ def run_layers(
     context: tuple = (),
 ) -> BranchOutput:
     """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
-    num_tokens = [sequences.lengths]
+    history = [sequences]
     all_hidden_states = [sequences.pad_zeros(states)] if output_hidden_states else None
     all_positions = None
     if output_positions:
@@ -217,17 +242,17 @@ def run_layers(
         states, sequences, layer_feature, moved = layer(states, sequences, plan, *context)
         if layer_feature is not None:
             feature = layer_feature if feature is None else feature + layer_feature
-        num_tokens.append(sequences.lengths)
+        history.append(sequences)
         if output_hidden_states:
             all_hidden_states.append(sequences.pad_zeros(states))
         if output_positions:
-            positions = move_positions(positions, moved)
+            positions = positions if moved is None else moved(positions)
             all_positions.append(_padded_positions(positions, sequences))
     return BranchOutput(
         states,
         sequences,
         feature,
-        torch.stack(num_tokens),
+        count_tokens(history),
         None if all_hidden_states is None else tuple(all_hidden_states),
         None if all_positions is None else tuple(all_positions),
     )

@@ -54,8 +54,11 @@ class Sequences:
         return sequences
 
     @classmethod
-    def varlen(cls, lengths: list[int], device, device_lengths: torch.Tensor | None = None, first_row: int = 0):
-        """Rows of sequences of these lengths; padded ones without padding where all are alike."""
+    def varlen(cls, lengths: list[int], device, device_lengths=None, first_row: int = 0, before=None):
+        """Rows of sequences of these lengths; padded ones without padding where all are alike.
+
+        device_lengths: the same lengths (B,) on the device, if they are there already; before: the `Sequences` that these come from.
+        """
         longest = max(lengths, default=0)
         if min(lengths, default=0) == longest:
             sequences = cls(len(lengths), longest, device, lengths=device_lengths, first_row=first_row)
@@ -64,7 +67,10 @@ class Sequences:
         offsets = [0]
         for length in lengths:
             offsets.append(offsets[-1] + length)
-        return cls(len(lengths), longest, device, offsets=offsets, lengths=device_lengths, first_row=first_row)
+        sequences = cls(len(lengths), longest, device, offsets=offsets, lengths=device_lengths, first_row=first_row)
+        if before is not None and not torch.compiler.is_compiling():
+            sequences.slots = before.slots[:longest]
+        return sequences
 
     @property
     def is_varlen(self) -> bool:
@@ -83,7 +89,7 @@ class Sequences:
     def lengths(self) -> torch.Tensor:
         """(B,) int64: the numbers of real tokens."""
         if self.is_varlen:
-            return torch.tensor(self.offsets, device=self.device).diff()
+            return torch.tensor(self.row_counts).to(self.device, non_blocking=True)
         if self.mask is not None:
             return self.mask.sum(dim=1)
         return torch.full((self.batch_size,), self.max_seqlen, device=self.device)
@@ -99,7 +105,17 @@ class Sequences:
     @cached_property
     def mask(self) -> torch.Tensor | None:
         """(B, max_seqlen) bool: the real tokens of padded states, None without padding."""
-        return torch.arange(self.max_seqlen, device=self.device) < self.lengths.unsqueeze(1)
+        return self.slots < self.lengths.unsqueeze(1)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """(max_seqlen,): 0, 1, 2, ..."""
+        return torch.arange(self.max_seqlen, device=self.device)
+
+    @cached_property
+    def real(self) -> torch.Tensor | None:
+        """`mask` as numbers, 1.0 at real tokens."""
+        return None if self.mask is None else self.mask.float()
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
@@ -118,8 +134,7 @@ class Sequences:
     @cached_property
     def positions(self) -> torch.Tensor:
         """(R,): the place of each row in its sequence."""
-        slots = torch.arange(self.max_seqlen, device=self.device).expand(self.batch_size, -1)
-        return self.unpad(slots)
+        return self.unpad(self.slots.expand(self.batch_size, -1))
 
     # Rows to padded states and back
 
@@ -211,10 +226,24 @@ class Sequences:
         return moved
 
 
-def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """states (S, ...) -> (num_rows, ...): each goes where its number (S,) says, counted from 1; those at 0 go nowhere."""
-    rows = states.new_empty(num_rows + 1, *states.shape[1:])
+def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fill: int | None = None) -> torch.Tensor:
+    """states (S, ...) -> (num_rows, ...): each goes where its number (S,) says, counted from 1; those at 0 go nowhere.
+
+    fill: what rows hold that none goes to, if there are any.
+    """
+    shape = (num_rows + 1, *states.shape[1:])
+    rows = states.new_empty(shape) if fill is None else states.new_full(shape, fill)
     return rows.index_copy_(0, numbers, states)[1:]
+
+
+def count_tokens(layers: list[Sequences]) -> torch.Tensor:
+    """(layers, B) int64: the numbers of real tokens in each."""
+    if torch.compiler.is_compiling() or not any(sequences.is_varlen for sequences in layers):
+        return torch.stack([sequences.lengths for sequences in layers])
+    device = layers[-1].device
+    if all(sequences.is_varlen or sequences.mask is None for sequences in layers):  # as the host knows them
+        return torch.tensor([sequences.row_counts for sequences in layers]).to(device, non_blocking=True)
+    return torch.stack([sequences.lengths.to(device) for sequences in layers])
 
 
 def join(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """MADTP's token pruning (arXiv 2403.02991), as functions of tensors that know nothing of the network that calls them.
 
 Shapes: B batch, N tokens that can go (protected tokens, such as the class token, are left out by the caller), T alignment
-tokens, D width, H heads, d head width. `mask` (B, N) is True at real tokens; None says that there is no padding. Padding takes
+tokens, D width, H heads, d head width. `mask` (B, N) says which are real; None says that there is no padding. Padding takes
 part in no score, threshold or mean. Scores are computed in float32.
 
 A pruned layer, step by step:
@@ -36,9 +36,9 @@ class AttentionEvidence(NamedTuple):
     output_norm: torch.Tensor
 
 
-def normalize_over_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """(B, N) -> (B, N) with a sum of 1 over the tokens."""
-    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-8)
+def sum_over_tokens(scores: torch.Tensor) -> torch.Tensor:
+    """(B, N) -> (B, 1): what scores are divided by to be shares."""
+    return scores.sum(dim=-1, keepdim=True) + 1e-8
 
 
 def alignment_scores(tokens: torch.Tensor, alignment_tokens: torch.Tensor) -> torch.Tensor:
@@ -66,13 +66,17 @@ def alignment_loss(image_feature: torch.Tensor, text_feature: torch.Tensor) -> t
 def token_importance(
     evidence: AttentionEvidence, scores: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Step 4: the importance s (B, N) of the tokens, from their attention and their alignment scores a (B, N, T)."""
+    """Step 4: the importance s (B, N) of the tokens, from their attention and their alignment scores a (B, N, T).
+
+    mask (B, N): 1.0 at real tokens, 0.0 at padding, as are all masks below that are not said to be boolean.
+    """
     norm = evidence.output_norm
     by_reader = (evidence.from_reader * norm).sum(dim=0) / norm.sum(dim=0)
     by_alignment = scores.amax(dim=-1).float()
     if mask is not None:
         by_alignment = by_alignment * mask
-    return (normalize_over_tokens(evidence.received) + by_reader + normalize_over_tokens(by_alignment)) / 3
+    importance = by_reader.addcdiv(evidence.received, sum_over_tokens(evidence.received))
+    return importance.addcdiv(by_alignment, sum_over_tokens(by_alignment)) / 3
 
 
 @torch.no_grad()  # a threshold is compared with, and passes no gradient on
@@ -89,33 +93,42 @@ def importance_threshold(
     gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
     with torch.autocast(gate.device.type, enabled=False):
         seen = importance.float().unsqueeze(1) @ gate
-        total = gate.sum(dim=1, keepdim=True) if mask is None else mask.to(gate.dtype).unsqueeze(1) @ gate
+        total = gate.sum(dim=1, keepdim=True) if mask is None else mask.unsqueeze(1) @ gate
     return (seen / total).amin(dim=-1)
 
 
 def select_tokens(
-    importance: torch.Tensor, threshold: torch.Tensor, mask: torch.Tensor | None = None, min_kept: int = 1
+    importance: torch.Tensor,
+    threshold: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | int | None = None,
+    min_kept: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 6: which tokens stay (B, N), False at padding, and which samples merge the others (B, 1).
 
-    Where fewer than `min_kept` would stay, or one token or none would go, all stay.
+    Where fewer than `min_kept` would stay, or one token or none would go, all stay. mask (B, N): boolean; num_tokens (B, 1): how many
+    tokens can go, N if not given.
     """
     keep = importance > threshold
-    return keep_all_or_enough(keep if mask is None else keep & mask, mask, min_kept)
+    return keep_all_or_enough(keep if mask is None else keep & mask, mask, num_tokens, min_kept)
 
 
 def keep_all_or_enough(
-    keep: torch.Tensor, mask: torch.Tensor | None, min_kept: int = 1
+    keep: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_tokens: torch.Tensor | int | None = None,
+    min_kept: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `select_tokens`, for tokens (B, N) that are to stay."""
-    num_tokens = keep.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
+    if num_tokens is None:
+        num_tokens = keep.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
     num_kept = keep.sum(dim=1, keepdim=True)
     merges = (num_kept >= min_kept) & (num_kept < num_tokens - 1)
     return (keep | ~merges if mask is None else torch.where(merges, keep, mask)), merges
 
 
 def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, N) bool: the `number` most important tokens of each sample, all where it has fewer."""
+    """(B, N) bool: the `number` most important tokens of each sample, all where it has fewer. mask (B, N): boolean."""
     ranked = importance if mask is None else importance.masked_fill(~mask, -torch.inf)
     if isinstance(number, int):
         keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.topk(number).indices, True)

@@ -4,12 +4,14 @@ Shapes: in a part of the batch n sequences of up to L tokens; N tokens of each c
 its last, are protected).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from .attention import TokenRoles
-from .sequences import Sequences, join
+from .sequences import Sequences, join, scatter_rows
+from .triton_kernels import merge
 
 
 class Reduction(NamedTuple):
@@ -53,7 +55,7 @@ class Repacking(NamedTuple):
             return torch.cat(columns, dim=1).take_along_dim(self.order.unsqueeze(-1), dim=1).flatten(0, 1)
         rows = padded.new_empty(self.num_rows + 1, *padded.shape[2:])
         for states, numbers in zip(columns, self.numbers.split([states.shape[1] for states in columns], dim=1)):
-            rows.index_copy_(0, numbers.flatten(), states.flatten(0, 1))
+            rows.index_put_((numbers,), states)
         return rows[1:]
 
     def _last(self, padded: torch.Tensor) -> torch.Tensor:
@@ -62,9 +64,9 @@ class Repacking(NamedTuple):
         return padded.take_along_dim((self.part.lengths - 1).view(-1, *[1] * (padded.ndim - 1)), dim=1)
 
 
-def stay_table(reduction: Reduction, roles: TokenRoles) -> torch.Tensor:
+def stay_table(reduction: Reduction, part: Sequences, roles: TokenRoles) -> torch.Tensor:
     """(n, C) bool: which of the columns are new rows."""
-    always = torch.ones_like(reduction.merges)
+    always = torch.ones_like(reduction.merges) if part.mask is None else part.mask[:, :1]
     merges = reduction.merges if reduction.into is None else ~always
     return torch.cat([always, reduction.stays, merges, *[always] * roles.protects_last], dim=1)
 
@@ -83,16 +85,30 @@ def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tens
     return torch.cat([padded[:, :1], tokens, padded[:, 1 + num_removable :]], dim=1), padded[:, 0]
 
 
+class KernelReduction(NamedTuple):
+    """What Triton's gate answers for a layer: see `triton_kernels.gate`. importance (R,), destination (R,), new_cu_seqlens (B + 1,)."""
+
+    importance: torch.Tensor
+    destination: torch.Tensor
+    new_cu_seqlens: torch.Tensor
+
+
+# What follows the positions (R,) of a layer's rows to those that it leaves (R',), -1 for merged tokens.
+Move = Callable[[torch.Tensor], torch.Tensor]
+
+
 def reduce(
     states: torch.Tensor, sequences: Sequences, parts: list[Sequences], reductions: list[Reduction], roles: TokenRoles
-) -> tuple[torch.Tensor, Sequences, list[Repacking] | None]:
+) -> tuple[torch.Tensor, Sequences, Move | None]:
     """Apply what a method answered for each part of a batch: states (R, D) -> (R', D), how they lie, and where rows went.
 
     Waits for the device once, to learn how many rows there are; not where lengths are fixed. The last is None where nothing changed.
     """
+    if isinstance(reductions[0], KernelReduction):
+        return _reduce_by_kernel(states, sequences, reductions[0])
     if reductions[0].length is not None:
         return _reduce_to_length(states, sequences, reductions[0], roles)
-    tables = [stay_table(reduction, roles) for reduction in reductions]
+    tables = [stay_table(reduction, part, roles) for part, reduction in zip(parts, reductions)]
     lengths = join([table.sum(dim=1) for table in tables])
     row_counts = lengths.tolist()
     if sum(row_counts) == sequences.num_rows:  # one that merges has fewer
@@ -105,14 +121,14 @@ def reduce(
         repacking = Repacking(part, num_rows, roles, numbers=numbers)
         outputs.append(repacking(*enter_tokens(part.pad(states), reduction)))
         repackings.append(repacking)
-    return join(outputs), Sequences.varlen(row_counts, states.device, lengths), repackings
+    return join(outputs), Sequences.varlen(row_counts, states.device, lengths, before=sequences), move_along(repackings)
 
 
 def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles: TokenRoles):
     length = reduction.length
     if length == sequences.max_seqlen:
         return states, sequences, None
-    table = stay_table(reduction, roles)
+    table = stay_table(reduction, sequences, roles)
     num_columns = table.shape[1]
     # The columns that are rows come first, in their order; by an operation that ONNX knows.
     order = (table * num_columns - torch.arange(num_columns, device=table.device)).topk(length).indices
@@ -122,15 +138,35 @@ def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles:
         lengths = table.sum(dim=1)
         mask = torch.arange(length, device=table.device) < lengths.unsqueeze(1)
     states = repacking(*enter_tokens(sequences.pad(states), reduction))
-    return states, Sequences.padded(sequences.batch_size, length, states.device, mask, lengths), [repacking]
+    sequences = Sequences.padded(sequences.batch_size, length, states.device, mask, lengths)
+    return states, sequences, move_along([repacking])
 
 
-def move_positions(positions: torch.Tensor, repackings: list[Repacking] | None) -> torch.Tensor:
-    """Follow positions (R,) of a layer's input to its output (R',): -1 for merged tokens."""
-    if repackings is None:
-        return positions
-    moved = []
-    for repacking in repackings:
-        nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
-        moved.append(repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere))
-    return join(moved).squeeze(1)
+def move_along(repackings: list[Repacking]) -> Move:
+    def move(positions: torch.Tensor) -> torch.Tensor:
+        moved = []
+        for repacking in repackings:
+            nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
+            moved.append(repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere))
+        return join(moved).squeeze(1)
+
+    return move
+
+
+def _reduce_by_kernel(states: torch.Tensor, sequences: Sequences, reduction: KernelReduction):
+    importance, destination, new_cu_seqlens = reduction
+    offsets = new_cu_seqlens.tolist()
+    if offsets[-1] == sequences.num_rows:
+        return states, sequences, None
+    states = merge(states, importance, destination, sequences.cu_seqlens, new_cu_seqlens, offsets[-1])
+
+    def move(positions: torch.Tensor) -> torch.Tensor:
+        starts = new_cu_seqlens[:-1].repeat_interleave(sequences.lengths, output_size=sequences.num_rows)
+        numbers = torch.where(destination >= 0, starts + destination + 1, 0)
+        return scatter_rows(positions, numbers, offsets[-1], fill=-1)
+
+    row_counts = [end - start for start, end in zip(offsets, offsets[1:])]
+    reduced = Sequences.varlen(row_counts, states.device, before=sequences)
+    if reduced.is_varlen:
+        reduced.cu_seqlens = new_cu_seqlens
+    return states, reduced, move
