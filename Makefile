@@ -29,8 +29,8 @@ test: install
 test-matrix:
 	$(PYTHON) tests/version_matrix.py --torch "$(TORCH)"
 
-# transformers' own model tests, from the source distribution of the installed version, which is downloaded into ~/.cache/madtp_hf once.
-# With MADTP_HF_STOCK=1 on transformers' BLIP as well, the yardstick.
+# transformers' own model tests, from the source distribution of the installed version: downloaded once, into
+# ~/.cache/madtp_hf. With MADTP_HF_STOCK=1 on transformers' BLIP as well, the yardstick.
 test-mixins: install
 	$(BIN)/python tests/helpers/transformers_tests.py
 	$(BIN)/python -m pytest tests/test_transformers_mixins.py
