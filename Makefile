@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test test-matrix test-wheel lint format cards dense bench bench-budgets clean
+.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-budgets clean
 
 install: .venv/.installed
 
@@ -28,6 +28,12 @@ test: install
 # The frozen checkpoints under the oldest, a middle and the newest transformers, each in an environment of its own. Downloads them.
 test-matrix:
 	$(PYTHON) tests/helpers/version_matrix.py --torch "$(TORCH)"
+
+# transformers' own model tests, from the source distribution of the installed version: downloaded once, into
+# ~/.cache/madtp_hf. With MADTP_HF_STOCK=1 on transformers' BLIP as well, the yardstick.
+test-mixins: install
+	$(BIN)/python tests/helpers/transformers_tests.py
+	$(BIN)/python -m pytest tests/test_transformers_mixins.py
 
 # README's quick start, from a wheel in a clean environment.
 test-wheel:

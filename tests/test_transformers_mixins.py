@@ -1,0 +1,227 @@
+"""Runs transformers' own model and configuration tests on the four tasks, pruning off (`Dense`) and on (`Pruned`).
+
+`make test-mixins` fetches those tests and runs this module; without them it is skipped. A summary by class follows.
+One class: `pytest tests/test_transformers_mixins.py -k "vqa and pruned"`.
+MADTP_HF_STOCK=1 adds transformers' BLIP (`Stock`), the yardstick.
+"""
+
+import contextlib
+import copy
+import fnmatch
+import os
+import unittest
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import BlipConfig
+from transformers.testing_utils import torch_device
+
+from madtp_hf import MadtpBlipConfig
+
+from .conftest import TASKS, blip_config
+from .helpers import transformers_tests
+
+
+if not transformers_tests.is_fetched():
+    pytest.skip(
+        f"transformers' tests are not in {transformers_tests.cache_folder()}: `make test-mixins` fetches them",
+        allow_module_level=True,
+    )
+common, configuration = transformers_tests.load()
+pytest_plugins = ["tests.helpers.transformers_summary"]
+
+MODES = ("dense", "pruned") + (("stock",) if os.environ.get("MADTP_HF_STOCK") == "1" else ())
+TEMPERATURE = 1.0  # both branches of these models drop tokens
+LENGTHS = (9, 5, 7, 9, 6, 8, 4)
+
+
+class Entry(NamedTuple):
+    """Tests (patterns of names) that don't run, or are known to fail, for some tasks and modes, and why."""
+
+    reason: str
+    tests: tuple[str, ...]
+    tasks: tuple[str, ...] = tuple(TASKS)
+    modes: tuple[str, ...] = ("dense", "pruned")
+
+    def names(self, test_class, task: str, mode: str) -> list[str]:
+        if task not in self.tasks or mode not in self.modes:
+            return []
+        tests = [name for name in dir(test_class) if callable(getattr(test_class, name))]
+        return [name for pattern in self.tests for name in fnmatch.filter(tests, pattern)]
+
+
+# transformers' tests/models/blip/test_modeling_blip.py, which the source distribution lacks, skips these for BLIP's
+# composite models. It skips more (retained gradients, embeddings, training); here that runs.
+SKIPPED = (
+    Entry(
+        "skipped for stock BLIP, too: attentions are those of the vision encoder, not of the text",
+        ("test_attention_outputs",),
+        modes=("dense", "pruned", "stock"),
+    ),
+    Entry(
+        "skipped for stock BLIP, too: hidden states are those of the vision encoder, not of the text",
+        ("test_hidden_states_output",),
+        modes=("dense", "pruned", "stock"),
+    ),
+    Entry("BlipForImageTextRetrieval has no loss", ("test_training*",), ("retrieval",), ("stock",)),
+)
+
+WRITERS = ("vqa", "captioning")
+ATTENTIONS = "output_attentions=True is refused: no attention maps are kept"
+MASKS = "output masks are bool tensors, which the test subtracts"
+KNOWN_FAILURES = (
+    Entry(ATTENTIONS, ("test_eager_matches_sdpa_inference_*_output_attentions", "test_retain_grad_*_attentions")),
+    Entry(ATTENTIONS, ("test_capture_outputs_decorator",), WRITERS),
+    Entry(ATTENTIONS, ("test_model_outputs_equivalence",), ("captioning", "nlvr2"), ("dense",)),
+    Entry(MASKS, ("test_model_outputs_equivalence",), ("vqa", "retrieval"), ("dense",)),
+    Entry(MASKS, ("test_model_outputs_equivalence",), modes=("pruned",)),
+    Entry(
+        "the mask of text states is in the output only if a text of the batch is padded",
+        ("test_batching_equivalence",),
+        ("vqa", "retrieval"),
+        ("dense",),
+    ),
+    Entry(
+        "image_mask and the mask of text states are in the output only if the batch is padded",
+        ("test_batching_equivalence",),
+        modes=("pruned",),
+    ),
+    Entry(
+        "text_decoder.config is a copy of config.text_config",
+        ("test_internal_model_config_and_subconfig_are_same",),
+        WRITERS,
+    ),
+    Entry(
+        "output_hidden_states takes no list of layers",
+        ("test_can_capture_specific_layers_hidden_states",),
+        WRITERS,
+    ),
+    Entry(
+        "transformers' BlipTextPreTrainedModel._init_weights leaves the bias of the prediction head uninitialised",
+        ("test_can_init_all_missing_weights",),
+        WRITERS,
+    ),
+    Entry(
+        "get_image_features and get_text_features return a tensor, the normalised feature, and no ModelOutput",
+        ("test_get_image_features_[aho]*", "test_get_text_features_[aho]*"),
+        ("retrieval",),
+    ),
+)
+
+
+def config_fields(mode: str) -> dict:
+    """Fields of conftest's small configuration and, for our models, of pruning."""
+    fields = {name: value for name, value in blip_config().to_dict().items() if name != "model_type"}
+    if mode != "stock":
+        fields |= {"num_alignment_tokens": 12, "pruning_temperature": TEMPERATURE if mode == "pruned" else 0.0}
+    return fields
+
+
+class ModelTester:
+    """Makes the configuration and the inputs that `ModelTesterMixin` asks for."""
+
+    is_training = True
+    batch_size = len(LENGTHS)
+    seq_length = max(LENGTHS)
+
+    def __init__(self, task: str, mode: str):
+        self.task, self.mode = task, mode
+
+    def get_config(self):
+        return (BlipConfig if self.mode == "stock" else MadtpBlipConfig)(**config_fields(self.mode))
+
+    def make_inputs(self) -> dict[str, torch.Tensor]:
+        return {name: value.to(torch_device) for name, value in TASKS[self.task].make_inputs(LENGTHS).items()}
+
+    def prepare_config_and_inputs_for_common(self):
+        inputs = self.make_inputs()
+        if self.task == "vqa":
+            inputs["decoder_input_ids"] = inputs["labels"].clone()
+        else:
+            inputs.pop("labels", None)
+        return self.get_config(), inputs
+
+
+def make_model_test_class(task: str, mode: str) -> type:
+    entry = TASKS[task]
+
+    class ModelTest(common.ModelTesterMixin, unittest.TestCase):
+        all_model_classes = (entry.blip_class if mode == "stock" else entry.model_class,)
+        # As for stock BLIP, whose `generate` is its own. The source distribution has no GenerationTesterMixin.
+        all_generative_model_classes = ()
+        additional_model_inputs = ["input_ids", "pixel_values", "decoder_input_ids"]
+        # Models from before 2023, by their file's copyright line, don't take this test.
+        test_can_init_all_missing_weights_before_2023 = mode != "stock"
+
+        def setUp(self):
+            self.model_tester = ModelTester(task, mode)
+            if self._testMethodName == "test_can_init_all_missing_weights":
+                # What is left uninitialised is then NaN, and not zero by chance.
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                self.addCleanup(torch.use_deterministic_algorithms, False)
+
+        @contextlib.contextmanager
+        def subTest(self, *args, **kwargs):
+            # Subtests fail the test itself: pytest lets it pass beside failed ones, which strict xfail refuses.
+            yield
+
+        def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+            inputs = copy.deepcopy(inputs_dict)
+            if return_labels:
+                full = self.model_tester.make_inputs()
+                inputs |= {name: full[name] for name in ("labels",) if name in full}
+                # Retrieval draws its hard negatives, so that the losses of two passes differ.
+                if mode != "stock" and self._testMethodName != "test_model_outputs_equivalence":
+                    inputs |= entry.to_train
+            return inputs
+
+    def mark(entries, marker, **options):
+        for known in entries:
+            for name in known.names(ModelTest, task, mode):
+                setattr(ModelTest, name, marker(reason=known.reason, **options)(getattr(ModelTest, name)))
+
+    mark(SKIPPED, pytest.mark.skip)
+    mark(KNOWN_FAILURES, pytest.mark.xfail, strict=True)
+    return ModelTest
+
+
+def make_configuration_test_class(mode: str) -> type:
+    """transformers' `ConfigTester`, one test for each of its checks."""
+    fields = {"image_text_hidden_size": 64, "label_smoothing": 0.1}
+    fields |= {name: value for name, value in config_fields(mode).items() if not hasattr(BlipConfig(), name)}
+
+    class ConfigurationTest(unittest.TestCase):
+        def setUp(self):
+            self.model_tester = ModelTester("vqa", mode)
+            self.config_tester = configuration.ConfigTester(
+                self,
+                config_class=BlipConfig if mode == "stock" else MadtpBlipConfig,
+                has_text_modality=False,
+                common_properties=list(fields),
+                **fields,
+            )
+
+    def make_test(check):
+        return lambda self: getattr(self.config_tester, check)()
+
+    for check in dir(configuration.ConfigTester):
+        if check.startswith(("create_and_test_", "check_")):
+            name = "test_" + check.removeprefix("create_and_test_").removeprefix("check_")
+            setattr(ConfigurationTest, name, make_test(check))
+    return ConfigurationTest
+
+
+def make_test_classes() -> dict[str, type]:
+    classes = {}
+    for mode in MODES:
+        classes[f"TestConfiguration{mode.capitalize()}"] = make_configuration_test_class(mode)
+        for task in TASKS:
+            if (task, mode) != ("nlvr2", "stock"):  # transformers has no BLIP for NLVR2
+                classes[f"Test{task.capitalize()}{mode.capitalize()}"] = make_model_test_class(task, mode)
+    for name, test_class in classes.items():
+        test_class.__name__ = test_class.__qualname__ = name
+    return classes
+
+
+globals().update(make_test_classes())
