@@ -28,9 +28,42 @@ from madtp_hf.modeling import sequences
 
 # No launch: views, what only allocates, and the Python side of reading a value.
 FREE = {
-    *("view", "_unsafe_view", "reshape", "expand", "transpose", "t", "permute", "select", "slice", "unsqueeze", "squeeze"),
-    *("unflatten", "flatten", "split", "split_with_sizes", "unbind", "narrow", "as_strided", "alias", "detach", "view_as"),
-    *("empty", "new_empty", "empty_like", "empty_strided", "scalar_tensor", "lift_fresh", "_to_copy_noop", "is_same_size", "sym_size"),
+    *(
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "expand",
+        "transpose",
+        "t",
+        "permute",
+        "select",
+        "slice",
+        "unsqueeze",
+        "squeeze",
+    ),
+    *(
+        "unflatten",
+        "flatten",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "narrow",
+        "as_strided",
+        "alias",
+        "detach",
+        "view_as",
+    ),
+    *(
+        "empty",
+        "new_empty",
+        "empty_like",
+        "empty_strided",
+        "scalar_tensor",
+        "lift_fresh",
+        "_to_copy_noop",
+        "is_same_size",
+        "sym_size",
+    ),
 }
 WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "cpu", "numpy"}
 
@@ -149,7 +182,9 @@ def main():
     for column in ("batch_size", "run", "operations", "of off", "waits"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*("" if row[c] is None else str(row[c]) for c in ("batch_size", "run", "operations", "of off", "waits")))
+        table.add_row(
+            *("" if row[c] is None else str(row[c]) for c in ("batch_size", "run", "operations", "of off", "waits"))
+        )
     Console().print(table)
     for row in rows[: 2 + len(schedule)]:
         print(row["run"], json.dumps(row["by place"]))

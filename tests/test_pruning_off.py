@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from madtp_hf import MadtpBlipForQuestionAnswering
-from madtp_hf.modeling.encoders import MERGE_FROM_LAYER
+from madtp_hf.modeling.madtp_blip_encoders import MERGE_FROM_LAYER
 
 from .conftest import (
     TASKS,

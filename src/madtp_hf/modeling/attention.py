@@ -50,6 +50,9 @@ class TokenRoles(NamedTuple):
         return sequences.lengths.unsqueeze(1) - (1 + self.protects_last)
 
 
+FIRST_PROTECTED = TokenRoles()  # the class token alone
+
+
 # Fused attention
 
 
@@ -71,9 +74,7 @@ def attend(
     context = sequences if context is None else context
     varlen = sequences.is_varlen or context.is_varlen
     if "flash" in implementation and has_only_real_rows(sequences, context):
-        return _flash_attention(
-            attention, implementation, query, key, value, sequences, context, dropout, is_causal
-        )
+        return _flash_attention(attention, implementation, query, key, value, sequences, context, dropout, is_causal)
     if varlen and not dropout and has_only_real_rows(sequences, context) and is_available(query):
         lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen)
         try:
@@ -199,7 +200,9 @@ def _attention_of_heads(query, key, value, seen, dropout: float) -> tuple[torch.
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     scale = query.shape[-1] ** -0.5
-    logits = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, shape)
+    logits = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(
+        0, shape
+    )
     if seen is not None:
         logits = logits.where(seen, torch.finfo(logits.dtype).min)
     maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)

@@ -34,7 +34,9 @@ def _is_schedule(schedule) -> bool:
 
 def _are_token_counts(counts, num_layers: tuple[int, int]) -> bool:
     def is_branch(branch, number):
-        return isinstance(branch, (list, tuple)) and len(branch) == number and all(is_count(n) and n >= 3 for n in branch)
+        return (
+            isinstance(branch, (list, tuple)) and len(branch) == number and all(is_count(n) and n >= 3 for n in branch)
+        )
 
     return isinstance(counts, (list, tuple)) and all(
         isinstance(entry, (list, tuple))

@@ -3,13 +3,14 @@
 Shapes: R rows of all sequences; in a part of the batch n sequences; N tokens that can go, T alignment tokens, D width.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import TokenRoles, attend, attend_with_evidence, has_only_real_rows
+from .attention import FIRST_PROTECTED, TokenRoles, attend, attend_with_evidence, has_only_real_rows
 from .sequences import Sequences, count_tokens, join
 from .token_pruning import (
     alignment_feature,
@@ -38,8 +39,53 @@ class AlignmentTokens(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-class MadtpReduction:
-    """MADTP for the layers of one branch in one forward pass.
+class TokenReduction:
+    """How the tokens of one branch become fewer in one forward pass: what a method fills in to be one.
+
+    A method answers `choose`; what it needs for that, it collects in `attend_part`, or from a layer's input in `read_input`. It may
+    keep what it learns from layer to layer, as an object of it serves one pass.
+    """
+
+    roles = FIRST_PROTECTED
+    with_feature = False  # whether each layer's alignment feature is wanted, for the loss
+
+    def reduces(self, layer: int, sequences: Sequences) -> bool:
+        """Whether a sequence could lose a token in this layer."""
+        return True
+
+    def bounds(self, sequences: Sequences, width: int) -> tuple[int, ...]:
+        """The parts that the batch is taken in, states having this width."""
+        return sequences.boundaries(width)
+
+    def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
+        """From a layer's input (R, D): scores (R, T) of its tokens, if the method has some, and the alignment feature (B, T, E)."""
+        return None, None
+
+    def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float):
+        """Self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and the evidence that it leaves."""
+        return attend_with_evidence(query_key_value, part, self.roles, dropout)
+
+    def choose(self, layer: int, evidence, scores: torch.Tensor | None, part: Sequences) -> Reduction:
+        """What stays of a part of the batch, from its attention's evidence and its scores (R, T)."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float):
+        """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
+        parts = sequences.parts(self.bounds(sequences, query_key_value.shape[2] * query_key_value.shape[3]))
+        outputs, reductions = [], []
+        for part in parts:
+            output, evidence = self.attend_part(layer, query_key_value, part, dropout)
+            outputs.append(output)
+            reductions.append(self.choose(layer, evidence, scores, part))
+        return join(outputs), (parts, reductions)
+
+    def to(self, device, non_blocking: bool = False) -> "TokenReduction":
+        """For models whose layers lie on several devices."""
+        return self
+
+
+class MadtpReduction(TokenReduction):
+    """MADTP.
 
     Args:
         alignment (`AlignmentTokens` or a list, one for each layer).
@@ -54,29 +100,28 @@ class MadtpReduction:
         self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Whether a sequence could lose a token: beside those that are protected, some have to stay and two to go."""
-        if self.temperature == 0:
-            return False
-        return self.roles.num_removable(sequences) >= self.min_kept + 2
+        """Beside those that are protected, some tokens have to stay and two to go."""
+        return self.temperature > 0 and self.roles.num_removable(sequences) >= self.min_kept + 2
 
     def bounds(self, sequences: Sequences, width: int) -> tuple[int, ...]:
-        """The parts that the batch is taken in: all of it where samples have to know of one another."""
-        if self.granularity == "instance":
-            return sequences.boundaries(width)
-        return (0, sequences.batch_size)
+        """All of the batch where samples have to know of one another."""
+        return sequences.boundaries(width) if self.granularity == "instance" else (0, sequences.batch_size)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
         """From a layer's input (R, D): its alignment scores (R, T), and its alignment feature (B, T, E) where the loss is wanted."""
         alignment = self.alignment[layer] if isinstance(self.alignment, list) else self.alignment
         if alignment.weight is not None:
             return F.linear(states, alignment.weight, alignment.bias), None
-        tokens = states if alignment.projection is None else alignment.projection(states)
+        # A projection that lies on another device has its result there.
+        tokens = states if alignment.projection is None else alignment.projection(states).to(states.device)
         scores = alignment_scores(tokens, alignment.tokens)
         if not self.with_feature:
             return scores, None
         removable = slice(1, 1 + self.roles.num_removable(sequences))
         features = [
-            alignment_feature(part.pad(scores)[:, removable], part.pad(tokens)[:, removable], self.roles.removable(part))
+            alignment_feature(
+                part.pad(scores)[:, removable], part.pad(tokens)[:, removable], self.roles.removable(part)
+            )
             for part in sequences.parts(self.bounds(sequences, states.shape[1]))
         ]
         return scores, join(features)
@@ -88,13 +133,7 @@ class MadtpReduction:
                 return self._attend_in_kernels(query_key_value, scores, sequences)
             except KERNEL_ERRORS as error:
                 disable(error)
-        parts = sequences.parts(self.bounds(sequences, query_key_value.shape[2] * query_key_value.shape[3]))
-        outputs, reductions = [], []
-        for part in parts:
-            output, evidence = attend_with_evidence(query_key_value, part, self.roles, dropout)
-            outputs.append(output)
-            reductions.append(self.choose(layer, evidence, scores, part))
-        return join(outputs), (parts, reductions)
+        return super().attend(layer, query_key_value, scores, sequences, dropout)
 
     def _runs_in_kernels(self, query_key_value, scores, sequences: Sequences, dropout: float) -> bool:
         return (
@@ -138,6 +177,17 @@ class MadtpReduction:
                 stays, merges = select_tokens(importance, threshold, mask, counts, self.min_kept)
         return Reduction(stays, merges, merge_weights(importance, stays, merges), length=length)
 
+    def to(self, device, non_blocking: bool = False) -> "MadtpReduction":
+        def moved(alignment: AlignmentTokens) -> AlignmentTokens:
+            tensors = (alignment.tokens, alignment.weight, alignment.bias)
+            tokens, weight, bias = (x if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
+            return AlignmentTokens(tokens, alignment.projection, weight, bias)
+
+        other = copy.copy(self)
+        is_list = isinstance(self.alignment, list)
+        other.alignment = [moved(layer) for layer in self.alignment] if is_list else moved(self.alignment)
+        return other
+
 
 class LayerPlan(NamedTuple):
     """What a layer is told of the forward pass that it is part of: resolved once a pass, so that no layer reads a configuration.
@@ -148,7 +198,7 @@ class LayerPlan(NamedTuple):
     attention: str
     index: int
     roles: TokenRoles
-    reduction: MadtpReduction | None = None
+    reduction: TokenReduction | None = None
 
 
 # A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment feature (B, T, E) or
@@ -180,7 +230,12 @@ class ReducibleLayer:
                 output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout)
                 return output, feature, (*chosen, plan.roles)
         output = attend(
-            self, plan.attention, *query_key_value.unbind(1), sequences, dropout=dropout, is_causal=plan.roles.is_causal
+            self,
+            plan.attention,
+            *query_key_value.unbind(1),
+            sequences,
+            dropout=dropout,
+            is_causal=plan.roles.is_causal,
         )
         return output, feature, None
 
@@ -223,8 +278,8 @@ def run_layers(
     states: torch.Tensor,
     sequences: Sequences,
     attention: str,
-    reduction: MadtpReduction | None = None,
-    roles: TokenRoles = TokenRoles(),
+    reduction: TokenReduction | None = None,
+    roles: TokenRoles = FIRST_PROTECTED,
     output_hidden_states: bool = False,
     output_positions: bool = False,
     context: tuple = (),

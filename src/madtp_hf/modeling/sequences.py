@@ -4,6 +4,7 @@ States are (R, ...): R rows, the tokens of one sequence after those of the other
 no more. What needs to know which rows are whose, attention above all, asks the batch's `Sequences`.
 """
 
+import itertools
 from functools import cached_property
 
 import torch
@@ -80,7 +81,7 @@ class Sequences:
     def row_counts(self) -> list[int]:
         """How many rows each sequence has."""
         if self.is_varlen:
-            return [end - start for start, end in zip(self.offsets, self.offsets[1:])]
+            return [end - start for start, end in itertools.pairwise(self.offsets)]
         return [self.max_seqlen] * self.batch_size
 
     # What is derived from the lengths, each made once.
@@ -191,7 +192,7 @@ class Sequences:
         if len(bounds) == 2:
             return [self]
         if bounds not in self._parts:
-            self._parts[bounds] = [self._part(start, stop) for start, stop in zip(bounds, bounds[1:])]
+            self._parts[bounds] = [self._part(start, stop) for start, stop in itertools.pairwise(bounds)]
         return self._parts[bounds]
 
     def _part(self, start: int, stop: int) -> "Sequences":

@@ -4,6 +4,7 @@ Shapes: in a part of the batch n sequences of up to L tokens; N tokens of each c
 its last, are protected).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -121,7 +122,11 @@ def reduce(
         repacking = Repacking(part, num_rows, roles, numbers=numbers)
         outputs.append(repacking(*enter_tokens(part.pad(states), reduction)))
         repackings.append(repacking)
-    return join(outputs), Sequences.varlen(row_counts, states.device, lengths, before=sequences), move_along(repackings)
+    return (
+        join(outputs),
+        Sequences.varlen(row_counts, states.device, lengths, before=sequences),
+        move_along(repackings),
+    )
 
 
 def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles: TokenRoles):
@@ -165,7 +170,7 @@ def _reduce_by_kernel(states: torch.Tensor, sequences: Sequences, reduction: Ker
         numbers = torch.where(destination >= 0, starts + destination + 1, 0)
         return scatter_rows(positions, numbers, offsets[-1], fill=-1)
 
-    row_counts = [end - start for start, end in zip(offsets, offsets[1:])]
+    row_counts = [end - start for start, end in itertools.pairwise(offsets)]
     reduced = Sequences.varlen(row_counts, states.device, before=sequences)
     if reduced.is_varlen:
         reduced.cu_seqlens = new_cu_seqlens
