@@ -18,6 +18,20 @@ from .training.retrieval_trainer import RetrievalTrainer
 from .version import __version__
 
 
+def _register() -> None:
+    """Let the Auto classes know the configurations and the models, so that whoever has this package needs no `trust_remote_code`."""
+    import transformers
+    from transformers import AutoConfig, AutoModel
+
+    AutoConfig.register(MadtpBlipConfig.model_type, MadtpBlipConfig, exist_ok=True)
+    # One class stands for a configuration's; `from_pretrained` goes on to the one that a checkpoint names.
+    AutoModel.register(MadtpBlipConfig, MadtpBlipForQuestionAnswering, exist_ok=True)
+    for model in (MadtpBlipForQuestionAnswering, MadtpBlipForConditionalGeneration):
+        getattr(transformers, model._task_auto_class).register(MadtpBlipConfig, model, exist_ok=True)
+
+
+_register()
+
 __all__ = [
     "MadtpBlipConfig",
     "MadtpBlipForConditionalGeneration",

@@ -141,6 +141,15 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
     return logits.softmax(dim=-1)
 
 
+def self_attention_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles) -> torch.Tensor:
+    """The probabilities (B, H, L, L) of self-attention of (R, 3, H, d); 0 at padded queries and keys."""
+    query, key, _ = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
+    if sequences.mask is None:
+        return attention_maps(query, key, None, roles.is_causal)
+    mask = sequences.mask[:, None, None, :]
+    return attention_maps(query, key, mask, roles.is_causal) * (mask & mask.transpose(2, 3))
+
+
 def causal_mask(length: int, device) -> torch.Tensor:
     """(length, length) bool: True where the row's token sees the column's."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import FIRST_PROTECTED, TokenRoles, attend, attend_with_evidence, has_only_real_rows
+from .attention import (
+    FIRST_PROTECTED,
+    TokenRoles,
+    attend,
+    attend_with_evidence,
+    has_only_real_rows,
+    self_attention_maps,
+)
 from .sequences import Sequences, count_tokens, join
 from .token_pruning import (
     alignment_feature,
@@ -192,18 +199,20 @@ class MadtpReduction(TokenReduction):
 class LayerPlan(NamedTuple):
     """What a layer is told of the forward pass that it is part of: resolved once a pass, so that no layer reads a configuration.
 
-    attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become fewer, if they do.
+    attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become fewer, if they do;
+    with_maps: whether the maps of self-attention are wanted.
     """
 
     attention: str
     index: int
     roles: TokenRoles
     reduction: TokenReduction | None = None
+    with_maps: bool = False
 
 
 # A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment feature (B, T, E) or
-# None, and where the layer's rows went, None if nowhere else.
-LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None]
+# None, where the layer's rows went, None if nowhere else, and the maps of self-attention (B, H, L, L) or None.
+LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None, torch.Tensor | None]
 
 
 class ReducibleLayer:
@@ -215,29 +224,25 @@ class ReducibleLayer:
 
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
         """states (R, D) that lie as `sequences` say; `context`: what the layer looks at besides."""
-        output, feature, chosen = self.attend(states, sequences, plan)
+        output, chosen, feature, maps = self.attend(states, sequences, plan)
         states, sequences, moved = self.reduce(self.add_attention(output, states), sequences, chosen)
-        return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved
+        return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved, maps
 
     def attend(self, states, sequences: Sequences, plan: LayerPlan):
-        """The output (R, H * d) of self-attention, the alignment feature, and what is to be reduced."""
+        """Self-attention's output (R, H * d), what is to be reduced, and on request the alignment feature and the maps."""
         reduction, query_key_value = plan.reduction, self.project(states)
         dropout = self.attention_dropout if self.training else 0.0
-        feature = None
-        if reduction is not None and (reduction.with_feature or reduction.reduces(plan.index, sequences)):
+        maps = self_attention_maps(query_key_value, sequences, plan.roles) if plan.with_maps else None
+        reduces = reduction is not None and reduction.reduces(plan.index, sequences)
+        scores = feature = None
+        if reduces or (reduction is not None and reduction.with_feature):
             scores, feature = reduction.read_input(plan.index, states, sequences)
-            if reduction.reduces(plan.index, sequences):
-                output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout)
-                return output, feature, (*chosen, plan.roles)
-        output = attend(
-            self,
-            plan.attention,
-            *query_key_value.unbind(1),
-            sequences,
-            dropout=dropout,
-            is_causal=plan.roles.is_causal,
-        )
-        return output, feature, None
+        if reduces:
+            output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout)
+            return output, (*chosen, plan.roles), feature, maps
+        projected, is_causal = query_key_value.unbind(1), plan.roles.is_causal
+        output = attend(self, plan.attention, *projected, sequences, dropout=dropout, is_causal=is_causal)
+        return output, None, feature, maps
 
     def reduce(self, states, sequences, chosen):
         return (states, sequences, None) if chosen is None else reduce(states, sequences, *chosen)
@@ -246,16 +251,18 @@ class ReducibleLayer:
 class BranchOutput(NamedTuple):
     """states (R, D) that lie as `sequences` say, feature (B, T, E) or None, num_tokens (layers + 1, B) int64.
 
-    On request, all_hidden_states, what enters the branch and leaves each layer, padded, and positions, layers + 1 tensors (B, L) that
-    say where in the branch's input each token was, -1 for merged ones and padding.
+    On request, all_hidden_states, what enters the branch and leaves each layer, padded, None where it isn't asked for; positions,
+    layers + 1 tensors (B, L) that say where in the branch's input each token was, -1 for merged ones and padding; and attentions, each
+    layer's maps (B, H, L, L) of the tokens that enter it.
     """
 
     states: torch.Tensor
     sequences: Sequences
     feature: torch.Tensor | None
     num_tokens: torch.Tensor
-    all_hidden_states: tuple[torch.Tensor, ...] | None = None
+    all_hidden_states: tuple[torch.Tensor | None, ...] | None = None
     positions: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
     @property
     def hidden_states(self) -> torch.Tensor:
@@ -280,26 +287,27 @@ def run_layers(
     attention: str,
     reduction: TokenReduction | None = None,
     roles: TokenRoles = FIRST_PROTECTED,
-    output_hidden_states: bool = False,
+    output_hidden_states: bool | int | list[int] = False,
     output_positions: bool = False,
+    output_attentions: bool = False,
     context: tuple = (),
 ) -> BranchOutput:
     """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
-    history = [sequences]
-    all_hidden_states = [sequences.pad_zeros(states)] if output_hidden_states else None
-    all_positions = None
-    if output_positions:
-        positions = sequences.positions
-        all_positions = [_padded_positions(positions, sequences)]
-    feature = None
+    history, feature = [sequences], None
+    wanted = _wanted_hidden_states(output_hidden_states, len(layers) + 1)
+    all_hidden_states = [sequences.pad_zeros(states) if 0 in wanted else None]
+    positions = sequences.positions if output_positions else None
+    all_positions = [_padded_positions(positions, sequences)] if output_positions else None
+    attentions = [] if output_attentions else None
     for index, layer in enumerate(layers):
-        plan = LayerPlan(attention, index, roles, reduction)
-        states, sequences, layer_feature, moved = layer(states, sequences, plan, *context)
+        plan = LayerPlan(attention, index, roles, reduction, output_attentions)
+        states, sequences, layer_feature, moved, maps = layer(states, sequences, plan, *context)
         if layer_feature is not None:
             feature = layer_feature if feature is None else feature + layer_feature
         history.append(sequences)
-        if output_hidden_states:
-            all_hidden_states.append(sequences.pad_zeros(states))
+        all_hidden_states.append(sequences.pad_zeros(states) if index + 1 in wanted else None)
+        if output_attentions:
+            attentions.append(maps)
         if output_positions:
             positions = positions if moved is None else moved(positions)
             all_positions.append(_padded_positions(positions, sequences))
@@ -308,9 +316,18 @@ def run_layers(
         sequences,
         feature,
         count_tokens(history),
-        None if all_hidden_states is None else tuple(all_hidden_states),
-        None if all_positions is None else tuple(all_positions),
+        tuple(all_hidden_states) if output_hidden_states is not False and output_hidden_states is not None else None,
+        tuple(all_positions) if output_positions else None,
+        tuple(attentions) if output_attentions else None,
     )
+
+
+def _wanted_hidden_states(output_hidden_states, number: int) -> set[int]:
+    """Which of `number` hidden states are asked for: all or none, or, as transformers has it, those of some indices."""
+    if isinstance(output_hidden_states, bool) or output_hidden_states is None:
+        return set(range(number)) if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % number for index in indices if -number <= index < number}
 
 
 def _padded_positions(positions: torch.Tensor, sequences: Sequences) -> torch.Tensor:

@@ -1,18 +1,26 @@
 """What the four tasks of BLIP share: the encoders, generation, the way in from transformers' BLIP."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationConfig
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip.modeling_blip import BlipMLP, BlipPreTrainedModel
-from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextIntermediate
+from transformers.models.blip.modeling_blip_text import (
+    BlipTextEmbeddings,
+    BlipTextIntermediate,
+    BlipTextLMPredictionHead,
+)
 
 from .configuration_madtp_blip import MadtpBlipConfig
 from .encoder import BranchOutput
 from .madtp_blip_decoder import CACHE_ARGUMENT, cross_attention_cache, cross_attention_mask
 from .madtp_blip_encoders import MergeLayer
-from .padding import check_same_shape, left_align, text_lengths
-from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment
+from .padding import check_same_number, check_same_shape, left_align, text_lengths
+from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment, logger
 from .sequences import Sequences, takes_parts
 
 
@@ -69,6 +77,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             # Begin as the layers before do, with the mean of what is seen of both images.
             init.copy_(module.weight, torch.eye(module.out_features, device=module.weight.device).repeat(1, 2) / 2)
             init.zeros_(module.bias)
+        elif isinstance(module, BlipTextLMPredictionHead):
+            init.zeros_(module.bias)
         elif isinstance(module, BlipTextEmbeddings):
             # In no checkpoint, and empty when a model is built on the meta device to be loaded.
             positions = torch.arange(module.position_ids.shape[-1], device=module.position_ids.device)
@@ -116,12 +126,23 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
     def set_output_embeddings(self, new_embeddings):
         self.text_decoder.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As transformers has it; the decoder's words and its head follow, where there is an encoder with words of its own."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        decoder = getattr(self, "text_decoder", None)
+        if decoder is not None:
+            if decoder.get_input_embeddings() is not embeddings:
+                decoder.resize_token_embeddings(*args, **kwargs)
+            decoder.resize_head(self.config.text_config.vocab_size)
+            self.tie_weights()
+        return embeddings
+
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
         """pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs`: what the vision model is asked for besides."""
         reduction = self._reduction("vision", with_feature)
         return self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
 
-    def _encode_text(self, input_ids, attention_mask, *images, with_feature=False) -> BranchOutput:
+    def _encode_text(self, input_ids, attention_mask, *images, with_feature=False, **outputs) -> BranchOutput:
         """Texts (B, L) about `images`, the states and layout of each image that a text meets; none for text only."""
         frozen = self.config.pruning_granularity == "frozen"
         varlen = self.is_pruning and not frozen
@@ -135,31 +156,64 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
         reduction = self._reduction("text", with_feature)
-        return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction)
+        return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
 
-    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict[str, bool]:
-        if output_attentions:
-            raise ValueError("output_attentions=True: this model keeps no attention maps. Expected None or False.")
+    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
+        """What the vision encoder is asked for: arguments of `forward`, or the configuration's where they are not given."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        return {"output_hidden_states": output_hidden_states, "output_positions": output_positions}
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            self._check_keeps_maps()
+        return {
+            "output_hidden_states": output_hidden_states,
+            "output_positions": output_positions,
+            "output_attentions": bool(output_attentions),
+        }
+
+    def _check_keeps_maps(self) -> None:
+        used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
+        if used != {"eager"}:
+            raise ValueError(
+                f'output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by "eager" attention alone. Call'
+                ' model.set_attn_implementation("eager") first.'
+            )
+
+    def _check_arguments(self, unknown: dict) -> None:
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists; see its documentation."
+            )
+        if self.training and self.dtype in (torch.float16, torch.bfloat16):
+            logger.warning_once(
+                f"This model trains with weights of {self.dtype}, in which small updates are lost: load it with dtype=torch.float32 and let"
+                " the Trainer's `bf16` or `fp16` compute in half precision."
+            )
+
+    def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
+        """What `generate` goes by: a configuration that it is given, or the model's own, which ends at [SEP] unless it says otherwise."""
+        text_config = self.config.text_config
+        config = copy.deepcopy(self.generation_config if given is None else given)
+        if (given is None and config.eos_token_id in (None, text_config.eos_token_id)) or config.eos_token_id is None:
+            config.eos_token_id = text_config.sep_token_id
+        config.bos_token_id, config.pad_token_id = text_config.bos_token_id, text_config.pad_token_id
+        return config
 
     def _generate(self, input_ids, encoded: BranchOutput, masked: bool, **generate_kwargs) -> torch.LongTensor:
         """Generate from input_ids (B, L) on, conditioned on the encoder's hidden states, at padding as well unless `masked`."""
-        text_config = self.config.text_config
+        generation_config = self._generation_config(generate_kwargs.pop("generation_config", None))
 
         def setting(name):
-            """As `generate` will find it: an argument, a field of the configuration that is given, or of the decoder's own."""
-            given = [
-                generate_kwargs.get(name),
-                getattr(generate_kwargs.get("generation_config"), name, None),
-                getattr(self.text_decoder.generation_config, name, None),
-            ]
-            return next((value for value in given if value is not None), None)
+            """As `generate` will find it: an argument, or a field of the configuration."""
+            value = generate_kwargs.get(name)
+            return getattr(generation_config, name, None) if value is None else value
 
-        caches = setting("use_cache") is not False and setting("cache_implementation") is None
+        if setting("output_attentions"):
+            self._check_keeps_maps()
         if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
             generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
+        caches = setting("use_cache") is not False and setting("cache_implementation") is None
         if caches and generate_kwargs.get(CACHE_ARGUMENT) is None:
             generate_kwargs["use_cache"] = True
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
@@ -167,8 +221,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             )
         return self.text_decoder.generate(
             input_ids=input_ids,
-            eos_token_id=text_config.sep_token_id,
-            pad_token_id=text_config.pad_token_id,
+            generation_config=generation_config,
             encoder_hidden_states=encoded.hidden_states,
             encoder_attention_mask=cross_attention_mask(encoded.mask) if masked else None,
             **generate_kwargs,
@@ -183,11 +236,33 @@ def real_tokens(branch: BranchOutput) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bool, device=branch.states.device)
 
 
-def same_image_for_all(vision: BranchOutput, number: int) -> tuple[torch.Tensor, Sequences]:
-    """The states and layout of one image, for each of `number` texts."""
-    sequences = vision.sequences
-    repeated = Sequences.padded(number, sequences.max_seqlen, sequences.device)
-    return vision.states.repeat(number, 1), repeated
+def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: str) -> tuple[torch.Tensor, Sequences]:
+    """The states and layout of the image that each text is about: of one image for all texts, or of one each."""
+    if images.shape[0] != 1 or texts.shape[0] == 1:
+        check_same_number(images, texts, kind)
+        return vision.states, vision.sequences
+    sequences = Sequences.padded(texts.shape[0], vision.sequences.max_seqlen, vision.states.device)
+    return vision.states.repeat(texts.shape[0], 1), sequences
+
+
+def one_text_for_all(input_ids, attention_mask, images) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A text by itself, for each of several images; others as they are."""
+    if input_ids.shape[0] != 1 or images.shape[0] == 1:
+        return input_ids, attention_mask
+    mask = None if attention_mask is None else attention_mask.expand(images.shape[0], -1)
+    return input_ids.expand(images.shape[0], -1), mask
+
+
+def with_states(feature: torch.Tensor, branch: BranchOutput, return_dict: bool | None):
+    """Features as they are, or with the states that they come from, where `return_dict` asks for that."""
+    if not return_dict:
+        return feature
+    return BaseModelOutputWithPooling(
+        last_hidden_state=branch.hidden_states,
+        pooler_output=feature,
+        hidden_states=branch.all_hidden_states,
+        attentions=branch.attentions,
+    )
 
 
 __all__ = ["MadtpBlipPreTrainedModel"]

@@ -118,6 +118,20 @@ class TextDecoder(BlipTextLMHeadModel):
             layer.crossattention.self = DecoderAttention(config, True, index, encoder_width)
         self.post_init()
 
+    def resize_head(self, vocab_size: int) -> None:
+        """Let the head give scores of as many words, by weights that are tied to the words' embeddings; new ones have no bias."""
+        head = self.cls.predictions
+        missing = vocab_size - head.bias.shape[0]
+        head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, missing)), requires_grad=head.bias.requires_grad)
+        head.decoder.bias, head.decoder.out_features = head.bias, vocab_size
+
+    def loss_of(self, output, shift_labels: torch.Tensor | None) -> torch.Tensor:
+        """The loss of an output that has one; of targets (B, L) that are aligned with its logits already, where they are given."""
+        if shift_labels is None:
+            return output.loss
+        targets = shift_labels.to(output.logits.device).flatten()
+        return F.cross_entropy(output.logits.flatten(0, 1), targets, label_smoothing=self.label_smoothing)
+
 
 class SampleCache(DynamicCache):
     """Keys and values of samples, shared by the sequences that are generated for each: nothing moves when beams change places."""

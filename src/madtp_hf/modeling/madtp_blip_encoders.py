@@ -144,15 +144,17 @@ class MadtpBlipVisionModel(nn.Module):
         pixel_values: torch.Tensor,
         reduction: MadtpReduction | None = None,
         interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool = False,
-        output_positions: bool = False,
+        **outputs,
     ) -> BranchOutput:
+        """`outputs`: what `run_layers` is asked for besides."""
         size = self.embeddings.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the model's"
                 " image processor makes it."
             )
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values holds no image: expected a batch of at least one.")
         if not interpolate_pos_encoding and tuple(pixel_values.shape[2:]) != (size, size):
             height, width = pixel_values.shape[2:]
             raise ValueError(
@@ -166,8 +168,7 @@ class MadtpBlipVisionModel(nn.Module):
             Sequences.padded(*states.shape[:2], states.device),
             self.config._attn_implementation or "sdpa",
             reduction,
-            output_hidden_states=output_hidden_states,
-            output_positions=output_positions,
+            **outputs,
         )
         return output._replace(states=self.post_layernorm(output.states))
 
@@ -194,6 +195,7 @@ class MadtpBlipTextModel(nn.Module):
         mask: torch.Tensor | None = None,
         varlen: bool = False,
         reduction: MadtpReduction | None = None,
+        **outputs,
     ) -> BranchOutput:
         """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not attended to."""
         if varlen:
@@ -212,4 +214,4 @@ class MadtpBlipTextModel(nn.Module):
             input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)
         ).squeeze(0)
         attention = self.config._attn_implementation or "sdpa"
-        return run_layers(self.encoder.layer, states, sequences, attention, reduction, context=images)
+        return run_layers(self.encoder.layer, states, sequences, attention, reduction, context=images, **outputs)

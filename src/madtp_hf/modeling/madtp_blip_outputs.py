@@ -122,4 +122,5 @@ class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, ModelOutput):
     logits: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     text_states: torch.Tensor | None = None

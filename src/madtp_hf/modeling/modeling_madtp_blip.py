@@ -9,21 +9,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .attention import TokenRoles  # noqa: F401
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import BranchOutput
-from .madtp_blip_base import MadtpBlipPreTrainedModel, real_tokens
-from .madtp_blip_decoder import (
-    CACHE_ARGUMENT,
-    TextDecoder,
-    cross_attention_cache,
-    cross_attention_mask,
-    self_attention_mask,
-    with_new_self_attention,
+from .madtp_blip_answers import AnswerRanking
+from .madtp_blip_base import (
+    MadtpBlipPreTrainedModel,
+    images_for_texts,
+    one_text_for_all,
+    real_tokens,
+    with_states,
 )
+from .madtp_blip_decoder import TextDecoder, cross_attention_mask, self_attention_mask
 from .madtp_blip_encoders import MadtpBlipPairTextLayer, MadtpBlipTextModel, MadtpBlipVisionModel
 from .madtp_blip_outputs import (
     MadtpBlipForConditionalGenerationOutput,
@@ -41,10 +42,10 @@ from .retrieval_loss import (
     gather_rows,
     process_rank,
 )
-from .sequences import unpad
+from .sequences import takes_parts, unpad
 
 
-class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
+class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, GenerationMixin):
     """BLIP for visual question answering that drops the image and question tokens that matter to neither modality."""
 
     _tied_weights_keys = {
@@ -65,9 +66,10 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
 
     def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
         """The states of the images and of the questions about them, a `BranchOutput` each."""
-        check_same_number(pixel_values, input_ids, "questions")
+        input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
         vision = self._encode_images(pixel_values, with_feature, **vision_options)
-        text = self._encode_text(input_ids, attention_mask, vision.states, vision.sequences, with_feature=with_feature)
+        images = images_for_texts(vision, pixel_values, input_ids, "questions")
+        text = self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature)
         return vision, text
 
     @can_return_tuple
@@ -83,6 +85,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_positions: bool = False,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple | MadtpBlipForQuestionAnsweringOutput:
         r"""
@@ -90,17 +93,20 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The questions; padding on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images, one for each question.
+                The images, one for each question; one image may be asked several questions, or one question of several images.
             decoder_input_ids, decoder_attention_mask (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
                 What the answer decoder reads; `labels` if not given.
             labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
                 The answers, the decoder's start token first; tokens at -100 count in no loss.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
+                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has them.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
             ValueError: for inputs of another shape, a question that is all padding or too long, or neither labels nor decoder inputs.
         """
+        self._check_arguments(kwargs)
         if labels is None and decoder_input_ids is None:
             raise ValueError(
                 "Neither labels nor decoder_input_ids were given: expected labels to train, decoder_input_ids to score an answer;"
@@ -113,10 +119,9 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"Answers of {decoder_input_ids.shape[1]} tokens: this model's decoder reads at most {longest}."
             )
-        if decoder_input_ids.shape[0] != input_ids.shape[0]:
-            raise ValueError(
-                f"{len(decoder_input_ids)} answers for {len(input_ids)} questions: expected one for each."
-            )
+        number = max(input_ids.shape[0], pixel_values.shape[0])
+        if decoder_input_ids.shape[0] != number:
+            raise ValueError(f"{len(decoder_input_ids)} answers for {number} questions: expected one for each.")
 
         vision, text = self._encode(
             input_ids,
@@ -139,7 +144,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
         image_embeds = vision.hidden_states
         loss = task_loss = align_loss = None
         if labels is not None:
-            task_loss = answer.loss
+            task_loss = self.text_decoder.loss_of(answer, shift_labels)
             align_loss = self._alignment_loss(vision.feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForQuestionAnsweringOutput(
@@ -147,6 +152,7 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             image_embeds=image_embeds,
             last_hidden_state=image_embeds,
             hidden_states=vision.all_hidden_states,
+            attentions=vision.attentions,
             logits=answer.logits,
             task_loss=task_loss,
             alignment_loss=align_loss,
@@ -186,7 +192,8 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             attention_mask,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-        start = torch.full((len(pixel_values), 1), self.config.text_config.bos_token_id, device=pixel_values.device)
+        number = text.sequences.batch_size
+        start = torch.full((number, 1), self.config.text_config.bos_token_id, device=pixel_values.device)
         return self._generate(start, text, masked=self.is_pruning, **generate_kwargs)
 
     def as_pipeline(self, processor, **kwargs):
@@ -201,82 +208,6 @@ class MadtpBlipForQuestionAnswering(MadtpBlipPreTrainedModel, GenerationMixin):
             device=self.device,
             **kwargs,
         )
-
-    def _decode(self, answer_ids: torch.Tensor, text: BranchOutput, cache) -> torch.Tensor:
-        """The decoder's last states (B, K, A, D) of K answers (B, K, A) to each of B questions, which share its keys and values."""
-        batch_size, num_answers, _ = answer_ids.shape
-        mask = None if text.mask is None else text.mask.repeat_interleave(num_answers, 0)
-        states = self.text_decoder.bert(
-            input_ids=answer_ids.flatten(0, 1),
-            encoder_hidden_states=text.hidden_states,
-            encoder_attention_mask=cross_attention_mask(mask),
-            is_decoder=True,
-            use_cache=True,
-            **{CACHE_ARGUMENT: with_new_self_attention(cache)},
-        ).last_hidden_state
-        return states.unflatten(0, (batch_size, num_answers))
-
-    @torch.no_grad()
-    def rank_answers(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.LongTensor | None,
-        answer_input_ids: torch.LongTensor,
-        answer_attention_mask: torch.LongTensor | None = None,
-        k: int = 128,
-    ) -> torch.LongTensor:
-        """Choose each question's answer from a fixed list, as BLIP evaluates VQA: of the k answers whose first token is the likeliest,
-        the one that is likeliest as a whole.
-
-        Args:
-            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The questions.
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images.
-            answer_input_ids, answer_attention_mask (`torch.LongTensor` of shape `(num_answers, answer_length)`):
-                The list, as the tokenizer gives it; the first token is replaced by the decoder's start token.
-            k (`int`, *optional*, defaults to 128):
-                How many answers to score as a whole; all if there are fewer.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch_size,)`: indices into the list.
-        """
-        if k < 1:
-            raise ValueError(f"k={k}: expected the number of answers to score, at least 1.")
-        text_config = self.config.text_config
-        if answer_attention_mask is None:
-            answer_attention_mask = answer_input_ids != text_config.pad_token_id
-        lengths = text_lengths(answer_input_ids, answer_attention_mask)
-        answer_ids, answer_mask = left_align(answer_input_ids, answer_attention_mask.bool())
-        answer_ids, answer_mask = answer_ids[:, : max(lengths)], answer_mask[:, : max(lengths)]
-        if min(lengths) < 2 or max(lengths) > text_config.max_position_embeddings:
-            raise ValueError(
-                f"answer_input_ids hold answers of {min(lengths)} to {max(lengths)} tokens: expected a start token, at"
-                f" least one token behind it and at most {text_config.max_position_embeddings} in all."
-            )
-        answer_ids = F.pad(answer_ids[:, 1:], (1, 0), value=text_config.bos_token_id)
-        targets = answer_ids.masked_fill(~answer_mask, -100)
-
-        _, text = self._encode(input_ids, pixel_values, attention_mask)
-        cache = cross_attention_cache(self.text_decoder, text.states, text.sequences)
-        start = answer_ids[:1, :1].expand(len(input_ids), 1, 1)
-        first_logits = self.text_decoder.cls(self._decode(start, text, cache)[:, 0, 0])
-        shortlist = first_logits[:, answer_ids[:, 1]].argsort(dim=1, descending=True, stable=True)[:, :k]
-        states = self._decode(answer_ids[shortlist], text, cache)
-        # One question at a time: k answers' scores over the whole vocabulary are the largest tensor here by far.
-        losses = torch.stack(
-            [
-                F.cross_entropy(
-                    self.text_decoder.cls(state[:, :-1]).transpose(1, 2).float(),
-                    target[:, 1:],
-                    reduction="none",
-                    label_smoothing=text_config.label_smoothing,
-                ).sum(dim=1)
-                for state, target in zip(states, targets[shortlist])
-            ]
-        )
-        return shortlist.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
 
 
 class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
@@ -312,6 +243,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_positions: bool = False,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple | MadtpBlipForConditionalGenerationOutput:
         r"""
@@ -322,12 +254,15 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
                 The captions that the decoder reads, its start token first, padding behind; `labels` if not given.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The captions; tokens at -100, as those of a prompt, count in no loss.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has them.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
             ValueError: for inputs of another shape, a caption that is all padding or too long, or no input_ids.
         """
+        self._check_arguments(kwargs)
         if input_ids is None:
             if labels is None or (labels[:, 0] == -100).any():
                 raise ValueError(
@@ -335,20 +270,25 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
                     " do if none of their first tokens is at -100, as a prompt's are); to get a caption, call generate."
                 )
             input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
-        check_same_number(pixel_values, input_ids, "captions")
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(f"Captions of {input_ids.shape[1]} tokens: this model's decoder reads at most {longest}.")
         if labels is not None:
             check_same_shape("labels", labels, input_ids)
         if attention_mask is not None:
-            text_lengths(input_ids, attention_mask)
+            check_same_shape("attention_mask", attention_mask, input_ids)
+            if takes_parts(input_ids.device):  # elsewhere than on a CPU to look at values is to wait for them
+                text_lengths(input_ids, attention_mask)
         vision = self._encode_images(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
-        image_embeds = vision.hidden_states
+        image_embeds, number = vision.hidden_states, max(len(pixel_values), len(input_ids))
+        if input_ids.shape[0] == 1:
+            input_ids = input_ids.expand(number, -1)
+        elif pixel_values.shape[0] != 1:
+            check_same_number(pixel_values, input_ids, "captions")
         caption = self.text_decoder(
             input_ids=input_ids,
             attention_mask=self_attention_mask(attention_mask),
@@ -359,17 +299,19 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             logits_to_keep=logits_to_keep,
             use_cache=False,  # or it would keep every layer's keys and values of the image, for nobody
         )
-        loss = align_loss = None
+        loss = task_loss = align_loss = None
         if labels is not None:
+            task_loss = self.text_decoder.loss_of(caption, shift_labels)
             align_loss = self.alignment(None)
-            loss = caption.loss + align_loss
+            loss = task_loss + align_loss
         return MadtpBlipForConditionalGenerationOutput(
             loss=loss,
             logits=caption.logits,
             image_embeds=image_embeds,
             last_hidden_state=image_embeds,
             hidden_states=vision.all_hidden_states,
-            task_loss=caption.loss,
+            attentions=vision.attentions,
+            task_loss=task_loss,
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens,
             image_mask=real_tokens(vision),
@@ -475,6 +417,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         Raises:
             ValueError: for inputs of another shape, labels that are neither 0 nor 1, or a sentence that is all padding or too long.
         """
+        self._check_arguments(kwargs)
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 2, 3, height, width), the left and the right"
@@ -512,6 +455,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             logits=logits,
             image_embeds=vision.hidden_states.unflatten(0, (-1, 2)),
             hidden_states=vision.all_hidden_states,
+            attentions=vision.attentions,
             text_states=text.hidden_states,
             task_loss=task_loss,
             alignment_loss=align_loss,
@@ -549,16 +493,40 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     def _text_feature(self, texts: BranchOutput) -> torch.Tensor:
         return F.normalize(self.text_proj(texts.class_states), dim=-1)
 
-    def get_image_features(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """pixel_values (B, 3, H, W) -> L2-normalised features (B, image_text_hidden_size)."""
-        images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return self._image_feature(images)
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> torch.Tensor | BaseModelOutputWithPooling:
+        """L2-normalised features of images.
+
+        pixel_values (B, 3, H, W) -> (B, image_text_hidden_size); with `return_dict=True` they are the `pooler_output` of a
+        `BaseModelOutputWithPooling`, beside the last and, on request, all hidden states and attentions.
+        """
+        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
+        images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
+        return with_states(self._image_feature(images), images, return_dict)
 
     def get_text_features(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> torch.Tensor:
-        """input_ids, attention_mask (B, L) -> L2-normalised features (B, image_text_hidden_size)."""
-        return self._text_feature(self._encode_text(input_ids, attention_mask))
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> torch.Tensor | BaseModelOutputWithPooling:
+        """L2-normalised features of texts.
+
+        input_ids, attention_mask (B, L) -> (B, image_text_hidden_size), or as `get_image_features` has it; `token_type_ids`, which
+        tokenizers make, are ignored, as BLIP knows none.
+        """
+        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
+        texts = self._encode_text(input_ids, attention_mask, **outputs)
+        return with_states(self._text_feature(texts), texts, return_dict)
 
     @can_return_tuple
     def forward(
@@ -570,6 +538,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return_loss: bool | None = None,
         image_ids: torch.LongTensor | None = None,
         contrastive_keys: ContrastiveKeys | None = None,
+        labels: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -581,7 +550,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The texts; padding on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images; as many as texts, except for similarities (`use_itm_head=False`), which are of each with each.
+                The images, one for each text, or one for several texts, or several for one; similarities (`use_itm_head=False`) are of
+                each with each.
             use_itm_head (`bool`, *optional*, defaults to `True`):
                 Whether to let each text look at its image and say whether they match; else, the similarities of all images and all texts.
             return_loss (`bool`, *optional*):
@@ -590,18 +560,27 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
                 Which image each is, so that other texts of the same image are no negatives; all different if not given.
             contrastive_keys (`ContrastiveKeys`, *optional*):
                 What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum twin's features.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                1 where a text matches its image, 0 where it doesn't: the matching head's loss alone.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
             ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch of one image alone.
         """
-        if use_itm_head or return_loss:
-            check_same_number(pixel_values, input_ids, "texts")
+        self._check_arguments(kwargs)
+        if labels is not None and (return_loss or not use_itm_head):
+            raise ValueError(
+                "labels say which texts match their images: expected use_itm_head=True and no return_loss."
+            )
         if image_ids is not None and image_ids.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"image_ids has shape {tuple(image_ids.shape)}: expected ({len(input_ids)},), one number for each image."
             )
+        if return_loss:
+            check_same_number(pixel_values, input_ids, "texts")
+        elif use_itm_head:
+            input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
         with_feature = bool(return_loss or not use_itm_head)
         vision = self._encode_images(
             pixel_values,
@@ -617,7 +596,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             if pixel_values.shape[0] == input_ids.shape[0]:
                 align_loss = self._alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
-            text = self._encode_text(input_ids, attention_mask, vision.states, vision.sequences)
+            images = images_for_texts(vision, pixel_values, input_ids, "texts")
+            text = self._encode_text(input_ids, attention_mask, *images)
             itm_score = self.itm_head(text.class_states)
         else:
             itm_score = image_feature @ text_feature.T
@@ -639,12 +619,17 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
                 "contrastive_loss": contrastive,
                 "matching_loss": matching,
             }
+        elif labels is not None:
+            matching = F.cross_entropy(itm_score, labels)
+            align_loss = self.alignment(None)
+            losses = {"loss": matching + align_loss, "task_loss": matching, "matching_loss": matching}
         image_embeds = vision.hidden_states
         return MadtpBlipForImageTextRetrievalOutput(
             itm_score=itm_score,
             image_embeds=image_embeds,
             last_hidden_state=image_embeds,
             hidden_states=vision.all_hidden_states,
+            attentions=vision.attentions,
             question_embeds=text.hidden_states,
             alignment_loss=align_loss,
             vision_tokens=vision.num_tokens,

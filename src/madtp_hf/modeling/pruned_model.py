@@ -181,6 +181,7 @@ class PrunedModelMixin:
         defaults = config_class()
         overrides = {name: value for name, value in config_overrides.items() if hasattr(defaults, name)}
         loading = {name: value for name, value in config_overrides.items() if name not in overrides}
+        attention, device_map = (loading.pop(name, None) for name in ("attn_implementation", "device_map"))
         if not isinstance(source, PreTrainedModel):
             source = cls._load_dense(source, classes, expected, loading, method)
         elif loading:
@@ -195,6 +196,8 @@ class PrunedModelMixin:
         fields = source.config.to_dict()
         fields.pop("model_type", None)
         model = cls(config_class(**{**fields, **overrides})).to(device=source.device, dtype=source.dtype)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         weights = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("alignment.")}
         if not isinstance(source, cls):
             weights = cls._from_dense_weights(weights)
@@ -204,7 +207,7 @@ class PrunedModelMixin:
             raise ValueError(f"The dense model does not fit its configuration: {missing=}, {unexpected=}.")
         if cls.can_generate() and source.generation_config is not None:
             model.generation_config = copy.deepcopy(source.generation_config)
-        return model.train(source.training)
+        return place(model.train(source.training), device_map)
 
     @classmethod
     def _load_dense(cls, source, classes, expected: str, loading: dict, method: str) -> PreTrainedModel:
@@ -231,6 +234,20 @@ class PrunedModelMixin:
     @classmethod
     def _from_dense_weights(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return state_dict
+
+
+def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
+    """Move a model where a `device_map`, as `from_pretrained` takes it, says."""
+    if device_map is None:
+        return model
+    automatic = ("auto", "balanced", "balanced_low_0", "sequential")
+    if not isinstance(device_map, dict) and device_map not in automatic:
+        return model.to(device_map)
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if isinstance(device_map, str):
+        device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    return dispatch_model(model, device_map)
 
 
 @torch.no_grad()
