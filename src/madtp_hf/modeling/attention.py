@@ -141,13 +141,13 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
     return logits.softmax(dim=-1)
 
 
-def self_attention_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """The probabilities (B, H, L, L) of self-attention of (R, 3, H, d); 0 at padded queries and keys."""
-    query, key, _ = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
-    if sequences.mask is None:
-        return attention_maps(query, key, None, roles.is_causal)
-    mask = sequences.mask[:, None, None, :]
-    return attention_maps(query, key, mask, roles.is_causal) * (mask & mask.transpose(2, 3))
+def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles, dropout: float = 0.0):
+    """Self-attention of (R, 3, H, d): its output (R, H * d) and its maps (B, H, L, L)."""
+    query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
+    mask = None if sequences.mask is None else sequences.mask[:, None, None, :]
+    maps = attention_maps(query, key, mask, roles.is_causal)
+    output = F.dropout(maps, dropout) @ value
+    return sequences.unpad(output.transpose(1, 2).flatten(2)), maps
 
 
 def causal_mask(length: int, device) -> torch.Tensor:
@@ -159,11 +159,15 @@ def causal_mask(length: int, device) -> torch.Tensor:
 
 
 def attend_with_evidence(
-    query_key_value: torch.Tensor, part: Sequences, roles: TokenRoles, dropout: float = 0.0
+    query_key_value: torch.Tensor,
+    part: Sequences,
+    roles: TokenRoles,
+    dropout: float = 0.0,
+    all_maps: list | None = None,
 ) -> tuple[torch.Tensor, AttentionEvidence]:
     """Self-attention of query_key_value (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its evidence.
 
-    Some heads are taken at a time on a CPU, whose maps stay in cache; the maps are kept only for a backward pass.
+    all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose maps stay in cache; the maps are kept only for a backward pass.
     """
     query, key, value = _split_and_pad(query_key_value, part)
     num_heads, length = query.shape[0], part.max_seqlen
@@ -175,14 +179,19 @@ def attend_with_evidence(
     if roles.is_causal:
         past = causal_mask(length, query.device)
         seen = past if seen is None else seen & past
-    outputs, of_reader, strongest = [], [], None
+    outputs, of_reader, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
         output, maps = _attention_of_heads(*block, seen, dropout)
         outputs.append(output)
+        if all_maps is not None:
+            kept_maps.append(maps)
         of_reader.append(_row_of_reader(maps, part, roles))
         most = maps.amax(dim=0)
         strongest = most if strongest is None else torch.maximum(strongest, most)
     output, from_reader = join(outputs), join(of_reader)
+    if all_maps is not None:  # what is put out is what goes on, so that its gradient can be looked at
+        all_maps.append(join(kept_maps).transpose(0, 1))
+        output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
     tokens = slice(1, 1 + roles.num_removable(part))
     asked = strongest[:, 1:, tokens]
     if part.mask is None:

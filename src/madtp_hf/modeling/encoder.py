@@ -14,9 +14,9 @@ from .attention import (
     FIRST_PROTECTED,
     TokenRoles,
     attend,
+    attend_and_keep_maps,
     attend_with_evidence,
     has_only_real_rows,
-    self_attention_maps,
 )
 from .sequences import Sequences, count_tokens, join
 from .token_pruning import (
@@ -68,20 +68,25 @@ class TokenReduction:
         """From a layer's input (R, D): scores (R, T) of its tokens, if the method has some, and the alignment feature (B, T, E)."""
         return None, None
 
-    def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float):
-        """Self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and the evidence that it leaves."""
-        return attend_with_evidence(query_key_value, part, self.roles, dropout)
+    def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float, all_maps=None):
+        """Self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and the evidence that it leaves.
+
+        all_maps: if given, a list that the part's attention maps (n, H, L, L) are appended to.
+        """
+        return attend_with_evidence(query_key_value, part, self.roles, dropout, all_maps)
 
     def choose(self, layer: int, evidence, scores: torch.Tensor | None, part: Sequences) -> Reduction:
         """What stays of a part of the batch, from its attention's evidence and its scores (R, T)."""
         raise NotImplementedError
 
-    def attend(self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float):
+    def attend(
+        self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
+    ):
         """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
         parts = sequences.parts(self.bounds(sequences, query_key_value.shape[2] * query_key_value.shape[3]))
         outputs, reductions = [], []
         for part in parts:
-            output, evidence = self.attend_part(layer, query_key_value, part, dropout)
+            output, evidence = self.attend_part(layer, query_key_value, part, dropout, all_maps)
             outputs.append(output)
             reductions.append(self.choose(layer, evidence, scores, part))
         return join(outputs), (parts, reductions)
@@ -133,14 +138,13 @@ class MadtpReduction(TokenReduction):
         ]
         return scores, join(features)
 
-    def attend(self, layer: int, query_key_value: torch.Tensor, scores: torch.Tensor, sequences: Sequences, dropout):
-        """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
-        if self._runs_in_kernels(query_key_value, scores, sequences, dropout):
+    def attend(self, layer, query_key_value, scores, sequences, dropout, all_maps=None):
+        if all_maps is None and self._runs_in_kernels(query_key_value, scores, sequences, dropout):
             try:
                 return self._attend_in_kernels(query_key_value, scores, sequences)
             except KERNEL_ERRORS as error:
                 disable(error)
-        return super().attend(layer, query_key_value, scores, sequences, dropout)
+        return super().attend(layer, query_key_value, scores, sequences, dropout, all_maps)
 
     def _runs_in_kernels(self, query_key_value, scores, sequences: Sequences, dropout: float) -> bool:
         return (
@@ -232,20 +236,30 @@ class ReducibleLayer:
         """Self-attention's output (R, H * d), what is to be reduced, and on request the alignment feature and the maps."""
         reduction, query_key_value = plan.reduction, self.project(states)
         dropout = self.attention_dropout if self.training else 0.0
-        maps = self_attention_maps(query_key_value, sequences, plan.roles) if plan.with_maps else None
         reduces = reduction is not None and reduction.reduces(plan.index, sequences)
-        scores = feature = None
+        scores = feature = chosen = maps = None
         if reduces or (reduction is not None and reduction.with_feature):
             scores, feature = reduction.read_input(plan.index, states, sequences)
         if reduces:
-            output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout)
-            return output, (*chosen, plan.roles), feature, maps
-        projected, is_causal = query_key_value.unbind(1), plan.roles.is_causal
-        output = attend(self, plan.attention, *projected, sequences, dropout=dropout, is_causal=is_causal)
-        return output, None, feature, maps
+            maps = [] if plan.with_maps else None
+            output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout, maps)
+            chosen = (*chosen, plan.roles)
+            maps = join_maps(maps, sequences.max_seqlen) if plan.with_maps else None
+        elif plan.with_maps:
+            output, maps = attend_and_keep_maps(query_key_value, sequences, plan.roles, dropout)
+        else:
+            projected, is_causal = query_key_value.unbind(1), plan.roles.is_causal
+            output = attend(self, plan.attention, *projected, sequences, dropout=dropout, is_causal=is_causal)
+        return output, chosen, feature, maps
 
     def reduce(self, states, sequences, chosen):
         return (states, sequences, None) if chosen is None else reduce(states, sequences, *chosen)
+
+
+def join_maps(parts: list[torch.Tensor], length: int) -> torch.Tensor:
+    """The maps (n, H, L, L) of the parts of a batch -> (B, H, length, length)."""
+    missing = [length - maps.shape[-1] for maps in parts]
+    return join([F.pad(maps, (0, more, 0, more)) if more else maps for maps, more in zip(parts, missing)])
 
 
 class BranchOutput(NamedTuple):
@@ -295,7 +309,15 @@ def run_layers(
     """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
     history, feature = [sequences], None
     wanted = _wanted_hidden_states(output_hidden_states, len(layers) + 1)
-    all_hidden_states = [sequences.pad_zeros(states) if 0 in wanted else None]
+    all_hidden_states = []
+
+    def record(states, sequences):
+        """What is put out is what goes on, so that its gradient can be looked at."""
+        padded = sequences.pad_zeros(states) if len(all_hidden_states) in wanted else None
+        all_hidden_states.append(padded)
+        return states if padded is None else sequences.unpad(padded)
+
+    states = record(states, sequences)
     positions = sequences.positions if output_positions else None
     all_positions = [_padded_positions(positions, sequences)] if output_positions else None
     attentions = [] if output_attentions else None
@@ -305,7 +327,7 @@ def run_layers(
         if layer_feature is not None:
             feature = layer_feature if feature is None else feature + layer_feature
         history.append(sequences)
-        all_hidden_states.append(sequences.pad_zeros(states) if index + 1 in wanted else None)
+        states = record(states, sequences)
         if output_attentions:
             attentions.append(maps)
         if output_positions:

@@ -12,7 +12,6 @@ from transformers.models.blip.modeling_blip import BlipMLP, BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import (
     BlipTextEmbeddings,
     BlipTextIntermediate,
-    BlipTextLMPredictionHead,
 )
 
 from .configuration_madtp_blip import MadtpBlipConfig
@@ -56,6 +55,9 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
+        for branch in (config.vision_config, config.text_config):
+            if branch._attn_implementation is None:  # what was chosen for the whole
+                branch._attn_implementation = config._attn_implementation
         self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
         name = f"modeling_madtp_blip.{type(self).__name__}"
         config.auto_map = {"AutoConfig": "configuration_madtp_blip.MadtpBlipConfig", "AutoModel": name}
@@ -76,8 +78,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         elif isinstance(module, MergeLayer):
             # Begin as the layers before do, with the mean of what is seen of both images.
             init.copy_(module.weight, torch.eye(module.out_features, device=module.weight.device).repeat(1, 2) / 2)
-            init.zeros_(module.bias)
-        elif isinstance(module, BlipTextLMPredictionHead):
             init.zeros_(module.bias)
         elif isinstance(module, BlipTextEmbeddings):
             # In no checkpoint, and empty when a model is built on the meta device to be loaded.

@@ -5,10 +5,12 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.blip import modeling_blip_text
 from transformers.models.blip.modeling_blip_text import (
     BlipTextLMHeadModel,
+    BlipTextLMPredictionHead,
     BlipTextModel,
     BlipTextOnlyMLMHead,
     BlipTextPreTrainedModel,
@@ -117,6 +119,12 @@ class TextDecoder(BlipTextLMHeadModel):
             layer.attention.self = DecoderAttention(config, False, index)
             layer.crossattention.self = DecoderAttention(config, True, index, encoder_width)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, BlipTextLMPredictionHead):  # transformers leaves it as it is in memory
+            init.zeros_(module.bias)
 
     def resize_head(self, vocab_size: int) -> None:
         """Let the head give scores of as many words, by weights that are tied to the words' embeddings; new ones have no bias."""

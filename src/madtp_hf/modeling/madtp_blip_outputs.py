@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.blip.modeling_blip import (
     BlipForConditionalGenerationModelOutput,
     BlipImageTextMatchingModelOutput,
     BlipTextVisionModelOutput,
 )
-from transformers.utils import ModelOutput
 
 
 @dataclass
@@ -103,7 +103,7 @@ class MadtpBlipForImageTextRetrievalOutput(PruningOutput, BlipImageTextMatchingM
 
 
 @dataclass
-class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, ModelOutput):
+class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, SequenceClassifierOutput):
     r"""
     loss (`torch.Tensor`, *optional*, returned when `labels` is provided):
         `task_loss`, the cross-entropy, and the alignment loss.
@@ -118,9 +118,5 @@ class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, ModelOutput):
         The states of the text tokens that are left, the class token first.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     text_states: torch.Tensor | None = None
