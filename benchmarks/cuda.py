@@ -1,24 +1,29 @@
-"""Is it right on a GPU, and how fast? One call, some minutes, nothing but torch and transformers beside this repository.
+"""Is it right on a GPU, and how fast? One call, some minutes, torch and transformers alone beside this repository.
 
     python benchmarks/cuda.py                                        # on a GPU, 8.5 minutes at most
-    python benchmarks/cuda.py --stages compiled --minutes 8.5         # only what is compiled, which the first call may not reach
+    python benchmarks/cuda.py --stages facts compiled --output benchmarks/results/cuda_compiled.json
     python benchmarks/cuda.py --device cpu --size tiny --minutes 2    # does it run?
 
-It HAS NOT BEEN RUN ON A GPU YET, only on a CPU, where whatever needs CUDA says "skipped: no CUDA".
+The second is for what the first did not get to. It HAS NOT BEEN RUN ON A GPU YET, only on a CPU, where whatever needs
+CUDA says "skipped: no CUDA".
 
 Stages, each in a process of its own, so that one that breaks the device or hangs takes no other along:
 - `facts`: GPU, versions.
-- `checks`: golden cases; pruning off against transformers' BLIP, in float32 and bfloat16; a sample alone against the same in a batch;
-  Triton's kernels against the plain path; generation; a training step. See gpu/cuda_checks.py.
-- `speed`: question answering (a forward pass with one decoder token), captioning (a teacher-forced forward pass) and writing captions (ten
-  tokens, greedy) in bfloat16: transformers' BLIP as it ships and, where it has one, with sdpa; ours off, pruned ("instance"), pruned to fixed
-  numbers of tokens ("frozen"), and these as CUDA graphs. Weights are random, images textures. See gpu/cuda_speed.py.
+- `checks`: golden cases; pruning off against transformers' BLIP, in float32 and bfloat16; a sample alone against the
+  same in a batch; Triton's kernels against the plain path; generation; a training step. See gpu/cuda_checks.py.
+- `speed`: question answering (a forward pass with one decoder token), captioning (a teacher-forced forward pass) and
+  writing captions (ten tokens, greedy) in bfloat16: transformers' BLIP as it ships and, where it has one, with sdpa;
+  ours off, pruned ("instance"), pruned to fixed numbers of tokens ("frozen"), and these as CUDA graphs. Weights are
+  random, images textures. See gpu/cuda_speed.py.
 - `compiled`: transformers' BLIP with torch.compile, and ours frozen with torch.compile(mode="reduce-overhead").
 
-Runs of a task and batch size take turns, timed by CUDA events. Columns: `images/s` and `ms`, medians; `faster`, transformers' time over the run's, median over
-rounds; `FLOPs`, the reduction reached on the batch; `MB`, the most memory over what lay there before (of CUDA graphs and compiled models with
-all that they keep); `ops`, `launches` and `waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and 8); `idle`, the share of the time in
-which the device does nothing; `differs`, of the largest output, from the same model neither captured nor compiled, on images that it wasn't captured with. Results are written as they come, to `--output`; what was not reached in time is named there.
+Runs of a task and batch size take turns, timed by CUDA events. Columns: `images/s` and `ms`, medians; `faster`,
+transformers' time over the run's, median over rounds; `FLOPs`, the reduction reached on the batch; `MB`, the most
+memory over what lay there before (of CUDA graphs and compiled models with all that they keep); `ops`, `launches` and
+`waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and 8); `idle`, the share of
+the time in which the device does nothing; `differs`, of the largest output (of written tokens, the share), from the
+same model neither captured nor compiled, on images that it wasn't captured with. Results are written as they come, to
+`--output`; what was not reached in time is named there.
 """
 
 import argparse
@@ -207,7 +212,10 @@ def collect(args, state: dict) -> dict:
 
 
 def run_stage(stage: str, args, started: float, state: dict, no_kernels: bool = False) -> int | None:
-    """Run a stage to its end or to its deadline, and a little longer where something has begun. Returns how it ended, None: by force."""
+    """Run a stage to its end or its deadline, a little longer where something has begun.
+
+    Returns its exit status, None if it was ended by force.
+    """
     total = 60 * args.minutes
     soft, hard = started + total * SHARES[stage], started + total * min(SHARES[stage] + 0.15, 0.97)
     if soft < time.time() + 2:
@@ -270,9 +278,7 @@ def print_report(result: dict) -> None:
     print("\n".join(f"{stage}: {how}" for stage, how in result["stages"].items()))
     if result["checks"]:
         passed = [check["passed"] for check in result["checks"]]
-        print(
-            f"\nchecks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} without a verdict"
-        )
+        print(f"\nchecks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} open")
     for check in result["checks"]:
         verdict = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
         if verdict == "passed" and check["check"].startswith("golden"):

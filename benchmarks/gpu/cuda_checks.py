@@ -1,6 +1,7 @@
-"""The checks of the GPU benchmark: what the device computes against what was recorded, what the CPU computes, and what transformers does.
+"""The checks of the GPU benchmark: the device against what was recorded, against the CPU, and against transformers.
 
-Each check returns a list of rows, dicts with `check` and what was found; `passed` is None where there is a number to read and no bound.
+Each check returns a list of rows, dicts with `check` and what was found; `passed` is None where there is a number to
+read and no bound.
 """
 
 import json
@@ -103,7 +104,7 @@ def check_golden(device, size, deadline: float) -> list[dict]:
 
 @torch.no_grad()
 def check_parity(device, size, deadline: float) -> list[dict]:
-    """Pruning off against transformers' BLIP; in bfloat16 both against transformers' in float32, whose distance is the yardstick."""
+    """Pruning off against transformers' BLIP; in bfloat16 both against transformers' in float32."""
     rows = []
     for task, name in (("vqa", "image_embeds"), ("captioning", "logits"), ("retrieval", "itm_score")):
         dense, model = make_models(task, size, device)
@@ -142,7 +143,7 @@ def pruned_vqa(device, size, samples: int):
 
 @torch.no_grad()
 def check_batch_invariance(device, size, deadline: float, model, inputs, temperature) -> list[dict]:
-    """Each sample alone against itself in the batch. Pruned, its padding goes as well; off, the decoder reads it, as transformers' does."""
+    """Each sample alone against itself in the batch. Pruned, its padding goes as well; off, the decoder reads it."""
     rows = []
     for label, value in (("off", 0.0), ("pruned", temperature)):
         model.set_pruning(temperature=value)

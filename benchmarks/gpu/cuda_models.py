@@ -1,6 +1,7 @@
 """Models and inputs of the GPU benchmark, made of nothing that is read from disk.
 
-The package is imported here without what its `__init__` brings along (the Hub, `Trainer`, data sets): torch and transformers are enough.
+The package is imported here without what its `__init__` brings along (the Hub, `Trainer`, data sets): torch and
+transformers are enough.
 """
 
 import sys
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def import_bare_package() -> None:
-    """Make `madtp_hf.modeling`, `madtp_hf.calibration` and what these import available, and nothing else of `madtp_hf`.
+    """Make `madtp_hf.modeling`, `madtp_hf.calibration` and what these import available, and no more of `madtp_hf`.
 
     The tasks name their collators, which need Pillow; nothing here collates, so empty classes stand in.
     """
@@ -67,8 +68,8 @@ def blip_config(size: str) -> BlipConfig:
     narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.2}
     words = {"vocab_size": 200, "bos_token_id": 198, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
     return BlipConfig(
-        text_config={"num_hidden_layers": 4, **narrow, **words},
-        vision_config={"num_hidden_layers": 4, "image_size": 96, "patch_size": 8, **narrow},
+        text_config={"num_hidden_layers": 2, **narrow, **words},
+        vision_config={"num_hidden_layers": 3, "image_size": 96, "patch_size": 8, **narrow},
         initializer_range=0.2,
     )
 
@@ -91,7 +92,7 @@ def make_models(task: str, size: str, device, dtype=torch.float32, attention: st
 
 
 def textured_images(n: int, size: int, seed: int = 0) -> torch.Tensor:
-    """`n` images (n, 3, size, size) of gratings, blobs and grain, each of its own busyness, so that tokens and images differ."""
+    """`n` images (n, 3, size, size) of gratings, blobs and grain, each of its own busyness: tokens differ."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape, low=0.0, high=1.0):
@@ -120,12 +121,14 @@ def textured_images(n: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.cat(repeats)[:n]
 
 
-def make_inputs(task: str, config, batch_size: int, device, dtype=torch.float32, seed: int = 0) -> dict:
-    """What `forward` takes: images, and texts of random words and different lengths, padded on the right; for question answering one
-    decoder token."""
+def make_inputs(task: str, config, batch_size: int, device, dtype=torch.float32, seed: int = 0, padded=True) -> dict:
+    """What `forward` takes: images, and texts of random words and different lengths, padded on the right.
+
+    For question answering one decoder token as well. Not `padded`: texts of one length, and no mask for captions.
+    """
     text = config.text_config
     generator = torch.Generator().manual_seed(seed)
-    spread = torch.linspace(-0.3, 0.3, batch_size) if batch_size > 1 else torch.zeros(1)
+    spread = torch.linspace(-0.3, 0.3, batch_size) if batch_size > 1 and padded else torch.zeros(batch_size)
     lengths = (TEXT_TOKENS * (1 + spread)).round().long()
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     words = (text.vocab_size // 20, text.vocab_size // 2)  # none of the special tokens
@@ -134,6 +137,8 @@ def make_inputs(task: str, config, batch_size: int, device, dtype=torch.float32,
         ids[:, 0] = text.bos_token_id
     pixel_values = textured_images(batch_size, config.vision_config.image_size, seed)
     inputs = {"pixel_values": pixel_values.to(dtype), "input_ids": ids, "attention_mask": mask}
+    if task == "captioning" and not padded:
+        del inputs["attention_mask"]
     if task == "vqa":
         inputs["decoder_input_ids"] = torch.full((batch_size, 1), text.bos_token_id)
     return {name: value.to(device) for name, value in inputs.items()}
@@ -147,9 +152,9 @@ def one_sample(inputs: dict, index: int, unpad: bool) -> dict:
 
 
 def calibrated(model, samples: int, reductions: list[float], freeze: bool = False) -> list[list[float]]:
-    """`calibrate` on a few images; a reduction out of reach gives way to the nearest that a grid of temperatures reaches.
+    """`calibrate` on a few images; a reduction out of reach gives way to the nearest that is in reach.
 
-    Returns the schedule, in the order of `reductions`: as many entries, the last at least never missing.
+    Returns the schedule, at most as long as `reductions`.
     """
     half = samples // 2
     device, dtype = model.device, model.dtype
@@ -170,7 +175,7 @@ def calibrated(model, samples: int, reductions: list[float], freeze: bool = Fals
 
 
 class kernels:
-    """Context in which Triton's kernels are on or off; `on` says which, `error` is the message with which one of them failed, if one did."""
+    """Context with Triton's kernels on or off; `on` says which. `error`: the message of one that failed, or None."""
 
     def __init__(self, on: bool):
         self.on, self.error = on, None

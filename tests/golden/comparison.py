@@ -10,7 +10,7 @@ INPUTS = ("pixel_values", "input_ids", "labels")
 
 
 def load_model(cases, weights, task):
-    """The model of a task, `weights` being its original state dict or the file that holds it, as `cases` say what else it needs."""
+    """The model of a task from its original state dict, or the file that holds it, and the sizes in `cases`."""
     sizes = cases["config"]
     config = MadtpBlipConfig(
         text_config={
