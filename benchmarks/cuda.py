@@ -1,0 +1,314 @@
+"""Is it right on a GPU, and how fast? One call, some minutes, torch and transformers alone beside this repository.
+
+    python benchmarks/cuda.py                                        # on a GPU, 8.5 minutes at most
+    python benchmarks/cuda.py --stages facts compiled --output benchmarks/results/cuda_compiled.json
+    python benchmarks/cuda.py --device cpu --size tiny --minutes 2    # does it run?
+
+The second is for what the first did not get to. It HAS NOT BEEN RUN ON A GPU YET, only on a CPU, where whatever needs
+CUDA says "skipped: no CUDA".
+
+Stages, each in a process of its own, so that one that breaks the device or hangs takes no other along:
+- `facts`: GPU, versions.
+- `checks`: golden cases; pruning off against transformers' BLIP, in float32 and bfloat16; a sample alone against the
+  same in a batch; Triton's kernels against the plain path; generation; a training step. See gpu/cuda_checks.py.
+- `speed`: question answering (a forward pass with one decoder token), captioning (a teacher-forced forward pass) and
+  writing captions (ten tokens, greedy) in bfloat16: transformers' BLIP as it ships and, where it has one, with sdpa;
+  ours off, pruned ("instance"), pruned to fixed numbers of tokens ("frozen"), and these as CUDA graphs. Weights are
+  random, images textures. See gpu/cuda_speed.py.
+- `compiled`: transformers' BLIP with torch.compile, and ours frozen with torch.compile(mode="reduce-overhead").
+
+Runs of a task and batch size take turns, timed by CUDA events. Columns: `images/s` and `ms`, medians; `faster`,
+transformers' time over the run's, median over rounds; `FLOPs`, the reduction reached on the batch; `MB`, the most
+memory over what lay there before (of CUDA graphs and compiled models with all that they keep); `ops`, `launches` and
+`waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and 8); `idle`, the share of
+the time in which the device does nothing; `differs`, of the largest output (of written tokens, the share), from the
+same model neither captured nor compiled, on images that it wasn't captured with. Results are written as they come, to
+`--output`; what was not reached in time is named there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+# This folder holds a `cuda.py`, and some library may look for a module of that name.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
+sys.path.insert(0, str(HERE / "gpu"))
+
+STAGES = ("facts", "checks", "speed", "compiled")
+# Until which share of the time each stage may begin something.
+SHARES = {"facts": 0.1, "checks": 0.25, "speed": 0.55, "compiled": 0.82}
+SPEED_TASKS = ("vqa", "captioning-generate", "captioning")
+
+
+def default_output() -> Path:
+    folder = os.environ.get("OUT")
+    return (Path(folder) if folder else HERE / "results") / "cuda.json"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.5, help="all of it, at most; default: 8.5")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="tiny: only to see whether it runs")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=SPEED_TASKS, default=list(SPEED_TASKS), help="to time; default: all"
+    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 8 64 256, on a CPU 2")
+    parser.add_argument("--reductions", type=float, nargs="+", help="default: 0.5 0.8, on a CPU 0.5")
+    parser.add_argument(
+        "--output", type=Path, default=default_output(), help="default: $OUT/cuda.json or benchmarks/results/cuda.json"
+    )
+    parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)  # a stage, in its own process
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--no_kernels", action="store_true", help="without Triton's kernels")
+    args = parser.parse_args()
+    on_cuda = args.device == "cuda"
+    args.batch_sizes = args.batch_sizes or ([1, 8, 64, 256] if on_cuda else [2])
+    args.reductions = args.reductions or ([0.5, 0.8] if on_cuda else [0.5])
+    return args
+
+
+# A stage, in a process of its own
+
+
+def facts(device: str) -> dict:
+    import torch
+    import transformers
+
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "--device cuda, but torch sees no GPU here: expected one, or pass --device cpu --size tiny --minutes 2."
+        )
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+        "device": device,
+        "cudnn": torch.backends.cudnn.version(),
+        "cpus": os.cpu_count(),
+    }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except Exception as error:
+        found["triton"] = f"none: {error}"
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "capability": list(torch.cuda.get_device_capability()),
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def order_of(stage: str, tasks: list[str], batch_sizes: list[int], done: set) -> list[tuple[str, int]]:
+    """The cells of a stage, what tells most first, without those that are done."""
+    first = sorted(batch_sizes, key=lambda size: [8, 1, 64, 256].index(size) if size in (8, 1, 64, 256) else 9)
+    cells = [(task, size) for task in tasks for size in first]
+    if stage == "compiled":  # minutes for a cell
+        cells.sort(key=lambda cell: (first.index(cell[1]) + 1) * (tasks.index(cell[0]) + 1))
+    return [cell for cell in cells if cell not in done]
+
+
+def run_child(args) -> None:
+    """One stage; each finding is a line of JSON behind those of the others."""
+    lines = args.output.with_suffix(".jsonl")
+
+    def record(kind: str, finding: dict) -> None:
+        with lines.open("a") as file:
+            file.write(json.dumps({"stage": args.child, "kind": kind, **finding}) + "\n")
+
+    if args.child == "facts":
+        record("facts", facts(args.device))
+        return
+    import torch
+
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if args.no_kernels:
+        from cuda_models import triton_kernels
+
+        triton_kernels._enabled = False
+    if args.child == "checks":
+        from cuda_checks import run_checks
+
+        run_checks(device, args.size, args.deadline, record)
+        return
+    from cuda_speed import Settings, compiled_runs, plain_runs, run_speed
+
+    on_cuda = device.type == "cuda"
+    settings = Settings(
+        args.size,
+        device,
+        torch.bfloat16 if on_cuda else torch.float32,
+        args.batch_sizes,
+        args.reductions,
+        args.deadline,
+        cell_seconds=5.0 if on_cuda else 1.0,
+        rounds=25 if on_cuda else 3,
+    )
+    found = read_lines(lines)
+    done = {
+        (row["task"], row["batch_size"])
+        for row in found
+        if row["kind"] == "row" and row["stage"] == args.child and "milliseconds" in row
+    }
+    run_speed(
+        settings,
+        record,
+        compiled_runs if args.child == "compiled" else plain_runs,
+        order_of(args.child, args.tasks, args.batch_sizes, done),
+    )
+
+
+# All stages
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The findings; the last line of a process that was ended may be a part of one."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def collect(args, state: dict) -> dict:
+    found = read_lines(args.output.with_suffix(".jsonl"))
+
+    def of_kind(*kinds):
+        return [{k: v for k, v in item.items() if k != "kind"} for item in found if item["kind"] in kinds]
+
+    result = {
+        "settings": {
+            "size": args.size,
+            "minutes": args.minutes,
+            "stages": args.stages,
+            "kernels": not args.no_kernels,
+        },
+        "facts": (of_kind("facts") or [{}])[0],
+        "stages": state,
+        "checks": of_kind("check"),
+        "calibration": of_kind("calibration", "sdpa"),
+        "rows": of_kind("row"),
+    }
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def run_stage(stage: str, args, started: float, state: dict, no_kernels: bool = False) -> int | None:
+    """Run a stage to its end or its deadline, a little longer where something has begun.
+
+    Returns its exit status, None if it was ended by force.
+    """
+    total = 60 * args.minutes
+    soft, hard = started + total * SHARES[stage], started + total * min(SHARES[stage] + 0.15, 0.97)
+    if soft < time.time() + 2:
+        state[stage] = "not started: out of time"
+        return 0
+    print(f"{stage}, {time.time() - started:.0f} s after the start", flush=True)
+    given = ["--device", args.device, "--size", args.size, "--output", str(args.output), "--deadline", str(soft)]
+    given += [
+        "--tasks",
+        *args.tasks,
+        "--batch_sizes",
+        *map(str, args.batch_sizes),
+        "--reductions",
+        *map(str, args.reductions),
+    ]
+    given += ["--no_kernels"] * (no_kernels or args.no_kernels)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    child = subprocess.Popen([sys.executable, __file__, "--child", stage, *given], env=environment)
+    began = time.time()
+    while child.poll() is None and time.time() < hard:
+        time.sleep(0.2)
+        if int(time.time() * 5) % 10 == 0:
+            collect(args, state)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+        state[stage] = f"ended by force after {time.time() - began:.0f} s"
+        return None
+    state[stage] = f"exit status {child.returncode}, {time.time() - began:.0f} s"
+    return child.returncode
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.child:
+        run_child(args)
+        return
+    started, state = time.time(), {}
+    args.output = args.output.resolve()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".jsonl").unlink(missing_ok=True)
+    for stage in args.stages:
+        status = run_stage(stage, args, started, state)
+        if status and stage == "facts":
+            sys.exit(status)
+        if status and args.device == "cuda" and not args.no_kernels:
+            state[f"{stage}, first"] = state[stage]
+            run_stage(stage, args, started, state, no_kernels=True)
+            state[stage] += ", without Triton's kernels"
+        collect(args, state)
+    print_report(collect(args, state))
+    print(f"{time.time() - started:.0f} s; {args.output}")
+
+
+# The report
+
+
+def print_report(result: dict) -> None:
+    print("\n" + "  ".join(f"{name} {value}" for name, value in result["facts"].items() if name != "stage"))
+    print("\n".join(f"{stage}: {how}" for stage, how in result["stages"].items()))
+    if result["checks"]:
+        passed = [check["passed"] for check in result["checks"]]
+        print(f"\nchecks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} open")
+    for check in result["checks"]:
+        verdict = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
+        if verdict == "passed" and check["check"].startswith("golden"):
+            continue
+        rest = ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in check.items()
+            if name not in ("check", "passed", "stage")
+        )
+        print(f"{verdict:7} {check['check']}: {rest}")
+    columns = (
+        ("images/s", "images_per_second", ".1f"),
+        ("ms", "milliseconds", ".2f"),
+        ("faster", "times_faster", ".2f"),
+        ("FLOPs", "reduction", ".2f"),
+        ("MB", "memory_mb", ".0f"),
+        ("ops", "device operations", "d"),
+        ("launches", "launches", "d"),
+        ("waits", "waits", "d"),
+        ("idle", "share without device work", ".2f"),
+        ("differs", "difference", ".1g"),
+    )
+    print(f"\n{'task':20} {'batch':>5} {'run':43}" + "".join(f"{title:>9}" for title, *_ in columns))
+    for row in result["rows"]:
+        cells = [format(row[key], form) if row.get(key) is not None else "" for _, key, form in columns]
+        text = "".join(f"{cell:>9}" for cell in cells) if "error" not in row else f"  {row['error'][:110]}"
+        print(f"{row['task']:20} {row['batch_size']:>5} {row['run']:43}{text}")
+    if result["facts"].get("device") == "cpu":
+        print("skipped: no CUDA: kernels, CUDA graphs, memory, launches")
+
+
+if __name__ == "__main__":
+    main()
