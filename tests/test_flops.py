@@ -37,7 +37,7 @@ def test_the_alignment_scores_of_a_branch_of_another_width():
     vision, text = torch.full((13, 1), 577), torch.full((13, 1), 36)
     dense = count_flops(config, "retrieval", vision, text)
     config.pruning_temperature = 1.0
-    scores = 12 * 100 * (576 * 1024 + 35 * 768)
+    scores = 12 * 100 * (577 * 1024 + 36 * 768)
     assert (count_flops(config, "retrieval", vision, text) - dense).item() == pytest.approx(scores, rel=1e-3)
 
 
