@@ -131,7 +131,7 @@ CHECKS = {"vqa": check_vqa, "nlvr2": check_nlvr2, "captioning": check_captioning
 
 @pytest.mark.parametrize("which, task, case, granularity", RUNS)
 @torch.no_grad()
-def test_the_published_numbers(load_golden, which, task, case, granularity):
+def test_the_published_numbers(load_golden, which, task, case, granularity, path):
     cases, tensors, folder = load_golden(which)
     model = load_model(cases, folder, task)
     model.config.pruning_granularity = granularity
