@@ -203,7 +203,7 @@ def retrieval_loss(model, processor, batch_size, rng, answerer):
     alone = model._encode_text(text.input_ids, text.attention_mask)
     image_feature, text_feature = model._image_feature(images), model._text_feature(alone)
     contrast = contrastive_loss(image_feature, text_feature, ids, None)
-    positive = model._encode_text(text.input_ids, text.attention_mask, images.states, images.layout)
+    positive = model._encode_text(text.input_ids, text.attention_mask, images.states, images.sequences)
     negative = model._score_hard_negatives(
         text.input_ids, text.attention_mask, images, image_feature, text_feature, ids, 0.07
     )

@@ -21,6 +21,7 @@ from madtp_hf import (
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
 )
+from madtp_hf.modeling import sequences
 
 from .helpers.loopback_hub import LoopbackHub
 
@@ -36,6 +37,19 @@ LENGTHS = (9, 3, 7, 16, 5, 4, 12, 8)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu path", "device path"])
+def path(request, monkeypatch):
+    """Runs a test twice: as a CPU does it, part by part, and as other devices do, all at once."""
+    monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", request.param == "cpu path")
+    return request.param
+
+
+@pytest.fixture
+def device_path(monkeypatch):
+    """Takes the path of other devices, on the CPU."""
+    monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", False)
 
 
 def close(mine, theirs, atol=1e-5):

@@ -1,15 +1,18 @@
 """Attention as the configuration asks for it, and the decoder's keys and values of what it reads, computed once a sample."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from madtp_hf.modeling import encoders
+from madtp_hf.modeling.attention import attend
+from madtp_hf.modeling.sequences import Sequences, unpad
 
 from .conftest import TASKS, make_task_model
 
@@ -34,21 +37,75 @@ def check_same_outputs(mine, theirs, atol=1e-5):
     assert compared > 3
 
 
-@pytest.fixture
-def asked_for(monkeypatch):
-    """The implementations that the encoders' attention has asked for so far."""
-    names = []
-    compute = encoders.attention_function
+class FusedAttention(TorchFunctionMode):
+    """Counts the calls of torch's fused attention by the width of their heads: 8 in the image branch, 16 in the text's."""
 
-    def recording(implementation, *args, **kwargs):
-        names.append(implementation)
-        return compute(implementation, *args, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
 
-    monkeypatch.setattr(encoders, "attention_function", recording)
-    return names
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            width = args[0].shape[-1]
+            self.calls[width] = self.calls.get(width, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def fused_calls(model, inputs):
+    """The outputs of a model, and how often it has called fused attention for them."""
+    with FusedAttention() as fused:
+        output = model(**inputs)
+    return output, sum(fused.calls.values())
 
 
 # Eager and fused
+
+
+def attention_written_out(query, key, value, is_causal):
+    """Of one sample: (L, H, d) to (M, H, d)."""
+    logits = torch.einsum("lhd,mhd->hlm", query, key) / math.sqrt(query.shape[-1])
+    if is_causal:
+        logits = logits.masked_fill(torch.ones(logits.shape[1:]).triu(1).bool(), -math.inf)
+    return torch.einsum("hlm,mhd->lhd", logits.softmax(-1), value)
+
+
+def random_sequences(lengths, kind, heads=3, width=5):
+    """Random states (R, H, d) of some sequences, how they lie, and what the formulas make of them: each one's own."""
+    samples = [torch.randn(length, heads, width) for length in lengths]
+    padded = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=30.0)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    if kind == "varlen":
+        return *unpad(padded, mask), samples
+    sequences = Sequences.padded(*mask.shape, "cpu", None if mask.all() else mask)
+    return padded.flatten(0, 1), sequences, samples
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kinds", itertools.product(["varlen", "padded"], repeat=2), ids=" to ".join)
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (7, 2, 9, 3, 8)], ids=str)
+def test_attention_is_the_formula_on_each_samples_real_tokens(lengths, kinds, implementation, path):
+    query, sequences, queries = random_sequences(lengths, kinds[0])
+    key, context, keys = random_sequences([length + 3 * (i % 2) for i, length in enumerate(lengths)], kinds[1])
+    value = torch.randn_like(key)
+    values = [rows[:length] for rows, length in zip(context.pad(value), context.lengths)]
+    output = attend(None, implementation, query, key, value, sequences, context)
+    assert output.shape == (sequences.num_rows, 15)
+    for mine, *sample in zip(sequences.pad(output), queries, keys, values, strict=True):
+        expected = attention_written_out(*(t.double() for t in sample), is_causal=False).flatten(1)
+        torch.testing.assert_close(mine[: len(expected)], expected.float())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["varlen", "padded"])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (7, 2, 9, 3, 8)], ids=str)
+def test_causal_attention_sees_what_is_before(lengths, kind, implementation, path):
+    query, sequences, queries = random_sequences(lengths, kind)
+    key, value = torch.randn_like(query), torch.randn_like(query)
+    output = attend(None, implementation, query, key, value, sequences, is_causal=True)
+    for index, (mine, own) in enumerate(zip(sequences.pad(output), queries, strict=True)):
+        others = [sequences.pad(states)[index, : len(own)].double() for states in (key, value)]
+        expected = attention_written_out(own.double(), *others, is_causal=True).flatten(1)
+        torch.testing.assert_close(mine[: len(expected)], expected.float())
 
 
 @pytest.mark.parametrize(
@@ -56,25 +113,24 @@ def asked_for(monkeypatch):
     [
         *((task, ("vision", "text"), 0.0) for task in TASKS),
         *((task, modalities, 3.0) for task in TASKS if task != "captioning" for modalities in MODALITIES),
-        ("captioning", ("text",), 3.0),  # pruned, all attention of its encoder is scored
+        ("captioning", ("text",), 3.0),  # pruned, all attention of its encoder collects evidence
     ],
 )
 @torch.no_grad()
-def test_eager_attention_gives_the_outputs_of_fused_attention(task, modalities, temperature, asked_for):
+def test_eager_attention_gives_the_outputs_of_fused_attention(task, modalities, temperature):
     model = make_model(task, temperature, modalities)
     inputs = TASKS[task].make_inputs(LENGTHS)
     outputs = {}
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
-        asked_for.clear()
-        outputs[name] = model(**inputs)
-        assert set(asked_for) == {name}
+        outputs[name], calls = fused_calls(model, inputs)
+        assert (calls > 0) == (name == "sdpa")
     check_same_outputs(outputs["eager"], outputs["sdpa"])
 
 
 @pytest.mark.parametrize("task", TASKS)
 @torch.no_grad()
-def test_a_checkpoint_loads_with_the_attention_that_is_asked_for(task, tmp_path, asked_for):
+def test_a_checkpoint_loads_with_the_attention_that_is_asked_for(task, tmp_path):
     model = make_model(task, 3.0, ("text",))
     inputs = TASKS[task].make_inputs(LENGTHS)
     expected = model(**inputs)
@@ -84,27 +140,33 @@ def test_a_checkpoint_loads_with_the_attention_that_is_asked_for(task, tmp_path,
         config = loaded.config
         for part in (config, config.vision_config, config.text_config):
             assert part._attn_implementation == name
-        asked_for.clear()
-        check_same_outputs(loaded(**inputs), expected)
-        assert set(asked_for) == {name}
+        output, calls = fused_calls(loaded, inputs)
+        check_same_outputs(output, expected)
+        assert (calls > 0) == (name == "sdpa")
         # And it can be told otherwise.
-        other = {"eager": "sdpa", "sdpa": "eager"}[name]
-        loaded.set_attn_implementation(other)
-        asked_for.clear()
-        loaded(**inputs)
-        assert set(asked_for) == {other}
+        loaded.set_attn_implementation({"eager": "sdpa", "sdpa": "eager"}[name])
+        _, calls = fused_calls(loaded, inputs)
+        assert (calls > 0) == (name == "eager")
 
 
 @torch.no_grad()
-def test_each_branch_may_have_its_own_attention(asked_for):
-    model = make_model("vqa")
+def test_each_branch_may_have_its_own_attention():
+    model = make_task_model("vqa", text_config={"num_attention_heads": 2})  # whose heads are of another width
     inputs = TASKS["vqa"].make_inputs(LENGTHS)
-    expected = model(**inputs)
-    assert set(asked_for) == {"sdpa"}  # where nobody asks
-    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
-    asked_for.clear()
-    check_same_outputs(model(**inputs), expected)
-    assert asked_for == ["eager"] * 4 + ["sdpa"] * 6
+    expected, calls = model(**inputs), []
+    for name in (
+        None,
+        {"vision_config": "eager", "text_config": "sdpa"},
+        {"vision_config": "sdpa", "text_config": "eager"},
+    ):
+        if name is not None:
+            model.set_attn_implementation(name)
+        with FusedAttention() as fused:
+            output = model(**inputs)
+        check_same_outputs(output, expected)
+        calls.append(fused.calls)
+    # Four layers of images; three of questions and three of answers, each with self- and cross-attention.
+    assert calls == [{8: 4, 16: 12}, {16: 12}, {8: 4}]  # sdpa where nobody asks
 
 
 def test_eager_attention_has_the_gradients_of_fused_attention():
@@ -170,8 +232,8 @@ def flash(monkeypatch):
     return calls
 
 
-def packed_attention(output, config, modalities):
-    """The numbers of queries and keys of all attention that isn't scored, sample after sample without padding."""
+def varlen_attention(output, config, modalities):
+    """The numbers of queries and keys of all attention that collects no evidence, sample after sample without padding."""
     on = config.pruning_temperature > 0
     vision, text = output.vision_tokens, output.text_tokens
     calls = []
@@ -180,7 +242,7 @@ def packed_attention(output, config, modalities):
     if on and text is not None:  # with pruning off texts keep their padding, as transformers' do
         images = vision[-1] if vision.ndim == 3 else vision[-1:]
         for enters, leaves in itertools.pairwise(text):
-            if "text" not in modalities:
+            if "text" not in modalities or enters.max() < 4:  # of two tokens that can go none ever does
                 calls.append((int(enters.sum()),) * 2)
             calls += [(int(leaves.sum()), int(tokens.sum())) for tokens in images]
     return calls
@@ -199,7 +261,7 @@ def test_flash_attention_gets_the_tokens_end_to_end(task, modalities, temperatur
     model.config._attn_implementation = "flash_attention_2"
     output = model(**inputs)
     check_same_outputs(output, expected)
-    assert flash == packed_attention(output, model.config, modalities)
+    assert flash == varlen_attention(output, model.config, modalities)
 
 
 @torch.no_grad()

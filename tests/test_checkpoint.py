@@ -171,7 +171,14 @@ def test_the_whole_way_of_every_task(processor, tmp_path):
         assert measure_reduction(model, batches, model.config.pruning_temperature) == pytest.approx(0.5, abs=0.01)
 
         names = {path.name for path in folder.iterdir()}
-        code = {"configuration_madtp_blip", "modeling_madtp_blip", "encoders", "retrieval_loss", "token_pruning"}
+        code = {
+            "configuration_madtp_blip",
+            "modeling_madtp_blip",
+            "encoder",
+            "sequences",
+            "retrieval_loss",
+            "token_pruning",
+        }
         assert {"config.json", "model.safetensors", "tokenizer.json", *(f"{name}.py" for name in code)} <= names
         assert not any(name.endswith((".bin", ".pth", ".pt", ".pkl")) for name in names)
         config = json.loads((folder / "config.json").read_text())

@@ -48,7 +48,7 @@ def load_golden(tmp_path_factory):
 
 
 @pytest.mark.parametrize("which, task, case, granularity", RUNS)
-def test_the_published_numbers(load_golden, which, task, case, granularity):
+def test_the_published_numbers(load_golden, which, task, case, granularity, path):
     cases, tensors, folder = load_golden(which)
     model = load_model(cases, folder / f"{task}.weights.safetensors", task)
     check_case(model, cases, tensors, task, case, granularity)

@@ -1,5 +1,7 @@
 """What each task's model learns from: gradients, with checkpointing and in lower precision."""
 
+import copy
+
 import pytest
 import torch
 
@@ -88,16 +90,21 @@ def test_autocast_trains_close_to_float32(task, checkpointing, dtype):
 @pytest.mark.parametrize("task", TASKS)
 @torch.no_grad()
 def test_bfloat16_weights(task):
-    model, inputs = make_task_model(task), {**TASKS[task].make_inputs(LENGTHS), **TASKS[task].to_train}
+    model = make_task_model(task)
     model.set_pruning(temperature=3.0)
-    torch.manual_seed(3)
-    exact = model(**inputs).loss
-    tolerance = 0.1 if task == "vqa" else 0.2
-    model = model.to(torch.bfloat16)
-    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-    torch.manual_seed(3)
-    output = model(**inputs)
-    assert output[TASKS[task].scores].dtype == torch.bfloat16 and abs(output.loss - exact) < tolerance * abs(exact)
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    differences = []
+    for seed in range(5):
+        inputs = {**TASKS[task].make_inputs(LENGTHS, seed=seed), **TASKS[task].to_train}
+        torch.manual_seed(3)
+        exact = model(**inputs).loss
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        torch.manual_seed(3)
+        output = rounded(**inputs)
+        assert output[TASKS[task].scores].dtype == torch.bfloat16
+        differences.append(abs(output.loss - exact) / abs(exact))
+    # Now and then rounding decides what stays, and the loss is another.
+    assert torch.stack(differences).median() < 0.1 and max(differences) < 0.5
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ from .conftest import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("path")
+
+
 @pytest.mark.parametrize("layers", [(4, 3), (2, 5)])
 def test_question_answering_with_pruning_off_is_transformers_blip(layers):
     blip = make_blip(vision_config={"num_hidden_layers": layers[0]}, text_config={"num_hidden_layers": layers[1]})

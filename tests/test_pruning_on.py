@@ -22,6 +22,9 @@ from .conftest import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("path")
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("task", TASKS)
 @torch.no_grad()
@@ -154,10 +157,8 @@ def test_token_counts_say_what_the_outputs_hold(task):
     assert vision.dtype == torch.int64 and vision.shape == ((6, 2, 4) if task == "nlvr2" else (6, 4))
     assert (vision[0] == 37).all() and (vision.diff(dim=0) <= 0).all() and (vision[-1] < 37).all()
     left = vision[-1].movedim(-1, 0)  # (batch,) or (batch, side)
-    lengths = torch.tensor(output.image_embeds.shape[-2]).expand(left.shape)
-    if output.image_mask is not None:
-        lengths = output.image_mask.sum(-1)
-    assert torch.equal(lengths, left)
+    assert output.image_mask.dtype == torch.bool and output.image_mask.shape == output.image_embeds.shape[:-1]
+    assert torch.equal(output.image_mask.sum(-1), left)
     # Pairs lie in turn in what is of single images.
     single = vision.transpose(1, 2).flatten(1) if task == "nlvr2" else vision
     for layer, (states, positions) in enumerate(zip(output.hidden_states, output.vision_positions, strict=True)):
@@ -180,8 +181,8 @@ def test_token_counts_say_what_the_outputs_hold(task):
         "vqa": (output.get("question_states"), output.get("question_mask")),
         "retrieval": (output.get("question_embeds"), output.get("text_mask")),
     }[task]
-    lengths = torch.tensor(states.shape[1]).expand(4) if mask is None else mask.sum(1)
-    assert torch.equal(lengths, output.text_tokens[-1])
+    assert mask.dtype == torch.bool and mask.shape == states.shape[:-1]
+    assert torch.equal(mask.sum(1), output.text_tokens[-1])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -205,7 +206,7 @@ def test_batch_granularity_keeps_as_many_in_every_sample(task):
     model.set_pruning(temperature=3.0)
     output = model(**TASKS[task].make_inputs((7, 7, 7)))
     counts = output.vision_tokens.flatten(1)
-    assert (counts == counts[:, :1]).all() and counts[-1, 0] < 37 and output.image_mask is None
+    assert (counts == counts[:, :1]).all() and counts[-1, 0] < 37 and output.image_mask.all()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -274,10 +275,7 @@ def test_each_head_of_retrieval_counts_its_own_pass_over_the_text():
     )  # the first layer prunes before it sees the image
     assert not torch.equal(matching.text_tokens, apart.text_tokens)
     for output in (matching, apart):
-        lengths = torch.tensor(output.question_embeds.shape[1]).expand(4)
-        if output.text_mask is not None:
-            lengths = output.text_mask.sum(1)
-        assert torch.equal(lengths, output.text_tokens[-1])
+        assert torch.equal(output.text_mask.sum(1), output.text_tokens[-1])
 
 
 @pytest.mark.parametrize("task", ("vqa", "nlvr2", "retrieval"))
@@ -325,12 +323,19 @@ def test_only_the_real_tokens_of_a_text_need_to_fit(task):
 @pytest.mark.parametrize("task", TASKS)
 @torch.no_grad()
 def test_small_temperatures_prune_in_float16_as_in_float32(task):
-    model, inputs = make_task_model(task), TASKS[task].make_inputs()
+    model = make_task_model(task)
     model.set_pruning(temperature=1e-5)
-    expected = model(**inputs).vision_tokens
-    with torch.autocast("cpu", dtype=torch.float16):
-        counts = model(**inputs).vision_tokens
-    assert (expected[-1] < 37).all() and (counts[-1] < 37).all()
+    gone = []
+    for seed in range(4):
+        inputs = TASKS[task].make_inputs(LENGTHS, seed=seed)
+        exact = model(**inputs).vision_tokens
+        with torch.autocast("cpu", dtype=torch.float16):
+            rounded = model(**inputs).vision_tokens
+        gone.append(torch.stack([37 - counts[-1].flatten() for counts in (exact, rounded)]))
+    exact, rounded = torch.cat(gone, dim=1).float()
+    # Rounding decides for a token here and there; in float16 nothing would be pruned if the gate overflowed.
+    assert (exact > 0).float().mean() > 0.75 and (rounded > 0).float().mean() > 0.75
+    assert rounded.mean().item() == pytest.approx(exact.mean().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("temperature", (-1.0, float("nan"), float("inf"), "high", True))
@@ -360,16 +365,28 @@ def test_set_pruning(model):
     model.config.pruning_schedule = [[0.4, 1.0]]
     model.set_pruning(reduction=0.4)
     assert model.config.pruning_temperature == 1.0
+    with pytest.raises(
+        TypeError, match=r"0\.5 without a name.*set_pruning\(reduction=0\.5\).*set_pruning\(temperature=0\.5\)"
+    ):
+        model.set_pruning(0.5)
+    assert model.config.pruning_temperature == 1.0
     model.set_pruning(None)
-    assert model.config.pruning_temperature == 0.0
+    assert model.config.pruning_temperature == 0.0 and not model.is_pruning
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_settings_changed_by_hand_are_checked(task):
     model = make_task_model(task)
-    for field, value in (("pruning_granularity", "sample"), ("pruning_modalities", ("audio",))):
+    for field, value in (
+        ("pruning_granularity", "sample"),
+        ("pruning_modalities", ("audio",)),
+        ("pruning_temperature", -1.0),
+        ("pruning_schedule", [[0.5]]),
+        ("pruning_token_counts", [[1.0, [5], [5]]]),
+        ("alignment_loss_weight", float("nan")),
+        ("encoder_token_id", 40),
+    ):
         before = getattr(model.config, field)
-        setattr(model.config, field, value)
-        with pytest.raises(ValueError, match=field):
-            model(**TASKS[task].make_inputs())
-        setattr(model.config, field, before)
+        with pytest.raises(ValueError, match=rf"{field}=.*: expected"):
+            setattr(model.config, field, value)
+        assert getattr(model.config, field) == before

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from .conftest import TEMPERATURES, make_inputs, one_sample
 
 
+pytestmark = pytest.mark.usefixtures("path")
+
+
 @pytest.mark.parametrize("temperature", (0.0, 3.0))
 @pytest.mark.parametrize("k", (3, 128))
 def test_ranked_answers_are_those_of_scoring_each_answer_on_its_own(model, temperature, k):

@@ -1,60 +1,83 @@
-"""The method's steps against their equations, written out sample by sample and token by token."""
+"""The method's steps against their equations, written out sample by sample and token by token in float64."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from madtp_hf.modeling import token_pruning
-from madtp_hf.modeling.packing import Layout, pack
+from madtp_hf.modeling import attention as attention_module
+from madtp_hf.modeling.attention import FIRST_PROTECTED, TokenRoles, attend_with_evidence
+from madtp_hf.modeling.encoder import AlignmentTokens, MadtpReduction
+from madtp_hf.modeling.sequences import Sequences, unpad
 from madtp_hf.modeling.token_pruning import (
-    AttentionScores,
+    AttentionEvidence,
     alignment_feature,
     alignment_loss,
     alignment_scores,
     importance_threshold,
     keep_all_or_enough,
-    merge_tokens,
+    merge_weights,
     most_important,
-    scored_attention,
     select_tokens,
     token_importance,
 )
+from madtp_hf.modeling.token_reduction import Reduction, reduce
 
 
-def written_out(x, states, query, key, value, alignment, temperature):
+BLIP, CLIP_TEXT = FIRST_PROTECTED, TokenRoles(protects_last=True, is_causal=True)
+ROLES = pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT, TokenRoles(protects_last=True)], ids=str)
+LAYOUTS = pytest.mark.parametrize("kind", ["varlen", "padded"])
+
+
+def attention_written_out(query, key, value, roles):
+    """Self-attention (H, L, d) of one sample: its outputs, and what the importance of the tokens that can go needs of it."""
+    length = query.shape[1]
+    logits = query @ key.transpose(1, 2) / math.sqrt(query.shape[2])
+    if roles.is_causal:
+        logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+    maps = logits.softmax(dim=-1)
+    outputs = maps @ value
+    removable = slice(1, length - roles.protects_last)
+    reader = length - 1 if roles.protects_last else 0
+    return outputs, AttentionEvidence(
+        maps.amax(dim=0)[1:, removable].sum(dim=0), maps[:, reader, removable], outputs[:, removable].norm(dim=-1)
+    )
+
+
+def layer_written_out(x, states, query, key, value, alignment, temperature, roles=BLIP, min_kept=1):
     """Steps 1 to 6 for one sample, from the equations: x (L, D) the layer's input, states (L, D) what is pruned."""
+    x, states, query, key, value, alignment = (t.double() for t in (x, states, query, key, value, alignment))
     heads, length, width = query.shape
-    tokens = range(1, length)
+    tokens = range(1, length - roles.protects_last)
+    _, evidence = attention_written_out(query, key, value, roles)
+    received, from_reader, output_norm = evidence
     a = [[float(x[n] @ s) for s in alignment] for n in tokens]
-    maps = [torch.softmax(query[h] @ key[h].T / math.sqrt(width), dim=-1) for h in range(heads)]
-    outputs = [maps[h] @ value[h] for h in range(heads)]
 
     def norm(values):
         return [v / (sum(values) + 1e-8) for v in values]
 
-    s_self = norm([sum(max(float(maps[h][q, n]) for h in range(heads)) for q in tokens) for n in tokens])
+    s_self = norm(received.tolist())
     s_cls = [
-        sum(
-            float(maps[h][0, n]) * float(outputs[h][n].norm()) / sum(float(outputs[i][n].norm()) for i in range(heads))
-            for h in range(heads)
-        )
-        for n in tokens
+        float((from_reader[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))
     ]
     s_tok = norm([max(row) for row in a])
     s = [sum(parts) / 3 for parts in zip(s_self, s_cls, s_tok)]
+    if not s:
+        return states
     theta = min(
-        sum(g * v for g, v in zip(torch.softmax(torch.tensor([row[t] for row in a]) / temperature, 0).tolist(), s))
+        sum(g * v for g, v in zip(torch.tensor([row[t] / temperature for row in a]).double().softmax(0).tolist(), s))
         for t in range(len(alignment))
     )
     kept = [n for n, v in zip(tokens, s) if v > theta]
     dropped = [n for n in tokens if n not in kept]
-    if not kept or len(dropped) <= 1:
+    if len(kept) < min_kept or len(dropped) <= 1:
         return states
-    weights = torch.tensor([s[n - 1] for n in dropped])
+    weights = torch.tensor([s[n - 1] for n in dropped]).double()
     merged = (weights[:, None] / weights.sum() * states[dropped]).sum(0)
-    return torch.stack([states[0], *(states[n] for n in kept), merged])
+    last = [states[-1]] if roles.protects_last else []
+    return torch.stack([states[0], *(states[n] for n in kept), merged, *last])
 
 
 def random_layer(length=14, heads=3, head_width=5, num_alignment=4, seed=0):
@@ -69,65 +92,121 @@ def lengths_to_mask(lengths):
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def lay_out(padded, mask, rectangle):
-    """Padded states (B, L, D) as rows end to end: the real ones alone, or in a rectangle padding as well."""
-    if rectangle:
-        return padded.flatten(0, 1), Layout.rectangle(*padded.shape[:2], padded.device, mask)
-    return pack(padded, mask)
+def lay_out(padded, lengths, kind):
+    """Padded states (B, L, ...) as rows: the real ones alone, or padding as well; and how they lie."""
+    mask = lengths_to_mask(lengths)
+    if kind == "varlen":
+        return unpad(padded, mask)
+    return padded.flatten(0, 1), Sequences.padded(*mask.shape, padded.device, None if mask.all() else mask)
 
 
-def samples_of(states, layout):
+def stack(samples, dim=-2, fill=30.0):
+    """Samples of different lengths, padded. What lies in the padding is large, so that it shows wherever it takes part."""
+    longest = max(sample.shape[dim] for sample in samples)
+    pads = [torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[dim]), value=fill) for t in samples]
+    return torch.stack(pads)
+
+
+def samples_of(states, sequences):
     """The real rows of each sample."""
-    return [rows[:number] for rows, number in zip(layout.pad(states), layout.num_tokens)]
+    return [rows[:number] for rows, number in zip(sequences.pad(states), sequences.lengths)]
 
 
-def prune_together(layers, alignment, temperature, rectangle=False):
+def project(layers, kind):
+    """query_key_value (R, 3, H, d) of several samples (x, states, query, key, value)."""
+    lengths = [len(layer[0]) for layer in layers]
+    padded = torch.stack([stack([layer[i] for layer in layers]) for i in (2, 3, 4)], dim=1)  # (B, 3, H, L, d)
+    return lay_out(padded.permute(0, 3, 1, 2, 4), lengths, kind)[0]
+
+
+def prune_together(layers, alignment, temperature, kind, roles=BLIP, min_kept=1):
     """Steps 1 to 6 for several samples (x, states, query, key, value): what is left of each."""
-    mask = lengths_to_mask([len(layer[0]) for layer in layers])
-
-    def pad(part):  # what lies in the padding is large, so that it shows wherever it takes part
-        longest = mask.shape[1]
-        pads = [torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[-2]), value=30.0) for t in part]
-        return torch.stack(pads)
-
-    x, padded, query, key, value = map(pad, zip(*layers))
-    mask = None if mask.all() else mask
-    tokens = None if mask is None else mask[:, 1:]
-    scores = alignment_scores(x[:, 1:], alignment)
-    _, attention = scored_attention(query, key, value, mask)
-    importance = token_importance(attention, scores, tokens)
-    threshold = importance_threshold(scores, importance, temperature, tokens)
-    states, layout = lay_out(padded, mask, rectangle)
-    keep = select_tokens(importance, threshold, tokens)
-    result, left, source = merge_tokens(states, layout, keep, importance)
-    if source is not None:  # the tokens that stayed are where `source` says they were, the merged ones behind all
-        stayed = source < len(states)
-        torch.testing.assert_close(result[stayed], states[source[stayed]], atol=0, rtol=0)
-        assert torch.equal(source[~stayed] - len(states), left.samples[~stayed])
+    lengths = [len(layer[0]) for layer in layers]
+    x, _ = lay_out(stack([layer[0] for layer in layers]), lengths, kind)
+    states, sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)
+    madtp = MadtpReduction(
+        AlignmentTokens(alignment, weight=alignment), temperature, "instance", False, roles, min_kept=min_kept
+    )
+    scores, _ = madtp.read_input(0, x, sequences)
+    _, (parts, reductions) = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
+    result, left, move = reduce(states, sequences, parts, reductions, roles)
+    if move is not None:  # the tokens that stayed are where it says they were
+        where = lay_out(torch.arange(max(lengths)).expand(len(lengths), -1), lengths, kind)[0]
+        for rows, positions, layer in zip(samples_of(result, left), samples_of(move(where), left), layers):
+            stayed = positions >= 0
+            assert torch.equal(rows[stayed], layer[1][positions[stayed]])
+            assert (~stayed).sum() == (len(rows) < len(layer[1]))
     return samples_of(result, left)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0, 50.0])  # lower ones leave rounding to decide what stays
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("neighbours", [(), (19,), (6, 14, 23)])
-def test_a_layer_follows_the_equations_padded_or_not(temperature, seed, neighbours):
+@pytest.mark.parametrize("neighbours", [(), (19,), (6, 14, 23), (3, 2, 9)], ids=str)
+@pytest.mark.parametrize("roles, min_kept", [(BLIP, 1), (BLIP, 2), (CLIP_TEXT, 1), (CLIP_TEXT, 2)], ids=str)
+def test_a_layer_follows_the_equations_padded_or_not(temperature, seed, neighbours, roles, min_kept, path):
     layer = random_layer(seed=seed)
     alignment = layer[-1]
     layers = [layer[:5]] + [random_layer(length, seed=20 + length)[:5] for length in neighbours]
-    for rectangle in (False, True):
-        results = prune_together(layers, alignment, temperature, rectangle)
-        for result, sample in zip(results, layers, strict=True):
-            expected = written_out(*sample, alignment, temperature)
-            assert len(result) == len(expected)
-            torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    expected = [layer_written_out(*sample, alignment, temperature, roles, min_kept) for sample in layers]
+    for kind in ("padded", "varlen"):
+        results = prune_together(layers, alignment, temperature, kind, roles, min_kept)
+        for result, sample in zip(results, expected, strict=True):
+            assert len(result) == len(sample)
+            torch.testing.assert_close(result, sample.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_attention_output_is_that_of_fused_attention():
-    query, key, value = torch.randn(3, 2, 3, 7, 4)
-    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
-    output, _ = scored_attention(query, key, value, mask)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask[:, None, None])
-    torch.testing.assert_close(output, expected)
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_the_scores_of_a_protected_last_token_decide_nothing(temperature):
+    """Not even where they are so high that beside them those of the words vanish."""
+    layers = []
+    for seed, length in enumerate((14, 9, 6)):
+        x, *others = random_layer(length, seed=seed)[:5]
+        layers.append((x, *others))
+    alignment = random_layer()[-1]
+    for kind in ("varlen", "padded"):
+        expected = prune_together(layers, alignment, temperature, kind, CLIP_TEXT)
+        assert any(len(result) < len(layer[0]) for result, layer in zip(expected[1:], layers[1:]))
+        raised = [(torch.cat([x[:-1], 100 * alignment.sum(0, keepdim=True)]), *others) for x, *others in layers]
+        for mine, theirs in zip(
+            prune_together(raised, alignment, temperature, kind, CLIP_TEXT), expected, strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("min_kept, merges", [(1, True), (2, True), (3, False)])
+def test_a_layer_prunes_only_if_as_many_stay_as_the_host_wants(min_kept, merges):
+    importance = torch.tensor([[0.1, 0.2, 0.4, 0.3, 0.1]])
+    stays, merging = select_tokens(importance, torch.tensor([[0.25]]), min_kept=min_kept)
+    assert merging.item() == merges and stays.sum() == (2 if merges else 5)
+
+
+# Attention
+
+
+@ROLES
+@LAYOUTS
+@pytest.mark.parametrize("lengths", [(9,), (7, 7, 7), (7, 4, 9, 2, 5)], ids=str)
+def test_attention_and_its_evidence_are_the_formulas(lengths, kind, roles, path):
+    layers = [random_layer(length, seed=length)[:5] for length in lengths]
+    sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)[1]
+    bounds = sequences.boundaries(15)
+    outputs = [attend_with_evidence(project(layers, kind), part, roles) for part in sequences.parts(bounds)]
+    results = [
+        rows for (output, _), part in zip(outputs, sequences.parts(bounds)) for rows in samples_of(output, part)
+    ]
+    evidence = [
+        [e[..., i, :] for e in found]
+        for (_, found), part in zip(outputs, sequences.parts(bounds))
+        for i in range(part.batch_size)
+    ]
+    for layer, output, found in zip(layers, results, evidence, strict=True):
+        expected, expected_evidence = attention_written_out(*(t.double() for t in layer[2:]), roles)
+        torch.testing.assert_close(output, expected.transpose(0, 1).flatten(1).float())
+        removable = len(layer[0]) - 1 - roles.protects_last
+        for name, mine, theirs in zip(AttentionEvidence._fields, found, expected_evidence, strict=True):
+            torch.testing.assert_close(mine[..., :removable], theirs.float(), msg=lambda m, n=name: f"{n}: {m}")
+            if name != "output_norm":  # which counts where it is attended to
+                assert (mine[..., removable:] == 0).all(), name
 
 
 class LargestTensor(TorchDispatchMode):
@@ -142,26 +221,26 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(
-    "block",
-    [
-        2 * 50**2,  # two of a sample's three heads, then the third
-        3 * 50**2,  # one sample
-        3 * 50**2 * 2,  # two of the five samples
-    ],
-)
-def test_blocks_of_samples_and_of_heads_add_up(block, padded, monkeypatch):
-    query, key, value = torch.randn(3, 5, 3, 50, 4)
-    mask = torch.arange(50) < torch.tensor([[50], [31], [1], [17], [49]]) if padded else None
-    whole = scored_attention(query, key, value, mask)
-    monkeypatch.setattr(token_pruning, "ATTENTION_BLOCK", block)
+@pytest.mark.parametrize("lengths", [(50,), (50, 31, 1, 17, 49)], ids=str)
+@pytest.mark.parametrize("heads_at_once", [2, 4])
+@torch.no_grad()
+def test_blocks_of_heads_add_up(heads_at_once, lengths, monkeypatch):
+    layers = [random_layer(length, heads=6, seed=length)[:5] for length in lengths]
+    rows, sequences = lay_out(stack([layer[1] for layer in layers]), lengths, "varlen")
+    query_key_value = project(layers, "varlen")
+    maps = len(lengths) * 50**2  # of a head
+    monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", 6 * maps)
+    whole = attend_with_evidence(query_key_value, sequences, BLIP)
+    monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", heads_at_once * maps)
     with LargestTensor() as largest:
-        blocks = scored_attention(query, key, value, mask)
-    assert largest.numbers <= max(block, query.numel())  # never the maps of all, of 37,500
+        blocks = attend_with_evidence(query_key_value, sequences, BLIP)
+    assert largest.numbers == heads_at_once * maps  # never the maps of all six
     torch.testing.assert_close(blocks[0], whole[0])
     for mine, theirs in zip(blocks[1], whole[1], strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+# The steps by hand
 
 
 def test_alignment_feature_and_loss_by_hand():
@@ -177,6 +256,22 @@ def test_alignment_feature_and_loss_by_hand():
     torch.testing.assert_close(alignment_loss(feature, other), 1 - sum(cosines) / 2)
 
 
+@ROLES
+@LAYOUTS
+def test_the_alignment_feature_is_of_the_tokens_that_can_go(kind, roles, path):
+    lengths = (7, 4, 9, 5)
+    layers = [random_layer(length, seed=length)[:5] for length in lengths]
+    alignment = random_layer()[-1]
+    x, sequences = lay_out(stack([layer[0] for layer in layers]), lengths, kind)
+    madtp = MadtpReduction(AlignmentTokens(alignment), 1.0, "instance", True, roles)
+    scores, feature = madtp.read_input(0, x, sequences)
+    torch.testing.assert_close(scores, x @ alignment.T)
+    for layer, mine in zip(layers, feature, strict=True):
+        tokens = layer[0][1 : len(layer[0]) - roles.protects_last].double()
+        weights = (tokens @ alignment.double().T / math.sqrt(15)).softmax(dim=0)
+        torch.testing.assert_close(mine, (weights.T @ tokens).float())
+
+
 @pytest.mark.parametrize(
     "importance, threshold, kept",
     [
@@ -185,70 +280,161 @@ def test_alignment_feature_and_loss_by_hand():
         ([0.1, 0.2, 0.3, 0.4], 0.15, 4),  # one would go
         ([0.1, 0.2, 0.3, 0.4], 0.05, 4),  # none would go
         ([0.2, 0.2, 0.2, 0.4], 0.2, 1),  # the threshold itself is not above the threshold
+        ([0.1, 0.2, 0.3, 0.4], float("nan"), 4),
     ],
 )
 def test_what_stays(importance, threshold, kept):
-    keep = select_tokens(torch.tensor([importance]), torch.tensor([threshold]))
-    assert keep.sum() == kept
+    stays, merges = select_tokens(torch.tensor([importance]), torch.tensor([[threshold]]))
+    assert stays.sum() == kept and merges.item() == (kept < 4)
+    # And with padding behind it, however important.
+    mask = torch.tensor([[True] * 4 + [False] * 2])
+    stays, merges = select_tokens(torch.tensor([[*importance, 9.0, 9.0]]), torch.tensor([[threshold]]), mask)
+    assert stays.sum() == kept and not stays[:, 4:].any() and merges.item() == (kept < 4)
 
 
-def test_batch_granularity_keeps_as_many_as_the_neediest_sample_and_never_padding():
+def test_the_most_important_are_as_many_as_asked_and_never_padding():
     importance = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.05], [0.4, 0.1, 0.3, 0.2, 0.05], [0.5, 0.4, 0.3, 9.0, 9.0]])
-    threshold = torch.tensor([0.15, 0.35, 0.45])
     mask = torch.tensor([[True] * 5, [True] * 5, [True, True, True, False, False]])
-    keep = select_tokens(importance, threshold, mask, "batch")
-    assert keep.tolist() == [
-        [True, True, True, False, False],
-        [True, False, True, True, False],  # its three most important
-        [True, True, True, False, False],  # it has no more than three
-    ]
-    assert select_tokens(importance, threshold, mask).sum(1).tolist() == [3, 1, 1]
+    for number in (3, torch.tensor(3)):
+        assert most_important(importance, number, mask).tolist() == [
+            [True, True, True, False, False],
+            [True, False, True, True, False],
+            [True, True, True, False, False],
+        ]
+    for number in (4, torch.tensor(4)):
+        assert most_important(importance, number, mask)[2].tolist() == [True, True, True, False, False]  # has no more
+        assert most_important(importance[:2], number, None).sum(1).tolist() == [4, 4]
+
+
+def test_batch_granularity_keeps_the_largest_count_in_the_batch():
+    """Each sample its own most important, and no more than it has."""
+    lengths = (14, 9, 12, 4)
+    layers = [random_layer(length, seed=30 + length)[:5] for length in lengths]
+    alignment = random_layer()[-1]
+    sequences = Sequences.varlen(list(lengths), "cpu")
+    x = torch.cat([layer[0] for layer in layers])
+    chosen = {}
+    for granularity in ("instance", "batch"):
+        madtp = MadtpReduction(AlignmentTokens(alignment, weight=alignment), 5.0, granularity, False, BLIP)
+        scores, _ = madtp.read_input(0, x, sequences)
+        _, (parts, reductions) = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
+        assert len(parts) == 1 or granularity == "instance"
+        chosen[granularity] = [
+            stays[: length - 1]
+            for stays, length in zip([row for r in reductions for row in r.stays], lengths, strict=True)
+        ]
+    largest = max(int(stays.sum()) for stays, length in zip(chosen["instance"], lengths) if not stays.all())
+    counts = [int(stays.sum()) for stays in chosen["batch"]]
+    # Where all but one or all would be kept, all stay.
+    assert counts == [largest if largest < length - 2 else length - 1 for length in lengths]
+    assert sum(count < length - 1 for count, length in zip(counts, lengths)) >= 2
+    for alone, together in zip(chosen["instance"], chosen["batch"]):
+        if not alone.all():
+            assert (together | ~alone).all()  # what stays by itself stays in the batch
+
+
+# What a method answers becomes new rows
+
+
+def answer(stays, importance, merges=None, **others):
+    """A `Reduction` that merges what doesn't stay, by importance (B, N), 0 at padding."""
+    if merges is None:
+        merges = (~stays & (importance > 0)).any(dim=1, keepdim=True)
+    return Reduction(stays, merges, merge_weights(importance, stays, merges), **others)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
 def test_nothing_to_prune_leaves_the_states_as_they_are(lengths):
-    states, layout = pack(torch.randn(2, 5, 4), lengths_to_mask(lengths))
-    keep = lengths_to_mask(lengths)[:, 1:]
-    result, left, source = merge_tokens(states, layout, keep, torch.rand(2, 4))
-    assert result is states and left is layout and source is None
+    states, sequences = unpad(torch.randn(2, 5, 4), lengths_to_mask(lengths))
+    mask = lengths_to_mask(lengths)[:, 1:]
+    result, left, move = reduce(states, sequences, [sequences], [answer(mask, torch.rand(2, 4) * mask)], BLIP)
+    assert result is states and left is sequences and move is None
 
 
 def test_what_stays_stays_in_its_order_and_the_rest_becomes_one():
     states = torch.arange(1.0, 10.0).unsqueeze(1)  # 1 to 5 and 6 to 9, the class tokens 1 and 6
-    layout = Layout(2, 5, states.device, lengths=torch.tensor([5, 4]), total=9)
-    keep = torch.tensor([[False, True, False, True], [True, True, True, False]])
-    importance = torch.tensor([[0.1, 0.5, 0.3, 0.5], [0.5, 0.5, 0.5, 9.0]])
-    result, left, source = merge_tokens(states, layout, keep, importance)
+    sequences = Sequences.varlen([5, 4], "cpu")
+    stays = torch.tensor([[False, True, False, True], [True, True, True, False]])
+    importance = torch.tensor([[0.1, 0.5, 0.3, 0.5], [0.5, 0.5, 0.5, 0.0]])
+    result, left, move = reduce(states, sequences, [sequences], [answer(stays, importance)], BLIP)
     merged = (0.1 * 2 + 0.3 * 4) / 0.4
     torch.testing.assert_close(result.flatten(), torch.tensor([1, 3, 5, merged, 6, 7, 8, 9]))
-    assert source.tolist() == [0, 2, 4, 9, 5, 6, 7, 8]  # 9 rows before: the tenth is the first sample's merged one
-    assert left.row_counts.tolist() == [4, 4] and left.total == 8 and left.padded_mask is None
+    assert move(sequences.positions).tolist() == [0, 2, 4, -1, 0, 1, 2, 3]
+    assert left.row_counts == [4, 4] and left.num_rows == 8 and left.mask is None
 
 
-def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours():
-    mask = torch.tensor([[True] * 5, [True] + [False] * 4])
+@LAYOUTS
+def test_a_merged_token_stands_before_a_protected_last(kind):
+    padded = torch.arange(1.0, 21.0).view(2, 10, 1)  # of the second, 11 to 17 are real
+    lengths = (10, 7)
+    states, sequences = lay_out(padded, lengths, kind)
+    stays = torch.zeros(2, 8, dtype=torch.bool)
+    stays[0, [0, 3, 7]] = stays[1, [1, 4]] = True
+    importance = torch.full((2, 8), 0.25)
+    importance[1, 5:] = 0  # its last token, and padding
+    result, left, move = reduce(states, sequences, [sequences], [answer(stays, importance)], CLIP_TEXT)
+    of_first, of_second = samples_of(result, left)
+    assert of_first.flatten().tolist() == pytest.approx([1, 2, 5, 9, (3 + 4 + 6 + 7 + 8) / 5, 10])
+    assert of_second.flatten().tolist() == pytest.approx([11, 13, 16, (12 + 14 + 15) / 3, 17])
+    positions = sequences.positions if kind == "varlen" else torch.arange(10).repeat(2)
+    assert move(positions).tolist() == [0, 1, 4, 8, -1, 9, 0, 2, 5, -1, 6]
+    # With one that doesn't merge beside it.
+    stays[1] = torch.arange(8) < 5
+    result, left, _ = reduce(states, sequences, [sequences], [answer(stays, importance)], CLIP_TEXT)
+    assert samples_of(result, left)[1].flatten().tolist() == [11, 12, 13, 14, 15, 16, 17]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
+def test_tokens_may_enter_tokens_that_stay(kind, roles):
+    """As ToMe merges: each goes into another, which is the mean of all in it."""
+    lengths = (6, 5) if roles.protects_last else (5, 4)
+    padded = torch.randn(2, max(lengths), 3, requires_grad=True)
+    states, sequences = lay_out(padded, lengths, kind)
+    stays = torch.tensor([[True, False, True, False], [True, True, False, False]])
+    into = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]])  # of the first, slots 1 and 3 enter slot 2
+    weight = torch.tensor([[0, 0.25, 0, 0.5], [0, 0, 0.5, 0]])
+    reduction = Reduction(stays, torch.tensor([[True], [True]]), weight, into=into)
+    result, left, move = reduce(states, sequences, [sequences], [reduction], roles)
+    first, second = samples_of(result, left)
+    last = [[padded[0, 5]], [padded[1, 4]]] if roles.protects_last else [[], []]
+    target = 0.25 * padded[0, 3] + 0.25 * padded[0, 2] + 0.5 * padded[0, 4]
+    torch.testing.assert_close(first, torch.stack([padded[0, 0], padded[0, 1], target, *last[0]]))
+    mixed = (padded[1, 1] + padded[1, 3]) / 2
+    torch.testing.assert_close(second, torch.stack([padded[1, 0], mixed, padded[1, 2], *last[1]]))
+    (gradient,) = torch.autograd.grad(first.sum(), padded)
+    assert gradient[0, :, 0].tolist()[:5] == [1, 1, 0.25, 0.25, 0.5]
+
+
+@LAYOUTS
+def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
+    lengths = (5, 1)
+    mask = lengths_to_mask(lengths)
+    real = mask[:, 1:].float()
     scores = torch.tensor([[9.0], [1.0], [2.0], [3.0]]).repeat(2, 1, 3).requires_grad_()
-    received = (torch.tensor([[2.0, 0.1, 0.2, 0.3]]) * mask[:, 1:]).requires_grad_()
-    attention = AttentionScores(received, torch.full((2, 2, 4), 0.1), torch.rand(2, 2, 4))
+    received = (torch.tensor([[2.0, 0.1, 0.2, 0.3]]) * real).requires_grad_()
+    evidence = AttentionEvidence(received, torch.full((2, 2, 4), 0.1) * real, torch.rand(2, 2, 4))
     padded = torch.randn(2, 5, 6, requires_grad=True)
 
-    def prune(samples, rectangle):
-        attention_of, tokens = AttentionScores(*(part[samples] for part in attention)), mask[samples, 1:]
-        importance = token_importance(attention_of, scores[samples], tokens)
-        threshold = importance_threshold(scores[samples], importance, 50.0, tokens)
-        assert importance.isfinite().all() and threshold.isfinite().all()
-        keep = select_tokens(importance, threshold, tokens)
-        result, layout, _ = merge_tokens(*lay_out(padded[samples], mask[samples], rectangle), keep, importance)
-        return samples_of(result, layout)
+    def prune(number, kind):
+        of_samples = AttentionEvidence(evidence[0][:number], *(part[:, :number] for part in evidence[1:]))
+        weights, tokens = (real[:number], mask[:number, 1:]) if number > 1 else (None, None)
+        importance = token_importance(of_samples, scores[:number], weights)
+        threshold = importance_threshold(scores[:number], importance, 50.0, weights)
+        assert importance.isfinite().all() and threshold[0].isfinite().all()
+        stays, merges = select_tokens(importance, threshold, tokens)
+        states, sequences = lay_out(padded[:number], lengths[:number], kind)
+        reduction = answer(stays, importance, merges)
+        result, left, _ = reduce(states, sequences, [sequences], [reduction], BLIP)
+        return samples_of(result, left)
 
-    (alone,) = prune(slice(0, 1), False)
+    (alone,) = prune(1, "varlen")
     assert len(alone) == 3  # the class token, the first token, and one for the rest
-    for rectangle in (False, True):
-        first, second = prune(slice(0, 2), rectangle)
-        torch.testing.assert_close(first, alone)
-        assert torch.equal(second, padded[1, :1])
-        gradients = torch.autograd.grad((first**2).sum() + (second**2).sum(), (padded, scores, received))
-        assert all(gradient.isfinite().all() for gradient in gradients)
+    first, second = prune(2, kind)
+    torch.testing.assert_close(first, alone)
+    assert torch.equal(second, padded[1, :1])
+    gradients = torch.autograd.grad((first**2).sum() + (second**2).sum(), (padded, scores, received))
+    assert all(gradient.isfinite().all() for gradient in gradients)
     feature = alignment_feature(scores, padded[:, 1:], mask[:, 1:])
     assert feature[1].abs().max() == 0 and feature.isfinite().all()
 
@@ -256,94 +442,140 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours():
 # A fixed number of rows
 
 
-@pytest.mark.parametrize("lengths", [(14, 14, 14), (14, 6, 9, 14, 1, 10)])
-@pytest.mark.parametrize("length", [3, 6, 8, 9, 13])
-def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length):
+@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
+@pytest.mark.parametrize("lengths", [(14, 14, 14), (14, 6, 9, 14, 3, 10)], ids=str)
+@pytest.mark.parametrize("length", [4, 6, 8, 9, 13])
+def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, roles):
     uniform = min(lengths) == max(lengths)
-    mask = None if uniform else lengths_to_mask(lengths)
-    tokens = None if uniform else mask[:, 1:]
-    padded, importance = torch.randn(len(lengths), 14, 5), torch.rand(len(lengths), 13)
-    keep = keep_all_or_enough(most_important(importance, length - 2, tokens), tokens)
-    states, layout = lay_out(padded, mask, rectangle=True)
-    result, left, source = merge_tokens(states, layout, keep, importance, length)
+    states, sequences = lay_out(torch.randn(len(lengths), 14, 5), lengths, "padded")
+    tokens, weights = roles.removable(sequences), roles.removable_weights(sequences)
+    importance = torch.rand(len(lengths), 13 - roles.protects_last)
+    if not uniform:
+        importance = importance * weights
+    keep = most_important(importance, length - 2 - roles.protects_last, tokens)
+    stays, merges = keep_all_or_enough(keep, tokens, roles.removable_counts(sequences))
+    reduction = answer(stays, importance, merges, length=length)
+    result, left, move = reduce(states, sequences, [sequences], [reduction], roles)
 
-    assert result.shape == (len(lengths) * length, 5) and source.shape == (len(lengths) * length,)
-    assert left.lengths is None and left.longest == length and left.batch_size == len(lengths)
+    assert result.shape == (len(lengths) * length, 5)
+    assert not left.is_varlen and left.max_seqlen == length and left.batch_size == len(lengths)
     assert (left.mask is None) == uniform  # there is padding where a sample needs fewer
     counts = [min(number, length) for number in lengths]
-    assert left.num_tokens.tolist() == counts
+    assert left.lengths.tolist() == counts
     if not uniform:
         assert torch.equal(left.mask, torch.arange(length) < torch.tensor(counts)[:, None])
     # The real rows are those of the same tokens kept without a fixed length.
-    free, free_layout, free_source = merge_tokens(*lay_out(padded, mask, rectangle=False), keep, importance)
-    assert free_layout.num_tokens.tolist() == counts
-    for mine, theirs in zip(samples_of(result, left), samples_of(free, free_layout), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    if uniform:
-        assert torch.equal(source, free_source)
-    # And each stands in for the row that `source` names.
-    stayed = source < len(states)
-    assert torch.equal(result[stayed], states[source[stayed]])
+    positions = torch.arange(14).expand(len(lengths), -1)
+    for kind in ("varlen", "padded"):
+        others, other_sequences = lay_out(sequences.pad(states), lengths, kind)
+        free, free_left, free_move = reduce(
+            others, other_sequences, [other_sequences], [reduction._replace(length=None)], roles
+        )
+        assert free_left.lengths.tolist() == counts
+        for mine, theirs in zip(samples_of(result, left), samples_of(free, free_left), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        places = [
+            samples_of(moved(lay_out(positions, lengths, of)[0]), at)
+            for moved, of, at in ((move, "padded", left), (free_move, kind, free_left))
+        ]
+        for mine, theirs in zip(*places, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_a_fixed_length_that_is_the_length_already_changes_nothing():
-    states, layout = lay_out(torch.randn(2, 7, 4), lengths_to_mask((7, 4)), rectangle=True)
-    keep = lengths_to_mask((7, 4))[:, 1:]
-    result, left, source = merge_tokens(states, layout, keep, torch.rand(2, 6), 7)
-    assert result is states and left is layout and source is None
+    states, sequences = lay_out(torch.randn(2, 7, 4), (7, 4), "padded")
+    stays = lengths_to_mask((7, 4))[:, 1:]
+    reduction = answer(stays, torch.rand(2, 6) * stays, length=7)
+    result, left, move = reduce(states, sequences, [sequences], [reduction], BLIP)
+    assert result is states and left is sequences and move is None
 
 
 # Gradients
 
 
-def merged_in_a_loop(padded, lengths, keep, importance):
-    """What `merge_tokens` is to leave of each sample, one after the other."""
+def merged_in_a_loop(padded, lengths, keep, importance, roles):
+    """What `reduce` is to leave of each sample, one after the other."""
     results = []
     for sample, length in enumerate(lengths):
-        states, kept, weights = padded[sample, :length], keep[sample, : length - 1], importance[sample, : length - 1]
-        tokens, left = states[1:], [states[:1], states[1:][kept]]
+        states, number = padded[sample, :length], length - 1 - roles.protects_last
+        kept, weights, tokens = keep[sample, :number], importance[sample, :number], states[1 : 1 + number]
+        left = [states[:1], tokens[kept]]
         if not kept.all():
             dropped = weights[~kept]
             left.append((dropped[:, None] / dropped.sum() * tokens[~kept]).sum(0, keepdim=True))
-        results.append(torch.cat(left))
+        results.append(torch.cat([*left, states[1 + number :]]))
     return results
 
 
+@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
 @pytest.mark.parametrize(
-    "lengths, rectangle, fixed",
+    "lengths, kind, fixed",
     [
-        ((9, 5, 12, 1, 7), False, False),
-        ((9, 5, 12, 1, 7), True, False),
-        ((9, 5, 12, 1, 7), True, True),
-        ((12, 12, 12), False, False),
-        ((12, 12, 12), True, True),
+        ((9, 5, 12, 2, 7), "varlen", False),
+        ((9, 5, 12, 2, 7), "padded", False),
+        ((9, 5, 12, 2, 7), "padded", True),
+        ((12, 12, 12), "varlen", False),
+        ((12, 12, 12), "padded", True),
     ],
-    ids=["packed", "padded", "padded to a fixed length", "uniform", "uniform to a fixed length"],
+    ids=["varlen", "padded", "padded to a fixed length", "uniform", "uniform to a fixed length"],
 )
-def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, rectangle, fixed):
-    mask = lengths_to_mask(lengths)
+def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fixed, roles):
     padded = torch.randn(len(lengths), 12, 5, dtype=torch.float64, requires_grad=True)
-    importance = torch.rand(len(lengths), 11, dtype=torch.float64, requires_grad=True)
-    tokens = mask[:, 1:]
+    number = 11 - roles.protects_last
+    tokens = torch.arange(number) < torch.tensor(lengths)[:, None] - 1 - int(roles.protects_last)
+    free_importance = torch.rand(len(lengths), number, dtype=torch.float64, requires_grad=True)
+    importance = free_importance * tokens
     if fixed:
-        keep = keep_all_or_enough(most_important(importance.detach(), 4, tokens), tokens)
+        keep = most_important(importance.detach(), 4, tokens)
     else:  # a different number in each
-        keep = select_tokens(importance.detach(), torch.linspace(0.2, 0.8, len(lengths)), tokens)
-    length = 6 if fixed else None
-    expected = merged_in_a_loop(padded, lengths, keep, importance)
-    mask = None if mask.all() else mask
-    result, layout, source = merge_tokens(*lay_out(padded, mask, rectangle), keep, importance, length)
-    results = samples_of(result, layout)
-    assert source is not None and any(len(rows) < length for rows, length in zip(results, lengths))
-    assert layout.total == (6 * len(lengths) if fixed else sum(map(len, expected)))
+        keep = (importance.detach() > torch.linspace(0.2, 0.8, len(lengths))[:, None]) & tokens
+    stays, merges = keep_all_or_enough(keep, tokens, tokens.sum(1, keepdim=True))
+    expected = merged_in_a_loop(padded, lengths, stays, importance, roles)
+    length = 6 + roles.protects_last if fixed else None
+    states, sequences = lay_out(padded, lengths, kind)
+    # In two parts, but for a fixed length: samples don't know of one another.
+    parts = [sequences] if fixed else sequences.parts((0, 2, len(lengths)))
+    ends = [0, *itertools.accumulate(part.batch_size for part in parts)]
+    reductions = []
+    for part, (start, stop) in zip(parts, itertools.pairwise(ends), strict=True):
+        width = roles.num_removable(part)
+        cut = (table[start:stop, :width] for table in (stays, importance))
+        reductions.append(answer(*cut, merges[start:stop], length=length))
+    result, left, move = reduce(states, sequences, parts, reductions, roles)
+    results = samples_of(result, left)
+    assert move is not None and any(len(rows) < length for rows, length in zip(results, lengths))
+    assert left.num_rows == (length * len(lengths) if fixed else sum(map(len, expected)))
 
     weights = [torch.randn_like(rows) for rows in expected]
     gradients = []
     for rows in (results, expected):
         loss = sum((mine**2 * weight).sum() for mine, weight in zip(rows, weights, strict=True))
-        gradients.append(torch.autograd.grad(loss, (padded, importance)))
+        gradients.append(torch.autograd.grad(loss, (padded, free_importance), retain_graph=True))
     for mine, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
     for mine, theirs in zip(*gradients, strict=True):
         assert theirs.abs().max() > 0.1
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
+@LAYOUTS
+def test_gradients_of_a_layer_are_those_of_its_samples_alone(kind, roles, path):
+    """Of attention, evidence, importance and merging together: padding gets none, and a neighbour changes none."""
+    lengths = (14, 9, 12, 4, 17)
+    layers = [random_layer(length, seed=length)[:5] for length in lengths]
+    alignment = random_layer()[-1]
+    inputs = [[t.clone().requires_grad_() for t in layer] for layer in layers]
+    leaves = [t for layer in inputs for t in layer]
+    together = prune_together(inputs, alignment, 5.0, kind, roles)
+    alone = [rows for layer in inputs for rows in prune_together([layer], alignment, 5.0, "padded", roles)]
+    weights = [torch.randn_like(rows) for rows in alone]
+    assert sum(len(rows) < length for rows, length in zip(alone, lengths)) > 2
+    mine, theirs = (
+        torch.autograd.grad(sum((r * w).sum() for r, w in zip(rows, weights, strict=True)), leaves, allow_unused=True)
+        for rows in (together, alone)
+    )
+    for gradient, expected in zip(mine, theirs, strict=True):
+        expected = torch.zeros_like(gradient) if expected is None and gradient is not None else expected
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    assert theirs[2].abs().max() > 1e-4  # the importance of what is merged learns from the attention

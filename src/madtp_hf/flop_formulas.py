@@ -14,12 +14,12 @@ LAYER_NORM = 5
 
 
 def alignment_scores(config, tokens, width):
-    """The alignment scores of a layer that `tokens` enter, the class token among them.
+    """The alignment scores of a layer that `tokens` enter; the class token's row is computed along.
 
     Where the branch's width is not the alignment tokens', inference folds the projection into the alignment tokens,
     once a pass (not counted): each token is multiplied with T columns of the branch's width.
     """
-    return (tokens - 1) * config.num_alignment_tokens * width
+    return tokens * config.num_alignment_tokens * width
 
 
 def vision_encoder(config, tokens, prunes):

@@ -17,7 +17,7 @@ def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor
     for pixel_values in pixel_batches:
         images = model._encode_images(pixel_values.to(model.device))
         features.append(model._image_feature(images))
-        states.extend(images.states.split(images.layout.row_counts.tolist()))
+        states.extend(images.states.split(images.sequences.row_counts))
     return torch.cat(features), states
 
 

@@ -198,6 +198,9 @@ def attend_with_evidence(
         received = asked.sum(dim=1)
     else:  # zero out padded queries
         received = (part.real[:, None, 1:] @ asked).squeeze(1)
+    if roles.protects_last and part.mask is not None:  # of shorter samples, it stands among the tokens that can go
+        removable = roles.removable_weights(part)
+        received, from_reader = received * removable, from_reader * removable
     evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
     return part.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), evidence
 

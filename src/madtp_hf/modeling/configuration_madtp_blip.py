@@ -3,6 +3,7 @@
 from transformers import BlipConfig
 
 from .configuration_pruning import MODALITIES, PruningConfigMixin
+from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this file imports itself)
 
 
 class MadtpBlipConfig(PruningConfigMixin, BlipConfig):

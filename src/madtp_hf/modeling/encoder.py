@@ -178,6 +178,8 @@ class MadtpReduction(TokenReduction):
             keep = most_important(importance, min(max(number, 1), num_removable), mask)
             stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
         else:
+            if mask is not None and (roles.protects_last or not part.is_varlen):
+                scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # what stands there may be of any size
             threshold = importance_threshold(scores, importance, self.temperature, weights)
             if self.granularity == "batch":
                 keep = importance > threshold

@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+# transformers 5.0 copies from a local folder what this file imports itself, and not what that imports in turn.
 from .attention import TokenRoles  # noqa: F401
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
@@ -33,6 +34,8 @@ from .madtp_blip_outputs import (
     MadtpBlipForQuestionAnsweringOutput,
 )
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
+from .prepacked_linear import PrepackedLinear  # noqa: F401
+from .pruned_model import PrunedModelMixin  # noqa: F401
 from .retrieval_loss import (
     TEMPERATURE,
     ContrastiveKeys,
@@ -43,6 +46,10 @@ from .retrieval_loss import (
     process_rank,
 )
 from .sequences import takes_parts, unpad
+from .token_pruning import AttentionEvidence  # noqa: F401
+from .token_reduction import Reduction  # noqa: F401
+from .triton_kernels import is_available  # noqa: F401
+from .versions import VERSION  # noqa: F401
 
 
 class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, GenerationMixin):

@@ -32,11 +32,11 @@ class PrepackedLinear(nn.Linear):
     goes unseen until the model is moved, set to train or prepacked again.
     """
 
-    activation: nn.Module | None = None  # the exact GELU behind the map, if it has taken it over
     plain_class: type[nn.Linear] = nn.Linear
     _packed = _packed_from = None
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, activation: nn.Module | None = None) -> torch.Tensor:
+        """activation: the exact GELU behind the map, to be applied along."""
         weight = self.weight
         # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to give the same.
         if (
@@ -48,14 +48,14 @@ class PrepackedLinear(nn.Linear):
             or torch.is_autocast_enabled("cpu")
         ):
             states = F.linear(states, weight, self.bias)
-            return states if self.activation is None else self.activation(states)
+            return states if activation is None else activation(states)
         version = 0 if weight.is_inference() else weight._version
         now = (id(weight), weight.data_ptr(), version)
         if self._packed_from != now:
             # Past nn.Module's own bookkeeping: it belongs to no state dictionary.
             self.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             self.__dict__["_packed_from"] = now
-        fused = ("none", [], "") if self.activation is None else ("gelu", [], "none")
+        fused = ("none", [], "") if activation is None else ("gelu", [], "none")
         return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, *fused)
 
     def drop_packed(self) -> None:
@@ -76,17 +76,6 @@ class PrepackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_packed")}
 
 
-class FusedActivation(nn.Module):
-    """Stands where an activation was that the map before it applies now."""
-
-    def __init__(self, activation: nn.Module):
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return states
-
-
 def _is_exact_gelu(module) -> bool:
     if isinstance(module, GELUActivation):
         return module.act is F.gelu
@@ -97,10 +86,38 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
+class FusedFeedForward(nn.Module):
+    """Stands where a `plain` module was that is a map, the exact GELU behind it and, if it has one, a second map.
+
+    It has the same children. The first map applies the activation, unless something else has taken its place since, as an adapter does.
+    """
+
+    def __init__(self, plain: nn.Module, linear: str, activation: str):
+        super().__init__()
+        self.training, self.linear, self.activation = plain.training, linear, activation
+        self.second = next((name for name in plain._modules if name not in (linear, activation)), None)
+        # Past nn.Module's own bookkeeping: what is replaced in one is replaced in the other, and parameters have one name.
+        self.__dict__["plain"] = plain
+        self.__dict__["_modules"] = plain._modules
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        linear, activation = self._modules[self.linear], self._modules[self.activation]
+        if type(linear) is PrepackedLinear and _can_fuse(activation) and not _has_hooks(linear):
+            states = linear(states, activation)
+        else:
+            states = activation(linear(states))
+        return states if self.second is None else self._modules[self.second](states)
+
+
+def _can_fuse(activation: nn.Module) -> bool:
+    return _is_exact_gelu(activation) and not _has_hooks(activation)
+
+
 def prepack_linear_maps(model: nn.Module, classes: tuple[type, ...], activations: dict[type, tuple[str, str]]) -> int:
     """Put a `PrepackedLinear` in the place of each linear map of one of these `classes`; maps with hooks stay as they are.
 
-    activations: for a class of modules, the names of its map and of the activation behind it, to be applied together.
+    activations: classes of modules that are a map, an activation and, if they have one, a second map: the names of the first two, to be
+        applied together.
 
     Returns how many bytes the copies will take.
     """
@@ -115,14 +132,11 @@ def prepack_linear_maps(model: nn.Module, classes: tuple[type, ...], activations
                 setattr(module, name, prepacked)
                 child = prepacked
             else:
+                names = activations.get(type(child))
+                if names is not None and _can_fuse(getattr(child, names[1])) and not _has_hooks(child):
+                    setattr(module, name, FusedFeedForward(child, *names))
                 continue
             size += child.weight.numel() * child.weight.element_size()
-        linear, activation = activations.get(type(module), (None, None))
-        if linear is not None and type(getattr(module, linear)) is PrepackedLinear:
-            applied = getattr(module, activation)
-            if _is_exact_gelu(applied):
-                getattr(module, linear).activation = applied
-                setattr(module, activation, FusedActivation(applied))
     return size
 
 
@@ -132,5 +146,5 @@ def unpack_linear_maps(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child) is PrepackedLinear:
                 setattr(module, name, _same_map(child, child.plain_class))
-            elif type(child) is FusedActivation:
-                setattr(module, name, child.activation)
+            elif type(child) is FusedFeedForward:
+                setattr(module, name, child.plain.train(child.training))

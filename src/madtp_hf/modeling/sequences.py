@@ -5,7 +5,6 @@ no more. What needs to know which rows are whose, attention above all, asks the 
 """
 
 import itertools
-from functools import cached_property
 
 import torch
 
@@ -24,6 +23,21 @@ CPU_TAKES_PARTS = True
 def takes_parts(device: torch.device) -> bool:
     """Whether attention takes a batch part by part and values are looked at for free, as on a CPU, or all at once, without a wait."""
     return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class cached_property:
+    """As functools', but without a lock, which torch.compile can't follow (Python dropped it in 3.12)."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, instance, owner=None):
+        value = self.function(instance)
+        setattr(instance, self.name, value)
+        return value
 
 
 class Sequences:
@@ -90,7 +104,7 @@ class Sequences:
     def lengths(self) -> torch.Tensor:
         """(B,) int64: the numbers of real tokens."""
         if self.is_varlen:
-            return torch.tensor(self.row_counts).to(self.device, non_blocking=True)
+            return torch.tensor(self.row_counts, device="cpu").to(self.device, non_blocking=True)
         if self.mask is not None:
             return self.mask.sum(dim=1)
         return torch.full((self.batch_size,), self.max_seqlen, device=self.device)
@@ -243,7 +257,8 @@ def count_tokens(layers: list[Sequences]) -> torch.Tensor:
         return torch.stack([sequences.lengths for sequences in layers])
     device = layers[-1].device
     if all(sequences.is_varlen or sequences.mask is None for sequences in layers):  # as the host knows them
-        return torch.tensor([sequences.row_counts for sequences in layers]).to(device, non_blocking=True)
+        counts = torch.tensor([sequences.row_counts for sequences in layers], device="cpu")
+        return counts.to(device, non_blocking=True)
     return torch.stack([sequences.lengths.to(device) for sequences in layers])
 
 

@@ -124,7 +124,8 @@ def keep_all_or_enough(
         num_tokens = keep.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
     num_kept = keep.sum(dim=1, keepdim=True)
     merges = (num_kept >= min_kept) & (num_kept < num_tokens - 1)
-    return (keep | ~merges if mask is None else torch.where(merges, keep, mask)), merges
+    # Not by `torch.where`, which ONNX runtime lacks for booleans.
+    return keep | (~merges if mask is None else mask & ~merges), merges
 
 
 def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
