@@ -32,12 +32,12 @@ class PrepackedLinear(nn.Linear):
     goes unseen until the model is moved, set to train or prepacked again.
     """
 
-    activation: nn.Module | None = None  # the exact GELU behind the map, if it has taken it over
+    activation: nn.Module  # the exact GELU behind the map, if it has taken it over; a class attribute would hide the module
     plain_class: type[nn.Linear] = nn.Linear
     _packed = _packed_from = None
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
+        weight, activation = self.weight, self._modules.get("activation")
         # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to give the same.
         if (
             self.training
@@ -48,14 +48,14 @@ class PrepackedLinear(nn.Linear):
             or torch.is_autocast_enabled("cpu")
         ):
             states = F.linear(states, weight, self.bias)
-            return states if self.activation is None else self.activation(states)
+            return states if activation is None else activation(states)
         version = 0 if weight.is_inference() else weight._version
         now = (id(weight), weight.data_ptr(), version)
         if self._packed_from != now:
             # Past nn.Module's own bookkeeping: it belongs to no state dictionary.
             self.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             self.__dict__["_packed_from"] = now
-        fused = ("none", [], "") if self.activation is None else ("gelu", [], "none")
+        fused = ("none", [], "") if activation is None else ("gelu", [], "none")
         return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, *fused)
 
     def drop_packed(self) -> None:
