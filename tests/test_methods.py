@@ -367,3 +367,12 @@ def test_bad_input():
     model.set_reduction_method(make_method("tome", [145, 100, 100, 100, 100]))
     with pytest.raises(ValueError, match="Layer 0 gets sequences of up to 37 tokens: the schedule expects 145"):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_the_method_of_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].split("...\n")[0]
+    model, inputs = make_task_model("vqa"), make_inputs()
+    exec(code, {"model": model})
+    assert model(**inputs).vision_tokens[:, 0].tolist() == [37, 20, 11, 7, 7]
