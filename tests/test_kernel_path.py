@@ -11,6 +11,7 @@ from .conftest import TASKS, TEMPERATURES, close, make_task_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from kernel_standins import LAUNCHES, kernel_path
+from launches import count
 from methods import make_method
 
 
@@ -100,3 +101,19 @@ def test_gradients_take_the_plain_path():
     model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
     output, called = run_on_kernel_path(model, inputs)
     assert called == [] and output.loss.requires_grad
+
+
+def test_what_pruning_adds_to_the_operations_of_a_pass():
+    model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    inputs["decoder_input_ids"] = inputs.pop("labels")
+    plain, kernels = (count(model, inputs, kernels=kernels) for kernels in (False, True))
+    model.set_pruning(None)
+    off = count(model, inputs, kernels=True)
+    num_layers = 4 + 3
+    assert off["waits"] == 0
+    # For how many rows each layer leaves, and for the lengths of the texts.
+    assert plain["waits"] == kernels["waits"] <= num_layers + 1
+    assert off["operations"] < kernels["operations"] <= off["operations"] + 6 * num_layers + 10
+    assert kernels["operations"] < plain["operations"]
+    assert kernels["by_name"]["_gate"] == kernels["by_name"]["_sum_received"] <= num_layers
+    assert "_gate" not in plain["by_name"] and "_gate" not in off["by_name"]
