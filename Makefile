@@ -62,6 +62,7 @@ dense: install
 bench: install
 	$(BIN)/python benchmarks/speed.py --training_step --output benchmarks/results/speed_cpu.json
 	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
+	$(BIN)/python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/speed_cpu.json
 
 # One checkpoint for every budget against one checkpoint a budget, on digit scenes.

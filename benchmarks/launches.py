@@ -1,12 +1,16 @@
 """What a forward pass asks of a device: its operations, and how often the host waits for one.
 
-On a GPU a pass costs its arithmetic or its launches, whichever is more. This counts them on any machine: question answering at
-BLIP-base size (or `--size tiny`) runs on the path of devices other than the CPU, and every operation that torch dispatches and that is
-no view is one launch; a wait is a value that the host reads. With `--kernels`, Triton's kernels are counted as the launches they
-are, while plain torch computes their results.
+On a GPU a pass costs its arithmetic or its launches, whichever is more. This counts them on any machine: question answering runs
+on the path of devices other than the CPU, where every operation that torch dispatches and that is no view is one launch, and every
+value that the host reads is a wait. With `--kernels` the path through Triton's kernels is counted beside it: each kernel as the
+launch that it is, while plain torch computes its result (kernel_standins.py).
 
-    python benchmarks/launches.py --output benchmarks/results/launches.json
+    python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
     python benchmarks/launches.py --size tiny --batch_sizes 4   # does it run?
+
+What counts are layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers a branch, and is narrow, so that
+counting is quick. `off` is ours with pruning off; the numbers are reductions of FLOPs that pruning is calibrated to, on images and
+texts of their own. In the file `by_name` tells the operations and kernels, `by_place` the functions that asked for them.
 """
 
 import argparse
@@ -15,57 +19,26 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from kernel_standins import kernel_path
 from rich.console import Console
 from rich.table import Table
-from speed import calibrate_reachable, calibration_batches, machine, make_inputs, make_models
+from speed import MODELS, SIZES, calibrate_reachable, calibration_batches, machine, make_inputs, make_models
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp_hf.modeling import sequences
 
 
-# No launch: views, what only allocates, and the Python side of reading a value.
-FREE = {
-    *(
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "expand",
-        "transpose",
-        "t",
-        "permute",
-        "select",
-        "slice",
-        "unsqueeze",
-        "squeeze",
-    ),
-    *(
-        "unflatten",
-        "flatten",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "narrow",
-        "as_strided",
-        "alias",
-        "detach",
-        "view_as",
-    ),
-    *(
-        "empty",
-        "new_empty",
-        "empty_like",
-        "empty_strided",
-        "scalar_tensor",
-        "lift_fresh",
-        "_to_copy_noop",
-        "is_same_size",
-        "sym_size",
-    ),
-}
-WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "cpu", "numpy"}
+# No launch: views, and what only allocates.
+FREE = set(
+    "view _unsafe_view reshape expand transpose t permute select slice unsqueeze squeeze unflatten flatten split"
+    " split_with_sizes unbind narrow as_strided alias detach view_as empty new_empty empty_like empty_strided scalar_tensor"
+    " lift_fresh is_same_size sym_size".split()
+)
+WAITS = set("item tolist __bool__ __int__ __float__ __index__ nonzero masked_select cpu numpy".split())
 
 
 class Launches(TorchDispatchMode):
@@ -73,34 +46,19 @@ class Launches(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.by_name, self.by_place, self.paused = collections.Counter(), collections.Counter(), 0
+        self.by_name, self.by_place, self.paused = collections.Counter(), collections.Counter(), False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
         result = function(*args, **(kwargs or {}))
-        if not self.paused and name not in FREE and not self._is_view(args, result, name):
+        name = function.overloadpacket.__name__
+        is_itself = bool(args) and result is args[0] and not name.endswith("_")  # nothing to convert
+        if not self.paused and name not in FREE and not is_itself:
             self.add(name)
         return result
 
-    @staticmethod
-    def _is_view(args, result, name) -> bool:
-        return name in ("_to_copy", "contiguous") and args and result is args[0]
-
-    def add(self, name: str, number: int = 1) -> None:
-        self.by_name[name] += number
-        self.by_place[place()] += number
-
-    @contextlib.contextmanager
-    def pause(self):
-        self.paused += 1
-        try:
-            yield
-        finally:
-            self.paused -= 1
-
-    @property
-    def total(self) -> int:
-        return sum(self.by_name.values())
+    def add(self, name: str) -> None:
+        self.by_name[name] += 1
+        self.by_place[place()] += 1
 
 
 class Waits(TorchFunctionMode):
@@ -108,89 +66,130 @@ class Waits(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.by_place = collections.Counter()
+        self.by_place, self.paused = collections.Counter(), False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in WAITS:
+        if not self.paused and getattr(function, "__name__", "") in WAITS:
             self.by_place[place()] += 1
         return function(*args, **(kwargs or {}))
 
-    @property
-    def total(self) -> int:
-        return sum(self.by_place.values())
-
 
 def place() -> str:
-    """The innermost function of the package on the stack, or of transformers."""
+    """The innermost function of the package on the stack, or else of transformers."""
     frame, fallback = sys._getframe(1), "elsewhere"
     while frame is not None:
-        path = frame.f_code.co_filename
-        if "madtp_hf" in path and "benchmarks" not in path:
-            return f"{Path(path).stem}.{frame.f_code.co_name}"
-        if "transformers" in path and fallback == "elsewhere":
-            fallback = f"transformers.{Path(path).stem}.{frame.f_code.co_name}"
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("madtp_hf."):
+            return f"{module.rpartition('.')[2]}.{frame.f_code.co_name}"
+        if module.startswith("transformers.") and fallback == "elsewhere":
+            fallback = f"transformers {module.rpartition('.')[2]}.{frame.f_code.co_name}"
         frame = frame.f_back
     return fallback
 
 
 @torch.no_grad()
-def count(model, inputs) -> tuple[Launches, Waits]:
-    with Waits() as waits, Launches() as launches:
+def count(model, inputs: dict, kernels: bool) -> dict:
+    """Launches and waits of one forward pass."""
+    launches, waits = Launches(), Waits()
+
+    def call(function, names, *args):
+        for name in names:
+            launches.add(name)
+        launches.paused = waits.paused = True
+        try:
+            return function(*args)
+        finally:
+            launches.paused = waits.paused = False
+
+    path = kernel_path(call) if kernels else mock.patch.object(sequences, "CPU_TAKES_PARTS", False)
+    with contextlib.ExitStack() as stack:
+        for context in (path, waits, launches):
+            stack.enter_context(context)
         model(**inputs)
-    return launches, waits
+    return {
+        "operations": launches.by_name.total(),
+        "waits": waits.by_place.total(),
+        "by_name": dict(launches.by_name.most_common()),
+        "by_place": dict(launches.by_place.most_common()),
+        "waits_by_place": dict(waits.by_place.most_common()),
+    }
+
+
+def count_all(args) -> list[dict]:
+    dense, model = make_models(args.task, args)
+    schedule = calibrate_reachable(model, calibration_batches(args.task, model.config, args), args.reductions)
+    rows = []
+    for batch_size in args.batch_sizes:
+        inputs = make_inputs(args.task, model.config, batch_size, args)
+        runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((str(r), model, t) for r, t in schedule)]
+        for name, run_model, temperature in runs:
+            model.set_pruning(temperature=temperature)
+            for path in ["plain", "kernels"][: 1 + (args.kernels and run_model is model)]:
+                found = count(run_model, inputs, kernels=path == "kernels")
+                rows.append({"batch_size": batch_size, "run": name, "path": path, **found})
+    return rows
+
+
+# Results
+
+
+def print_counts(title: str, rows: list[dict]) -> None:
+    """One line a run, each path's counts and how many times as many as with pruning off."""
+    found = {(row["batch_size"], row["run"], row["path"]): row for row in rows}
+    paths = list(dict.fromkeys(row["path"] for row in rows))
+    table = Table("batch", "run", title=title)
+    for path in paths:
+        for column in (path, "of off", "waits"):
+            table.add_column(column, justify="right")
+    for batch_size, run in dict.fromkeys((row["batch_size"], row["run"]) for row in rows):
+        cells = []
+        for path in paths:
+            row, off = found.get((batch_size, run, path)), found[batch_size, "off", path]
+            if row is None:
+                cells += ["", "", ""]
+            else:
+                cells += [str(row["operations"]), f"{row['operations'] / off['operations']:.2f}", str(row["waits"])]
+        table.add_row(str(batch_size), run, *cells)
+    Console(width=120).print(table)
+
+
+def print_makers(title: str, rows: list[dict], key: str, number: int = 20) -> None:
+    """What makes the most of the counts: a line each, a column a row of results."""
+    table = Table(key.replace("_", " ").removeprefix("by "), title=title)
+    totals = collections.Counter()
+    for row in rows:
+        table.add_column(f"{row['run']}, {row['path']}", justify="right")
+        totals.update(row[key])
+    for name, _ in totals.most_common(number):
+        table.add_row(name, *(str(row[key].get(name, "")) for row in rows))
+    Console(width=120).print(table)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="vqa")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 32])
-    parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
-    parser.add_argument("--calibration_samples", type=int, default=4)
-    parser.add_argument("--size", choices=("base", "tiny"), default="base")
+    parser.add_argument("--task", choices=MODELS, default="vqa")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 32], help="default: 1 4 32")
+    parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
+    parser.add_argument("--kernels", action="store_true", help="count the path through Triton's kernels as well")
+    parser.add_argument("--calibration_samples", type=int, default=4, help="default: 4")
+    parser.add_argument("--size", choices=SIZES, default="narrow", help="default: narrow, as many layers as base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.device, args.dtype, args.torch_dtype = torch.device("cpu"), "float32", torch.float32
     args.plain_weights = True
 
-    dense, model = make_models(args.task, args)
-    schedule = calibrate_reachable(model, calibration_batches(args.task, model.config, args), args.reductions)
-    sequences.CPU_TAKES_PARTS = False
-    rows = []
-    for batch_size in args.batch_sizes:
-        inputs = make_inputs(args.task, model.config, batch_size, args)
-        runs = [("transformers", dense, None), ("off", model, 0.0), *((str(r), model, t) for r, t in schedule)]
-        off = None
-        for name, run_model, temperature in runs:
-            if temperature is not None:
-                model.set_pruning(temperature=temperature)
-            launches, waits = count(run_model, inputs)
-            off = launches.total if name == "off" else off
-            rows.append(
-                {
-                    "batch_size": batch_size,
-                    "run": name,
-                    "operations": launches.total,
-                    "of off": None if off is None else round(launches.total / off, 2),
-                    "waits": waits.total,
-                    "by name": dict(launches.by_name.most_common()),
-                    "by place": dict(launches.by_place.most_common()),
-                    "waits by place": dict(waits.by_place.most_common()),
-                }
-            )
-    table = Table(title=f"{args.task}, {args.size}")
-    for column in ("batch_size", "run", "operations", "of off", "waits"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            *("" if row[c] is None else str(row[c]) for c in ("batch_size", "run", "operations", "of off", "waits"))
-        )
-    Console().print(table)
-    for row in rows[: 2 + len(schedule)]:
-        print(row["run"], json.dumps(row["by place"]))
+    rows = count_all(args)
+    print_counts(f"{args.task}, {args.size}: operations", rows)
+    last = [row for row in rows if row["batch_size"] == args.batch_sizes[-1] and row["run"] != "transformers"]
+    for key in ("by_name", "by_place", "waits_by_place"):
+        print_makers(f"what makes them, batches of {args.batch_sizes[-1]}", last, key)
     if args.output:
+        settings = {name: getattr(args, name) for name in ("task", "calibration_samples", "seed")}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"machine": machine(args), "rows": rows}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({"settings": settings, "machine": machine(args), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

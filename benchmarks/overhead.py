@@ -2,53 +2,62 @@
 
     python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
 
-Counted are the alignment scores, importance, threshold, selection and merging, and of the attention that also gives scores what it takes longer than fused
-attention of the same queries, keys and values, which is measured beside it and taken out of the pass again.
+Counted are the alignment scores, importance, threshold, selection and merging, and of the attention that also gives scores what it
+takes longer than fused attention of the same queries, keys and values, which is measured beside it and taken out of the pass again.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from speed import MODELS, calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
+from speed import MODELS, SIZES, calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
 
-from madtp_hf.modeling import encoders
-
-
-STEPS = ("align", "token_importance", "importance_threshold", "select_tokens", "merge_tokens")
+from madtp_hf.modeling import encoder
+from madtp_hf.modeling.attention import attend
 
 
-class Clock:
-    """Seconds by step. While it runs the encoders' functions are replaced by ones that take the time."""
+# What is timed: where the engine looks it up.
+STEPS = {
+    "alignment scores": (encoder.MadtpReduction, "read_input"),
+    "importance": (encoder, "token_importance"),
+    "threshold": (encoder, "importance_threshold"),
+    "selection": (encoder, "select_tokens"),
+    "weights": (encoder, "merge_weights"),
+    "new rows": (encoder, "reduce"),
+}
+
+
+class Clock(contextlib.ExitStack):
+    """Seconds by step. While it runs the engine's functions are replaced by ones that take the time."""
 
     def __enter__(self):
         self.seconds = dict.fromkeys((*STEPS, "scored attention", "fused attention"), 0.0)
-        self.originals = {name: getattr(encoders, name) for name in (*STEPS, "scored_attention")}
-        for name in STEPS:
-            setattr(encoders, name, self.timed(name, self.originals[name]))
-        scored = self.timed("scored attention", self.originals["scored_attention"])
+        for name, (owner, attribute) in STEPS.items():
+            timed = self.timed(name, getattr(owner, attribute))
+            self.enter_context(mock.patch.object(owner, attribute, timed))
+        scored = self.timed("scored attention", encoder.attend_with_evidence)
+        fused = self.timed("fused attention", attend)
+        fused_first = itertools.cycle((True, False))
 
-        fused = self.timed("fused attention", F.scaled_dot_product_attention)
-        first = itertools.cycle((True, False))
-
-        def both(query, key, value, mask=None, *options):
-            attention_mask = None if mask is None else mask[:, None, None, :]
+        def both(query_key_value, part, *options):
+            query, key, value = part.rows(query_key_value).unbind(1)
             # In turn, so that neither always finds the other's data in cache.
-            fused_first = next(first)
-            if fused_first:
-                fused(query, key, value, attention_mask)
-            result = scored(query, key, value, mask, *options)
-            if not fused_first:
-                fused(query, key, value, attention_mask)
+            first = next(fused_first)
+            if first:
+                fused(None, "sdpa", query, key, value, part)
+            result = scored(query_key_value, part, *options)
+            if not first:
+                fused(None, "sdpa", query, key, value, part)
             return result
 
-        encoders.scored_attention = both
-        return self
+        self.enter_context(mock.patch.object(encoder, "attend_with_evidence", both))
+        return super().__enter__()
 
     def timed(self, name, function):
         def call(*args, **kwargs):
@@ -59,10 +68,6 @@ class Clock:
 
         return call
 
-    def __exit__(self, *exception):
-        for name, function in self.originals.items():
-            setattr(encoders, name, function)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,7 +76,7 @@ def main():
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--calibration_samples", type=int, default=8)
-    parser.add_argument("--size", choices=("base", "tiny"), default="base")
+    parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -88,7 +93,7 @@ def main():
     for batch_size in args.batch_sizes:
         inputs = make_inputs(args.task, model.config, batch_size, args)
         for reduction, temperature in schedule:
-            model.set_pruning(temperature)
+            model.set_pruning(temperature=temperature)
             forward(model, inputs)
             rounds = []
             for _ in range(args.rounds):

@@ -9,7 +9,7 @@ transformers' time in a round is compared with the run's in the same round. Weig
     python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # does it run?
 
 Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning; `instance` and `batch`,
-pruned in that granularity; `tome` and `evit`, see baselines.py. Captioning is timed twice, reading a caption in one pass (`captioning`) and
+pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is timed twice, reading a caption in one pass (`captioning`) and
 writing one (`captioning-generate`); retrieval is the pass that matches an image and a text.
 
 Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise, exactly, of the batch that is timed; `efficiency`,
@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from methods import FIXED, find_schedule, make_method
 from nlvr2_reference import BlipForImagesAndText
 from photographs import mixed_images, photograph_crops
 from rich.console import Console
@@ -63,6 +64,7 @@ TEXT_SPREAD = 0.3  # the texts of a batch are up to that share shorter and longe
 ANSWER_TOKENS = 4  # of a training step's answers
 NUM_BEAMS, NEW_TOKENS = 3, 10  # of a caption that is written
 CALIBRATION_BATCH = 8
+SIZES = ("base", "narrow", "tiny")
 # What transformers' model and ours are to agree on with pruning off.
 SHARED_OUTPUT = {"vqa": "image_embeds", "nlvr2": "logits", "captioning": "logits", "retrieval": "itm_score"}
 
@@ -71,19 +73,23 @@ SHARED_OUTPUT = {"vqa": "image_embeds", "nlvr2": "logits", "captioning": "logits
 
 
 def blip_config(size: str) -> BlipConfig:
+    """base; narrow, as many layers and tokens as base; or tiny."""
     if size == "base":
         return BlipConfig(
             text_config={"num_attention_heads": 12},
             # transformers' own default for the vision tower, 1e-10, makes all patches the same.
             vision_config={"image_size": 384, "initializer_range": 0.02},
         )
-    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "initializer_range": 0.2}
-    words = {"vocab_size": 200, "bos_token_id": 198, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
-    return BlipConfig(
-        text_config={"num_hidden_layers": 8, **narrow, **words},
-        vision_config={"num_hidden_layers": 6, "image_size": 96, "patch_size": 8, **narrow},
-        initializer_range=0.2,
-    )
+    width = {"narrow": 64, "tiny": 32}[size]
+    # Heads of 16, which is the least that the kernels take.
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 16}
+    shared = {**sizes, "initializer_range": 0.2}
+    text = {"vocab_size": 200, "bos_token_id": 198, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0, **shared}
+    vision = {"image_size": 384, "patch_size": 16, **shared}
+    if size == "tiny":
+        text["num_hidden_layers"] = 8
+        vision |= {"num_hidden_layers": 6, "image_size": 96, "patch_size": 8}
+    return BlipConfig(text_config=text, vision_config=vision, initializer_range=0.2)
 
 
 def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
@@ -92,7 +98,7 @@ def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
     dense = MODELS[task](blip_config(args.size)).to(device=args.device, dtype=args.torch_dtype).eval()
     model = TASKS[task].model_class.from_blip(dense)
     if args.device.type == "cpu" and args.dtype == "float32" and not args.plain_weights:
-        model.pack_weights()
+        model.prepack_weights()
     return (BlipForImagesAndText.from_madtp(model) if task == "nlvr2" else dense), model
 
 
@@ -118,7 +124,9 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
 
 
 def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
-    """`calibrate`, with an empty schedule where nothing is in reach: an hour's benchmark is not to end there."""
+    """`calibrate`, with an empty schedule where nothing is asked for or in reach: an hour's benchmark is not to end there."""
+    if not reductions:
+        return []
     try:
         return calibrate(model, batches, reductions)
     except ValueError as error:
@@ -158,11 +166,10 @@ class Run(NamedTuple):
 
 def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines) -> list[Run]:
     """What a round times: the dense models, each granularity at each reduction, and each baseline, on `model`'s weights."""
-    vision_model = model.vision_model
 
-    def setup(temperature=0.0, granularity="instance", vision=vision_model):
+    def setup(temperature=0.0, granularity="instance", method=None):
         def apply():
-            model.vision_model = vision
+            model.set_reduction_method(method)
             model.config.pruning_granularity = granularity
             model.set_pruning(temperature=temperature)
 
@@ -176,13 +183,13 @@ def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines
     lengths = inputs["attention_mask"].sum(dim=1).cpu()
     answers = decoder_tokens(inputs, task, model.config)
     answers = answers.cpu() if isinstance(answers, torch.Tensor) else answers
-    for method in baselines:
+    for name in baselines:
         for reduction in args.baseline_reductions:
-            schedule, reached = find_schedule(method, model.config, task, reduction, lengths, answers)
+            schedule, reached = find_schedule(name, model.config, task, reduction, lengths, answers)
             if abs(reached - reduction) > 0.01:
-                print(f"{task}: {method} can't reduce FLOPs by {reduction}; the nearest is {reached:.3f}.")
-            baseline = BaselineVisionModel(vision_model, method, schedule)
-            runs.append(Run({"run": method, "asked": reduction}, model, setup(vision=baseline)))
+                print(f"{task}: {name} can't reduce FLOPs by {reduction}; the nearest is {reached:.3f}.")
+            method = make_method(name, schedule)
+            runs.append(Run({"run": name, "asked": reduction}, model, setup(method=method)))
     return runs
 
 
@@ -327,16 +334,16 @@ def calibration_batches(task: str, config, args) -> list[dict]:
 
 def time_task(task: str, args, save: Callable) -> None:
     dense, model = make_models(task, args)
-    vision_model = model.vision_model
-    batches = calibration_batches(task, model.config, args)
-    schedule = calibrate_reachable(model, batches, args.reductions) if args.reductions else []
-    reductions = [reduction for reduction, _ in schedule]
+    batches = [] if args.calibrate_on_batch else calibration_batches(task, model.config, args)
+    schedule = calibrate_reachable(model, batches, args.reductions) if batches else []
     for index, batch_size in enumerate(args.batch_sizes):
         inputs = make_inputs(task, model.config, batch_size, args)
+        if args.calibrate_on_batch:
+            schedule = calibrate_reachable(model, [inputs], args.reductions)
+        reductions = [reduction for reduction, _ in schedule]
         rounds = rounds_for(batch_size, index, args)
         for call in (forward, generate) if task == "captioning" else (forward,):
             name = f"{task}-generate" if call is generate else task
-            model.vision_model = vision_model  # the run before may have left a baseline's
             runs = make_runs(task, dense, model, inputs, args, reductions, args.baselines)
             rows = measure_runs(name, task, runs, call, inputs, rounds, args)
             if batch_size == max(args.batch_sizes) and call is forward and batch_size > 1:
@@ -345,14 +352,16 @@ def time_task(task: str, args, save: Callable) -> None:
                     if run.labels["run"] in args.granularities:
                         row, _ = inspect(run, call, mixed)
                         rows.append({"task": name, "batch_size": batch_size, "images": "mixed", **row})
+            model.set_reduction_method(None)  # a baseline's may be left
             save(name, batch_size, rows, schedule)
 
 
 def time_training(args, save: Callable) -> None:
     """Forward and backward pass of question answering, the optimizer's step not."""
     dense, model = make_models("vqa", args)
-    schedule = calibrate_reachable(model, calibration_batches("vqa", model.config, args), [args.training_reduction])
     inputs = make_inputs("vqa", model.config, args.training_batch_size, args)
+    batches = [inputs] if args.calibrate_on_batch else calibration_batches("vqa", model.config, args)
+    schedule = calibrate_reachable(model, batches, [args.training_reduction])
     ids = inputs["input_ids"][:, :ANSWER_TOKENS].clone()
     ids[:, 0] = inputs.pop("decoder_input_ids")[:, 0]
     inputs["labels"] = ids
@@ -429,7 +438,7 @@ def main():
         help="of FLOPs, that pruned runs are calibrated to; default: 0.3 0.5 0.6 0.7 0.8",
     )
     parser.add_argument("--granularities", nargs="+", choices=("instance", "batch"), default=["instance", "batch"])
-    parser.add_argument("--baselines", nargs="*", choices=("tome", "evit"), default=["tome", "evit"])
+    parser.add_argument("--baselines", nargs="*", choices=list(FIXED), default=["tome", "evit"])
     parser.add_argument("--baseline_reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
     parser.add_argument(
         "--rounds",
@@ -439,12 +448,17 @@ def main():
     )
     parser.add_argument("--calibration_samples", type=int, default=16, help="default: 16")
     parser.add_argument(
-        "--plain_weights", action="store_true", help="don't lay out weights for the CPU, see pack_weights"
+        "--calibrate_on_batch",
+        action="store_true",
+        help="on the very batch that is timed, whose reduction then is what is asked; else on crops and texts of their own",
+    )
+    parser.add_argument(
+        "--plain_weights", action="store_true", help="don't lay out weights for the CPU, see prepack_weights"
     )
     parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
     parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")
     parser.add_argument("--training_reduction", type=float, default=0.5, help="default: 0.5")
-    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="tiny: only to see whether it runs")
+    parser.add_argument("--size", choices=SIZES, default="base", help="others than base: only to see whether it runs")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")

@@ -23,8 +23,8 @@ from transformers import BlipForQuestionAnswering as DenseBlip
 
 from madtp_hf import MadtpBlipConfig
 from madtp_hf.data import digit_scenes as ds
-from madtp_hf.modeling.encoders import run_layers
-from madtp_hf.modeling.packing import Layout
+from madtp_hf.modeling.encoder import run_layers
+from madtp_hf.modeling.sequences import Sequences
 from madtp_hf.tasks import TASKS
 
 
@@ -86,7 +86,7 @@ def start_from(path, task: str):
                 weights[name] = expected[name].clone()
                 weights[name][places] = tensor[known]
     if task == "nlvr2":
-        weights = model._from_blip_weights(weights)
+        weights = model._from_dense_weights(weights)
     weights = {name: tensor for name, tensor in weights.items() if name in expected}
     model.load_state_dict(weights, strict=False)
     return model, processor, (trained.text_decoder, old.tokenizer)
@@ -109,13 +109,13 @@ def encode_images(vision_model, pixels, is_digit, rng):
 
     def look(module, inputs, output):
         heads = vision_model.encoder.layers[0].self_attn.num_heads
-        query, keys, _ = layout.pad(output.float()).unflatten(-1, (3 * heads, -1)).transpose(1, 2).chunk(3, 1)
+        query, keys, _ = sequences.pad(output.float()).unflatten(-1, (3 * heads, -1)).transpose(1, 2).chunk(3, 1)
         attended = (query[:, :, :1] @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1).squeeze(1)
         missed.append((share * (share.clamp(min=1e-6) / attended.clamp(min=1e-6)).log()).sum(-1).mean())
 
-    layout = Layout.rectangle(*states.shape[:2], states.device)
+    sequences = Sequences.padded(*states.shape[:2], states.device)
     hooks = [layer.self_attn.qkv.register_forward_hook(look) for layer in vision_model.encoder.layers]
-    output = run_layers(vision_model.encoder.layers, states.flatten(0, 1), layout)
+    output = run_layers(vision_model.encoder.layers, states.flatten(0, 1), sequences, "sdpa")
     for hook in hooks:
         hook.remove()
     return output._replace(states=vision_model.post_layernorm(output.states)), torch.stack(missed).mean()
@@ -155,7 +155,7 @@ def statement_loss(model, processor, batch_size, rng, answerer):
     sides = []
     for half in images.hidden_states.chunk(2):
         states = half.repeat_interleave(each, dim=0)
-        sides += [states.flatten(0, 1), Layout.rectangle(*states.shape[:2], states.device)]
+        sides += [states.flatten(0, 1), Sequences.padded(*states.shape[:2], states.device)]
     read = model._encode_text(text.input_ids, text.attention_mask, *sides).hidden_states
     stated, asked = read.unflatten(0, (batch_size, each)).split([len(kinds), NUM_QUESTIONS], dim=1)
     logits = model.cls_head(stated.flatten(0, 1)[:, 0])

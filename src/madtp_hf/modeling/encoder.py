@@ -50,14 +50,15 @@ class TokenReduction:
     """How the tokens of one branch become fewer in one forward pass: what a method fills in to be one.
 
     A method answers `choose`; what it needs for that, it collects in `attend_part`, or from a layer's input in `read_input`. It may
-    keep what it learns from layer to layer, as an object of it serves one pass.
+    keep what it learns from layer to layer, as an object of it serves one pass: by the layer's number, as gradient checkpointing
+    runs a layer once more. `PrunedModelMixin.set_reduction_method` lets a model use it.
     """
 
     roles = FIRST_PROTECTED
     with_feature = False  # whether each layer's alignment feature is wanted, for the loss
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Whether a sequence could lose a token in this layer."""
+        """Whether a sequence could lose a token in this layer, or its attention is the method's; else the layer's is plain."""
         return True
 
     def bounds(self, sequences: Sequences, width: int) -> tuple[int, ...]:
@@ -107,6 +108,8 @@ class MadtpReduction(TokenReduction):
         min_kept (`int`): a layer prunes a sample only if as many of its tokens would stay.
     """
 
+    has_kernels = True  # Triton's gate computes `importance`; a variant with another importance has none
+
     def __init__(self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1):
         self.alignment, self.temperature, self.granularity = alignment, temperature, granularity
         self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
@@ -148,7 +151,8 @@ class MadtpReduction(TokenReduction):
 
     def _runs_in_kernels(self, query_key_value, scores, sequences: Sequences, dropout: float) -> bool:
         return (
-            self.granularity == "instance"
+            self.has_kernels
+            and self.granularity == "instance"
             and not dropout
             and is_available(query_key_value)
             and not (scores.requires_grad and torch.is_grad_enabled())
@@ -164,12 +168,16 @@ class MadtpReduction(TokenReduction):
         )
         return output.flatten(1), ([sequences], [KernelReduction(*chosen)])
 
+    def importance(self, evidence, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(n, N): from attention and alignment scores (n, N, T); mask (n, N), as numbers."""
+        return token_importance(evidence, scores, mask)
+
     def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
         """What stays of a part of the batch, from its attention and its alignment scores (R, T)."""
         roles, num_removable = self.roles, self.roles.num_removable(part)
         mask, weights, counts = roles.removable(part), roles.removable_weights(part), roles.removable_counts(part)
         scores = part.pad(scores)[:, 1 : 1 + num_removable]
-        importance = token_importance(evidence, scores, weights)
+        importance = self.importance(evidence, scores, weights)
         length = None
         if self.token_counts is not None:
             length = min(self.token_counts[layer], part.max_seqlen)

@@ -9,7 +9,7 @@ from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionE
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextLayer, BlipTextSelfAttention
 
 from .attention import attend
-from .encoder import BranchOutput, LayerPlan, MadtpReduction, ReducibleLayer, run_layers
+from .encoder import BranchOutput, LayerPlan, ReducibleLayer, TokenReduction, run_layers
 from .padding import check_no_empty_text
 from .sequences import Sequences, unpad
 
@@ -142,7 +142,7 @@ class MadtpBlipVisionModel(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        reduction: MadtpReduction | None = None,
+        reduction: TokenReduction | None = None,
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
@@ -194,7 +194,7 @@ class MadtpBlipTextModel(nn.Module):
         *images: torch.Tensor | Sequences,
         mask: torch.Tensor | None = None,
         varlen: bool = False,
-        reduction: MadtpReduction | None = None,
+        reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
         """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not attended to."""

@@ -1,6 +1,7 @@
 """What models that prune share, whatever their family: the alignment tokens, the switch for pruning, the way in from a dense model."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .attention import TokenRoles
-from .encoder import AlignmentTokens, MadtpReduction
+from .encoder import AlignmentTokens, MadtpReduction, TokenReduction
 from .prepacked_linear import can_prepack, prepack_linear_maps, unpack_linear_maps
 from .token_pruning import alignment_loss
 
@@ -75,6 +76,7 @@ class PrunedModelMixin:
     _fused_activations: dict[type, tuple[str, str]] = {}  # classes of modules: the names of a map and its activation
     _roles = {"vision": TokenRoles(), "text": TokenRoles()}
     _min_kept = 1
+    _reduction_method = None  # instead of MADTP
 
     # Pruning
 
@@ -114,15 +116,39 @@ class PrunedModelMixin:
         """Whether pruning is on. Where it is not, the model is transformers'."""
         return self.config.pruning_temperature > 0
 
-    def _reduction(self, modality: str, with_feature: bool) -> MadtpReduction | None:
-        """How the tokens of a branch become fewer in the pass that begins, None if they don't: the configuration is read here, and in no
-        layer."""
+    def set_reduction_method(self, method: Callable[..., TokenReduction | None] | None) -> None:
+        """Reduce tokens by another method than MADTP, from the next forward pass on; `None` is MADTP again. It is not saved.
+
+        To add a method, derive from `encoder.TokenReduction`, whose `choose` answers for each layer which tokens stay, where each of
+        the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction` and is made by `madtp_reduction`.
+
+        Args:
+            method (`Callable` or `None`):
+                `method(model, modality, with_feature)`, called once for each branch, "vision" or "text", and forward pass, returns the
+                branch's `TokenReduction`, a new one in each pass, or `None` for a branch that stays dense. `with_feature` tells
+                whether the loss takes an alignment feature, should the method have one.
+
+        The temperature remains what decides how the text is computed: at 0 with its padding, as transformers does, above 0 without. A
+        method that reduces the text needs a temperature above 0.
+        """
+        if method is not None and not callable(method):
+            raise TypeError(
+                f"set_reduction_method got {method!r}: expected a function of (model, modality, with_feature) that returns a TokenReduction"
+                " or None, or None for MADTP."
+            )
+        self._reduction_method = method
+
+    def madtp_reduction(
+        self, modality: str, with_feature: bool, reduction_class: Callable[..., TokenReduction] = MadtpReduction
+    ) -> TokenReduction | None:
+        """MADTP, or the variant of it that `reduction_class` is, as the configuration says: for one branch and forward pass; `None`
+        where the branch stays dense."""
         config = self.config
         prunes = modality in config.pruning_modalities
         if not self.is_pruning or not (prunes or with_feature):
             return None
         counts = config.token_counts()
-        return MadtpReduction(
+        return reduction_class(
             self.alignment(modality, folded=not with_feature),
             float(config.pruning_temperature) if prunes else 0.0,
             config.pruning_granularity,
@@ -132,9 +158,19 @@ class PrunedModelMixin:
             self._min_kept,
         )
 
+    def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:
+        """How the tokens of a branch become fewer in the pass that begins, None if they don't: the configuration is read here, and in no
+        layer."""
+        if self._reduction_method is not None:
+            return self._reduction_method(self, modality, with_feature)
+        return self.madtp_reduction(modality, with_feature)
+
     def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
-        """0 with pruning off: the alignment parameters still get a gradient, as distributed training waits for one from each."""
-        return self.alignment(None) if image_feature is None else alignment_loss(image_feature, text_feature)
+        """0 where a branch has no feature, as with pruning off: the alignment parameters still get a gradient, as distributed training
+        waits for one from each."""
+        if image_feature is None or text_feature is None:
+            return self.alignment(None)
+        return alignment_loss(image_feature, text_feature)
 
     # Inference on a CPU
 

@@ -63,6 +63,18 @@ def alignment_loss(image_feature: torch.Tensor, text_feature: torch.Tensor) -> t
     return 1 - F.cosine_similarity(image_feature.float(), text_feature.float(), dim=-1).mean()
 
 
+def reader_importance(evidence: AttentionEvidence) -> torch.Tensor:
+    """Step 4's s_cls (B, N): how the reader attends to the tokens in each head, weighted by their output there."""
+    norm = evidence.output_norm
+    return (evidence.from_reader * norm).sum(dim=0) / norm.sum(dim=0)
+
+
+def strongest_alignment(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Step 4's s_tok (B, N), before it is divided by its sum over tokens."""
+    strongest = scores.amax(dim=-1).float()
+    return strongest if mask is None else strongest * mask
+
+
 def token_importance(
     evidence: AttentionEvidence, scores: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -70,12 +82,8 @@ def token_importance(
 
     mask (B, N): 1.0 at real tokens, 0.0 at padding, as are all masks below that are not said to be boolean.
     """
-    norm = evidence.output_norm
-    by_reader = (evidence.from_reader * norm).sum(dim=0) / norm.sum(dim=0)
-    by_alignment = scores.amax(dim=-1).float()
-    if mask is not None:
-        by_alignment = by_alignment * mask
-    importance = by_reader.addcdiv(evidence.received, sum_over_tokens(evidence.received))
+    by_alignment = strongest_alignment(scores, mask)
+    importance = reader_importance(evidence).addcdiv(evidence.received, sum_over_tokens(evidence.received))
     return importance.addcdiv(by_alignment, sum_over_tokens(by_alignment)) / 3
 
 

@@ -172,7 +172,7 @@ def _reduce_by_kernel(states: torch.Tensor, sequences: Sequences, reduction: Ker
 
     def move(positions: torch.Tensor) -> torch.Tensor:
         starts = new_cu_seqlens[:-1].repeat_interleave(sequences.lengths, output_size=sequences.num_rows)
-        numbers = torch.where(destination >= 0, starts + destination + 1, 0)
+        numbers = torch.where(destination >= 0, starts + destination + 1, 0).long()
         return scatter_rows(positions, numbers, offsets[-1], fill=-1)
 
     row_counts = [end - start for start, end in itertools.pairwise(offsets)]

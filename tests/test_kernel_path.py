@@ -1,0 +1,119 @@
+"""The path through Triton's kernels, which plain torch stands in for: what a model computes there, on any machine."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import TASKS, TEMPERATURES, close, make_task_model
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from kernel_standins import LAUNCHES, kernel_path
+from launches import count
+from methods import make_method
+
+
+LENGTHS = (16, 3, 9, 12)
+WIDE_HEADS = {"num_attention_heads": 2}  # of 16, the least that the kernels take
+every_task = pytest.mark.parametrize("task", list(TASKS))
+
+
+def make_model(task, temperature, **config_overrides):
+    model = make_task_model(task, config_overrides, text_config=WIDE_HEADS, vision_config=WIDE_HEADS)
+    model.set_pruning(temperature=temperature)
+    return model
+
+
+def run_on_kernel_path(model, inputs):
+    """Its output, and the names of the functions that stood in for kernels."""
+    called = []
+
+    def call(function, names, *args):
+        called.append(function.__name__)
+        return function(*args)
+
+    with kernel_path(call):
+        output = model(**inputs, output_positions=True)
+    return output, called
+
+
+def check_same(found, expected, scores):
+    assert torch.equal(found.vision_tokens, expected.vision_tokens)
+    if expected.text_tokens is not None:
+        assert torch.equal(found.text_tokens, expected.text_tokens)
+    for mine, theirs in zip(found.vision_positions, expected.vision_positions, strict=True):
+        assert torch.equal(mine, theirs)
+    close(found.image_embeds, expected.image_embeds, atol=1e-4)
+    close(found[scores], expected[scores], atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@every_task
+@torch.no_grad()
+def test_a_model_gives_the_same_output_through_kernels(task, temperature):
+    model, inputs = make_model(task, temperature), TASKS[task].make_inputs(lengths=LENGTHS)
+    inputs.pop("labels", None)  # for inference
+    if task == "vqa":
+        inputs["decoder_input_ids"] = torch.full((len(LENGTHS), 1), 38)
+    expected = model(**inputs, output_positions=True)
+    found, called = run_on_kernel_path(model, inputs)
+    check_same(found, expected, TASKS[task].scores)
+    assert (expected.vision_tokens[-1] < expected.vision_tokens[0]).any()
+    assert set(called) >= {"scored_varlen_attention", "gate", "merge"}
+    # Texts attend to images of different lengths; captions do so in transformers' decoder.
+    assert set(called) == set(LAUNCHES) or task == "captioning"
+
+
+@every_task
+@torch.no_grad()
+def test_a_projection_before_the_alignment_tokens(task):
+    model = make_model(task, 3.0, alignment_dim=24)
+    inputs = TASKS[task].make_inputs(lengths=LENGTHS)
+    expected = model(**inputs, output_positions=True)
+    found, called = run_on_kernel_path(model, inputs)
+    check_same(found, expected, TASKS[task].scores)
+    assert "gate" in called
+
+
+@pytest.mark.parametrize("setting", ({"pruning_granularity": "batch"}, {"pruning_modalities": ("vision",)}))
+@torch.no_grad()
+def test_other_settings(setting):
+    model, inputs = make_model("vqa", 3.0, **setting), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    expected = model(**inputs, output_positions=True)
+    found, called = run_on_kernel_path(model, inputs)
+    check_same(found, expected, "logits")
+    assert ("gate" in called) == ("pruning_granularity" not in setting)
+
+
+@torch.no_grad()
+def test_another_importance_is_not_the_gates():
+    model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    model.set_reduction_method(make_method("class_attention"))
+    expected = model(**inputs, output_positions=True)
+    found, called = run_on_kernel_path(model, inputs)
+    check_same(found, expected, "logits")
+    assert "gate" not in called and "varlen_attention" in called
+
+
+def test_gradients_take_the_plain_path():
+    model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    output, called = run_on_kernel_path(model, inputs)
+    assert called == [] and output.loss.requires_grad
+
+
+def test_what_pruning_adds_to_the_operations_of_a_pass():
+    model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    inputs["decoder_input_ids"] = inputs.pop("labels")
+    plain, kernels = (count(model, inputs, kernels=kernels) for kernels in (False, True))
+    model.set_pruning(None)
+    off = count(model, inputs, kernels=True)
+    num_layers = 4 + 3
+    assert off["waits"] == 0
+    # For how many rows each layer leaves, and for the lengths of the texts.
+    assert plain["waits"] == kernels["waits"] <= num_layers + 1
+    assert off["operations"] < kernels["operations"] <= off["operations"] + 6 * num_layers + 10
+    assert kernels["operations"] < plain["operations"]
+    assert kernels["by_name"]["_gate"] == kernels["by_name"]["_sum_received"] <= num_layers
+    assert "_gate" not in plain["by_name"] and "_gate" not in off["by_name"]
