@@ -148,7 +148,7 @@ class FixedReduction(TokenReduction):
         """The batch in one part: fused attention keeps no maps that would have to fit a cache."""
         return (0, sequences.batch_size)
 
-    def attend_part(self, layer, query_key_value, part, dropout):
+    def attend_part(self, layer, query_key_value, part, dropout, all_maps=None):
         query, key, value = part.pad(query_key_value).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
         bias = self.attention_bias(layer)
         output = F.scaled_dot_product_attention(
