@@ -147,7 +147,7 @@ def softmax(values):
 @pytest.mark.parametrize("temperature", (0.0, 1.5))
 @pytest.mark.parametrize("progress", (0.0, 0.5, 1.0))
 def test_targets_and_loss_are_those_computed_by_hand(model, progress, temperature):
-    model.set_pruning(temperature)
+    model.set_pruning(temperature=temperature)
     memory = ContrastiveMemory(model, queue_size=7, momentum=0.5, distillation=0.4)
     with torch.no_grad():  # the model moves on, the twin follows half the way
         for parameter in model.parameters():
@@ -446,16 +446,14 @@ def scored(request):
     options = dict(request.param)
     temperature = options.pop("temperature", 0.0)
     model = make_retrieval(**options)
-    model.set_pruning(temperature)
+    model.set_pruning(temperature=temperature)
     inputs = pairs(6, lengths=(9, 5, 7, 9, 3, 6))
     inputs["pixel_values"] = inputs["pixel_values"][:5]
     with torch.no_grad():
         scores, similarity = score_all(model, inputs)
         if temperature:  # of different lengths, or it is no test
-            assert (
-                len(model.vision_model(inputs["pixel_values"], model._branch_pruning("vision", False))[3][-1].unique())
-                > 1
-            )
+            text = {name: inputs[name][:5] for name in ("input_ids", "attention_mask")}
+            assert len(model(pixel_values=inputs["pixel_values"], **text).vision_tokens[-1].unique()) > 1
     return model, inputs, scores, similarity
 
 
@@ -521,7 +519,7 @@ def test_budgets_are_evaluated_side_by_side(blip, training):
     for result in results:
         temperature = schedule.get(result.reduction_asked, 0.0)
         assert result.predictions == [(index, temperature) for index in range(7)]
-        model.set_pruning(temperature)
+        model.set_pruning(temperature=temperature)
         with torch.no_grad():
             reached = torch.cat([measure(model, batch, model(**batch)) for batch in batches]).mean().item()
         assert result.reduction_reached == pytest.approx(reached, abs=1e-6)
@@ -559,7 +557,7 @@ def test_tokens_are_counted_as_the_model_predicts(task):
         for one, two in zip(results, evaluate_budgets(model, batches, [0.0, 0.4], other)):
             assert (one.reduction_reached, one.gflops) == (two.reduction_reached, two.gflops)
     for result, temperature in zip(results, (0.0, 3.0)):
-        model.set_pruning(temperature)
+        model.set_pruning(temperature=temperature)
         with torch.no_grad():
             reached = torch.cat([measure(model, batch, model(**batch)) for batch in batches]).mean().item()
         assert result.reduction_reached == pytest.approx(reached, abs=1e-6)

@@ -24,7 +24,7 @@ class PruningOutput:
         The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
         sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
     image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
-        True at the real tokens of `image_embeds`; `None` where there is no padding.
+        True at the real tokens of `image_embeds`; everywhere, where nothing is padded.
     vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
         For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
         class token and n the n-th patch; -1 for merged tokens and padding.
@@ -52,7 +52,7 @@ class MadtpBlipForQuestionAnsweringOutput(PruningOutput, BlipTextVisionModelOutp
     question_states (`torch.Tensor` of shape `(batch_size, question_length, hidden_size)`):
         The states of the question tokens that are left, the class token first: what the answer decoder reads.
     question_mask (`torch.BoolTensor` of shape `(batch_size, question_length)`, *optional*):
-        True at its real tokens; `None` where there is no padding.
+        True at its real tokens; everywhere, where nothing is padded.
     """
 
     logits: torch.Tensor | None = None
@@ -88,7 +88,7 @@ class MadtpBlipForImageTextRetrievalOutput(PruningOutput, BlipImageTextMatchingM
     question_embeds (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
         The states of the text tokens that are left, the class token first.
     text_mask (`torch.BoolTensor` of shape `(batch_size, text_length)`, *optional*):
-        True at its real tokens; `None` where there is no padding.
+        True at its real tokens; everywhere, where nothing is padded.
     image_feature, text_feature (`torch.Tensor` of shape `(batch_size, image_text_hidden_size)`, *optional*):
         The L2-normalised features whose products the similarities are; not with the matching head alone.
     contrastive_loss, matching_loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
