@@ -37,9 +37,10 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-# This folder holds a `cuda.py`, and some library may look for a module of that name.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
-sys.path.insert(0, str(HERE / "gpu"))
+if __name__ == "__main__":
+    # Libraries look for a module `cuda`, which this file is not; imported by one of them, it does nothing.
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
+    sys.path.insert(0, str(HERE / "gpu"))
 
 STAGES = ("facts", "checks", "speed", "compiled")
 # Until which share of the time each stage may begin something.
