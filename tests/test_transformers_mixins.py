@@ -71,37 +71,9 @@ WRITERS = ("vqa", "captioning")
 ATTENTIONS = "output_attentions=True is refused: no attention maps are kept"
 MASKS = "output masks are bool tensors, which the test subtracts"
 KNOWN_FAILURES = (
-    Entry(ATTENTIONS, ("test_eager_matches_sdpa_inference_*_output_attentions", "test_retain_grad_*_attentions")),
+    Entry(ATTENTIONS, ("test_eager_matches_sdpa_inference_*_output_attentions",)),
     Entry(ATTENTIONS, ("test_capture_outputs_decorator",), WRITERS),
-    Entry(ATTENTIONS, ("test_model_outputs_equivalence",), ("captioning", "nlvr2"), ("dense",)),
-    Entry(MASKS, ("test_model_outputs_equivalence",), ("vqa", "retrieval"), ("dense",)),
-    Entry(MASKS, ("test_model_outputs_equivalence",), modes=("pruned",)),
-    Entry(
-        "the mask of text states is in the output only if a text of the batch is padded",
-        ("test_batching_equivalence",),
-        ("vqa", "retrieval"),
-        ("dense",),
-    ),
-    Entry(
-        "image_mask and the mask of text states are in the output only if the batch is padded",
-        ("test_batching_equivalence",),
-        modes=("pruned",),
-    ),
-    Entry(
-        "text_decoder.config is a copy of config.text_config",
-        ("test_internal_model_config_and_subconfig_are_same",),
-        WRITERS,
-    ),
-    Entry(
-        "output_hidden_states takes no list of layers",
-        ("test_can_capture_specific_layers_hidden_states",),
-        WRITERS,
-    ),
-    Entry(
-        "transformers' BlipTextPreTrainedModel._init_weights leaves the bias of the prediction head uninitialised",
-        ("test_can_init_all_missing_weights",),
-        WRITERS,
-    ),
+    Entry(MASKS, ("test_model_outputs_equivalence",)),
     Entry(
         "get_image_features and get_text_features return a tensor, the normalised feature, and no ModelOutput",
         ("test_get_image_features_[aho]*", "test_get_text_features_[aho]*"),

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .calibration import complete, decoder_tokens, encode, restored
 from .flops import count_flops, dense_flops
+from .modeling.prepacked_linear import PrepackedLinear
 from .tasks import TASKS
 from .version import __version__
 
@@ -71,6 +72,19 @@ def record_tokens(model):
             hook.remove()
 
 
+@contextmanager
+def prepacked(model):
+    """On a CPU, the model with its large weights prepacked for inference; afterwards as it was."""
+    before = any(isinstance(module, PrepackedLinear) for module in model.modules())
+    if not before:
+        model.prepack_for_inference()
+    try:
+        yield
+    finally:
+        if not before:
+            model.prepack_weights(False)
+
+
 @torch.no_grad()
 def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch, so that their times compare.
@@ -96,7 +110,7 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
     )
     rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
     names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
-    with restored(model), record_tokens(model) as tokens:
+    with restored(model), prepacked(model), record_tokens(model) as tokens:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             batch = complete(model, batch)
             answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])

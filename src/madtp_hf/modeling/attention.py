@@ -167,7 +167,8 @@ def attend_with_evidence(
 ) -> tuple[torch.Tensor, AttentionEvidence]:
     """Self-attention of query_key_value (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its evidence.
 
-    all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose maps stay in cache; the maps are kept only for a backward pass.
+    all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose maps stay in
+    cache, and which share their memory; maps are kept only for a backward pass.
     """
     query, key, value = _split_and_pad(query_key_value, part)
     num_heads, length = query.shape[0], part.max_seqlen
@@ -179,18 +180,22 @@ def attend_with_evidence(
     if roles.is_causal:
         past = causal_mask(length, query.device)
         seen = past if seen is None else seen & past
+    space = None
+    if heads < num_heads and all_maps is None and not torch.is_grad_enabled():
+        space = query.new_empty(heads * part.batch_size, length, length)
     outputs, of_reader, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
-        output, maps = _attention_of_heads(*block, seen, dropout)
+        output, maps = _attention_of_heads(*block, seen, dropout, space)
         outputs.append(output)
         if all_maps is not None:
             kept_maps.append(maps)
-        of_reader.append(_row_of_reader(maps, part, roles))
-        most = maps.amax(dim=0)
+        row, most = _row_of_reader(maps, part, roles), maps.amax(dim=0)
+        of_reader.append(row if space is None else row.clone())
         strongest = most if strongest is None else torch.maximum(strongest, most)
     output, from_reader = join(outputs), join(of_reader)
     if all_maps is not None:  # what is put out is what goes on, so that its gradient can be looked at
-        all_maps.append(join(kept_maps).transpose(0, 1))
+        maps = join(kept_maps).transpose(0, 1)
+        all_maps.append(maps if part.mask is None else maps * part.real[:, None, :, None])
         output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
     tokens = slice(1, 1 + roles.num_removable(part))
     asked = strongest[:, 1:, tokens]
@@ -215,15 +220,18 @@ def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torc
     return states.unflatten(2, (part.batch_size, part.max_seqlen)).unbind()
 
 
-def _attention_of_heads(query, key, value, seen, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in float32."""
+def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in float32.
+
+    space: memory (H * n or more, L, L) for the maps, if there is some.
+    """
     shape = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     scale = query.shape[-1] ** -0.5
-    logits = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(
-        0, shape
-    )
+    out = None if space is None else space[: query.shape[0]]
+    nothing = query.new_empty(1, 1, 1)
+    logits = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale, out=out).unflatten(0, shape)
     if seen is not None:
         logits = logits.where(seen, torch.finfo(logits.dtype).min)
     maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)

@@ -213,8 +213,12 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             self._check_keeps_maps()
         if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
             generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
-        caches = setting("use_cache") is not False and setting("cache_implementation") is None
-        if caches and generate_kwargs.get(CACHE_ARGUMENT) is None:
+        kind = setting("cache_implementation")
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind. Expected None, which caches as it grows."
+            )
+        if setting("use_cache") is not False and generate_kwargs.get(CACHE_ARGUMENT) is None:
             generate_kwargs["use_cache"] = True
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.sequences

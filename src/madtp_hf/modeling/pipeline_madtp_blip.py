@@ -137,6 +137,12 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # On a CPU the fast way is the ordinary way; it takes as much memory again as the large weights.
+        if self.device.type == "cpu":
+            self.model.eval().prepack_for_inference()
+
     def _sanitize_parameters(
         self,
         top_k=None,

@@ -11,6 +11,11 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 
+# Numbers in a weight from which on prepacking surely pays: smaller ones stay in cache as they are, and oneDNN prepares anew for each
+# number of rows that it meets, which a small map doesn't make up for.
+LARGE = 2**18
+
+
 def can_prepack() -> bool:
     """Whether this build of torch has what it takes."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -113,11 +118,13 @@ def _can_fuse(activation: nn.Module) -> bool:
     return _is_exact_gelu(activation) and not _has_hooks(activation)
 
 
-def prepack_linear_maps(model: nn.Module, classes: tuple[type, ...], activations: dict[type, tuple[str, str]]) -> int:
+def prepack_linear_maps(
+    model: nn.Module, classes: tuple[type, ...], activations: dict[type, tuple[str, str]], min_size: int = 0
+) -> int:
     """Put a `PrepackedLinear` in the place of each linear map of one of these `classes`; maps with hooks stay as they are.
 
     activations: classes of modules that are a map, an activation and, if they have one, a second map: the names of the first two, to be
-        applied together.
+        applied together. min_size: maps whose weights hold fewer numbers stay as they are as well.
 
     Returns how many bytes the copies will take.
     """
@@ -126,7 +133,7 @@ def prepack_linear_maps(model: nn.Module, classes: tuple[type, ...], activations
         for name, child in list(module.named_children()):
             if type(child) is PrepackedLinear:
                 child.drop_packed()
-            elif type(child) in classes and not _has_hooks(child):
+            elif type(child) in classes and child.weight.numel() >= min_size and not _has_hooks(child):
                 prepacked = _same_map(child, PrepackedLinear)
                 prepacked.plain_class = type(child)
                 setattr(module, name, prepacked)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attention import TokenRoles
 from .encoder import AlignmentTokens, MadtpReduction, TokenReduction
-from .prepacked_linear import can_prepack, prepack_linear_maps, unpack_linear_maps
+from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
 from .token_pruning import alignment_loss
 
 
@@ -174,11 +174,15 @@ class PrunedModelMixin:
 
     # Inference on a CPU
 
-    def prepack_weights(self, prepacked: bool = True):
+    def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
         """Prepack the weights of linear maps for fast inference on a CPU in float32, or, with `prepacked=False`, no longer.
 
         Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights. Training, other
         devices and other types go on with the weights as they are.
+
+        Args:
+            min_size (`int`, *optional*, defaults to 0):
+                How many numbers a weight has to hold to be prepacked.
 
         Returns:
             The model itself.
@@ -194,7 +198,7 @@ class PrunedModelMixin:
                 "prepack_weights needs torch with oneDNN, and this one has none: expected a build where torch.backends.mkldnn.is_available();"
                 " go on without, the model runs as it is."
             )
-        size = prepack_linear_maps(self, self._prepacked_classes, self._fused_activations)
+        size = prepack_linear_maps(self, self._prepacked_classes, self._fused_activations, min_size)
         logger.info(f"Weights of linear maps are prepacked for this CPU, which takes {size / 2**20:.0f} MiB more.")
         return self
 
@@ -203,9 +207,9 @@ class PrunedModelMixin:
         return self.prepack_weights(packed)
 
     def prepack_for_inference(self):
-        """Prepack weights where that helps, and do nothing where it doesn't: what pipelines and commands call. Returns the model."""
-        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
-        return self.prepack_weights() if on_cpu and can_prepack() and not self.training else self
+        """Prepack the weights that are large enough for it to pay, where it helps at all: what pipelines and commands call."""
+        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
+        return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
 
     # From a dense model
 
@@ -215,7 +219,9 @@ class PrunedModelMixin:
         classes = (*cls._dense_classes, cls)
         expected = " or a ".join(dense_class.__name__ for dense_class in classes)
         defaults = config_class()
-        overrides = {name: value for name, value in config_overrides.items() if hasattr(defaults, name)}
+        overrides = {
+            name: value for name, value in config_overrides.items() if hasattr(defaults, name) and "dtype" not in name
+        }
         loading = {name: value for name, value in config_overrides.items() if name not in overrides}
         attention, device_map = (loading.pop(name, None) for name in ("attn_implementation", "device_map"))
         if not isinstance(source, PreTrainedModel):
