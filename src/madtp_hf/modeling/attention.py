@@ -193,10 +193,6 @@ def attend_with_evidence(
         of_reader.append(row if space is None else row.clone())
         strongest = most if strongest is None else torch.maximum(strongest, most)
     output, from_reader = join(outputs), join(of_reader)
-    if all_maps is not None:  # what is put out is what goes on, so that its gradient can be looked at
-        maps = join(kept_maps).transpose(0, 1)
-        all_maps.append(maps if part.mask is None else maps * part.real[:, None, :, None])
-        output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
     tokens = slice(1, 1 + roles.num_removable(part))
     asked = strongest[:, 1:, tokens]
     if part.mask is None:
@@ -207,6 +203,10 @@ def attend_with_evidence(
         removable = roles.removable_weights(part)
         received, from_reader = received * removable, from_reader * removable
     evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
+    if all_maps is not None:  # what is put out is what goes on, so that its gradient can be looked at
+        maps = join(kept_maps).transpose(0, 1)
+        all_maps.append(maps if part.mask is None else maps * part.real[:, None, :, None])
+        output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
     return part.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), evidence
 
 
