@@ -172,3 +172,22 @@ def test_training_with_the_callback_asks_for_what_is_not_frozen():
 
     with pytest.raises(ValueError, match="pruning_granularity"):
         ReductionCallback(0.5).on_train_begin(None, None, None, model=frozen("vqa"))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_onnx_takes_other_batches_and_lengths(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")
+    model, task = frozen(name), TASKS[name]
+    make = question if name == "vqa" else lambda seed, lengths: without_labels(task.make_inputs(lengths, seed))
+    inputs, other = make(0, (9, 5, 7)), make(3, (8, 6, 4, 8))
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=4, max=20)
+    shapes = {key: {0: batch, 1: length} if key in ("input_ids", "attention_mask") else {0: batch} for key in inputs}
+    program = torch.onnx.export(model, (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    feed = {node.name: other[node.name].numpy() for node in session.get_inputs()}
+    expected = scores(model(**other))
+    outputs = [torch.from_numpy(output) for output in session.run(None, feed)]
+    same_shape = [output for output in outputs if output.shape == expected.shape]
+    assert any(torch.allclose(output, expected, atol=1e-4) for output in same_shape)
