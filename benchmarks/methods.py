@@ -144,9 +144,9 @@ class FixedReduction(TokenReduction):
             )
         return self.schedule[layer + 1] < self.schedule[layer]
 
-    def bounds(self, sequences, width):
+    def divide(self, sequences, width):
         """The batch in one part: fused attention keeps no maps that would have to fit a cache."""
-        return (0, sequences.batch_size)
+        return sequences.whole
 
     def attend_part(self, layer, query_key_value, part, dropout, all_maps=None):
         query, key, value = part.pad(query_key_value).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each

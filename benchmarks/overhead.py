@@ -46,7 +46,7 @@ class Clock(contextlib.ExitStack):
         fused_first = itertools.cycle((True, False))
 
         def both(query_key_value, part, *options):
-            query, key, value = part.rows(query_key_value).unbind(1)
+            query, key, value = part.pad(query_key_value).flatten(0, 1).unbind(1)
             # In turn, so that neither always finds the other's data in cache.
             first = next(fused_first)
             if first:

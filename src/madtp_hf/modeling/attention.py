@@ -81,11 +81,11 @@ def attend(
             return varlen_attention(query, key, value, *lengths, is_causal).flatten(1)
         except KERNEL_ERRORS as error:
             disable(error)
-    bounds = (0, sequences.batch_size)
+    division = sequences.whole
     if varlen:
-        bounds = (context if context.is_varlen else sequences).boundaries(key.shape[1] * key.shape[2])
+        division = (context if context.is_varlen else sequences).divide(key.shape[1] * key.shape[2])
     outputs = []
-    for asking, asked in zip(sequences.parts(bounds), context.parts(bounds)):
+    for asking, asked in zip(sequences.parts(division), context.parts(division)):
         states = padded_attention(
             implementation,
             asking.pad(query).transpose(1, 2),
@@ -96,7 +96,7 @@ def attend(
             is_causal,
         )
         outputs.append(asking.unpad(states.transpose(1, 2).flatten(2)))
-    return join(outputs)
+    return sequences.join_rows(outputs, division)
 
 
 def has_only_real_rows(*batches: Sequences) -> bool:
@@ -212,12 +212,8 @@ def attend_with_evidence(
 
 def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
     """(R, 3, H, d) -> query, key and value of a part, (H, n, L, d) each: heads first, so that they multiply as one batch."""
-    states = part.rows(query_key_value).permute(1, 2, 0, 3)
-    if part.is_varlen:
-        states = states.index_select(2, part._row_of_slot)
-    elif part.batch_size > 1:
-        states = states.contiguous()
-    return states.unflatten(2, (part.batch_size, part.max_seqlen)).unbind()
+    states = part.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
+    return (states if part.batch_size == 1 else states.contiguous()).unbind()
 
 
 def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:

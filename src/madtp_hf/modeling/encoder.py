@@ -18,7 +18,7 @@ from .attention import (
     attend_with_evidence,
     has_only_real_rows,
 )
-from .sequences import Sequences, count_tokens, join
+from .sequences import Division, Sequences, count_tokens
 from .token_pruning import (
     alignment_feature,
     alignment_scores,
@@ -61,9 +61,9 @@ class TokenReduction:
         """Whether a sequence could lose a token in this layer, or its attention is the method's; else the layer's is plain."""
         return True
 
-    def bounds(self, sequences: Sequences, width: int) -> tuple[int, ...]:
+    def divide(self, sequences: Sequences, width: int) -> Division:
         """The parts that the batch is taken in, states having this width."""
-        return sequences.boundaries(width)
+        return sequences.divide(width)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
         """From a layer's input (R, D): scores (R, T) of its tokens, if the method has some, and the alignment feature (B, T, E)."""
@@ -84,13 +84,14 @@ class TokenReduction:
         self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
     ):
         """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
-        parts = sequences.parts(self.bounds(sequences, query_key_value.shape[2] * query_key_value.shape[3]))
+        division = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
+        parts = sequences.parts(division)
         outputs, reductions = [], []
         for part in parts:
             output, evidence = self.attend_part(layer, query_key_value, part, dropout, all_maps)
             outputs.append(output)
             reductions.append(self.choose(layer, evidence, scores, part))
-        return join(outputs), (parts, reductions)
+        return sequences.join_rows(outputs, division), (division, reductions)
 
     def to(self, device, non_blocking: bool = False) -> "TokenReduction":
         """For models whose layers lie on several devices."""
@@ -118,9 +119,9 @@ class MadtpReduction(TokenReduction):
         """Beside those that are protected, some tokens have to stay and two to go."""
         return self.temperature > 0 and self.roles.num_removable(sequences) >= self.min_kept + 2
 
-    def bounds(self, sequences: Sequences, width: int) -> tuple[int, ...]:
+    def divide(self, sequences: Sequences, width: int) -> Division:
         """All of the batch where samples have to know of one another."""
-        return sequences.boundaries(width) if self.granularity == "instance" else (0, sequences.batch_size)
+        return sequences.divide(width) if self.granularity == "instance" else sequences.whole
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
         """From a layer's input (R, D): its alignment scores (R, T), and its alignment feature (B, T, E) where the loss is wanted."""
@@ -132,14 +133,12 @@ class MadtpReduction(TokenReduction):
         scores = alignment_scores(tokens, alignment.tokens)
         if not self.with_feature:
             return scores, None
-        removable = slice(1, 1 + self.roles.num_removable(sequences))
-        features = [
-            alignment_feature(
-                part.pad(scores)[:, removable], part.pad(tokens)[:, removable], self.roles.removable(part)
-            )
-            for part in sequences.parts(self.bounds(sequences, states.shape[1]))
-        ]
-        return scores, join(features)
+        division, features = self.divide(sequences, states.shape[1]), []
+        for part in sequences.parts(division):
+            removable = slice(1, 1 + self.roles.num_removable(part))
+            seen = (part.pad(scores)[:, removable], part.pad(tokens)[:, removable])
+            features.append(alignment_feature(*seen, self.roles.removable(part)))
+        return scores, sequences.join_samples(features, division)
 
     def attend(self, layer, query_key_value, scores, sequences, dropout, all_maps=None):
         if all_maps is None and self._runs_in_kernels(query_key_value, scores, sequences, dropout):
@@ -166,7 +165,7 @@ class MadtpReduction(TokenReduction):
         chosen = gate(
             scores, *evidence, sequences.cu_seqlens, self.temperature, self.min_kept, self.roles.protects_last
         )
-        return output.flatten(1), ([sequences], [KernelReduction(*chosen)])
+        return output.flatten(1), (sequences.whole, [KernelReduction(*chosen)])
 
     def importance(self, evidence, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(n, N): from attention and alignment scores (n, N, T); mask (n, N), as numbers."""
@@ -254,7 +253,7 @@ class ReducibleLayer:
             maps = [] if plan.with_maps else None
             output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout, maps)
             chosen = (*chosen, plan.roles)
-            maps = join_maps(maps, sequences.max_seqlen) if plan.with_maps else None
+            maps = join_maps(maps, sequences, chosen[0]) if plan.with_maps else None
         elif plan.with_maps:
             output, maps = attend_and_keep_maps(query_key_value, sequences, plan.roles, dropout)
         else:
@@ -266,10 +265,11 @@ class ReducibleLayer:
         return (states, sequences, None) if chosen is None else reduce(states, sequences, *chosen)
 
 
-def join_maps(parts: list[torch.Tensor], length: int) -> torch.Tensor:
-    """The maps (n, H, L, L) of the parts of a batch -> (B, H, length, length)."""
-    missing = [length - maps.shape[-1] for maps in parts]
-    return join([F.pad(maps, (0, more, 0, more)) if more else maps for maps, more in zip(parts, missing)])
+def join_maps(maps: list[torch.Tensor], sequences: Sequences, division: Division) -> torch.Tensor:
+    """The maps (n, H, L, L) of the parts of a batch -> (B, H, max_seqlen, max_seqlen)."""
+    missing = [sequences.max_seqlen - of_part.shape[-1] for of_part in maps]
+    maps = [F.pad(of_part, (0, more, 0, more)) if more else of_part for of_part, more in zip(maps, missing)]
+    return sequences.join_samples(maps, division)
 
 
 class BranchOutput(NamedTuple):

@@ -5,6 +5,7 @@ no more. What needs to know which rows are whose, attention above all, asks the 
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,7 @@ import torch
 PART_SIZE = 2**18
 PART_PADDING_SHARE = 1 / 8
 PART_PADDING = 2**16
+PART_AREA = 2**15  # or so many numbers of an attention map
 
 
 # Set to False, a CPU takes the path of other devices.
@@ -40,6 +42,13 @@ class cached_property:
         return value
 
 
+class Division(NamedTuple):
+    """A batch in parts: at which sequences, in this order, each part begins, and the number of sequences; None: as they lie."""
+
+    bounds: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+
+
 class Sequences:
     """Which rows are whose, in one of two cases.
 
@@ -47,7 +56,7 @@ class Sequences:
     None: all are.
     *varlen*: the sequences have rows of their real tokens alone, from `offsets[i]` to `offsets[i + 1]`.
 
-    `num_rows`: all rows; `first_row`: where they begin, if this is a part of a batch.
+    `num_rows`: all rows; `first_row`: where they begin, if this is a part of a batch, or `batch_rows`, which they are, padded.
     """
 
     def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):
@@ -58,6 +67,7 @@ class Sequences:
             self.mask = mask  # instead of the property's
         if lengths is not None:
             self.lengths = lengths
+        self.batch_rows: torch.Tensor | None = None
         self._parts = {}
 
     @classmethod
@@ -153,16 +163,17 @@ class Sequences:
 
     # Rows to padded states and back
 
-    def rows(self, states: torch.Tensor) -> torch.Tensor:
-        """This part's rows of a batch's (R, ...)."""
-        return states if states.shape[0] == self.num_rows else states.narrow(0, self.first_row, self.num_rows)
-
-    def pad(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, ...) -> (B, max_seqlen, ...), with copies of a sequence's last row at padding, where there is any."""
-        states = self.rows(states)
-        if self.is_varlen:
-            states = states.index_select(0, self._row_of_slot)
-        return states.unflatten(0, (self.batch_size, self.max_seqlen))
+    def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """(R, ...), of the batch that this is or is a part of, -> (B, max_seqlen, ...), with copies of a sequence's last row at padding,
+        where there is any. dim: which dimension the rows are."""
+        if self.batch_rows is not None:
+            states = states.index_select(dim, self.batch_rows)
+        else:
+            if states.shape[dim] != self.num_rows:
+                states = states.narrow(dim, self.first_row, self.num_rows)
+            if self.is_varlen:
+                states = states.index_select(dim, self._row_of_slot)
+        return states.unflatten(dim, (self.batch_size, self.max_seqlen))
 
     def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
         """(R, ...) -> (B, max_seqlen, ...), 0 at what varlen states have no row for."""
@@ -187,37 +198,86 @@ class Sequences:
 
     # Parts of the batch
 
-    def boundaries(self, width: int) -> tuple[int, ...]:
-        """At which sequences attention over states of `width` begins a part, and the number of sequences."""
-        if not takes_parts(self.device):
-            return (0, self.batch_size)
-        bounds, longest, rows = [0], 0, 0
-        for index, length in enumerate(self.row_counts):
-            longest, rows = max(longest, length), rows + length
-            slots = longest * (index + 1 - bounds[-1])
-            too_much_padding = slots - rows > max(PART_PADDING_SHARE * slots, PART_PADDING / width)
-            if index > bounds[-1] and (slots * width > PART_SIZE or too_much_padding):
+    @property
+    def whole(self) -> Division:
+        """All of the batch as one part."""
+        return Division((0, self.batch_size))
+
+    def divide(self, width: int) -> Division:
+        """The parts that attention over states of `width` takes the batch in: sequences of similar length together."""
+        if not takes_parts(self.device) or self.batch_size == 1:
+            return self.whole
+        counts = self.row_counts
+        order = sorted(range(self.batch_size), key=counts.__getitem__, reverse=True)
+        bounds, rows, area = [0], 0, 0
+        for index, sequence in enumerate(order):
+            length, longest = counts[sequence], counts[order[bounds[-1]]]
+            rows, area, number = rows + length, area + length**2, index + 1 - bounds[-1]
+            padding, slots = longest * number - rows, longest * number
+            too_much_padding = padding > PART_PADDING_SHARE * slots and (
+                padding > PART_PADDING / width or longest**2 * number - area > PART_AREA
+            )
+            if number > 1 and (slots * width > PART_SIZE or too_much_padding):
                 bounds.append(index)
-                longest = rows = length
-        return (*bounds, self.batch_size)
+                rows, area = length, length**2
+        if len(bounds) == 1:
+            return self.whole
+        if len(bounds) == self.batch_size:  # one by one, as they lie
+            return Division(tuple(range(self.batch_size + 1)))
+        ordered = order == sorted(order)
+        return Division((*bounds, self.batch_size), None if ordered else tuple(order))
 
-    def parts(self, bounds: tuple[int, ...]) -> list["Sequences"]:
-        """The sequences between these bounds, each part as a `Sequences` of its own."""
-        if len(bounds) == 2:
+    def parts(self, division: Division) -> list["Sequences"]:
+        """Each part as a `Sequences` of its own, which takes its rows out of those of the batch."""
+        if len(division.bounds) == 2:
             return [self]
-        if bounds not in self._parts:
-            self._parts[bounds] = [self._part(start, stop) for start, stop in itertools.pairwise(bounds)]
-        return self._parts[bounds]
+        if division not in self._parts:
+            order = division.order or range(self.batch_size)
+            bounds = itertools.pairwise(division.bounds)
+            self._parts[division] = [self._part(list(order[start:stop])) for start, stop in bounds]
+        return self._parts[division]
 
-    def _part(self, start: int, stop: int) -> "Sequences":
-        if not self.is_varlen:
-            mask = None if self.mask is None else self.mask[start:stop]
-            part = Sequences.padded(stop - start, self.max_seqlen, self.device, mask)
-            part.first_row = start * self.max_seqlen
-            return part
-        return Sequences.varlen(
-            self.row_counts[start:stop], self.device, self.lengths[start:stop], self.offsets[start]
-        )
+    def _part(self, samples: list[int]) -> "Sequences":
+        first, number = samples[0], len(samples)
+        together = samples == list(range(first, first + number))
+        chosen = slice(first, first + number) if together else torch.tensor(samples, device="cpu").to(self.device)
+        if self.is_varlen:
+            counts = [self.row_counts[sample] for sample in samples]
+            part = Sequences.varlen(counts, self.device, self.lengths[chosen], self.offsets[first])
+        else:
+            mask = None if self.mask is None else self.mask[chosen]
+            part = Sequences.padded(number, self.max_seqlen, self.device, mask)
+            part.first_row = first * self.max_seqlen
+        if not together:
+            part.batch_rows = self._rows_of(samples, part.max_seqlen)
+        return part
+
+    def _rows_of(self, samples: list[int], length: int) -> torch.Tensor:
+        """(samples * length,): the rows of these samples, each with copies of its last one up to `length`."""
+        counts = torch.tensor(self.row_counts, device="cpu")
+        starts = (counts.cumsum(0) - counts)[samples].to(self.device)
+        last = counts[samples].to(self.device) - 1
+        slots = torch.arange(length, device=self.device)
+        return (starts.unsqueeze(1) + torch.minimum(slots, last.unsqueeze(1))).flatten()
+
+    def join_rows(self, outputs: list[torch.Tensor], division: Division, row_counts: list[int] | None = None):
+        """What was computed for the rows of each part, as rows of the batch; row_counts: how many each sequence has, if others."""
+        rows = join(outputs)
+        if division.order is None:
+            return rows
+        counts = torch.tensor(self.row_counts if row_counts is None else row_counts, device="cpu")
+        order = torch.tensor(division.order, device="cpu")
+        in_parts = torch.empty_like(counts)
+        in_parts[order] = counts[order].cumsum(0) - counts[order]
+        shift = (in_parts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+        return rows.index_select(0, (shift + torch.arange(len(shift), device="cpu")).to(rows.device))
+
+    def join_samples(self, outputs: list[torch.Tensor], division: Division) -> torch.Tensor:
+        """What was computed for the sequences of each part, (n, ...), as that of the batch."""
+        samples = join(outputs)
+        if division.order is None:
+            return samples
+        return samples.index_select(0, torch.tensor(division.order, device="cpu").argsort().to(samples.device))
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
         """The sequences first, first + 2, ... : their rows and how they lie. First the left, then the right image of each pair."""

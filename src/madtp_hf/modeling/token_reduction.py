@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .attention import TokenRoles
-from .sequences import Sequences, join, scatter_rows
+from .sequences import Division, Sequences, scatter_rows
 from .triton_kernels import merge
 
 
@@ -104,7 +104,7 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 def reduce(
-    states: torch.Tensor, sequences: Sequences, parts: list[Sequences], reductions: list[Reduction], roles: TokenRoles
+    states: torch.Tensor, sequences: Sequences, division: Division, reductions: list[Reduction], roles: TokenRoles
 ) -> tuple[torch.Tensor, Sequences, Move | None]:
     """Apply what a method answered for each part of a batch: states (R, D) -> (R', D), how they lie, and where rows went.
 
@@ -114,24 +114,26 @@ def reduce(
         return _reduce_by_kernel(states, sequences, reductions[0])
     if reductions[0].length is not None:
         return _reduce_to_length(states, sequences, reductions[0], roles)
+    parts = sequences.parts(division)
     tables = [stay_table(reduction, part, roles) for part, reduction in zip(parts, reductions)]
-    lengths = join([table.sum(dim=1) for table in tables])
+    lengths = sequences.join_samples([table.sum(dim=1) for table in tables], division)
     row_counts = lengths.tolist()
     if sum(row_counts) == sequences.num_rows:  # one that merges has fewer
         return states, sequences, None
-    outputs, repackings, done = [], [], 0
-    for part, reduction, table in zip(parts, reductions, tables):
-        num_rows = sum(row_counts[done : done + part.batch_size])
-        done += part.batch_size
+    ordered = row_counts if division.order is None else [row_counts[sample] for sample in division.order]
+    outputs, repackings = [], []
+    for part, start, reduction, table in zip(parts, division.bounds, reductions, tables):
         numbers = table.flatten().cumsum(0).view_as(table).mul_(table)
-        repacking = Repacking(part, num_rows, roles, numbers=numbers)
+        repacking = Repacking(part, sum(ordered[start : start + part.batch_size]), roles, numbers=numbers)
         outputs.append(repacking(*enter_tokens(part.pad(states), reduction)))
         repackings.append(repacking)
-    return (
-        join(outputs),
-        Sequences.varlen(row_counts, states.device, lengths, before=sequences),
-        move_along(repackings),
-    )
+
+    def move(positions: torch.Tensor) -> torch.Tensor:
+        moved = [move_along(repacking, positions) for repacking in repackings]
+        return sequences.join_rows(moved, division, row_counts)
+
+    states = sequences.join_rows(outputs, division, row_counts)
+    return states, Sequences.varlen(row_counts, states.device, lengths, before=sequences), move
 
 
 def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles: TokenRoles):
@@ -149,18 +151,13 @@ def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles:
         mask = torch.arange(length, device=table.device) < lengths.unsqueeze(1)
     states = repacking(*enter_tokens(sequences.pad(states), reduction))
     sequences = Sequences.padded(sequences.batch_size, length, states.device, mask, lengths)
-    return states, sequences, move_along([repacking])
+    return states, sequences, lambda positions: move_along(repacking, positions)
 
 
-def move_along(repackings: list[Repacking]) -> Move:
-    def move(positions: torch.Tensor) -> torch.Tensor:
-        moved = []
-        for repacking in repackings:
-            nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
-            moved.append(repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere))
-        return join(moved).squeeze(1)
-
-    return move
+def move_along(repacking: Repacking, positions: torch.Tensor) -> torch.Tensor:
+    """Positions (R,) of a batch's rows -> those of the new rows of a part, -1 for merged tokens."""
+    nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
+    return repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere).squeeze(1)
 
 
 def _reduce_by_kernel(states: torch.Tensor, sequences: Sequences, reduction: KernelReduction):
