@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from madtp_hf.modeling import attention as attention_module
 from madtp_hf.modeling.attention import FIRST_PROTECTED, TokenRoles, attend_with_evidence
 from madtp_hf.modeling.encoder import AlignmentTokens, MadtpReduction
-from madtp_hf.modeling.sequences import Sequences, unpad
+from madtp_hf.modeling.sequences import Division, Sequences, unpad
 from madtp_hf.modeling.token_pruning import (
     AttentionEvidence,
     alignment_feature,
@@ -128,8 +128,8 @@ def prune_together(layers, alignment, temperature, kind, roles=BLIP, min_kept=1)
         AlignmentTokens(alignment, weight=alignment), temperature, "instance", False, roles, min_kept=min_kept
     )
     scores, _ = madtp.read_input(0, x, sequences)
-    _, (parts, reductions) = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
-    result, left, move = reduce(states, sequences, parts, reductions, roles)
+    _, (division, reductions) = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
+    result, left, move = reduce(states, sequences, division, reductions, roles)
     if move is not None:  # the tokens that stayed are where it says they were
         where = lay_out(torch.arange(max(lengths)).expand(len(lengths), -1), lengths, kind)[0]
         for rows, positions, layer in zip(samples_of(result, left), samples_of(move(where), left), layers):
@@ -189,16 +189,14 @@ def test_a_layer_prunes_only_if_as_many_stay_as_the_host_wants(min_kept, merges)
 def test_attention_and_its_evidence_are_the_formulas(lengths, kind, roles, path):
     layers = [random_layer(length, seed=length)[:5] for length in lengths]
     sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)[1]
-    bounds = sequences.boundaries(15)
-    outputs = [attend_with_evidence(project(layers, kind), part, roles) for part in sequences.parts(bounds)]
-    results = [
-        rows for (output, _), part in zip(outputs, sequences.parts(bounds)) for rows in samples_of(output, part)
-    ]
+    division = sequences.divide(15)
+    parts, order = sequences.parts(division), division.order or range(len(layers))
+    outputs = [attend_with_evidence(project(layers, kind), part, roles) for part in parts]
+    results = [rows for (output, _), part in zip(outputs, parts) for rows in samples_of(output, part)]
     evidence = [
-        [e[..., i, :] for e in found]
-        for (_, found), part in zip(outputs, sequences.parts(bounds))
-        for i in range(part.batch_size)
+        [e[..., i, :] for e in found] for (_, found), part in zip(outputs, parts) for i in range(part.batch_size)
     ]
+    layers = [layers[sample] for sample in order]
     for layer, output, found in zip(layers, results, evidence, strict=True):
         expected, expected_evidence = attention_written_out(*(t.double() for t in layer[2:]), roles)
         torch.testing.assert_close(output, expected.transpose(0, 1).flatten(1).float())
@@ -317,8 +315,8 @@ def test_batch_granularity_keeps_the_largest_count_in_the_batch():
     for granularity in ("instance", "batch"):
         madtp = MadtpReduction(AlignmentTokens(alignment, weight=alignment), 5.0, granularity, False, BLIP)
         scores, _ = madtp.read_input(0, x, sequences)
-        _, (parts, reductions) = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
-        assert len(parts) == 1 or granularity == "instance"
+        _, (division, reductions) = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
+        assert len(division.bounds) == 2 or granularity == "instance"
         chosen[granularity] = [
             stays[: length - 1]
             for stays, length in zip([row for r in reductions for row in r.stays], lengths, strict=True)
@@ -347,7 +345,7 @@ def answer(stays, importance, merges=None, **others):
 def test_nothing_to_prune_leaves_the_states_as_they_are(lengths):
     states, sequences = unpad(torch.randn(2, 5, 4), lengths_to_mask(lengths))
     mask = lengths_to_mask(lengths)[:, 1:]
-    result, left, move = reduce(states, sequences, [sequences], [answer(mask, torch.rand(2, 4) * mask)], BLIP)
+    result, left, move = reduce(states, sequences, sequences.whole, [answer(mask, torch.rand(2, 4) * mask)], BLIP)
     assert result is states and left is sequences and move is None
 
 
@@ -356,7 +354,7 @@ def test_what_stays_stays_in_its_order_and_the_rest_becomes_one():
     sequences = Sequences.varlen([5, 4], "cpu")
     stays = torch.tensor([[False, True, False, True], [True, True, True, False]])
     importance = torch.tensor([[0.1, 0.5, 0.3, 0.5], [0.5, 0.5, 0.5, 0.0]])
-    result, left, move = reduce(states, sequences, [sequences], [answer(stays, importance)], BLIP)
+    result, left, move = reduce(states, sequences, sequences.whole, [answer(stays, importance)], BLIP)
     merged = (0.1 * 2 + 0.3 * 4) / 0.4
     torch.testing.assert_close(result.flatten(), torch.tensor([1, 3, 5, merged, 6, 7, 8, 9]))
     assert move(sequences.positions).tolist() == [0, 2, 4, -1, 0, 1, 2, 3]
@@ -372,7 +370,7 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
     stays[0, [0, 3, 7]] = stays[1, [1, 4]] = True
     importance = torch.full((2, 8), 0.25)
     importance[1, 5:] = 0  # its last token, and padding
-    result, left, move = reduce(states, sequences, [sequences], [answer(stays, importance)], CLIP_TEXT)
+    result, left, move = reduce(states, sequences, sequences.whole, [answer(stays, importance)], CLIP_TEXT)
     of_first, of_second = samples_of(result, left)
     assert of_first.flatten().tolist() == pytest.approx([1, 2, 5, 9, (3 + 4 + 6 + 7 + 8) / 5, 10])
     assert of_second.flatten().tolist() == pytest.approx([11, 13, 16, (12 + 14 + 15) / 3, 17])
@@ -380,7 +378,7 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
     assert move(positions).tolist() == [0, 1, 4, 8, -1, 9, 0, 2, 5, -1, 6]
     # With one that doesn't merge beside it.
     stays[1] = torch.arange(8) < 5
-    result, left, _ = reduce(states, sequences, [sequences], [answer(stays, importance)], CLIP_TEXT)
+    result, left, _ = reduce(states, sequences, sequences.whole, [answer(stays, importance)], CLIP_TEXT)
     assert samples_of(result, left)[1].flatten().tolist() == [11, 12, 13, 14, 15, 16, 17]
 
 
@@ -395,7 +393,7 @@ def test_tokens_may_enter_tokens_that_stay(kind, roles):
     into = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]])  # of the first, slots 1 and 3 enter slot 2
     weight = torch.tensor([[0, 0.25, 0, 0.5], [0, 0, 0.5, 0]])
     reduction = Reduction(stays, torch.tensor([[True], [True]]), weight, into=into)
-    result, left, move = reduce(states, sequences, [sequences], [reduction], roles)
+    result, left, move = reduce(states, sequences, sequences.whole, [reduction], roles)
     first, second = samples_of(result, left)
     last = [[padded[0, 5]], [padded[1, 4]]] if roles.protects_last else [[], []]
     target = 0.25 * padded[0, 3] + 0.25 * padded[0, 2] + 0.5 * padded[0, 4]
@@ -425,7 +423,7 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
         stays, merges = select_tokens(importance, threshold, tokens)
         states, sequences = lay_out(padded[:number], lengths[:number], kind)
         reduction = answer(stays, importance, merges)
-        result, left, _ = reduce(states, sequences, [sequences], [reduction], BLIP)
+        result, left, _ = reduce(states, sequences, sequences.whole, [reduction], BLIP)
         return samples_of(result, left)
 
     (alone,) = prune(1, "varlen")
@@ -455,7 +453,7 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, role
     keep = most_important(importance, length - 2 - roles.protects_last, tokens)
     stays, merges = keep_all_or_enough(keep, tokens, roles.removable_counts(sequences))
     reduction = answer(stays, importance, merges, length=length)
-    result, left, move = reduce(states, sequences, [sequences], [reduction], roles)
+    result, left, move = reduce(states, sequences, sequences.whole, [reduction], roles)
 
     assert result.shape == (len(lengths) * length, 5)
     assert not left.is_varlen and left.max_seqlen == length and left.batch_size == len(lengths)
@@ -469,7 +467,7 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, role
     for kind in ("varlen", "padded"):
         others, other_sequences = lay_out(sequences.pad(states), lengths, kind)
         free, free_left, free_move = reduce(
-            others, other_sequences, [other_sequences], [reduction._replace(length=None)], roles
+            others, other_sequences, other_sequences.whole, [reduction._replace(length=None)], roles
         )
         assert free_left.lengths.tolist() == counts
         for mine, theirs in zip(samples_of(result, left), samples_of(free, free_left), strict=True):
@@ -486,7 +484,7 @@ def test_a_fixed_length_that_is_the_length_already_changes_nothing():
     states, sequences = lay_out(torch.randn(2, 7, 4), (7, 4), "padded")
     stays = lengths_to_mask((7, 4))[:, 1:]
     reduction = answer(stays, torch.rand(2, 6) * stays, length=7)
-    result, left, move = reduce(states, sequences, [sequences], [reduction], BLIP)
+    result, left, move = reduce(states, sequences, sequences.whole, [reduction], BLIP)
     assert result is states and left is sequences and move is None
 
 
@@ -534,14 +532,15 @@ def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fi
     length = 6 + roles.protects_last if fixed else None
     states, sequences = lay_out(padded, lengths, kind)
     # In two parts, but for a fixed length: samples don't know of one another.
-    parts = [sequences] if fixed else sequences.parts((0, 2, len(lengths)))
+    division = sequences.whole if fixed else Division((0, 2, len(lengths)))
+    parts = sequences.parts(division)
     ends = [0, *itertools.accumulate(part.batch_size for part in parts)]
     reductions = []
     for part, (start, stop) in zip(parts, itertools.pairwise(ends), strict=True):
         width = roles.num_removable(part)
         cut = (table[start:stop, :width] for table in (stays, importance))
         reductions.append(answer(*cut, merges[start:stop], length=length))
-    result, left, move = reduce(states, sequences, parts, reductions, roles)
+    result, left, move = reduce(states, sequences, division, reductions, roles)
     results = samples_of(result, left)
     assert move is not None and any(len(rows) < length for rows, length in zip(results, lengths))
     assert left.num_rows == (length * len(lengths) if fixed else sum(map(len, expected)))

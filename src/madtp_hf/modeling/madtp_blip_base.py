@@ -223,6 +223,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.sequences
             )
+        generate_kwargs = generation_config.update(**generate_kwargs)  # what is no field of it
         return self.text_decoder.generate(
             input_ids=input_ids,
             generation_config=generation_config,
