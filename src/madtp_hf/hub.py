@@ -116,10 +116,11 @@ def push_checkpoint(
             f"push_checkpoint got a {type(model).__name__}, a model with an adapter: call its merge_and_unload() and push what that gives, or"
             " save the adapter and upload its folder."
         )
+    expected = "CLIPProcessor" if model.config.model_type == "madtp_clip" else "BlipProcessor"
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise TypeError(
-                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's {'CLIPProcessor' if model.task == 'clip' else 'BlipProcessor'}."
+                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's {expected}."
             )
     with _one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
         repo_id = _check_name(repo_id, token, dry_run)

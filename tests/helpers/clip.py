@@ -1,7 +1,7 @@
 """Small random CLIP models and inputs."""
 
 import torch
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from madtp_hf import MadtpClipModel
 
@@ -73,3 +73,13 @@ def make_clip_inputs(lengths=(9, 5, 7), seed=0, image_size=48, width=None, pad=0
         "attention_mask": (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long(),
         "pixel_values": torch.randn(len(lengths), 3, image_size, image_size, generator=generator) * scale,
     }
+
+
+def make_clip_processor() -> CLIPProcessor:
+    """A tokenizer of single letters with as many words as the small models have, and images of 48 x 48 pixels."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,?"
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    words += [f"<|unused{index}|>" for index in range(START - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=24)
+    images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    return CLIPProcessor(images, tokenizer)
