@@ -2,7 +2,7 @@
 
 from transformers import CLIPConfig
 
-from .configuration_pruning import MODALITIES, PruningConfigMixin
+from .configuration_pruning import MODALITIES, PRUNING_OUTPUTS, PruningConfigMixin
 from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this file imports itself)
 
 
@@ -11,27 +11,17 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
     A [`CLIPConfig`] and what token pruning adds to it.
 
     Args:
-        num_alignment_tokens (`int`, *optional*, defaults to 100):
-            How many alignment tokens the image and the text branch share.
-        alignment_dim (`int`, *optional*):
-            Their width; the text branch's if not given. Every layer of both branches has a map of its own to it.
-        alignment_loss_weight (`float`, *optional*, defaults to 0.1):
-            The weight of the alignment loss beside the contrastive one.
-        pruning_temperature (`float`, *optional*, defaults to 0.0):
-            The temperature of the pruning threshold; 0 is off, larger prunes more. Set it with `model.set_pruning`.
-        pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
-            The towers that prune.
+        num_alignment_tokens (`int`, *optional*, defaults to 100): How many alignment tokens the towers share.
+        alignment_dim (`int`, *optional*): Their width; the text tower's if not given. Every layer of both towers has a map to it.
+        alignment_loss_weight (`float`, *optional*, defaults to 0.1): The weight of the alignment loss beside the contrastive one.
+        pruning_temperature (`float`, *optional*, defaults to 0.0): Of the threshold; 0 is off, larger prunes more; see `model.set_pruning`.
+        pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`): The towers that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
-            `"instance"`: every image and text keeps a number of tokens of its own, so an output doesn't depend on its batch. `"batch"`,
-            for comparison: all keep the largest count in the batch. `"frozen"`: each layer leaves a number of tokens that
-            `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the input, as CUDA graphs and exported models need.
-        pruning_schedule (`list[list[float]]`, *optional*):
-            Pairs of a reduction of FLOPs and the temperature that reaches it, as `calibrate` measures them.
-        pruning_token_counts (`list`, *optional*):
-            For `"frozen"`: `[temperature, vision, text]` for each temperature of the schedule, where `vision` and `text` are how many
-            tokens each layer of the tower leaves, protected ones included.
-        madtp_version (`str`, *optional*):
-            Which version of this code a saved configuration is of; set to the present one.
+            `"instance"`: an image or a text keeps a number of tokens of its own; `"batch"`, for comparison: the largest in the batch;
+            `"frozen"`: what `calibrate(..., freeze=True)` has fixed, so that shapes don't depend on the input.
+        pruning_schedule (`list[list[float]]`, *optional*): Pairs of a reduction and its temperature, as `calibrate` measures them.
+        pruning_token_counts (`list`, *optional*): For `"frozen"`: `[temperature, vision, text]`, how many tokens each layer leaves.
+        madtp_version (`str`, *optional*): Which version of this code a saved configuration is of; set to the present one.
 
     Raises:
         ValueError: where a value is not one of the above.
@@ -39,16 +29,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
 
     model_type = "madtp_clip"
     # What `Trainer` leaves out of its predictions: everything but the similarities and the embeddings.
-    keys_to_ignore_at_inference = [
-        "text_model_output",
-        "vision_model_output",
-        "task_loss",
-        "alignment_loss",
-        "vision_tokens",
-        "text_tokens",
-        "image_mask",
-        "vision_positions",
-    ]
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output", *PRUNING_OUTPUTS]
     # Saved configurations bring their code along, see `PreTrainedConfig.register_for_auto_class`.
     _auto_class = "AutoConfig"
 

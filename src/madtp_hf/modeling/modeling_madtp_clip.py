@@ -27,6 +27,7 @@ from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionMo
 from .padding import check_same_number
 from .prepacked_linear import PrepackedLinear  # noqa: F401
 from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, PruningOutput, init_alignment
+from .retrieval_loss import ContrastiveKeys, contrastive_loss
 from .sequences import Sequences  # noqa: F401
 from .token_pruning import AttentionEvidence  # noqa: F401
 from .token_reduction import Reduction  # noqa: F401
@@ -178,6 +179,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         return_loss: bool | None = None,
+        image_ids: torch.LongTensor | None = None,
+        contrastive_keys: ContrastiveKeys | None = None,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -194,11 +197,12 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
                 Where the words stand; 0, 1, 2, ... if not given.
             return_loss (`bool`, *optional*):
                 Whether to train: images and texts are taken as pairs, every other pair of the batch as no match.
+            image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Which image each is: texts of the same image are no negatives, and batches of all processes are contrasted.
+            contrastive_keys (`ContrastiveKeys`, *optional*):
+                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum encoder's features.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
-
-        Raises:
-            ValueError: for inputs of another shape, or texts that are too long.
         """
         self._check_arguments(kwargs)
         with_feature = bool(return_loss)
@@ -215,7 +219,11 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
         loss = task_loss = align_loss = None
         if return_loss:
-            task_loss = image_text_contrastive_loss(logits_per_text)
+            if image_ids is None and contrastive_keys is None:
+                task_loss = image_text_contrastive_loss(logits_per_text)
+            else:
+                temperature = (-self.logit_scale).exp()
+                task_loss = contrastive_loss(image_embeds, text_embeds, image_ids, contrastive_keys, temperature)
             align_loss = self._alignment_loss(images.feature, texts.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpClipOutput(
