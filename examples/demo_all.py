@@ -19,10 +19,13 @@ from rich.table import Table
 from madtp_hf.tasks import TASKS
 
 
+BLIP_TASKS = [name for name, task in TASKS.items() if task.family == "BLIP"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-all"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=BLIP_TASKS, default=BLIP_TASKS)
     args, others = parser.parse_known_args()
     started = time.time()
     summary = {}

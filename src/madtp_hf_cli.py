@@ -19,7 +19,7 @@ except ImportError as error:
 
 
 app = typer.Typer(
-    help="BLIP made faster: MADTP token pruning, in the manner of transformers.",
+    help="BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,13 +60,18 @@ def _check_out(out: Path, checkpoint: Path, force: bool) -> None:
             raise ValueError(f"{out} can't be replaced: {kept} is in it. Choose another folder.")
 
 
-def _load_tokenizer(source: str):
-    """A BERT tokenizer, with the two tokens that BLIP adds to it."""
+_TOKENIZERS = {"BLIP": "bert-base-uncased", "CLIP": "openai/clip-vit-base-patch32"}
+
+
+def _load_tokenizer(source: str, family: str):
+    """BLIP's tokenizer, BERT's with two tokens that BLIP adds to it, or CLIP's."""
     from huggingface_hub import HfApi
-    from transformers import BertTokenizer
+    from transformers import BertTokenizer, CLIPTokenizer
+
+    tokenizer_class = BertTokenizer if family == "BLIP" else CLIPTokenizer
 
     def load(**options):
-        tokenizer = BertTokenizer.from_pretrained(source, **options)
+        tokenizer = tokenizer_class.from_pretrained(source, **options)
         # Where there are no files, transformers makes one that knows special tokens alone.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
@@ -82,8 +87,10 @@ def _load_tokenizer(source: str):
     if tokenizer is None:
         raise ValueError(
             f"The tokenizer {source!r} could not be loaded ({reason}): pass --tokenizer FOLDER, one with the vocab.txt or"
-            " tokenizer.json of bert-base-uncased."
+            f" tokenizer.json of {_TOKENIZERS[family]}."
         )
+    if family == "CLIP":
+        return tokenizer
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
@@ -104,6 +111,33 @@ def _take_special_tokens(model, tokenizer, source: str) -> None:
     for settings in (text_config, model.generation_config) if model.can_generate() else (text_config,):
         settings.eos_token_id = tokenizer.sep_token_id
         settings.pad_token_id = tokenizer.pad_token_id
+
+
+def _take_clip_tokens(model, tokenizer, source: str) -> None:
+    """As `_take_special_tokens`, for CLIP."""
+    text_config = model.config.text_config
+    found = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+    expected = text_config.vocab_size, text_config.bos_token_id, text_config.eos_token_id
+    if found != expected:
+        raise ValueError(
+            "The tokenizer {!r} has {} tokens, a text starts with {} and ends with {}; in the checkpoint these are {}, {} and {}: pass the"
+            " tokenizer that it was trained with, CLIP's own, with --tokenizer.".format(source, *found, *expected)
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    text_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _make_processor(model, tokenizer, source: str, family: str):
+    """The processor of images and texts, once the tokenizer is sure to be the model's own."""
+    from transformers import BlipImageProcessor, BlipProcessor, CLIPImageProcessor, CLIPProcessor
+
+    side = model.config.vision_config.image_size
+    size = {"height": side, "width": side}
+    if family == "CLIP":
+        _take_clip_tokens(model, tokenizer, source)
+        return CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size), tokenizer)
+    _take_special_tokens(model, tokenizer, source)
+    return BlipProcessor(BlipImageProcessor(size=size), tokenizer)
 
 
 def _notes(source: str, config, is_aligned: bool) -> str:
@@ -138,16 +172,21 @@ def version() -> None:
 def convert(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A checkpoint of the original BLIP or MADTP code: .pth or .safetensors."),
+        typer.Argument(
+            metavar="IN", help="A checkpoint of the original BLIP, CLIP or MADTP code: .pth or .safetensors."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")],
     task: Annotated[
-        str, typer.Option(metavar="TASK", help="What it was trained for: vqa, captioning, nlvr2 or retrieval.")
+        str, typer.Option(metavar="TASK", help="What it was trained for: vqa, captioning, nlvr2, retrieval, or clip.")
     ],
     tokenizer: Annotated[
-        str,
-        typer.Option(metavar="NAME|FOLDER", help="The tokenizer that it was trained with: on the Hub, or a folder."),
-    ] = "bert-base-uncased",
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="The tokenizer that it was trained with: on the Hub, or a folder. bert-base-uncased, or CLIP's, if not given.",
+        ),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
@@ -157,15 +196,13 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT, and all that is in it.")] = False,
 ) -> None:
-    """Turn an original checkpoint of BLIP or MADTP into a folder that transformers loads.
+    """Turn an original checkpoint of BLIP, CLIP or MADTP into a folder that transformers loads.
 
     OUT gets configuration, weights, modeling files, processor, tokenizer and a model card, and appears only when it is complete.
 
     Example: madtp-hf convert model_base_vqa_capfilt_large.pth blip-vqa --task vqa
     """
     with _one_message_of_errors():
-        from transformers import BlipImageProcessor, BlipProcessor
-
         from madtp_hf.conversion import convert_original_checkpoint, read_checkpoint
         from madtp_hf.model_card import create_model_card
         from madtp_hf.tasks import TASKS
@@ -175,11 +212,12 @@ def convert(
         out = out.resolve()
         _check_out(out, checkpoint, force)
         content = read_checkpoint(checkpoint)
-        bert = _load_tokenizer(tokenizer)
+        family = TASKS[task].family
+        source = tokenizer or _TOKENIZERS[family]
+        loaded = _load_tokenizer(source, family)
         model = convert_original_checkpoint(content, task, image_size=image_size)
-        _take_special_tokens(model, bert, tokenizer)
+        processor = _make_processor(model, loaded, source, family)
         side = model.config.vision_config.image_size
-        processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
         is_aligned = "space_dict" in content.get("model", content)
         card = create_model_card(model.config, out.name, notes=_notes(checkpoint.name, model.config, is_aligned))
 

@@ -1,16 +1,18 @@
-"""BLIP made faster: MADTP token pruning, in the manner of transformers."""
+"""BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers."""
 
 from .calibration import calibrate
 from .conversion import convert_original_checkpoint
 from .flops import count_flops
 from .hub import push_checkpoint, push_folder
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
+from .modeling.configuration_madtp_clip import MadtpClipConfig
 from .modeling.modeling_madtp_blip import (
     MadtpBlipForConditionalGeneration,
     MadtpBlipForImagesAndTextClassification,
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
 )
+from .modeling.modeling_madtp_clip import MadtpClipModel
 from .training.checkpoints import last_checkpoint
 from .training.optimizer import create_optimizer
 from .training.reduction_callback import ReductionCallback
@@ -28,6 +30,9 @@ def _register() -> None:
     AutoModel.register(MadtpBlipConfig, MadtpBlipForQuestionAnswering, exist_ok=True)
     for model in (MadtpBlipForQuestionAnswering, MadtpBlipForConditionalGeneration):
         getattr(transformers, model._task_auto_class).register(MadtpBlipConfig, model, exist_ok=True)
+    AutoConfig.register(MadtpClipConfig.model_type, MadtpClipConfig, exist_ok=True)
+    for auto_class in (AutoModel, getattr(transformers, MadtpClipModel._task_auto_class)):
+        auto_class.register(MadtpClipConfig, MadtpClipModel, exist_ok=True)
 
 
 _register()
@@ -38,6 +43,8 @@ __all__ = [
     "MadtpBlipForImageTextRetrieval",
     "MadtpBlipForImagesAndTextClassification",
     "MadtpBlipForQuestionAnswering",
+    "MadtpClipConfig",
+    "MadtpClipModel",
     "ReductionCallback",
     "RetrievalTrainer",
     "__version__",

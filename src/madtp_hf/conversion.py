@@ -1,16 +1,22 @@
-"""Checkpoints of the original BLIP and MADTP code -> models of this package."""
+"""Checkpoints of the original BLIP, CLIP and MADTP code -> models of this package."""
 
 import logging
 import math
 import re
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from . import clip_conversion
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
+from .original_checkpoint import (
+    count_heads,
+    count_layers,
+    own_tensors,
+    read_checkpoint,
+    read_patches,
+    resize_positions,
+    shape_of,
+)
 from .tasks import TASKS, Task, get_task
 
 
@@ -31,125 +37,25 @@ _RENAMES = (
     (r"^visual_encoder\.img_query_model\.q_map\.0\.", "alignment.vision_projection."),
     (r"^text_encoder\.encoder\.txt_query_model\.q_map\.0\.", "alignment.text_projection."),
 )
-# What training keeps beside the model: momentum twins, feature queues, index buffers, the contrastive and the hand-stepped temperature. A text
-# decoder is built with a map to the alignment tokens, too, and never uses it.
-_TRAINING_ONLY = re.compile(
-    r"(^|\.)position_ids$|^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.|_queue$"
-    r"|^queue_ptr$|^ptr_queue$|^temperature$|^temp$|^text_decoder\.bert\.encoder\.txt_query_model\."
-)
-_HEAD_WIDTH = 64  # of all attention heads in BLIP: 12 in text stacks and base vision tower, 16 in the large tower
 
 
-def read_checkpoint(path) -> dict:
-    """What an original checkpoint's file holds: a `.safetensors` file, or a `.pth` one, read with `weights_only=True`.
-
-    Returns:
-        The state dict; or, where the file has it under `"model"`, a dictionary of that and what training has stored beside it.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds anything but tensors and plain values, or no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint file at {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile or damaged pickle makes the unpickler raise whatever it likes
-        known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
-        if known and "weights_only" not in str(error):
-            raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
-        # torch's own message says how to read it all the same, code and all: not what to do with a file that was just found to hold code.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path} was refused: it is damaged, or holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which could"
-            " run code; expected the file as its authors published it, or its weights alone as .safetensors."
-        ) from None
-    _state_dict(content, path)
-    return content
-
-
-def _state_dict(content, source) -> dict[str, torch.Tensor]:
-    """The model's own tensors in a checkpoint, under their original names."""
-    named = content.get("model", content) if isinstance(content, dict) else {}
-    tensors = {
-        name: tensor
-        for name, tensor in (named.items() if isinstance(named, dict) else ())
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
-    }
-    if not tensors:
-        raise ValueError(f'{source} holds no state dict: expected one, or one under "model".')
-    return {name: tensor for name, tensor in tensors.items() if not _TRAINING_ONLY.search(name)}
-
-
-def _shape(state_dict: dict[str, torch.Tensor], name: str, *axes: str) -> tuple[int, ...]:
-    """The shape of a tensor that the configuration is read from; `axes` say what it is to have."""
-    shape = tuple(state_dict[name].shape)
-    if len(shape) != len(axes) or 0 in shape:
-        raise ValueError(f"The checkpoint's {name} has shape {shape}: expected ({', '.join(axes)}).")
-    return shape
-
-
-def _count(state_dict, pattern) -> int:
-    return len({match.group(1) for name in state_dict if (match := re.match(pattern, name))})
-
-
-def _read_patches(state_dict: dict[str, torch.Tensor]) -> tuple[int, int, int]:
-    """The vision tower's width, the size of a patch in pixels, and the patches along an image's side."""
-    width, _, patch_size, _ = _shape(
-        state_dict, "visual_encoder.patch_embed.proj.weight", "width", "3", "patch size", "patch size"
-    )
-    _, positions, _ = _shape(state_dict, "visual_encoder.pos_embed", "1", "1 + patches", "width")
-    grid = math.isqrt(positions - 1)
-    if grid == 0 or grid**2 != positions - 1:
-        raise ValueError(
-            f"The checkpoint's visual_encoder.pos_embed has {positions} positions: expected a class token's and those of a square"
-            " of patches."
-        )
-    return width, patch_size, grid
-
-
-def _resize_positions(state_dict: dict[str, torch.Tensor], image_size: int) -> torch.Tensor:
-    """Position embeddings (1, 1 + patches, D) for images of another size, bicubic as in BLIP; the class token's stays."""
-    _, patch_size, grid = _read_patches(state_dict)
-    if not isinstance(image_size, int) or image_size <= 0 or image_size % patch_size:
-        raise ValueError(
-            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, as {grid * patch_size}, its"
-            " own size, is."
-        )
-    embedding = state_dict["visual_encoder.pos_embed"]
-    if image_size == grid * patch_size:
-        return embedding
-    patches = embedding[:, 1:].transpose(1, 2).unflatten(2, (grid, grid)).float()
-    patches = F.interpolate(patches, size=(image_size // patch_size,) * 2, mode="bicubic", align_corners=False)
-    return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
-
-
-def _count_heads(width: int, tower: str) -> int:
-    if width % _HEAD_WIDTH:
-        raise ValueError(
-            f"The checkpoint's {tower} tower is {width} wide, no multiple of {_HEAD_WIDTH}, the width of BLIP's attention heads: pass a"
-            f" config with {tower}_config.num_attention_heads."
-        )
-    return width // _HEAD_WIDTH
+# The names of the patches' convolution and of the position embeddings.
+_PATCHES = ("visual_encoder.patch_embed.proj.weight", "visual_encoder.pos_embed")
 
 
 def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config: MadtpBlipConfig | None) -> MadtpBlipConfig:
     """The configuration that the tensors' shapes imply; heads, norms and special tokens from `config`, or BLIP's."""
-    vision_width, patch_size, grid = _read_patches(state_dict)
+    vision_width, patch_size, grid = read_patches(state_dict, *_PATCHES)
     text = "text_encoder." if task.text_encoder else "text_decoder.bert."
-    vocab_size, text_width = _shape(state_dict, f"{text}embeddings.word_embeddings.weight", "words", "width")
+    vocab_size, text_width = shape_of(state_dict, f"{text}embeddings.word_embeddings.weight", "words", "width")
 
     fields = (MadtpBlipConfig() if config is None else config).to_dict()
     fields.pop("model_type", None)
     vision_config, text_config = fields["vision_config"], fields["text_config"]
     if config is None:
-        heads = _count_heads(vision_width, "vision")
+        heads = count_heads(vision_width, "vision")
         vision_config.update(layer_norm_eps=1e-6, hidden_act="gelu", num_attention_heads=heads)
-        text_config.update(layer_norm_eps=1e-12, num_attention_heads=_count_heads(text_width, "text"))
+        text_config.update(layer_norm_eps=1e-12, num_attention_heads=count_heads(text_width, "text"))
         text_config["eos_token_id"] = text_config["sep_token_id"]
     if config is None or config.text_config.label_smoothing == 0.0:
         text_config["label_smoothing"] = 0.1  # the original's, in training and in ranking answers
@@ -163,23 +69,34 @@ def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config: MadtpB
         hidden_size=vision_width,
         patch_size=patch_size,
         image_size=grid * patch_size,
-        intermediate_size=_shape(state_dict, "visual_encoder.blocks.0.mlp.fc1.weight", "inner width", "width")[0],
-        num_hidden_layers=_count(state_dict, r"visual_encoder\.blocks\.(\d+)\."),
+        intermediate_size=shape_of(state_dict, "visual_encoder.blocks.0.mlp.fc1.weight", "inner width", "width")[0],
+        num_hidden_layers=count_layers(state_dict, r"visual_encoder\.blocks\.(\d+)\."),
     )
     intermediate = f"{text}encoder.layer.0.intermediate.dense.weight"
     positions = f"{text}embeddings.position_embeddings.weight"
     text_config.update(
         vocab_size=vocab_size,
         hidden_size=text_width,
-        intermediate_size=_shape(state_dict, intermediate, "inner width", "width")[0],
-        num_hidden_layers=_count(state_dict, re.escape(text) + r"encoder\.layer\.(\d+)\."),
-        max_position_embeddings=_shape(state_dict, positions, "positions", "width")[0],
+        intermediate_size=shape_of(state_dict, intermediate, "inner width", "width")[0],
+        num_hidden_layers=count_layers(state_dict, re.escape(text) + r"encoder\.layer\.(\d+)\."),
+        max_position_embeddings=shape_of(state_dict, positions, "positions", "width")[0],
     )
     if "vision_proj" in task.original_parts:
-        fields["image_text_hidden_size"] = _shape(state_dict, "vision_proj.weight", "feature width", "width")[0]
+        fields["image_text_hidden_size"] = shape_of(state_dict, "vision_proj.weight", "feature width", "width")[0]
     if "space_dict" in state_dict:
-        fields["num_alignment_tokens"], fields["alignment_dim"] = _shape(state_dict, "space_dict", "tokens", "width")
+        fields["num_alignment_tokens"], fields["alignment_dim"] = shape_of(state_dict, "space_dict", "tokens", "width")
     return MadtpBlipConfig(**fields)
+
+
+def _rename(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors by our names, and the original names by ours."""
+    original_names = {}
+    for original_name in state_dict:
+        name = original_name
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        original_names[name] = original_name
+    return {name: state_dict[original_name] for name, original_name in original_names.items()}, original_names
 
 
 def _hint(names, task: str) -> str:
@@ -189,7 +106,8 @@ def _hint(names, task: str) -> str:
         return any(name.startswith(prefixes) for name in names)
 
     if has("vision_model.") and not has("visual_encoder."):
-        return " It looks like a checkpoint of transformers' BLIP: load it with the task model's `from_blip`."
+        family = "CLIP" if has("visual_projection.") else "BLIP"
+        return f" It looks like a checkpoint of transformers' {family}: load it with the task model's `from_{family.lower()}`."
     if has("itm_head.") and has("text_decoder."):
         return " It looks like BLIP's pretrained checkpoint, which is of no task: expected one fine-tuned for it."
     known = {part for task in TASKS.values() for part in task.original_parts}
@@ -211,28 +129,33 @@ def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_name
         del state_dict[name]
 
 
-def convert_original_checkpoint(
-    path_or_state_dict, task: str, *, config: MadtpBlipConfig | None = None, image_size: int | None = None
-):
-    """Make a model of this package from a checkpoint of the original BLIP or MADTP code.
+# Of each family: what reads the configuration off the tensors, what renames them, and the names of the patches' tensors.
+_LAYOUTS = {
+    "BLIP": (_read_config, _rename, _PATCHES),
+    "CLIP": (clip_conversion.read_config, clip_conversion.rename, clip_conversion.PATCHES),
+}
+
+
+def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, image_size: int | None = None):
+    """Make a model of this package from a checkpoint of the original BLIP, CLIP or MADTP code.
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `dict`):
             A `.pth` file (read with `weights_only=True`), a `.safetensors` file, or the state dict itself, by itself or under `"model"`. What
             training keeps beside the model (momentum twins, feature queues, an optimizer's state, ...) is left out.
         task (`str`):
-            The task that it was trained for: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"`.
-        config (`MadtpBlipConfig`, *optional*):
-            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. BLIP's if not given, of the base
-            or the large vision tower. Sizes are the weights' own, whatever it says, and so is the image's. Where it has no label smoothing,
+            The task that it was trained for: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` of BLIP, or `"clip"`.
+        config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*):
+            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. The original's if not given, of the
+            base or the large vision tower. Sizes are the weights' own, whatever it says, and so is the image's. Where it has no label smoothing,
             the original's, 0.1, is set; where its `bos_token_id` is outside the vocabulary, `[DEC]`, the last but one.
         image_size (`int`, *optional*):
             The size in pixels of the images that the model is to take, a multiple of the patch size: position embeddings are interpolated, as
             BLIP does. The checkpoint's own size if not given.
 
     Returns:
-        The task's model, in eval mode with pruning as `config` says (off if not given). From a BLIP checkpoint the alignment tokens, and the map
-        of a vision tower of another width, are new; from a MADTP one they are its own, and the temperature that it was trained at, where the file
+        The task's model, in eval mode with pruning as `config` says (off if not given). From a BLIP or CLIP checkpoint the alignment tokens, and
+        the maps to their width, are new; from a MADTP one they are its own, and the temperature that it was trained at, where the file
         has it beside the model, is `model.config.original_temperature`: `model.set_pruning(temperature=...)` prunes with it.
 
     Raises:
@@ -241,30 +164,28 @@ def convert_original_checkpoint(
         ValueError: if the task is unknown, the file is damaged, its tensors are not those of the task, or images of that size can't be cut into
             patches.
     """
-    model_class = get_task(task).model_class
-    if config is not None and not isinstance(config, MadtpBlipConfig):
-        raise TypeError(f"config is a {type(config).__name__}: expected a MadtpBlipConfig, or None for BLIP's.")
+    entry = get_task(task)
+    model_class, config_class = entry.model_class, entry.model_class.config_class
+    if config is not None and not isinstance(config, config_class):
+        raise TypeError(
+            f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None for {entry.family}'s."
+        )
+    read_config, rename, patches = _LAYOUTS[entry.family]
     content = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_checkpoint(path_or_state_dict)
-    original = _state_dict(content, "The dictionary given")
+    original = own_tensors(content, "The dictionary given")
 
     def refuse(findings: str) -> ValueError:
         return ValueError(f"The checkpoint is not of task {task!r}: {findings}.{_hint(original, task)}")
 
     try:
         if image_size is not None:
-            original["visual_encoder.pos_embed"] = _resize_positions(original, image_size)
-        config = _read_config(original, get_task(task), config)
+            original[patches[1]] = resize_positions(original, *patches, image_size)
+        config = read_config(original, entry, config)
     except KeyError as error:
         raise refuse(f"it has no tensor {error}") from error
     model = model_class(config)
 
-    original_names = {}
-    for original_name in original:
-        name = original_name
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        original_names[name] = original_name
-    state_dict = {name: original[original_name] for name, original_name in original_names.items()}
+    state_dict, original_names = rename(original)
     expected = model.state_dict()
     _drop_idle_maps(state_dict, expected, original_names)
 

@@ -22,16 +22,25 @@ def alignment_scores(config, tokens, width):
     return tokens * config.num_alignment_tokens * width
 
 
-def vision_encoder(config, tokens, prunes):
-    vision = config.vision_config
-    width, hidden = vision.hidden_size, vision.intermediate_size
-    total = (tokens[0] - 1) * 3 * vision.patch_size**2 * width
+def pre_norm_layers(config, branch, tokens, prunes):
+    """The layers of BLIP's vision encoder, and of CLIP's towers."""
+    width, hidden, total = branch.hidden_size, branch.intermediate_size, 0
     for enter, leave in itertools.pairwise(tokens):
         total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
         total = total + leave * (2 * width * hidden + LAYER_NORM * width)
         if prunes:
             total = total + alignment_scores(config, enter, width)
-    return total + tokens[-1] * LAYER_NORM * width
+    return total
+
+
+def patch_embedding(vision, tokens):
+    return (tokens[0] - 1) * 3 * vision.patch_size**2 * vision.hidden_size
+
+
+def vision_encoder(config, tokens, prunes):
+    vision = config.vision_config
+    total = patch_embedding(vision, tokens) + pre_norm_layers(config, vision, tokens, prunes)
+    return total + tokens[-1] * LAYER_NORM * vision.hidden_size
 
 
 def cross_attention(width, queries, context, context_width):
@@ -93,3 +102,13 @@ def retrieval(config, vision_tokens, text_tokens, answer_tokens, prunes):
     total = vision_encoder(config, vision_tokens, "vision" in prunes)
     total = total + text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
     return total + config.text_config.hidden_size * 2  # the matching head
+
+
+def contrastive_pair(config, vision_tokens, text_tokens, answer_tokens, prunes):
+    """CLIP's features of an image and a text, and their product. Causal attention counts in full, as it is computed."""
+    vision, text, width = config.vision_config, config.text_config, config.projection_dim
+    total = patch_embedding(vision, vision_tokens) + vision_tokens[0] * LAYER_NORM * vision.hidden_size
+    total = total + pre_norm_layers(config, vision, vision_tokens, "vision" in prunes)
+    total = total + pre_norm_layers(config, text, text_tokens, "text" in prunes)
+    total = total + text_tokens[-1] * LAYER_NORM * text.hidden_size + LAYER_NORM * vision.hidden_size
+    return total + (vision.hidden_size + text.hidden_size) * width + width

@@ -116,10 +116,11 @@ def push_checkpoint(
             f"push_checkpoint got a {type(model).__name__}, a model with an adapter: call its merge_and_unload() and push what that gives, or"
             " save the adapter and upload its folder."
         )
+    expected = "CLIPProcessor" if model.config.model_type == "madtp_clip" else "BlipProcessor"
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise TypeError(
-                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's BlipProcessor."
+                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's {expected}."
             )
     with _one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
         repo_id = _check_name(repo_id, token, dry_run)
@@ -215,7 +216,7 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
         raise ValueError(
             f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected"
             f" {' or '.join(map(repr, _MODEL_TYPES))}, a model of this package;"
-            " make one with `from_blip` or `madtp-hf convert`."
+            " make one with `from_blip`, `from_clip` or `madtp-hf convert`."
         )
     model_class = _MODEL_CLASSES.get((config.get("architectures") or [None])[0])
     if model_class is None or not {"AutoConfig", "AutoModel"} <= set(config.get("auto_map") or ()):

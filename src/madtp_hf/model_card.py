@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import BlipConfig
+from transformers import BlipConfig, CLIPConfig
 
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
+from .modeling.configuration_madtp_clip import MadtpClipConfig
 from .tasks import TASKS, Task
 
 
@@ -35,6 +36,7 @@ def _hub_ids(sources) -> list[str] | None:
 def _task_and_class(config) -> tuple[Task, str]:
     """The task of a configuration, and the name of its model's class: ours, or transformers', without the prefix."""
     tasks = {task.model_class.__name__.removeprefix("Madtp"): task for task in TASKS.values()}
+    tasks["CLIPModel"] = tasks["ClipModel"]  # transformers spells it so
     # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
     named = [
         (getattr(config, "auto_map", None) or {}).get("AutoModel"),
@@ -240,8 +242,8 @@ def create_model_card(
     """The model card of a checkpoint, pruned or dense.
 
     Args:
-        config (`MadtpBlipConfig` or `BlipConfig`):
-            The checkpoint's configuration. One of transformers' BLIP is dense. A `MadtpBlipConfig` without `auto_map` is that of a checkpoint
+        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
+            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is that of a checkpoint
             that brings no code: this package loads it, and it is dense unless it says how to prune.
         name (`str`):
             What the loading lines load, and the title: an id of the Hub, `user/model`, whose revision they pin, or the name of a folder.
@@ -308,7 +310,7 @@ def create_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=["blip", *([] if dense else ["madtp", "token-pruning"]), *task.tags],
+        tags=[task.family.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
         base_model=(_hub_ids(base_model) or [None])[0],
         datasets=_hub_ids(datasets),
         license=license,
@@ -335,7 +337,8 @@ def create_model_card(
         options=f"{pin}, trust_remote_code=True{half}" if with_code else half,
         # Its tokenizer asks for the configuration, which is code: without, the loader stops and asks a person.
         processor_options=f"{pin}, trust_remote_code=True" if with_code else "",
-        pruned_class=f"Madtp{model_class.removeprefix('Madtp')}",
+        family=task.family,
+        pruned_class=task.model_class.__name__,
         image_size=config.vision_config.image_size,
         made_from=public_name(base_model) if base_model else None,
         notes=notes.strip() if notes else None,
@@ -409,9 +412,10 @@ def draw_budgets(metrics, path) -> bool:
 def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> ModelCard:
     """The card of the checkpoint in a folder, whose plot is drawn to `picture`; of its results.json if no metrics are given."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    is_ours = content.get("model_type") == MadtpBlipConfig.model_type
-    config = (MadtpBlipConfig if is_ours else BlipConfig).from_dict(content)
-    if not (folder / "modeling_madtp_blip.py").exists():
+    classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
+    config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)
+    config = config_class.from_dict(content)
+    if not (folder / f"modeling_{config.model_type}.py").exists():
         config.auto_map = None
     if metrics is None and (folder / "results.json").exists():
         metrics = folder / "results.json"

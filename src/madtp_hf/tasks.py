@@ -16,6 +16,7 @@ from .modeling.modeling_madtp_blip import (
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
 )
+from .modeling.modeling_madtp_clip import MadtpClipModel
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Task:
     pipeline_tag: str | None = None  # the Hub's name for the task
     tags: tuple[str, ...] = ()
 
+    family: str = "BLIP"
     num_images: int = 1  # of a sample
     text_encoder: str | None = "text_encoder"  # the model's attribute; None without one
     decoder_inputs: str | None = (
@@ -137,6 +139,29 @@ print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine simi
         text="two dogs on a beach",
         floor="By chance",
         tags=("image-text-retrieval", "image-text-matching"),
+    ),
+    Task(
+        name="clip",
+        family="CLIP",
+        model_class=MadtpClipModel,
+        flops=flop_formulas.contrastive_pair,
+        text_encoder="text_model",
+        collator=RetrievalCollator,
+        metric="retrieval_recall",
+        headline="mean %",
+        headline_title="mean recall",
+        auto_class="AutoModelForZeroShotImageClassification",
+        original_parts=("visual", "transformer", "token_embedding", "ln_final", "positional_embedding"),
+        title="image and text features",
+        what="maps images and texts to a common space",
+        usage="""image = Image.open("image.jpg").convert("RGB")
+texts = [{text}, "a photo of something else"]
+inputs = processor(images=image, text=texts, padding=True, return_tensors="pt")
+print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well each text fits""",
+        text="two dogs on a beach",
+        floor="By chance",
+        pipeline_tag="zero-shot-image-classification",
+        tags=("image-text-retrieval",),
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ENTRIES}

@@ -2,7 +2,7 @@
 
 from transformers import BlipConfig
 
-from .configuration_pruning import MODALITIES, PruningConfigMixin
+from .configuration_pruning import MODALITIES, PRUNING_OUTPUTS, PruningConfigMixin
 from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this file imports itself)
 
 
@@ -42,18 +42,13 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
     model_type = "madtp_blip"
     # What `Trainer` leaves out of its predictions: everything but the logits, or retrieval's scores.
     keys_to_ignore_at_inference = [
+        *PRUNING_OUTPUTS,
         "image_embeds",
         "last_hidden_state",
         "hidden_states",
         "attentions",
-        "task_loss",
-        "alignment_loss",
-        "vision_tokens",
-        "text_tokens",
-        "image_mask",
         "question_states",
         "question_mask",
-        "vision_positions",
         "text_states",
         "question_embeds",
         "text_mask",

@@ -10,6 +10,8 @@ from .versions import VERSION, warn_if_untested
 warn_if_untested()
 
 MODALITIES = ("vision", "text")
+# What pruning adds to outputs, which `Trainer` leaves out of its predictions.
+PRUNING_OUTPUTS = ("task_loss", "alignment_loss", "vision_tokens", "text_tokens", "image_mask", "vision_positions")
 GRANULARITIES = ("instance", "batch", "frozen")
 
 

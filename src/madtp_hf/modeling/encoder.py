@@ -277,7 +277,7 @@ class BranchOutput(NamedTuple):
 
     On request, all_hidden_states, what enters the branch and leaves each layer, padded, None where it isn't asked for; positions,
     layers + 1 tensors (B, L) that say where in the branch's input each token was, -1 for merged ones and padding; and attentions, each
-    layer's maps (B, H, L, L) of the tokens that enter it.
+    layer's maps (B, H, L, L) of the tokens that enter it. pooled (B, D): what stands for the whole, where the host says so.
     """
 
     states: torch.Tensor
@@ -287,6 +287,7 @@ class BranchOutput(NamedTuple):
     all_hidden_states: tuple[torch.Tensor | None, ...] | None = None
     positions: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    pooled: torch.Tensor | None = None
 
     @property
     def hidden_states(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .encoder import BranchOutput
 from .madtp_blip_decoder import CACHE_ARGUMENT, cross_attention_cache, cross_attention_mask
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
-from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment, logger
+from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment
 from .sequences import Sequences, takes_parts
 
 
@@ -41,34 +41,11 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         "BlipTextEmbeddings",
         "BlipVisionEmbeddings",
     ]
-    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there is one.
-    _auto_class = "AutoModel"
-    _task_auto_class = None
-    _task_pipeline = None
     _prepacked_classes = (nn.Linear, MergeLayer)
     _fused_activations = {
         BlipMLP: ("fc1", "activation_fn"),
         BlipTextIntermediate: ("dense", "intermediate_act_fn"),
     }
-    # The loss is a mean over this batch; `Trainer` is to divide it by its accumulation steps.
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: MadtpBlipConfig):
-        super().__init__(config)
-        for branch in (config.vision_config, config.text_config):
-            if branch._attn_implementation is None:  # what was chosen for the whole
-                branch._attn_implementation = config._attn_implementation
-        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
-        name = f"modeling_madtp_blip.{type(self).__name__}"
-        config.auto_map = {"AutoConfig": "configuration_madtp_blip.MadtpBlipConfig", "AutoModel": name}
-        if self._task_auto_class is not None:
-            config.auto_map[self._task_auto_class] = name
-        if self._task_pipeline is not None:
-            task, pipeline = self._task_pipeline
-            config.custom_pipelines = {
-                task: {"impl": pipeline, "pt": [self._task_auto_class], "type": "multimodal", "default": {}}
-            }
-        self.alignment = MadtpAlignment(config)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -157,39 +134,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
         reduction = self._reduction("text", with_feature)
         return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
-
-    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """What the vision encoder is asked for: arguments of `forward`, or the configuration's where they are not given."""
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions:
-            self._check_keeps_maps()
-        return {
-            "output_hidden_states": output_hidden_states,
-            "output_positions": output_positions,
-            "output_attentions": bool(output_attentions),
-        }
-
-    def _check_keeps_maps(self) -> None:
-        used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
-        if used != {"eager"}:
-            raise ValueError(
-                f'output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by "eager" attention alone. Call'
-                ' model.set_attn_implementation("eager") first.'
-            )
-
-    def _check_arguments(self, unknown: dict) -> None:
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists; see its documentation."
-            )
-        if self.training and self.dtype in (torch.float16, torch.bfloat16):
-            logger.warning_once(
-                f"This model trains with weights of {self.dtype}, in which small updates are lost: load it with dtype=torch.float32 and let"
-                " the Trainer's `bf16` or `fp16` compute in half precision."
-            )
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
         """What `generate` goes by: a configuration that it is given, or the model's own, which ends at [SEP] unless it says otherwise."""

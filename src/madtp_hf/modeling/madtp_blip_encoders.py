@@ -10,7 +10,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, Blip
 
 from .attention import attend
 from .encoder import BranchOutput, LayerPlan, ReducibleLayer, TokenReduction, run_layers
-from .padding import check_no_empty_text
+from .padding import check_images, check_no_empty_text, check_text_length
 from .sequences import Sequences, unpad
 
 
@@ -147,20 +147,7 @@ class MadtpBlipVisionModel(nn.Module):
         **outputs,
     ) -> BranchOutput:
         """`outputs`: what `run_layers` is asked for besides."""
-        size = self.embeddings.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the model's"
-                " image processor makes it."
-            )
-        if pixel_values.shape[0] == 0:
-            raise ValueError("pixel_values holds no image: expected a batch of at least one.")
-        if not interpolate_pos_encoding and tuple(pixel_values.shape[2:]) != (size, size):
-            height, width = pixel_values.shape[2:]
-            raise ValueError(
-                f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with its"
-                " image processor, or pass interpolate_pos_encoding=True."
-            )
+        check_images(pixel_values, self.embeddings.image_size, interpolate_pos_encoding)
         states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         output = run_layers(
             self.encoder.layers,
@@ -204,12 +191,7 @@ class MadtpBlipTextModel(nn.Module):
         else:
             sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
             input_ids = input_ids.flatten()
-        longest = self.embeddings.position_embeddings.num_embeddings
-        if sequences.max_seqlen > longest:
-            raise ValueError(
-                f"input_ids holds a text of {sequences.max_seqlen} tokens: this model reads at most {longest}. Tokenize with"
-                f" truncation=True, max_length={longest}."
-            )
+        check_text_length(sequences.max_seqlen, self.embeddings.position_embeddings.num_embeddings)
         states = self.embeddings(
             input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)
         ).squeeze(0)

@@ -10,32 +10,7 @@ from transformers.models.blip.modeling_blip import (
     BlipTextVisionModelOutput,
 )
 
-
-@dataclass
-class PruningOutput:
-    r"""
-    What the outputs of all tasks add to transformers' own.
-
-    task_loss (`torch.Tensor`, *optional*):
-        The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
-    alignment_loss (`torch.Tensor`, *optional*):
-        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no text is encoded.
-    vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
-        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
-        sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
-    image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
-        True at the real tokens of `image_embeds`; everywhere, where nothing is padded.
-    vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
-        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
-        class token and n the n-th patch; -1 for merged tokens and padding.
-    """
-
-    task_loss: torch.Tensor | None = None
-    alignment_loss: torch.Tensor | None = None
-    vision_tokens: torch.Tensor | None = None
-    text_tokens: torch.Tensor | None = None
-    image_mask: torch.Tensor | None = None
-    vision_positions: tuple[torch.Tensor, ...] | None = None
+from .pruned_model import PruningOutput
 
 
 @dataclass

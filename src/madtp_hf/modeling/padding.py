@@ -1,4 +1,4 @@
-"""Texts and their padding: where it lies, and what can't be."""
+"""Inputs that can't be, and texts' padding: where it lies."""
 
 import torch
 
@@ -14,6 +14,31 @@ def check_same_number(images: torch.Tensor, texts: torch.Tensor, kind: str) -> N
     if images.shape[0] != texts.shape[0]:
         raise ValueError(
             f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of the other."
+        )
+
+
+def check_images(pixel_values: torch.Tensor, size: int, any_size: bool) -> None:
+    """Raise a `ValueError` for anything but images (B, 3, size, size), or of any size."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the model's"
+            " image processor makes it."
+        )
+    if pixel_values.shape[0] == 0:
+        raise ValueError("pixel_values holds no image: expected a batch of at least one.")
+    if not any_size and tuple(pixel_values.shape[2:]) != (size, size):
+        height, width = pixel_values.shape[2:]
+        raise ValueError(
+            f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with its"
+            " image processor, or pass interpolate_pos_encoding=True."
+        )
+
+
+def check_text_length(length: int, longest: int) -> None:
+    if length > longest:
+        raise ValueError(
+            f"input_ids holds a text of {length} tokens: this model reads at most {longest}. Tokenize with"
+            f" truncation=True, max_length={longest}."
         )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,6 +19,33 @@ from .token_pruning import alignment_loss
 logger = logging.get_logger("transformers.models.madtp")
 
 
+@dataclass
+class PruningOutput:
+    r"""
+    What the outputs of all models add to transformers' own.
+
+    task_loss (`torch.Tensor`, *optional*):
+        The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
+    alignment_loss (`torch.Tensor`, *optional*):
+        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no text is encoded.
+    vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
+        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
+        sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
+    image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
+        True at the real tokens of `image_embeds`; everywhere, where nothing is padded.
+    vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
+        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
+        class token and n the n-th patch; -1 for merged tokens and padding.
+    """
+
+    task_loss: torch.Tensor | None = None
+    alignment_loss: torch.Tensor | None = None
+    vision_tokens: torch.Tensor | None = None
+    text_tokens: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
+    vision_positions: tuple[torch.Tensor, ...] | None = None
+
+
 class AlignmentProjection(nn.Linear):
     """The map of a branch's tokens to the alignment tokens' width, which folds into the alignment tokens for inference."""
 
@@ -30,20 +58,25 @@ class AlignmentProjection(nn.Linear):
 
 
 class MadtpAlignment(nn.Module):
-    """The alignment tokens (T, E) that both branches share, and the maps to their width for branches of another."""
+    """The alignment tokens (T, E) that both branches share, and the maps to their width for branches of another.
+
+    A family whose layers have maps of their own overrides `make_projection`; `forward` then answers a list, one for each layer.
+    """
 
     def __init__(self, config):
         super().__init__()
         width = config.alignment_dim or config.text_config.hidden_size
-
-        def projection(branch_width):
-            return None if branch_width == width else AlignmentProjection(branch_width, width)
-
         self.tokens = nn.Parameter(torch.empty(config.num_alignment_tokens, width))
-        self.vision_projection = projection(config.vision_config.hidden_size)
-        self.text_projection = projection(config.text_config.hidden_size)
+        self.vision_projection = self.make_projection(config.vision_config, width)
+        self.text_projection = self.make_projection(config.text_config, width)
 
-    def forward(self, modality: str | None, folded: bool = False) -> AlignmentTokens | torch.Tensor:
+    def make_projection(self, branch, width: int) -> nn.Module | None:
+        """The map of a branch, of which this is the configuration, to the alignment tokens' width; a `ModuleList` is of its layers."""
+        return None if branch.hidden_size == width else AlignmentProjection(branch.hidden_size, width)
+
+    def forward(
+        self, modality: str | None, folded: bool = False
+    ) -> AlignmentTokens | list[AlignmentTokens] | torch.Tensor:
         """What the layers of a branch, "vision" or "text", compare their tokens with; without one, 0 with a gradient for each parameter.
 
         Parameters are read by calling their modules, whose hooks bring in what is offloaded.
@@ -51,12 +84,18 @@ class MadtpAlignment(nn.Module):
         projections = {"vision": self.vision_projection, "text": self.text_projection}
         if modality is None:
             nothing = 0.0 * self.tokens.sum()
-            for projection in projections.values():
-                if projection is not None:
-                    zeros = torch.zeros(1, projection.in_features, dtype=self.tokens.dtype, device=self.tokens.device)
-                    nothing = nothing + 0.0 * projection(zeros).sum()
+            for branch in projections.values():
+                for projection in branch if isinstance(branch, nn.ModuleList) else [branch]:
+                    if projection is not None:
+                        zeros = self.tokens.new_zeros(1, projection.in_features)
+                        nothing = nothing + 0.0 * projection(zeros).sum()
             return nothing
-        projection = projections[modality]
+        branch = projections[modality]
+        if isinstance(branch, nn.ModuleList):
+            return [self._compared(projection, folded) for projection in branch]
+        return self._compared(branch, folded)
+
+    def _compared(self, projection: nn.Module | None, folded: bool) -> AlignmentTokens:
         if not folded:
             return AlignmentTokens(self.tokens, projection)
         if projection is None:
@@ -77,6 +116,33 @@ class PrunedModelMixin:
     _roles = {"vision": TokenRoles(), "text": TokenRoles()}
     _min_kept = 1
     _reduction_method = None  # instead of MADTP
+    _alignment_class = MadtpAlignment
+    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there is one.
+    _auto_class = "AutoModel"
+    _task_auto_class = None
+    _task_pipeline = None
+    # The loss is a mean over this batch; `Trainer` is to divide it by its accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        for branch in (config.vision_config, config.text_config):
+            if branch._attn_implementation is None:  # what was chosen for the whole
+                branch._attn_implementation = config._attn_implementation
+        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
+        family, name = config.model_type, type(self).__name__
+        config.auto_map = {
+            "AutoConfig": f"configuration_{family}.{self.config_class.__name__}",
+            "AutoModel": f"modeling_{family}.{name}",
+        }
+        if self._task_auto_class is not None:
+            config.auto_map[self._task_auto_class] = f"modeling_{family}.{name}"
+        if self._task_pipeline is not None:
+            task, pipeline = self._task_pipeline
+            config.custom_pipelines = {
+                task: {"impl": pipeline, "pt": [self._task_auto_class], "type": "multimodal", "default": {}}
+            }
+        self.alignment = self._alignment_class(config)
 
     # Pruning
 
@@ -171,6 +237,41 @@ class PrunedModelMixin:
         if image_feature is None or text_feature is None:
             return self.alignment(None)
         return alignment_loss(image_feature, text_feature)
+
+    # Arguments of `forward`
+
+    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
+        """What the vision encoder is asked for: arguments of `forward`, or the configuration's where they are not given."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            self._check_keeps_maps()
+        return {
+            "output_hidden_states": output_hidden_states,
+            "output_positions": output_positions,
+            "output_attentions": bool(output_attentions),
+        }
+
+    def _check_keeps_maps(self) -> None:
+        used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
+        if used != {"eager"}:
+            raise ValueError(
+                f'output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by "eager" attention alone. Call'
+                ' model.set_attn_implementation("eager") first.'
+            )
+
+    def _check_arguments(self, unknown: dict) -> None:
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists; see its documentation."
+            )
+        if self.training and self.dtype in (torch.float16, torch.bfloat16):
+            logger.warning_once(
+                f"This model trains with weights of {self.dtype}, in which small updates are lost: load it with dtype=torch.float32 and let"
+                " the Trainer's `bf16` or `fp16` compute in half precision."
+            )
 
     # Inference on a CPU
 

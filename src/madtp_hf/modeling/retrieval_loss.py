@@ -18,14 +18,14 @@ class ContrastiveKeys(NamedTuple):
     """What a batch is contrasted with, beyond itself: features of a slowly moving twin, from this batch and from earlier ones.
 
     image, text (K, E): L2-normalised; image_targets, text_targets (B, K): how much of each sample's likelihood is each text's, and each
-    image's; temperature: of the similarities, a scalar tensor.
+    image's; temperature: of the similarities, a scalar tensor, or None for one that is the model's own, as CLIP's.
     """
 
     image: torch.Tensor
     text: torch.Tensor
     image_targets: torch.Tensor
     text_targets: torch.Tensor
-    temperature: torch.Tensor
+    temperature: torch.Tensor | None
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -77,23 +77,22 @@ def same_image_targets(ids: torch.Tensor, key_ids: torch.Tensor) -> torch.Tensor
 
 
 def contrastive_loss(
-    image_feature: torch.Tensor, text_feature: torch.Tensor, image_ids: torch.Tensor, keys: ContrastiveKeys | None
+    image_feature: torch.Tensor,
+    text_feature: torch.Tensor,
+    image_ids: torch.Tensor | None,
+    keys: ContrastiveKeys | None,
+    temperature: torch.Tensor | float = TEMPERATURE,
 ) -> torch.Tensor:
     """Mean over both directions of the cross-entropy of a sample's similarities (B, K), features (B, E), image_ids (B,).
 
-    Without `keys`, the batches of all processes are contrasted with one another.
+    Without `keys`, the batches of all processes are contrasted with one another. `temperature` counts where the keys have none.
     """
     if keys is None:
         targets = same_image_targets(image_ids, gather_rows(image_ids))
-        keys = ContrastiveKeys(
-            gather_rows(image_feature),
-            gather_rows(text_feature),
-            targets,
-            targets,
-            torch.tensor(TEMPERATURE, device=image_feature.device),
-        )
-    image_to_text = (image_feature.float() @ keys.text.float().T) / keys.temperature
-    text_to_image = (text_feature.float() @ keys.image.float().T) / keys.temperature
+        keys = ContrastiveKeys(gather_rows(image_feature), gather_rows(text_feature), targets, targets, None)
+    temperature = temperature if keys.temperature is None else keys.temperature
+    image_to_text = (image_feature.float() @ keys.text.float().T) / temperature
+    text_to_image = (text_feature.float() @ keys.image.float().T) / temperature
     return (F.cross_entropy(image_to_text, keys.image_targets) + F.cross_entropy(text_to_image, keys.text_targets)) / 2
 
 

@@ -196,6 +196,13 @@ class Sequences:
             return states.unflatten(0, (self.batch_size, self.max_seqlen))[:, 0]
         return states.index_select(0, self.cu_seqlens[:-1])
 
+    def last(self, states: torch.Tensor) -> torch.Tensor:
+        """(R, D) -> (B, D): each sequence's last real row, as CLIP's end of text."""
+        if self.is_varlen:
+            return states.index_select(0, self.cu_seqlens[1:] - 1)
+        padded = states.unflatten(0, (self.batch_size, self.max_seqlen))
+        return padded[:, -1] if self.mask is None else take_slots(padded, (self.lengths - 1).unsqueeze(1)).squeeze(1)
+
     # Parts of the batch
 
     @property
@@ -299,6 +306,11 @@ class Sequences:
         if not self.is_varlen and self.mask is None:
             moved.mask = None
         return moved
+
+
+def take_slots(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Padded states (n, L, D) at slots (n, M) -> (n, M, D). By `gather`, as `take_along_dim` fixes the batch size of exported models."""
+    return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
 
 
 def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fill: int | None = None) -> torch.Tensor:

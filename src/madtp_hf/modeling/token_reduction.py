@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .attention import TokenRoles
-from .sequences import Division, Sequences, scatter_rows
+from .sequences import Division, Sequences, scatter_rows, take_slots
 from .triton_kernels import merge
 
 
@@ -53,7 +53,7 @@ class Repacking(NamedTuple):
         if self.roles.protects_last:
             columns.append(self._last(padded))
         if self.order is not None:
-            return _take(torch.cat(columns, dim=1), self.order).flatten(0, 1)
+            return take_slots(torch.cat(columns, dim=1), self.order).flatten(0, 1)
         rows = padded.new_empty(self.num_rows + 1, *padded.shape[2:])
         for states, numbers in zip(columns, self.numbers.split([states.shape[1] for states in columns], dim=1)):
             rows.index_put_((numbers,), states)
@@ -62,12 +62,7 @@ class Repacking(NamedTuple):
     def _last(self, padded: torch.Tensor) -> torch.Tensor:
         if self.part.mask is None:
             return padded[:, -1:]
-        return _take(padded, (self.part.lengths - 1).unsqueeze(1))
-
-
-def _take(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Padded states (n, L, D) at slots (n, M) -> (n, M, D). By `gather`, as `take_along_dim` fixes the batch size of exported models."""
-    return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
+        return take_slots(padded, (self.part.lengths - 1).unsqueeze(1))
 
 
 def stay_table(reduction: Reduction, part: Sequences, roles: TokenRoles) -> torch.Tensor:

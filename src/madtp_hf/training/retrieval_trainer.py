@@ -1,6 +1,6 @@
 """Training for image-text retrieval as BLIP's: contrast with a momentum twin's features, of this batch and of queues of earlier ones.
 
-All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval`.
+All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval` or `MadtpClipModel`.
 """
 
 import copy
@@ -8,11 +8,13 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
+from ..modeling.modeling_madtp_clip import MadtpClipModel
 from ..modeling.retrieval_loss import TEMPERATURE, ContrastiveKeys, gather_rows, is_distributed, same_image_targets
 
 
@@ -20,10 +22,10 @@ MEMORY_FILE = "contrastive_memory.safetensors"
 
 
 class ContrastiveMemory(nn.Module):
-    """A momentum twin of a retrieval model, queues of its features, and the learned temperature of the similarities.
+    """A momentum twin of a retrieval model, queues of its features, and BLIP's learned temperature of the similarities; CLIP has its own.
 
     Args:
-        model (`MadtpBlipForImageTextRetrieval`):
+        model (`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`):
             The model; the twin starts as its copy.
         queue_size (`int`):
             How many image and text features of earlier batches to contrast with.
@@ -46,8 +48,11 @@ class ContrastiveMemory(nn.Module):
         if is_distributed():  # as the model's wrapper does: what is new in a model is random, another on each process
             for parameter in self.twin.parameters():
                 dist.broadcast(parameter, 0)
-        self.temperature = nn.Parameter(torch.tensor(TEMPERATURE, device=model.device))
-        width = model.config.image_text_hidden_size
+        self.has_temperature = not isinstance(model, MadtpClipModel)
+        if self.has_temperature:
+            self.temperature = nn.Parameter(torch.tensor(TEMPERATURE, device=model.device))
+        config = model.config
+        width = config.image_text_hidden_size if self.has_temperature else config.projection_dim
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, torch.zeros(queue_size, width, device=model.device))
         # No image has this id: a place in the queue that is not filled yet is dropped by it.
@@ -59,6 +64,8 @@ class ContrastiveMemory(nn.Module):
         """Let the twin move towards the model, once a step."""
         for mine, theirs in zip(self.twin.parameters(), model.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - self.momentum)
+        if not self.has_temperature:  # similarities are scaled as the model's
+            self.twin.logit_scale.copy_(model.logit_scale)
         # It prunes as the model does.
         self.twin.config.pruning_temperature = model.config.pruning_temperature
 
@@ -80,9 +87,11 @@ class ContrastiveMemory(nn.Module):
         progress, in [0, 1]: how far distillation has been faded in.
         """
         with torch.no_grad():
-            self.temperature.clamp_(0.001, 0.5)
-            image = self.twin.get_image_features(inputs["pixel_values"])
-            text = self.twin.get_text_features(inputs["input_ids"], inputs.get("attention_mask"))
+            if self.has_temperature:
+                self.temperature.clamp_(0.001, 0.5)
+            temperature = self.temperature if self.has_temperature else (-self.twin.logit_scale).exp()
+            image = _normalised(self.twin.get_image_features(inputs["pixel_values"]))
+            text = _normalised(self.twin.get_text_features(inputs["input_ids"], inputs.get("attention_mask")))
             ids = inputs["image_ids"]
             everyone = [gather_rows(rows) for rows in (image, text, ids)]
             filled = self.id_queue >= 0
@@ -93,15 +102,21 @@ class ContrastiveMemory(nn.Module):
             share = self.distillation * progress
 
             def soften(feature, keys):
-                return share * (feature @ keys.T / self.temperature).softmax(dim=1) + (1 - share) * targets
+                return share * (feature @ keys.T / temperature).softmax(dim=1) + (1 - share) * targets
 
             image_targets, text_targets = soften(image, text_keys), soften(text, image_keys)
             self._enqueue(*everyone)
-        return ContrastiveKeys(image_keys, text_keys, image_targets, text_targets, self.temperature)
+        learned = self.temperature if self.has_temperature else None
+        return ContrastiveKeys(image_keys, text_keys, image_targets, text_targets, learned)
+
+
+def _normalised(features) -> torch.Tensor:
+    """(B, E), L2-normalised, of what BLIP's and CLIP's methods return."""
+    return features if isinstance(features, torch.Tensor) else F.normalize(features.pooler_output, dim=-1)
 
 
 class RetrievalTrainer(Trainer):
-    """A `Trainer` for `MadtpBlipForImageTextRetrieval` with a `ContrastiveMemory`.
+    """A `Trainer` for `MadtpBlipForImageTextRetrieval` or `MadtpClipModel` with a `ContrastiveMemory`.
 
     Batches are those of `RetrievalCollator`. Queues and hard negatives span all processes, whose batches must be of one size
     (`dataloader_drop_last` is switched on). A checkpoint of the training holds the memory beside the model, so that training resumes where it
@@ -131,9 +146,9 @@ class RetrievalTrainer(Trainer):
             raise ValueError(
                 "RetrievalTrainer got a model_init: expected a model, for its momentum twin to start from."
             )
-        if not isinstance(self.model, MadtpBlipForImageTextRetrieval):
+        if not isinstance(self.model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
             raise TypeError(
-                f"RetrievalTrainer got a {type(self.model).__name__}: expected a MadtpBlipForImageTextRetrieval."
+                f"RetrievalTrainer got a {type(self.model).__name__}: expected a MadtpBlipForImageTextRetrieval or a MadtpClipModel."
             )
         self.args.dataloader_drop_last = True
         self.memory = ContrastiveMemory(self.model.to(self.args.device), queue_size, momentum, distillation)
@@ -148,7 +163,8 @@ class RetrievalTrainer(Trainer):
             self._add_temperature()
 
     def _add_temperature(self) -> None:
-        self.optimizer.add_param_group({"params": [self.memory.temperature], "weight_decay": 0.0})
+        if self.memory.has_temperature:
+            self.optimizer.add_param_group({"params": [self.memory.temperature], "weight_decay": 0.0})
 
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None
@@ -172,11 +188,12 @@ class RetrievalTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         if self._begins_step:
             self.memory.follow(self.model)
-            self.memory.temperature.grad = None  # `Trainer` clears the gradients of its model alone
+            if self.memory.has_temperature:
+                self.memory.temperature.grad = None  # `Trainer` clears the gradients of its model alone
         loss = super().training_step(*args, **kwargs)
         self._begins_step = self.accelerator.sync_gradients
         # The model's gradients are averaged over the processes by its wrapper; the temperature is not in it.
-        if is_distributed() and self.accelerator.sync_gradients:
+        if self.memory.has_temperature and is_distributed() and self.accelerator.sync_gradients:
             gradient = self.memory.temperature.grad
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()

@@ -1,0 +1,131 @@
+"""CLIP's two towers: transformers' layers with their parameter names, for tokens that become fewer.
+
+What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and feed-forward are.
+"""
+
+import torch
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings, CLIPVisionEmbeddings
+
+from .attention import TokenRoles
+from .encoder import BranchOutput, ReducibleLayer, TokenReduction, run_layers
+from .padding import check_images, check_same_shape, check_text_length, left_align
+from .sequences import Sequences, take_slots, unpad
+
+
+# A text's first token and its end always stay; the end, which sees all of it, reads it.
+TEXT_ROLES = TokenRoles(protects_last=True, is_causal=True)
+# transformers' configurations of before its 4.31 have this id instead of the end of text's, which then is a text's highest.
+LEGACY_EOS_TOKEN_ID = 2
+
+
+class MadtpClipLayer(ReducibleLayer, CLIPEncoderLayer):
+    @property
+    def attention_dropout(self) -> float:
+        return self.self_attn.dropout
+
+    def project(self, states):
+        attention, states = self.self_attn, self.layer_norm1(states)
+        projected = [attention.q_proj(states), attention.k_proj(states), attention.v_proj(states)]
+        return torch.stack(projected, dim=1).unflatten(2, (attention.num_heads, -1))
+
+    def add_attention(self, output, states):
+        return states + self.self_attn.out_proj(output)
+
+    def feed_forward(self, states, sequences, plan):
+        return states + self.mlp(self.layer_norm2(states))
+
+
+class MadtpClipEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([MadtpClipLayer(config) for _ in range(config.num_hidden_layers)])
+
+
+class MadtpClipVisionModel(nn.Module):
+    """The image tower: pixel_values (B, 3, H, W) -> `BranchOutput`, pooled the class token's state (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = MadtpClipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        reduction: TokenReduction | None = None,
+        interpolate_pos_encoding: bool = False,
+        **outputs,
+    ) -> BranchOutput:
+        """`outputs`: what `run_layers` is asked for besides."""
+        check_images(pixel_values, self.embeddings.image_size, interpolate_pos_encoding)
+        states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        sequences = Sequences.padded(*states.shape[:2], states.device)
+        states = self.pre_layrnorm(states.flatten(0, 1))
+        attention = self.config._attn_implementation or "sdpa"
+        output = run_layers(self.encoder.layers, states, sequences, attention, reduction, **outputs)
+        return output._replace(pooled=self.post_layernorm(output.class_states))
+
+
+class MadtpClipTextModel(nn.Module):
+    """The text tower: input_ids (B, L) -> `BranchOutput`, pooled the state of the end of text (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = MadtpClipEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def find_ends(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) -> (B, 1): where texts end, at their first `eos_token_id` or, by the legacy rule, at their highest id.
+
+        A text without its end is read at the first token, as transformers does.
+        """
+        eos, ids = self.config.eos_token_id, input_ids.int()  # ONNX's argmax takes no int64
+        return (ids if eos == LEGACY_EOS_TOKEN_ID else (ids == eos).int()).argmax(dim=1, keepdim=True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        layout: str = "as it is",
+        reduction: TokenReduction | None = None,
+        **outputs,
+    ) -> BranchOutput:
+        """What lies behind the end of text is padding. layout: "as it is", computed as if it were text, as transformers does;
+        "varlen", left out; or "padded", moved behind the texts and not attended to, so that shapes depend on shapes alone.
+        """
+        if attention_mask is not None:
+            check_same_shape("attention_mask", attention_mask, input_ids)
+        check_text_length(input_ids.shape[1], self.embeddings.position_embedding.num_embeddings)
+        ends, slots = self.find_ends(input_ids), torch.arange(input_ids.shape[1], device=input_ids.device)
+        real = slots <= ends
+        if attention_mask is not None:
+            real = real & (attention_mask.bool() | (slots == ends))
+        states = self.embeddings(input_ids, position_ids)
+        if layout == "as it is":
+            mask = None if attention_mask is None else attention_mask.bool()
+            sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
+            output = self._run(states.flatten(0, 1), sequences, None, outputs)
+            end_states = take_slots(output.hidden_states, ends).squeeze(1)
+            return output._replace(pooled=end_states, num_tokens=real.sum(dim=1).expand_as(output.num_tokens))
+        if attention_mask is not None:  # else texts lie in front as they are
+            order, real = left_align(slots.expand_as(input_ids), real)
+            states = take_slots(states, order)
+        if layout == "varlen":
+            states, sequences = unpad(states, real)
+        else:
+            sequences = Sequences.padded(*input_ids.shape, input_ids.device, real)
+            states = states.flatten(0, 1)
+        output = self._run(states, sequences, reduction, outputs)
+        return output._replace(pooled=output.sequences.last(output.states))
+
+    def _run(self, states, sequences: Sequences, reduction: TokenReduction | None, outputs: dict) -> BranchOutput:
+        attention = self.config._attn_implementation or "sdpa"
+        output = run_layers(self.encoder.layers, states, sequences, attention, reduction, TEXT_ROLES, **outputs)
+        return output._replace(states=self.final_layer_norm(output.states))

@@ -1,0 +1,255 @@
+"""CLIP with MADTP token pruning.
+
+Parameters' names are those of transformers' CLIP and so are, with pruning off, its outputs. The towers are in `madtp_clip_towers.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import CLIPModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
+    CLIPOutput,
+    CLIPPreTrainedModel,
+    image_text_contrastive_loss,
+)
+from transformers.utils import can_return_tuple
+
+# transformers 5.0 copies from a local folder what this file imports itself, and not what that imports in turn.
+from .attention import FIRST_PROTECTED
+from .configuration_madtp_clip import MadtpClipConfig
+from .configuration_pruning import MODALITIES  # noqa: F401
+from .encoder import BranchOutput
+from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
+from .padding import check_same_number
+from .prepacked_linear import PrepackedLinear  # noqa: F401
+from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, PruningOutput, init_alignment
+from .retrieval_loss import ContrastiveKeys, contrastive_loss
+from .sequences import Sequences  # noqa: F401
+from .token_pruning import AttentionEvidence  # noqa: F401
+from .token_reduction import Reduction  # noqa: F401
+from .triton_kernels import is_available  # noqa: F401
+from .versions import VERSION  # noqa: F401
+
+
+@dataclass
+class MadtpClipOutput(PruningOutput, CLIPOutput):
+    r"""
+    loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
+        `task_loss`, CLIP's contrastive loss, and the alignment loss.
+    logits_per_image (`torch.Tensor` of shape `(image_batch_size, text_batch_size)`), logits_per_text (its transpose):
+        The scaled cosine similarity of each image and each text.
+    text_embeds, image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+        The L2-normalised features of texts and images.
+    text_model_output, vision_model_output (`BaseModelOutputWithPooling`):
+        What `get_text_features` and `get_image_features` return, states of the tokens that are left.
+    """
+
+
+class MadtpClipAlignment(MadtpAlignment):
+    """Every layer of both towers has a map of its own to the alignment tokens' width."""
+
+    def make_projection(self, branch, width):
+        layers = [AlignmentProjection(branch.hidden_size, width) for _ in range(branch.num_hidden_layers)]
+        return nn.ModuleList(layers)
+
+
+class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
+    """CLIP that drops the image and text tokens that matter to neither modality."""
+
+    config: MadtpClipConfig
+    config_class = MadtpClipConfig
+    base_model_prefix = "madtp_clip"
+    # What `push_to_hub` and `Trainer` write into a model card's metadata.
+    model_tags = ["clip", "madtp", "token-pruning"]
+    task = "clip"
+    _dense_classes = (CLIPModel,)
+    _task_auto_class = "AutoModelForZeroShotImageClassification"
+    _alignment_class = MadtpClipAlignment
+    _roles = {"vision": FIRST_PROTECTED, "text": TEXT_ROLES}
+    _min_kept = 2
+    _fused_activations = {CLIPMLP: ("fc1", "activation_fn")}
+    _no_split_modules = ["MadtpClipLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_record_outputs = {}
+
+    def __init__(self, config: MadtpClipConfig):
+        super().__init__(config)
+        self.text_model = MadtpClipTextModel(config.text_config)
+        self.vision_model = MadtpClipVisionModel(config.vision_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MadtpAlignment):
+            init_alignment(module)
+        elif isinstance(module, AlignmentProjection):  # norms stay as they are
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, MadtpClipModel):
+            for projection in (module.visual_projection, module.text_projection):
+                init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
+
+    @classmethod
+    def from_clip(cls, source, **config_overrides):
+        """Make a model of this class from transformers' CLIP; only alignment parameters are new.
+
+        Args:
+            source (`CLIPModel` or `str`):
+                The CLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class will do, too.
+            config_overrides:
+                Fields of [`MadtpClipConfig`] to set; with a path or Hub id also what `from_pretrained` takes: `dtype`, `revision`,
+                `token`, ...
+
+        Raises:
+            TypeError: if the source is another model than CLIP, or an override is neither of these.
+        """
+        return cls._from_dense(source, config_overrides, MadtpClipConfig, "from_clip")
+
+    def get_input_embeddings(self):
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value):
+        self.text_model.embeddings.token_embedding = value
+
+    def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
+        """pixel_values (B, 3, H, W) -> `BranchOutput`, pooled the features (B, E); `outputs`: what `run_layers` is asked for besides."""
+        reduction = self._reduction("vision", with_feature)
+        images = self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
+        return images._replace(pooled=self.visual_projection(images.pooled))
+
+    def _encode_text(self, input_ids, attention_mask=None, position_ids=None, with_feature=False, **outputs):
+        """input_ids (B, L) -> `BranchOutput`, pooled the features (B, E)."""
+        layout = "as it is"
+        if self.is_pruning:
+            layout = "padded" if self.config.pruning_granularity == "frozen" else "varlen"
+        reduction = self._reduction("text", with_feature)
+        texts = self.text_model(input_ids, attention_mask, position_ids, layout, reduction, **outputs)
+        return texts._replace(pooled=self.text_projection(texts.pooled))
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Features of texts (B, projection_dim), not normalised, as `pooler_output`; beside them the states of the tokens that are left.
+
+        input_ids, attention_mask, position_ids (B, L). Without pruning, what `CLIPModel.get_text_features` returns.
+        """
+        self._check_arguments(kwargs)
+        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
+        return as_model_output(self._encode_text(input_ids, attention_mask, position_ids, **outputs))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Features of images (B, projection_dim), not normalised, as `pooler_output`; beside them the states of the tokens that are left.
+
+        pixel_values (B, 3, H, W). Without pruning, what `CLIPModel.get_image_features` returns.
+        """
+        self._check_arguments(kwargs)
+        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
+        return as_model_output(
+            self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        image_ids: torch.LongTensor | None = None,
+        contrastive_keys: ContrastiveKeys | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_positions: bool = False,
+        **kwargs,
+    ) -> tuple | MadtpClipOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(text_batch_size, sequence_length)`):
+                The texts. What lies behind a text's end is padding, with a mask or without.
+            pixel_values (`torch.Tensor` of shape `(image_batch_size, 3, image_size, image_size)`):
+                The images.
+            position_ids (`torch.LongTensor` of shape `(text_batch_size, sequence_length)`, *optional*):
+                Where the words stand; 0, 1, 2, ... if not given.
+            return_loss (`bool`, *optional*):
+                Whether to train: images and texts are taken as pairs, every other pair of the batch as no match.
+            image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Which image each is: texts of the same image are no negatives, and batches of all processes are contrasted.
+            contrastive_keys (`ContrastiveKeys`, *optional*):
+                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum encoder's features.
+            output_positions (`bool`, *optional*, defaults to `False`):
+                Whether to say where the image tokens that each layer leaves come from.
+        """
+        self._check_arguments(kwargs)
+        with_feature = bool(return_loss)
+        if with_feature:
+            check_same_number(pixel_values, input_ids, "texts")
+        outputs = self._vision_outputs(output_hidden_states, output_attentions, output_positions)
+        images = self._encode_images(pixel_values, with_feature, interpolate_pos_encoding, **outputs)
+        outputs["output_positions"] = False
+        texts = self._encode_text(input_ids, attention_mask, position_ids, with_feature, **outputs)
+        image_embeds, text_embeds = (
+            branch.pooled / branch.pooled.norm(dim=-1, keepdim=True) for branch in (images, texts)
+        )
+        logits_per_text = text_embeds @ image_embeds.T.to(text_embeds.device)
+        logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
+        loss = task_loss = align_loss = None
+        if return_loss:
+            if image_ids is None and contrastive_keys is None:
+                task_loss = image_text_contrastive_loss(logits_per_text)
+            else:
+                temperature = (-self.logit_scale).exp()
+                task_loss = contrastive_loss(image_embeds, text_embeds, image_ids, contrastive_keys, temperature)
+            align_loss = self._alignment_loss(images.feature, texts.feature)
+            loss = task_loss + self.config.alignment_loss_weight * align_loss
+        return MadtpClipOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=as_model_output(texts),
+            vision_model_output=as_model_output(images),
+            task_loss=task_loss,
+            alignment_loss=align_loss,
+            vision_tokens=images.num_tokens,
+            text_tokens=texts.num_tokens,
+            image_mask=images.mask,
+            vision_positions=images.positions,
+        )
+
+
+def as_model_output(branch: BranchOutput) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(
+        last_hidden_state=branch.hidden_states,
+        pooler_output=branch.pooled,
+        hidden_states=branch.all_hidden_states,
+        attentions=branch.attentions,
+    )
+
+
+__all__ = ["MadtpClipModel", "MadtpClipOutput"]

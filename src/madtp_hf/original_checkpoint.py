@@ -1,0 +1,129 @@
+"""What original checkpoints hold, whatever the family: their files, their tensors, and what shapes tell."""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+# What training keeps beside the model: momentum twins, feature queues, index buffers, the contrastive and the hand-stepped temperature. A text
+# decoder is built with a map to the alignment tokens, too, and never uses it. CLIP's files have three sizes among the weights.
+_TRAINING_ONLY = re.compile(
+    r"(^|\.)position_ids$|^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.|_queue$"
+    r"|^queue_ptr$|^ptr_queue$|^temperature$|^temp$|^text_decoder\.bert\.encoder\.txt_query_model\."
+    r"|^(visual|transformer|token_embedding|positional_embedding|ln_final|text_projection|logit_scale)_m(\.|$)"
+    r"|^(input_resolution|context_length|vocab_size)$"
+)
+HEAD_WIDTH = 64  # of all attention heads in BLIP and CLIP
+
+
+def read_checkpoint(path) -> dict:
+    """What an original checkpoint's file holds: a `.safetensors` file, or a `.pth` one, read with `weights_only=True`.
+
+    Returns:
+        The state dict; or, where the file has it under `"model"`, a dictionary of that and what training has stored beside it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, holds anything but tensors and plain values, or no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint file at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile or damaged pickle makes the unpickler raise whatever it likes
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path} is a TorchScript archive, a program, as OpenAI publishes CLIP: expected weights alone. The same weights are on the Hub,"
+                ' MadtpClipModel.from_clip("openai/clip-vit-base-patch32") takes them.'
+            ) from None
+        known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
+        if known and "weights_only" not in str(error):
+            raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
+        # torch's own message says how to read it all the same, code and all: not what to do with a file that was just found to hold code.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} was refused: it is damaged, or holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which could"
+            " run code; expected the file as its authors published it, or its weights alone as .safetensors."
+        ) from None
+    own_tensors(content, path)
+    return content
+
+
+def own_tensors(content, source) -> dict[str, torch.Tensor]:
+    """The model's own tensors in a checkpoint, under their original names."""
+    named = content.get("model", content) if isinstance(content, dict) else {}
+    tensors = {
+        name: tensor
+        for name, tensor in (named.items() if isinstance(named, dict) else ())
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
+    if not tensors:
+        raise ValueError(f'{source} holds no state dict: expected one, or one under "model".')
+    return {name: tensor for name, tensor in tensors.items() if not _TRAINING_ONLY.search(name)}
+
+
+def shape_of(state_dict: dict[str, torch.Tensor], name: str, *axes: str) -> tuple[int, ...]:
+    """The shape of a tensor that the configuration is read from; `axes` say what it is to have."""
+    shape = tuple(state_dict[name].shape)
+    if len(shape) != len(axes) or 0 in shape:
+        raise ValueError(f"The checkpoint's {name} has shape {shape}: expected ({', '.join(axes)}).")
+    return shape
+
+
+def count_layers(state_dict, pattern) -> int:
+    return len({match.group(1) for name in state_dict if (match := re.match(pattern, name))})
+
+
+def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: str) -> tuple[int, int, int]:
+    """The vision tower's width, the size of a patch in pixels, and the patches along an image's side.
+
+    kernel, positions: the names of the patches' convolution and of the position embeddings (..., 1 + patches, D).
+    """
+    width, _, patch_size, _ = shape_of(state_dict, kernel, "width", "3", "patch size", "patch size")
+    axes = ("1 + patches", "width") if state_dict[positions].ndim == 2 else ("1", "1 + patches", "width")
+    number = shape_of(state_dict, positions, *axes)[-2]
+    grid = math.isqrt(number - 1)
+    if grid == 0 or grid**2 != number - 1:
+        raise ValueError(
+            f"The checkpoint's {positions} has {number} positions: expected a class token's and those of a square"
+            " of patches."
+        )
+    return width, patch_size, grid
+
+
+def resize_positions(
+    state_dict: dict[str, torch.Tensor], kernel: str, positions: str, image_size: int
+) -> torch.Tensor:
+    """Position embeddings (..., 1 + patches, D) for images of another size, bicubic as in BLIP; the class token's stays."""
+    _, patch_size, grid = read_patches(state_dict, kernel, positions)
+    if not isinstance(image_size, int) or image_size <= 0 or image_size % patch_size:
+        raise ValueError(
+            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, as {grid * patch_size}, its"
+            " own size, is."
+        )
+    given = state_dict[positions]
+    if image_size == grid * patch_size:
+        return given
+    embedding = given.view(1, -1, given.shape[-1])
+    patches = embedding[:, 1:].transpose(1, 2).unflatten(2, (grid, grid)).float()
+    patches = F.interpolate(patches, size=(image_size // patch_size,) * 2, mode="bicubic", align_corners=False)
+    resized = torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
+    return resized.view(*given.shape[:-2], -1, given.shape[-1])
+
+
+def count_heads(width: int, tower: str) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(
+            f"The checkpoint's {tower} tower is {width} wide, no multiple of {HEAD_WIDTH}, the width of the original's attention heads: pass a"
+            f" config with {tower}_config.num_attention_heads."
+        )
+    return width // HEAD_WIDTH

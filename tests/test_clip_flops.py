@@ -1,0 +1,86 @@
+"""CLIP's FLOPs in closed form, and what goes by them: calibration, frozen counts."""
+
+import pytest
+import torch
+
+from madtp_hf import MadtpClipConfig, calibrate, count_flops, flop_formulas
+from madtp_hf.calibration import measure, measure_reduction
+from madtp_hf.evaluation import record_tokens
+
+from .helpers.clip import make_clip_inputs, make_clip_model, make_texts
+from .test_flops import torchs_counter
+
+
+@pytest.mark.parametrize("temperature", (0.0, 0.5, 5.0))
+@pytest.mark.parametrize("alignment_dim", (None, 24))
+def test_equals_torchs_own_count(monkeypatch, alignment_dim, temperature):
+    monkeypatch.setattr(flop_formulas, "LAYER_NORM", 0)  # torch counts none
+    model, inputs = make_clip_model({"alignment_dim": alignment_dim}), make_clip_inputs((14,))
+    model.set_pruning(temperature=temperature)
+    with torch.no_grad(), torchs_counter() as counter:
+        output = model(**inputs)
+    assert (output.vision_tokens[-1] < 37).all() == (temperature > 0)
+    assert (output.text_tokens[-1] < 14).all() == (temperature > 0)
+    total = counter.get_total_flops() / 2
+    if temperature:  # maps that are folded into the alignment tokens, once a pass, are no sample's
+        width = alignment_dim or 32
+        total -= sum(12 * layers * width * (branch + 1) for layers, branch in ((4, 48), (3, 32)))
+    expected = count_flops(model.config, "clip", output.vision_tokens, output.text_tokens)
+    assert expected.item() == pytest.approx(total, rel=5e-3 if temperature else 1e-6)
+
+
+def test_clip_base():
+    """ViT-B/32 and a text of 77 tokens: 4.4 GMACs for the image and 3 for the text, as is known of it."""
+    config = MadtpClipConfig()
+    vision, text = torch.full((13, 1), 50), torch.full((13, 1), 77)
+    assert count_flops(config, "clip", vision, text).item() / 1e9 == pytest.approx(7.4, abs=0.1)
+    with pytest.raises(ValueError, match="text_tokens is missing"):
+        count_flops(config, "clip", vision)
+
+
+def test_reductions_are_reached_and_written_down():
+    model, batches = make_clip_model(), [make_clip_inputs((12, 5, 16, 8), seed) for seed in range(4)]
+    schedule = calibrate(model, batches, [0.4, 0.5])
+    assert [reduction for reduction, _ in schedule] == [0.4, 0.5] and not model.is_pruning
+    for reduction, temperature in schedule:
+        assert measure_reduction(model, batches, temperature) == pytest.approx(reduction, abs=0.01)
+    model.set_pruning(reduction=0.5)
+    with torch.no_grad(), record_tokens(model) as tokens:
+        output = model(**batches[0])
+    assert torch.equal(tokens["vision_tokens"], output.vision_tokens)
+    assert torch.equal(tokens["text_tokens"], output.text_tokens)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    model = make_clip_model()
+    calibrate(model, [make_clip_inputs((12, 5, 16, 8), seed) for seed in range(4)], [0.35, 0.5], freeze=True)
+    model.set_pruning(reduction=0.5)
+    return model
+
+
+def test_a_frozen_model_leaves_the_numbers_that_were_fixed(frozen, path):
+    counts = {entry[0]: entry[1:] for entry in frozen.config.pruning_token_counts}
+    vision, text = counts[frozen.config.pruning_temperature]
+    reductions = []
+    for seed in range(6, 9):
+        inputs = make_clip_inputs((12, 5, 16, 8), seed)
+        with torch.no_grad():
+            output = frozen(**inputs)
+        assert (output.vision_tokens.T[:, 1:] == torch.tensor(vision)).all()
+        assert (output.text_tokens[1:] <= output.text_tokens[:1].clamp(max=torch.tensor(text)[:, None])).all()
+        reductions.append(measure(frozen, inputs, output))
+    assert torch.cat(reductions).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_frozen_output_depends_neither_on_its_batch_nor_on_padding(frozen, path):
+    lengths = (12, 5, 16, 8, 3)
+    inputs = make_clip_inputs(lengths)
+    with torch.no_grad():
+        together = frozen(**inputs)
+        longer = frozen(make_texts(lengths, 24), inputs["pixel_values"])
+        torch.testing.assert_close(longer.text_embeds, together.text_embeds, atol=1e-5, rtol=0)
+        for index, length in enumerate(lengths):
+            alone = frozen(inputs["input_ids"][index : index + 1, :length], inputs["pixel_values"][index : index + 1])
+            for name in ("text_embeds", "image_embeds"):
+                torch.testing.assert_close(alone[name][0], together[name][index], atol=1e-5, rtol=0)
