@@ -77,7 +77,7 @@ os.chdir(sys.argv[1])  # the model cards name the folders by their last part
 for task, expected in torch.load("expected.pt", weights_only=True).items():
     model, info = AutoModel.from_pretrained(f"{task}-model", trust_remote_code=True, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert type(model).__module__.startswith("madtp_hf."), type(model)  # where the package is, its own code is taken
     assert_same(outputs(model, task), expected[0])
     assert_same(outputs(model, task, 3.0), expected[1])
     processor = AutoProcessor.from_pretrained(f"{task}-model", trust_remote_code=True)
