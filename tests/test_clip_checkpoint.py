@@ -8,9 +8,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, pipeline
 from typer.testing import CliRunner
 
-from madtp_hf import MadtpClipConfig, MadtpClipModel
+from madtp_hf import MadtpClipConfig, MadtpClipModel, push_checkpoint
 from madtp_hf.hub import find_checkpoint_files
 from madtp_hf.model_card import create_model_card
+from madtp_hf.visualization import draw_surviving_patches
 from madtp_hf_cli import app
 
 from .helpers.clip import make_clip, make_clip_inputs, make_clip_model, make_clip_processor
@@ -130,3 +131,13 @@ def test_the_card_of_a_dense_clip_says_how_to_prune_it():
     clip.config.architectures = ["CLIPModel"]
     card = create_model_card(clip.config, "org/clip").text
     assert "MadtpClipModel.from_clip(" in card and "A dense CLIP that" in card
+
+
+def test_it_is_published_and_drawn(checkpoint, capsys):
+    model, processor = MadtpClipModel.from_pretrained(checkpoint), make_clip_processor()
+    push_checkpoint(model, processor, "org/clip", metrics={"accuracy": 0.5}, dry_run=True)
+    shown = capsys.readouterr().out
+    assert "modeling_madtp_clip.py" in shown and "- clip" in shown and "blip" not in shown
+    images = [Image.effect_noise((48, 48), 90).convert("RGB")] * 2
+    picture = draw_surviving_patches(model, processor, images, ["a dog on a beach", "a cat"], size=48)
+    assert picture.width > 4 * 48

@@ -60,3 +60,14 @@ def test_onnx_runtime_gives_what_torch_gives(model, modality, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "tower.onnx", providers=["CPUExecutionProvider"])
     (features,) = session.run(None, {session.get_inputs()[0].name: others.numpy()})
     torch.testing.assert_close(torch.from_numpy(features), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_frozen_model_compiles_once_and_in_one_piece(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for seed in range(2):
+            inputs = make_clip_inputs(LENGTHS, seed)
+            expected = model(**inputs).logits_per_image
+            torch.testing.assert_close(compiled(**inputs).logits_per_image, expected, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()

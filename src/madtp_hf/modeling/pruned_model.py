@@ -47,14 +47,39 @@ class PruningOutput:
 
 
 class AlignmentProjection(nn.Linear):
-    """The map of a branch's tokens to the alignment tokens' width, which folds into the alignment tokens for inference."""
+    """The map of a branch's tokens to the alignment tokens' width, which folds into the alignment tokens for inference.
+
+    keeps_folded: whether what is folded is kept until a parameter changes, as a prepacked weight is; what is written past autograd,
+        through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
+    """
+
+    keeps_folded = False
+    _folded = None
 
     def forward(self, states: torch.Tensor | None = None, alignment_tokens: torch.Tensor | None = None):
         """states (..., D) -> (..., E); or, given alignment tokens (T, E) instead, the weight (T, D) and the bias (T,) of the map that
         gives the scores at once: (x W^T + b) S^T = x (S W)^T + b S^T."""
         if alignment_tokens is None:
             return super().forward(states)
-        return alignment_tokens @ self.weight, alignment_tokens @ self.bias
+        keeps = self.keeps_folded and not self.training
+        if not keeps or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return alignment_tokens @ self.weight, alignment_tokens @ self.bias
+        parts = (alignment_tokens, self.weight, self.bias)
+        now = [(id(part), part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
+        if self._folded is None or self._folded[0] != now:
+            self._folded = now, (alignment_tokens @ self.weight, alignment_tokens @ self.bias)
+        return self._folded[1]
+
+    def keep_folded(self, keeps: bool) -> None:
+        self.keeps_folded, self._folded = keeps, None
+
+    def train(self, mode: bool = True):
+        self._folded = None if mode else self._folded
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._folded = None
+        return super()._apply(*args, **kwargs)
 
 
 class MadtpAlignment(nn.Module):
@@ -228,7 +253,10 @@ class PrunedModelMixin:
         """How the tokens of a branch become fewer in the pass that begins, None if they don't: the configuration is read here, and in no
         layer."""
         if self._reduction_method is not None:
-            return self._reduction_method(self, modality, with_feature)
+            reduction = self._reduction_method(self, modality, with_feature)
+            if reduction is not None:
+                reduction.roles = self._roles[modality]  # which tokens are protected is the host's to say
+            return reduction
         return self.madtp_reduction(modality, with_feature)
 
     def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
@@ -291,10 +319,7 @@ class PrunedModelMixin:
         Raises:
             RuntimeError: if torch was built without oneDNN.
         """
-        if not prepacked:
-            unpack_linear_maps(self)
-            return self
-        if not can_prepack():
+        if prepacked and not can_prepack():
             raise RuntimeError(
                 "prepack_weights needs torch with oneDNN, and this one has none: expected a build where torch.backends.mkldnn.is_available();"
                 " go on without, the model runs as it is."
