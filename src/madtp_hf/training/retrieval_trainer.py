@@ -60,7 +60,8 @@ class ContrastiveMemory(nn.Module):
         for mine, theirs in zip(self.twin.parameters(), model.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - self.momentum)
         # It prunes as the model does.
-        self.twin.config.pruning_temperature = model.config.pruning_temperature
+        for name in ("pruning_temperature", "pruning_threshold_factor"):
+            setattr(self.twin.config, name, getattr(model.config, name))
 
     @torch.no_grad()
     def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:
