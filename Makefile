@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-budgets clean
+.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-any-budget bench-budgets clean
 
 install: .venv/.installed
 
@@ -64,6 +64,10 @@ bench: install
 	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
 	$(BIN)/python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/speed_cpu.json
+
+# Any budget on random models of all tasks and many sizes: some minutes.
+bench-any-budget: install
+	$(BIN)/python benchmarks/any_budget.py --output benchmarks/results/any_budget.json
 
 # One checkpoint for every budget against one checkpoint a budget, on digit scenes.
 bench-budgets: install

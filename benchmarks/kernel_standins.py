@@ -66,7 +66,7 @@ def scored_varlen_attention(query, key, value, cu_seqlens, max_seqlen, is_causal
 
 
 def gate(
-    scores, received, from_reader, output_norm, cu_seqlens, temperature, min_kept, protects_last=False
+    scores, received, from_reader, output_norm, cu_seqlens, temperature, min_kept, protects_last=False, factor=1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     importance = torch.zeros(scores.shape[0], device=scores.device)
     destinations, lengths = [], [0]
@@ -78,7 +78,7 @@ def gate(
                 received[None, :, tokens].sum(dim=1), from_reader[:, None, tokens], output_norm[:, None, tokens]
             )
             s = token_importance(evidence, scores[None, tokens])
-            theta = importance_threshold(scores[None, tokens], s, temperature)
+            theta = importance_threshold(scores[None, tokens], s, temperature, factor=factor)
             stays, merges = select_tokens(s, theta, min_kept=min_kept)
             importance[tokens] = s[0]
         stays, merges = stays[0].int(), bool(merges)

@@ -1,4 +1,7 @@
 import re
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,10 @@ from madtp_hf import calibrate
 from madtp_hf.calibration import decoder_tokens, measure, measure_reduction
 
 from .conftest import TASKS, make_inputs, make_task_model
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from any_budget import random_batches, random_model, reach
 
 
 @pytest.fixture
@@ -20,12 +27,13 @@ def test_reductions_are_reached_and_written_down(model, batches):
     schedule = calibrate(model, batches, [0.5, 0.4, 0.45])
     assert model.training and model.config.pruning_temperature == before
     assert schedule == model.config.pruning_schedule
-    assert [reduction for reduction, _ in schedule] == [0.4, 0.45, 0.5]
+    assert [reduction for reduction, *_ in schedule] == [0.4, 0.45, 0.5]
     model.eval()
-    for reduction, temperature in schedule:
-        assert measure_reduction(model, batches, temperature) == pytest.approx(reduction, abs=0.01)
+    for reduction, temperature, *factor in schedule:
+        assert measure_reduction(model, batches, temperature, *factor) == pytest.approx(reduction, abs=0.01)
         model.set_pruning(reduction=reduction)
         assert model.config.pruning_temperature == pytest.approx(temperature)
+        assert model.config.pruning_threshold_factor == pytest.approx(factor[0] if factor else 1.0)
 
 
 def test_batches_without_answers_will_do(model, batches):
@@ -62,7 +70,7 @@ def test_what_is_out_of_reach_is_left_out_with_a_warning(model, batches):
         UserWarning, match=r"Left out of the schedule: .* 0\.99 .*the largest reduction .* about (0\.\d+)"
     ) as told:
         schedule = calibrate(model, batches, [0.5, 0.99, 0.4])
-    assert [reduction for reduction, _ in schedule] == [0.4, 0.5] and model.config.pruning_schedule == schedule
+    assert [reduction for reduction, *_ in schedule] == [0.4, 0.5] and model.config.pruning_schedule == schedule
     largest = float(re.search(r"largest reduction that it reaches is about ([\d.]+\d)", str(told[0].message))[1])
     assert 0.5 < largest < 0.99
     assert measure_reduction(model, batches, 1e6) <= largest + 1e-3
@@ -102,8 +110,8 @@ def test_every_task_is_calibrated(task):
     batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(3)]
     schedule = calibrate(model, batches, [0.4, 0.5])
     assert model.config.pruning_temperature == 0.0
-    for reduction, temperature in schedule:
-        assert measure_reduction(model, batches, temperature) == pytest.approx(reduction, abs=0.01)
+    for reduction, *threshold in schedule:
+        assert measure_reduction(model, batches, *threshold) == pytest.approx(reduction, abs=0.01)
     for batch in batches:
         batch.pop("labels", None)
         batch["return_loss"] = True  # what a collator adds besides tensors does not matter
@@ -121,3 +129,55 @@ def test_a_captions_padding_and_prompt_are_counted_as_they_are_read():
     assert decoder_tokens(make_inputs(), "vqa", model.config).tolist() == [4, 4, 4]
     for task in ("nlvr2", "retrieval"):
         assert decoder_tokens(TASKS[task].make_inputs(), task, model.config) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The schedule rests on")
+@pytest.mark.parametrize("draw", range(3))
+@pytest.mark.parametrize("task", TASKS)
+def test_small_reductions_are_reached_whatever_the_draw(task, draw):
+    """No temperature saves so little with these alignment tokens, of one norm; a factor on the threshold does."""
+    model = make_task_model(task, text_config={"num_hidden_layers": 2})
+    generator = torch.Generator().manual_seed(draw)
+    with torch.no_grad():
+        model.alignment.tokens.copy_(torch.randn(model.alignment.tokens.shape, generator=generator))
+    batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(6)]
+    schedule = calibrate(model, batches, [0.05, 0.1, 0.2, 0.3])
+    assert [reduction for reduction, *_ in schedule] == [0.05, 0.1, 0.2, 0.3]
+    assert len(schedule[0]) == 3 and 0 < schedule[0][2] < 1
+    for reduction, *threshold in schedule:
+        assert measure_reduction(model, batches, *threshold) == pytest.approx(reduction, abs=0.01)
+    # In between, too, it saves something in between.
+    model.set_pruning(reduction=0.15)
+    threshold = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
+    assert 0.1 < measure_reduction(model, batches, *threshold) < 0.2
+
+
+def test_too_few_samples_to_trust_get_a_warning_with_their_number(model, batches):
+    with pytest.warns(
+        UserWarning, match=r"rests on 2 samples, too few .* Give at least (\d+) samples for 0\.01"
+    ) as told:
+        calibrate(model, [make_inputs(lengths=(3, 16))], [0.4])
+    needed = int(re.search(r"Give at least (\d+)", str(told[-1].message))[1])
+    assert 2 < needed < 10_000
+    with pytest.warns(UserWarning, match="rests on 1 sample, which doesn't tell"):
+        calibrate(model, [make_inputs(lengths=(9,))], [0.4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, [make_inputs(lengths=(9,) * 40, seed=seed) for seed in range(12)], [0.4])
+
+
+def test_a_model_is_calibrated_on_the_path_that_it_was_trained_on(model, batches):
+    model.set_pruning(temperature=0.5, factor=0.7)
+    (first, *_, last) = calibrate(model, batches, [0.05, 0.1, 0.5])
+    assert first[1] == 0.5 and first[2] < 1 and last[1] >= 0.5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_any_budget_on_an_untrained_model_of_default_settings(task):
+    """As `benchmarks/any_budget.py` does on larger ones."""
+    found = reach(random_model(task, 3, 32, seed=4), random_batches(task, 64, 32, seed=0), [0.05, 0.1, 0.3, 0.5, 0.95])
+    for asked, measured in found["reached"].items():
+        assert measured == pytest.approx(asked, abs=0.01)
+    assert {0.05, 0.1, 0.3} <= set(found["reached"]) and 0.95 not in found["reached"]
+    largest = float(re.search(r"largest reduction that it reaches is about (0\.\d+)", found["told"][0])[1])
+    assert all((asked in found["reached"]) == (asked <= largest + 0.01) for asked in (0.3, 0.5, 0.95))

@@ -374,6 +374,37 @@ def test_set_pruning(model):
     assert model.config.pruning_temperature == 0.0 and not model.is_pruning
 
 
+def test_set_pruning_with_a_factor_on_the_threshold(model):
+    config = model.config
+    model.set_pruning(temperature=2.0, factor=0.5)
+    for bad in ({"temperature": 3.0, "factor": 0.0}, {"temperature": 3.0, "factor": 1.1}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match="expected"):
+            model.set_pruning(**bad)
+        assert (config.pruning_temperature, config.pruning_threshold_factor) == (2.0, 0.5)
+    with pytest.raises(ValueError, match="without a temperature"):
+        model.set_pruning(reduction=0.4, factor=0.5)
+    model.set_pruning(temperature=2.0)
+    assert config.pruning_threshold_factor == 1.0
+    config.pruning_schedule = [[0.2, 1.0, 0.25], [0.4, 1.0], [0.6, 4.0]]
+    for reduction, *threshold in ((0.2, 1.0, 0.25), (0.3, 1.0, 0.5), (0.4, 1.0, 1.0), (0.5, 2.0, 1.0), (0, 0.0, 1.0)):
+        model.set_pruning(reduction=reduction)
+        assert [config.pruning_temperature, config.pruning_threshold_factor] == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_smaller_factor_keeps_more_tokens(task, path):
+    model, inputs = make_task_model(task), TASKS[task].make_inputs()
+    kept = []
+    for factor in (1e-6, 0.6, 0.9, 1.0, None):
+        model.set_pruning(temperature=1.0, factor=factor)
+        with torch.no_grad():
+            kept.append(model(**inputs).vision_tokens.sum().item())
+    model.set_pruning(None)
+    with torch.no_grad():
+        assert kept[0] == model(**inputs).vision_tokens.sum().item()
+    assert kept[0] > kept[1] > kept[2] > kept[3] == kept[4]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_settings_changed_by_hand_are_checked(task):
     model = make_task_model(task)

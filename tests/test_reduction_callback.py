@@ -44,7 +44,7 @@ def train(model, callback, folder, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("target", (0.35, 0.5))
+@pytest.mark.parametrize("target", (0.1, 0.35, 0.5))
 @pytest.mark.parametrize("start", (0.0, 0.01, 1000.0))
 def test_the_reduction_settles_at_the_target(model, target, start, tmp_path):
     model.set_pruning(temperature=start)

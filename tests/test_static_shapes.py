@@ -84,6 +84,34 @@ def test_only_frozen_reductions_can_be_asked_for_and_instance_gives_the_others_b
     assert counts.unique().numel() > 1
 
 
+def test_thresholds_of_one_temperature_have_counts_of_their_own(model):
+    config = model.config
+    layers = (config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
+    many, few = ([[number] * count for count in layers] for number in (9, 5))
+    config.pruning_token_counts = [[1.0, *many, 0.5], [1.0, *few]]
+    config.pruning_schedule = [[0.2, 1.0, 0.5], [0.4, 1.0]]
+    config.pruning_granularity = "frozen"
+    for reduction, number in ((0.2, 9), (0.4, 5)):
+        model.set_pruning(reduction=reduction)
+        with torch.no_grad():
+            assert (model(**question()).vision_tokens[1:] == number).all()
+    with pytest.raises(
+        ValueError, match=r"temperature 1\.0 with factor 0\.7.*temperature 1\.0 with factor 0\.5, temperature 1\.0\]"
+    ):
+        model.set_pruning(temperature=1.0, factor=0.7)
+
+
+def test_small_reductions_are_frozen_as_well():
+    model = make_task_model("vqa", text_config={"num_hidden_layers": 2})
+    batches = [TASKS["vqa"].make_inputs(seed=seed) for seed in range(4)]
+    calibrate(model, batches, [0.05, 0.1, 0.5], freeze=True)
+    for reduction in (0.05, 0.1, 0.5):
+        model.set_pruning(reduction=reduction)
+        with torch.no_grad():
+            reached = torch.cat([measure(model, batch, model(**batch)) for batch in batches]).mean().item()
+        assert reached == pytest.approx(reduction, abs=0.02)
+
+
 def test_without_counts_frozen_says_what_to_do(model):
     model.config.pruning_granularity = "frozen"
     with pytest.raises(ValueError, match="calibrate"):

@@ -37,7 +37,7 @@ def compile_kernel(name, capability, dtype, constants, options):
             of = NAMES[dtype] if parameter in OF_DTYPE else "i32" if parameter in INTEGERS else "fp32"
             signature[parameter] = "*" + of
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif parameter in ("scale", "temperature"):
+        elif parameter in ("scale", "temperature", "factor"):
             signature[parameter] = "fp32"
         else:
             signature[parameter] = "i32"

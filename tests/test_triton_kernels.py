@@ -190,9 +190,9 @@ def expected_destination(length, goes, protects_last):
     return [place[row] if row in place else -1 - place["merged"] for row in range(length)], len(new_rows), stay
 
 
-def check_gate(inputs, lengths, temperature, min_kept, protects_last=False):
+def check_gate(inputs, lengths, temperature, min_kept, protects_last=False, factor=1.0):
     """Returns for each sample whether it merges."""
-    results = gate(*inputs, cumulative(lengths), temperature, min_kept, protects_last)
+    results = gate(*inputs, cumulative(lengths), temperature, min_kept, protects_last, factor)
     importance, destination, new_cu_seqlens = results
     assert importance.dtype == torch.float32
     assert destination.dtype == new_cu_seqlens.dtype == torch.int32 and new_cu_seqlens[0] == 0
@@ -209,7 +209,7 @@ def check_gate(inputs, lengths, temperature, min_kept, protects_last=False):
         if not goes:
             continue
         assert_near(s, expected_importance(scores[tokens], *(x[:, tokens] for x in inputs[1:])), 1e-5)
-        theta = expected_threshold(scores[tokens], s, temperature)
+        theta = factor * expected_threshold(scores[tokens], s, temperature)
         # Where float32 may round to either side: `test_small_temperature_decides_to_the_last_bit`.
         doubtful = (s - theta).abs() < 1e-6 * theta.abs()
         above = s > theta
@@ -232,6 +232,15 @@ def test_gate_equals_the_formulas(temperature, min_kept, protects_last):
     inputs = gate_inputs(MIXED, 100, protects_last=protects_last)
     merged = check_gate(inputs, MIXED, temperature, min_kept, protects_last)
     assert merged[1] and not merged[2] and not merged[4]
+
+
+@runs_kernels
+@pytest.mark.parametrize("factor", [0.9, 0.3])
+def test_gate_multiplies_the_threshold(factor):
+    inputs = gate_inputs(MIXED, 100)
+    check_gate(inputs, MIXED, 3.0, 1, factor=factor)
+    whole, part = (gate(*inputs, cumulative(MIXED), 3.0, 1, False, f)[1] for f in (1.0, factor))
+    assert (part >= 0).sum() > (whole >= 0).sum()
 
 
 @runs_kernels

@@ -1,5 +1,6 @@
 """BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers."""
 
+from .alignment import init_alignment_from
 from .calibration import calibrate
 from .conversion import convert_original_checkpoint
 from .flops import count_flops
@@ -52,6 +53,7 @@ __all__ = [
     "convert_original_checkpoint",
     "count_flops",
     "create_optimizer",
+    "init_alignment_from",
     "last_checkpoint",
     "push_checkpoint",
     "push_folder",

@@ -1,4 +1,4 @@
-"""Calibration: which pruning temperature saves which share of a model's FLOPs."""
+"""Calibration: which threshold, a temperature and a factor, saves which share of a model's FLOPs."""
 
 import itertools
 import math
@@ -13,10 +13,24 @@ from .tasks import TASKS
 
 
 TOLERANCE = 0.003  # of the reduction; a search that comes this close stops
-ACCEPTED = 0.01  # and one that ends this close has found it
+ACCEPTED = 0.01  # and one that ends this close has found it; also the standard error of the mean that is told of
 MAX_PASSES = 14  # over the data, for one reduction
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures that the search starts from
+FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
+ALMOST_1 = 1 - 1e-5
 SCAN_SAMPLES = 4
+
+
+def threshold_at(point: float, start: float) -> tuple[float, float]:
+    """The temperature and the factor at a point of the path from off to the largest reduction: the logarithm of their product.
+
+    From the temperature `start` on the path is that of rising temperature, with factor 1. Before, it is that of a rising factor at this
+    temperature: what no temperature reaches, as the importance of the tokens that the alignment tokens look at may be high for all of
+    them. The reduction moves without a jump along it, from nothing.
+    """
+    product = math.exp(point)
+    temperature = max(product, start)
+    return temperature, min(product / temperature, 1.0)
 
 
 def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
@@ -68,9 +82,9 @@ def encode(model, batch):
 
 @contextmanager
 def restored(model):
-    """Leave a model in the mode, at the temperature, with the granularity and with the frozen counts that it had."""
+    """Leave a model in the mode, at the temperature and factor, with the granularity and with the frozen counts that it had."""
     config = model.config
-    names = ("pruning_temperature", "pruning_granularity", "pruning_token_counts")
+    names = ("pruning_temperature", "pruning_threshold_factor", "pruning_granularity", "pruning_token_counts")
     training, before = model.training, {name: getattr(config, name) for name in names}
     try:
         yield model.eval()
@@ -81,18 +95,18 @@ def restored(model):
 
 
 @torch.no_grad()
-def measure_reduction(model, batches, temperature: float) -> float:
-    """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature."""
-    return _run(model, batches, temperature)[0]
+def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -> float:
+    """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature and a factor."""
+    return _run(model, batches, temperature, factor)[0].mean().item()
 
 
 @torch.no_grad()
-def _run(model, batches, temperature: float) -> tuple[float, dict[str, torch.Tensor]]:
+def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One pass over the data.
 
-    Returns the mean reduction, and each branch's token counts as in the model's outputs, of all samples, on the CPU.
+    Returns each sample's reduction, and each branch's token counts as in the model's outputs, of all samples, on the CPU.
     """
-    model.set_pruning(temperature=temperature)
+    model.set_pruning(temperature=temperature, factor=factor)
     vision, text, answers = [], [], []
     for batch in batches:
         batch = complete(model, batch)
@@ -102,21 +116,25 @@ def _run(model, batches, temperature: float) -> tuple[float, dict[str, torch.Ten
         answers.append(torch.as_tensor(decoder_tokens(batch, model.task, model.config)).expand(vision[-1].shape[-1]))
     counts = (None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers))
     vision, text, answers = counts
-    reduction = reduction_of_flops(model.config, model.task, vision, text, answers).mean().item()
-    return reduction, {"vision": vision, "text": text}
+    return reduction_of_flops(model.config, model.task, vision, text, answers), {"vision": vision, "text": text}
 
 
 class _Curve:
-    """The reduction as a function of the logarithm of the temperature, on all of the data; what was measured once is remembered."""
+    """The reduction as a function of the point on the path, on all of the data; what was measured once is remembered."""
 
-    def __init__(self, model, batches, progress):
-        self.model, self.batches, self.progress = model, batches, progress
+    def __init__(self, model, batches, start, progress):
+        self.model, self.batches, self.start, self.progress = model, batches, start, progress
         self.reductions: dict[float, float] = {}
+        self.spreads: dict[float, float] = {}  # the standard deviation over samples
+        self.num_samples = 0
         self.tokens: dict[float, dict[str, torch.Tensor]] = {}
 
     def at(self, point: float) -> float:
         if point not in self.reductions:
-            self.reductions[point], self.tokens[point] = _run(self.model, self.batches, math.exp(point))
+            threshold = threshold_at(point, self.start)
+            of_samples, self.tokens[point] = _run(self.model, self.batches, *threshold)
+            self.reductions[point], self.num_samples = of_samples.mean().item(), len(of_samples)
+            self.spreads[point] = of_samples.std().item() if len(of_samples) > 1 else math.nan
             self.progress.update()
         return self.reductions[point]
 
@@ -132,16 +150,30 @@ class _Curve:
         return min(self.reductions, key=lambda point: abs(self.reductions[point] - target))
 
 
-def _scan(model, batch, progress) -> list[tuple[float, float]]:
-    """(log temperature, reduction) on a few samples, from the lowest point of the curve to its highest: there it grows."""
+def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float, float]], float]:
+    """(point, reduction) on a few samples, along the path to where it reaches most, and the path's first temperature.
+
+    start: that temperature, if it is known; else from where the reduction is smallest the first at which a factor a little below 1 changes
+    it little. At lower ones an alignment token sees one token alone, the threshold is the importance of a token to the last bit, and
+    that token goes with factor 1, and stays with any below, in all layers and samples at once.
+    """
     few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    scan = []
-    for temperature in SCAN:
-        scan.append((math.log(temperature), measure_reduction(model, [few], temperature)))
+
+    def at(temperature, factor=1.0):
         progress.update()
+        return math.log(temperature * factor), measure_reduction(model, [few], temperature, factor)
+
+    scan = [at(temperature) for temperature in SCAN if start is None or temperature > start]
+    if start is not None:
+        scan.insert(0, at(start))
     top = max(range(len(scan)), key=lambda i: scan[i][1])
-    bottom = min(range(top + 1), key=lambda i: scan[i][1])
-    return scan[bottom : top + 1]
+    bottom = 0
+    if start is None:
+        bottom = min(range(top + 1), key=lambda i: scan[i][1])
+        while bottom < top and scan[bottom][1] - at(SCAN[bottom], ALMOST_1)[1] > TOLERANCE:
+            bottom += 1
+        start = SCAN[bottom]
+    return [at(start, factor) for factor in FACTORS] + scan[bottom : top + 1], start
 
 
 def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> None:
@@ -164,11 +196,12 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
         low, high = max(point for point in points if point < low), low
     while curve.at(high) < target and high < points[-1]:
         low, high = high, min(point for point in points if point > high)
-    for _ in range(MAX_PASSES):
+    for number in range(MAX_PASSES):
         if reached() or not curve.at(low) < target < curve.at(high):
             return
         share = (target - curve.at(low)) / (curve.at(high) - curve.at(low))
-        point = low + (high - low) * min(max(share, 0.1), 0.9)
+        # By halves in turn with the straight line's crossing, which where the curve is steep moves one end alone.
+        point = low + (high - low) * (0.5 if number % 3 == 2 else min(max(share, 0.1), 0.9))
         if curve.at(point) < target:
             low = point
         else:
@@ -188,15 +221,18 @@ def _fixed_counts(tokens: torch.Tensor, scale: float) -> list[int]:
     return counts.cummin(0).values.tolist()
 
 
-def _freeze(model, batches, target: float, temperature: float, tokens: dict[str, torch.Tensor], progress) -> list:
-    """The entry of `pruning_token_counts` whose fixed numbers save the target: those of the temperature, scaled until they do."""
+def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[str, torch.Tensor], progress) -> list:
+    """The entry of `pruning_token_counts` whose fixed numbers save the target: those of the threshold, scaled until they do.
+
+    threshold: a temperature, and a factor where it isn't 1.
+    """
     config = model.config
     few, many, scale, found = 0.5, 1.5, 1.0, []
     for _ in range(MAX_PASSES):
         counts = [None if branch is None else _fixed_counts(branch.flatten(1), scale) for branch in tokens.values()]
-        entry = [temperature, counts[0], counts[1] or [3] * config.text_config.num_hidden_layers]
+        entry = [threshold[0], counts[0], counts[1] or [3] * config.text_config.num_hidden_layers, *threshold[1:]]
         config.pruning_granularity, config.pruning_token_counts = "frozen", [entry]
-        reduction = measure_reduction(model, batches, temperature)
+        reduction = measure_reduction(model, batches, *threshold)
         progress.update()
         found.append((abs(reduction - target), entry))
         if found[-1][0] <= TOLERANCE or many - few < 1e-3:
@@ -243,24 +279,47 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
     warnings.warn(f"Left out of the schedule: {finding}", stacklevel=3)
 
 
+def _report_spread(curve: _Curve, found: list[float]) -> None:
+    """Warn if the reductions of the samples at the points found differ too much for their number to give the mean."""
+    number = curve.num_samples
+    if not found:
+        return
+    if number < 2:
+        warnings.warn(
+            "The schedule rests on 1 sample, which doesn't tell how much samples differ: give some hundreds.",
+            stacklevel=3,
+        )
+        return
+    spread = max(curve.spreads[point] for point in found)
+    error = spread / math.sqrt(number)
+    if error > ACCEPTED:
+        warnings.warn(
+            f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of {spread:.3f}, and"
+            f" the mean's standard error is {error:.3f}. Give at least {math.ceil((spread / ACCEPTED) ** 2)} samples for {ACCEPTED}.",
+            stacklevel=3,
+        )
+
+
 def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
-    """Find the pruning temperatures at which a model saves given shares of its FLOPs, and write them into its configuration.
+    """Find the pruning thresholds at which a model saves given shares of its FLOPs, and write them into its configuration.
 
-    No training, no gradients, no labels: the reduction is measured at a few temperatures and bracketed. It need not
-    grow with the temperature everywhere; of the temperatures that reach a reduction, the search takes those where it
-    grows.
+    No training, no gradients, no labels: the reduction is measured at a few points of a path and bracketed. The path begins at nothing
+    saved, with a factor on the threshold that rises to 1 at a low temperature, and goes on with rising temperature: no reduction up to
+    the largest is left out. A reduction need not grow along it everywhere; of the points that reach one, the search takes those where
+    it grows. A model trained by `ReductionCallback` is calibrated on the path that it was trained on.
 
-    It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and 19 passes
-    over 4 samples: five reductions on 512 samples take about as long as 15 x 512 samples do, reading them included.
+    It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and about 30
+    passes over 4 samples: five reductions on 512 samples take about as long as 15 x 512 samples do, reading them included.
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
             The model; afterwards it has a schedule, `model.set_pruning(reduction=...)` works, and its temperature is what it was.
         dataloader (`Iterable`):
             Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without any, FLOPs count the
-            decoder's start token alone. It is read once a pass; a few hundred samples are enough.
+            decoder's start token alone. It is read once a pass; a few hundred samples are enough. A warning tells how many are needed
+            where the standard error of their mean reduction is above 0.01.
         reductions (`list[float]`):
-            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no temperature. One that this model can't
+            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no threshold. One that this model can't
             reach on this data is left out, with a warning that names the largest that it reaches; the others are kept.
         freeze (`bool`, *optional*, defaults to `False`):
             Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then depend on the input's
@@ -268,7 +327,7 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
             so), and pruning is off until a reduction is set; set the granularity to `"instance"` for a number of its own for every sample.
 
     Returns:
-        `list[list[float]]`: the schedule, pairs of a reduction and its temperature.
+        `list[list[float]]`: the schedule, `[reduction, temperature]`, or `[reduction, temperature, factor]` where the factor isn't 1.
 
     Raises:
         TypeError: if `reductions` is no list of numbers.
@@ -285,25 +344,28 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
         raise ValueError("dataloader gave no batch: expected at least one.")
 
     freeze = freeze or model.config.pruning_granularity == "frozen"
-    schedule, unreached, counts = [], [], []
+    schedule, unreached, counts, found = [], [], [], []
     with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
         if model.config.pruning_granularity == "frozen":
             model.config.pruning_granularity = "instance"
-        scan = _scan(model, first, progress)
-        curve = _Curve(model, dataloader, progress)
+        begun = model.config.pruning_temperature if model.config.pruning_threshold_factor < 1 else None
+        scan, start = _scan(model, first, begun or None, progress)
+        curve = _Curve(model, dataloader, start, progress)
         for target in targets:
             _search(curve, scan, target)
             best = curve.nearest(target)
             if abs(curve.reductions[best] - target) <= ACCEPTED:
-                schedule.append([target, math.exp(best)])
+                temperature, factor = threshold_at(best, start)
+                schedule.append([target, temperature] if factor == 1 else [target, temperature, factor])
+                found.append(best)
             else:
                 unreached.append(target)
         if unreached:
             _report_unreached(unreached, curve, scan, nothing_reached=not schedule)
+        _report_spread(curve, found)
         if freeze:
-            for target, temperature in schedule:
-                tokens = curve.tokens[curve.nearest(target)]
-                counts.append(_freeze(model, dataloader, target, temperature, tokens, progress))
+            for (target, *threshold), point in zip(schedule, found):
+                counts.append(_freeze(model, dataloader, target, threshold, curve.tokens[point], progress))
 
     model.config.pruning_schedule = schedule
     model.config.pruning_token_counts = counts or None

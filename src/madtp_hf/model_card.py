@@ -292,17 +292,24 @@ def create_model_card(
 
     schedule = getattr(config, "pruning_schedule", None) or []
     temperature = getattr(config, "pruning_temperature", 0.0)
+    factor = getattr(config, "pruning_threshold_factor", 1.0)
     if schedule:
         budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
     else:
         original = getattr(config, "original_temperature", None)
         budget = "temperature=1.0" if original is None else f"temperature={original:g}"
-    reached = [reduction for reduction, of_schedule, *_ in schedule if math.isclose(of_schedule, temperature)]
+    reached = [
+        reduction
+        for reduction, of_schedule, *others in schedule
+        if math.isclose(of_schedule, temperature) and math.isclose(others[0] if others else 1.0, factor)
+    ]
     if not temperature:
         as_loaded = "pruning is off"
     else:
         as_loaded = (
-            f"it prunes at reduction {reached[0]:g}" if reached else f"it prunes at temperature {temperature:g}"
+            f"it prunes at reduction {reached[0]:g}"
+            if reached
+            else f"it prunes at temperature {temperature:g}" + (f" and factor {factor:g}" if factor != 1 else "")
         )
 
     settings = results.get("settings") or {}

@@ -23,13 +23,22 @@ def is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_factor(value) -> bool:
+    return is_number(value) and 0 < value <= 1
+
+
+def _factor(entry, place: int) -> float:
+    """The factor that stands at a place of an entry, 1 in entries that end before."""
+    return entry[place] if len(entry) > place else 1.0
+
+
 def _is_schedule(schedule) -> bool:
     return (
         isinstance(schedule, (list, tuple))
         and len(schedule) > 0
         and all(isinstance(entry, (list, tuple)) and len(entry) >= 2 for entry in schedule)
         and all(is_number(number) for entry in schedule for number in entry)
-        and all(0 < entry[0] < 1 and entry[1] > 0 for entry in schedule)
+        and all(0 < entry[0] < 1 and entry[1] > 0 and _is_factor(_factor(entry, 2)) for entry in schedule)
         and all(low[0] < high[0] for low, high in itertools.pairwise(schedule))
     )
 
@@ -42,9 +51,10 @@ def _are_token_counts(counts, num_layers: tuple[int, int]) -> bool:
 
     return isinstance(counts, (list, tuple)) and all(
         isinstance(entry, (list, tuple))
-        and len(entry) == 3
+        and len(entry) in (3, 4)
         and is_number(entry[0])
-        and all(is_branch(branch, number) for branch, number in zip(entry[1:], num_layers))
+        and _is_factor(_factor(entry, 3))
+        and all(is_branch(branch, number) for branch, number in zip(entry[1:3], num_layers))
         for entry in counts
     )
 
@@ -58,6 +68,7 @@ _CHECKS = {
         lambda value: is_number(value) and value >= 0,
         "a finite number, 0 to switch pruning off or larger to prune more",
     ),
+    "pruning_threshold_factor": (_is_factor, "a number in (0, 1], smaller to prune less"),
     "pruning_modalities": (
         lambda value: isinstance(value, (list, tuple)) and set(value) <= set(MODALITIES),
         f"a tuple of some of {', '.join(MODALITIES)}",
@@ -65,7 +76,8 @@ _CHECKS = {
     "pruning_granularity": (lambda value: value in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}"),
     "pruning_schedule": (
         lambda value: value is None or _is_schedule(value),
-        "None or entries [reduction, temperature] in order of reduction, 0 < reduction < 1, temperature > 0",
+        "None or entries [reduction, temperature] or [reduction, temperature, factor] in order of reduction, 0 < reduction < 1,"
+        " temperature > 0, 0 < factor <= 1",
     ),
 }
 
@@ -86,6 +98,7 @@ class PruningConfigMixin:
         pruning_granularity="instance",
         pruning_schedule=None,
         pruning_token_counts=None,
+        pruning_threshold_factor=1.0,
     ) -> None:
         # Of the code that goes with what is saved next.
         self.madtp_version = VERSION
@@ -97,6 +110,7 @@ class PruningConfigMixin:
         self.pruning_token_counts = pruning_token_counts
         self.pruning_granularity = pruning_granularity
         self.pruning_temperature = pruning_temperature
+        self.pruning_threshold_factor = pruning_threshold_factor
         if pruning_granularity == "frozen" and pruning_temperature > 0:
             self.token_counts()
 
@@ -112,29 +126,39 @@ class PruningConfigMixin:
             if not _are_token_counts(value, layers):
                 raise ValueError(
                     f"pruning_token_counts={value!r}: expected None or entries [temperature, {layers[0]} vision counts, {layers[1]} text"
-                    " counts], each count at least 3."
+                    " counts], each count at least 3, with the threshold's factor behind where that isn't 1."
                 )
         super().__setattr__(name, value)
 
     def token_counts(self) -> dict[str, tuple[int, ...]] | None:
-        """How many tokens each layer of either branch leaves at the present temperature, where that is fixed; None where it isn't.
+        """How many tokens each layer of either branch leaves at the present threshold, where that is fixed; None where it isn't.
 
         Raises:
-            ValueError: if granularity is "frozen" and no counts belong to this temperature.
+            ValueError: if granularity is "frozen" and no counts belong to this temperature and factor.
         """
         if self.pruning_granularity != "frozen":
             return None
-        for temperature, vision, text in self.pruning_token_counts or ():
-            if math.isclose(temperature, self.pruning_temperature, rel_tol=1e-9):
+        present = (self.pruning_temperature, self.pruning_threshold_factor)
+        known = [(entry[0], _factor(entry, 3)) for entry in self.pruning_token_counts or ()]
+        for pair, (_, vision, text, *_) in zip(known, self.pruning_token_counts or ()):
+            if all(math.isclose(*numbers, rel_tol=1e-9) for numbers in zip(pair, present)):
                 return {"vision": tuple(vision), "text": tuple(text)}
-        known = [entry[0] for entry in self.pruning_token_counts or ()]
+
+        def named(temperature, factor):
+            return f"temperature {temperature}" + (f" with factor {factor}" if factor != 1 else "")
+
         raise ValueError(
-            f"pruning_granularity='frozen' has no token counts for temperature {self.pruning_temperature}, only for {known}: run"
+            f"pruning_granularity='frozen' has no token counts for {named(*present)}, only for"
+            f" [{', '.join(named(*pair) for pair in known)}]: run"
             " `madtp_hf.calibrate(model, dataloader, reductions, freeze=True)`, and ask for one of its reductions."
         )
 
     def temperature_for(self, reduction: float) -> float:
-        """The temperature that reaches a reduction of FLOPs, by the calibrated schedule; geometric in between its entries.
+        """The temperature of `threshold_for`."""
+        return self.threshold_for(reduction)[0]
+
+    def threshold_for(self, reduction: float) -> tuple[float, float]:
+        """The temperature and the factor that reach a reduction of FLOPs, by the calibrated schedule; geometric in between its entries.
 
         Raises:
             ValueError: for a reduction outside [0, 1), one that the schedule does not cover, or without a schedule.
@@ -142,7 +166,7 @@ class PruningConfigMixin:
         if not is_number(reduction) or not 0 <= reduction < 1:
             raise ValueError(f"reduction={reduction!r}: expected a number in [0, 1), the share of FLOPs to save.")
         if reduction == 0:
-            return 0.0
+            return 0.0, 1.0
         if not self.pruning_schedule:
             raise ValueError(
                 f"reduction={reduction} needs a calibrated schedule, and this model has none: run"
@@ -157,4 +181,5 @@ class PruningConfigMixin:
         for low, high in zip(self.pruning_schedule, self.pruning_schedule[1:] or self.pruning_schedule):
             if low[0] <= reduction <= high[0]:
                 share = (reduction - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
-                return low[1] ** (1 - share) * high[1] ** share
+                ends = ((low[1], high[1]), (_factor(low, 2), _factor(high, 2)))
+                return tuple(start ** (1 - share) * end**share for start, end in ends)

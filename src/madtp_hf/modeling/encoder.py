@@ -107,12 +107,16 @@ class MadtpReduction(TokenReduction):
         granularity (`str`): "instance", "batch", or "frozen", which leaves `token_counts`, how many tokens each layer leaves.
         with_feature (`bool`): whether the alignment loss is wanted.
         min_kept (`int`): a layer prunes a sample only if as many of its tokens would stay.
+        factor (`float`): what the threshold is multiplied by.
     """
 
     has_kernels = True  # Triton's gate computes `importance`; a variant with another importance has none
 
-    def __init__(self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1):
+    def __init__(
+        self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1, factor=1.0
+    ):
         self.alignment, self.temperature, self.granularity = alignment, temperature, granularity
+        self.factor = factor
         self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
@@ -162,8 +166,9 @@ class MadtpReduction(TokenReduction):
         output, *evidence = scored_varlen_attention(
             *query_key_value.unbind(1), sequences.cu_seqlens, sequences.max_seqlen, *reversed(self.roles)
         )
+        roles = self.roles
         chosen = gate(
-            scores, *evidence, sequences.cu_seqlens, self.temperature, self.min_kept, self.roles.protects_last
+            scores, *evidence, sequences.cu_seqlens, self.temperature, self.min_kept, roles.protects_last, self.factor
         )
         return output.flatten(1), (sequences.whole, [KernelReduction(*chosen)])
 
@@ -187,7 +192,7 @@ class MadtpReduction(TokenReduction):
         else:
             if mask is not None and (roles.protects_last or not part.is_varlen):
                 scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # what stands there may be of any size
-            threshold = importance_threshold(scores, importance, self.temperature, weights)
+            threshold = importance_threshold(scores, importance, self.temperature, weights, self.factor)
             if self.granularity == "batch":
                 keep = importance > threshold
                 number = (keep if mask is None else keep & mask).sum(dim=1).amax()

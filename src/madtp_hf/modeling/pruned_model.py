@@ -171,7 +171,9 @@ class PrunedModelMixin:
 
     # Pruning
 
-    def set_pruning(self, *args, temperature: float | None = None, reduction: float | None = None) -> None:
+    def set_pruning(
+        self, *args, temperature: float | None = None, reduction: float | None = None, factor: float | None = None
+    ) -> None:
         """Set how much the model prunes, from the next forward pass on; the configuration keeps it. `set_pruning(None)` is off.
 
         Args:
@@ -179,6 +181,8 @@ class PrunedModelMixin:
                 The threshold's temperature: 0 is off, larger prunes more. `None`, without a reduction, is off.
             reduction (`float`, *optional*):
                 The share of FLOPs to save, in [0, 1), by the schedule that `madtp_hf.calibrate` has measured.
+            factor (`float`, *optional*):
+                With a temperature, what the threshold is multiplied by, in (0, 1]: smaller prunes less. 1 if not given, as in the paper.
 
         Raises:
             TypeError: for a number without its name.
@@ -191,15 +195,18 @@ class PrunedModelMixin:
             )
         if temperature is not None and reduction is not None:
             raise ValueError(f"Both {temperature=} and {reduction=} were given: expected one of them.")
+        if factor is not None and temperature is None:
+            raise ValueError(f"{factor=} was given without a temperature: expected both, or neither.")
         if reduction is not None:
-            temperature = self.config.temperature_for(reduction)
-        before = self.config.pruning_temperature
-        self.config.pruning_temperature = 0.0 if temperature is None else temperature
+            temperature, factor = self.config.threshold_for(reduction)
+        before = (self.config.pruning_temperature, self.config.pruning_threshold_factor)
         try:
+            self.config.pruning_temperature = 0.0 if temperature is None else temperature
+            self.config.pruning_threshold_factor = 1.0 if factor is None else factor
             if self.is_pruning:
                 self.config.token_counts()
         except ValueError:
-            self.config.pruning_temperature = before
+            self.config.pruning_temperature, self.config.pruning_threshold_factor = before
             raise
 
     @property
@@ -247,6 +254,7 @@ class PrunedModelMixin:
             self._roles[modality],
             None if counts is None or not prunes else counts[modality],
             self._min_kept,
+            float(config.pruning_threshold_factor),
         )
 
     def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:

@@ -10,7 +10,7 @@ A pruned layer, step by step:
 2. softmax_n(a / sqrt(D))^T x, summed over layers; 1 - cos            `alignment_feature`, `alignment_loss`
 3. attention, and what the scores need to know of it                 `AttentionEvidence`, filled by `attention.py`
 4. s = (s_self + s_cls + s_tok) / 3                                  `token_importance`
-5. theta = min_t sum_n softmax_n(a / tau)[n, t] s[n]                 `importance_threshold`
+5. theta = f min_t sum_n softmax_n(a / tau)[n, t] s[n]               `importance_threshold`
 6. keep s > theta, merge the rest into one token                     `select_tokens`, `most_important`, `merge_weights`
 7. (the layer's feed-forward on what is left)
 """
@@ -89,9 +89,14 @@ def token_importance(
 
 @torch.no_grad()  # a threshold is compared with, and passes no gradient on
 def importance_threshold(
-    scores: torch.Tensor, importance: torch.Tensor, temperature: float, mask: torch.Tensor | None = None
+    scores: torch.Tensor,
+    importance: torch.Tensor,
+    temperature: float,
+    mask: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> torch.Tensor:
-    """Step 5: theta (B, 1), the smallest importance that an alignment token sees, looking at the tokens with `temperature`.
+    """Step 5: theta (B, 1), the smallest importance that an alignment token sees, looking at the tokens with `temperature`,
+    times `factor`, which is 1 in the paper and less where fewer tokens than at any temperature are to go.
 
     scores (B, N, T) at padding are to be those of a real token of the same sample; importance (B, N) is 0 there.
     """
@@ -102,7 +107,8 @@ def importance_threshold(
     with torch.autocast(gate.device.type, enabled=False):
         seen = importance.float().unsqueeze(1) @ gate
         total = gate.sum(dim=1, keepdim=True) if mask is None else mask.unsqueeze(1) @ gate
-    return (seen / total).amin(dim=-1)
+    threshold = (seen / total).amin(dim=-1)
+    return threshold if factor == 1 else threshold * factor
 
 
 def select_tokens(

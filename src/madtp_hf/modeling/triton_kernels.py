@@ -159,12 +159,13 @@ def gate(
     temperature: float,
     min_kept: int,
     protects_last: bool = False,
+    factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Importance, threshold, and which rows stay, in one launch and one cumulative sum. The host waits for nothing.
 
     scores (R, T), any floating dtype: the alignment scores a; those of protected rows are not read. received,
     from_reader and output_norm: as `scored_varlen_attention` returns them. A sample merges if at least `min_kept` of
-    its tokens stay and at least two go; else all stay.
+    its tokens stay and at least two go; else all stay. factor: what the threshold is multiplied by.
 
     Returns
     importance (R,) float32: s of the tokens that can go, 0 at protected rows
@@ -180,7 +181,7 @@ def gate(
     _launch(
         _gate, (batch_size,),
         scores, scores.stride(0), received, from_reader, output_norm, cu_seqlens, parts, importance, destination,
-        lengths, num_rows, received.shape[0], temperature, min_kept,
+        lengths, num_rows, received.shape[0], temperature, min_kept, factor,
         NUM_COLUMNS=scores.shape[1], HEADS=num_heads, HEADS_BLOCK=triton.next_power_of_2(num_heads),
         PROTECTS_LAST=protects_last, **GATE_BLOCKS,
     )  # fmt: skip
@@ -416,10 +417,10 @@ if triton is not None:
             lowest = tl.minimum(lowest, tl.where(columns < NUM_COLUMNS, tl.div_rn(seen, total), float("inf")))
         return tl.min(lowest, 0)
 
-    @triton.jit(do_not_specialize=["num_rows", "query_blocks", "min_kept"])
+    @triton.jit(do_not_specialize=["num_rows", "query_blocks", "min_kept", "factor"])
     def _gate(
         scores, scores_row, received, from_reader, output_norm, cu_seqlens, parts, importance, destination, lengths,
-        num_rows, query_blocks, temperature, min_kept,
+        num_rows, query_blocks, temperature, min_kept, factor,
         NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PROTECTS_LAST: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
@@ -459,7 +460,7 @@ if triton is not None:
             tl.store(importance + start + rows, tl.where(is_token, s, 0.0), rows < length)
         tl.debug_barrier()
 
-        theta = _threshold(
+        theta = factor * _threshold(
             scores, scores_row, importance, start, length, num_tokens, temperature, NUM_COLUMNS, ROWS, COLUMNS
         )
         kept = tl.zeros([ROWS], tl.int32)

@@ -1,4 +1,4 @@
-"""Steering the pruning temperature to a reduction of FLOPs while a model trains."""
+"""Steering the pruning threshold to a reduction of FLOPs while a model trains."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..calibration import SCAN, measure
+from ..calibration import FACTORS, SCAN, measure, threshold_at
 
 
 class ReductionCallback(TrainerCallback, ExportableState):
@@ -14,20 +14,21 @@ class ReductionCallback(TrainerCallback, ExportableState):
 
     After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured reduction is from the
     target: an integral controller, so that it settles where the mean reduction is the target, whatever the model, data or learning
-    rate, and follows as the model changes. While the reduction stays on one side of the target the steps grow, so that a start far
-    off, where the temperature hardly matters, is left quickly. `calibrate` afterwards finds the exact temperatures.
+    rate, and follows as the model changes. Below a low temperature it is the threshold's factor that moves, on the path that
+    `calibrate` searches. While the reduction stays on one side of the target the steps grow, so that a start far off, where the
+    temperature hardly matters, is left quickly. `calibrate` afterwards finds the exact thresholds.
 
-    Between steps, when `Trainer` evaluates and saves, the model is at the temperature of the largest target: evaluations compare, and a
-    checkpoint's configuration has it. Training that is resumed goes on with the temperatures of its checkpoint. The model may be one of peft's.
+    Between steps, when `Trainer` evaluates and saves, the model is at the threshold of the largest target: evaluations compare, and a
+    checkpoint's configuration has it. Training that is resumed goes on with the thresholds of its checkpoint. The model may be one of peft's.
 
     Args:
         target_reduction (`float` or `tuple[float, float]`):
             The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced targets between the two,
-            each with a temperature of its own, so that one checkpoint learns them all.
+            each with a threshold of its own, so that one checkpoint learns them all.
         num_targets (`int`, *optional*, defaults to 5):
             How many, with a pair.
         gain (`float`, *optional*, defaults to 1.5):
-            By how much the logarithm of the temperature moves for a distance of 1 from the target.
+            By how much the logarithm of the temperature, or of the factor, moves for a distance of 1 from the target.
         seed (`int`, *optional*, defaults to 0):
             Of the draw.
     """
@@ -45,7 +46,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.gain = gain
         self.seed = seed
         self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
-        self.log_temperatures = None
+        self.first_temperature = None  # of the path, see `threshold_at`
+        self.log_temperatures = None  # the points on it: where the factor is below 1, of temperature times factor
         self.boosts = [1.0] * len(self.targets)
         self.errors = [0.0] * len(self.targets)
         self._measured = []
@@ -61,6 +63,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
                 "seed": self.seed,
             },
             "attributes": {
+                "first_temperature": self.first_temperature,
                 "log_temperatures": self.log_temperatures,
                 "boosts": self.boosts,
                 "errors": self.errors,
@@ -76,13 +79,29 @@ class ReductionCallback(TrainerCallback, ExportableState):
         if model.training:
             self._measured.append(measure(model, kwargs, output).mean())
 
-    @staticmethod
-    def _start(config, target: float) -> float:
-        """The temperature to begin with: by the calibrated schedule where there is one, or the one that is set, or a moderate one."""
-        schedule = config.pruning_schedule
-        if schedule and schedule[0][0] <= target <= schedule[-1][0]:
-            return config.temperature_for(target)
-        return config.pruning_temperature or config.text_config.hidden_size**0.5 / 4
+    def _begin(self, config) -> None:
+        """Choose the path and where to begin on it: by the calibrated schedule where there is one, or where the model is, or at a
+        moderate temperature."""
+        moderate, schedule = config.text_config.hidden_size**0.5 / 4, config.pruning_schedule or ()
+        present = config.pruning_temperature or moderate
+        with_factor = [entry[1] for entry in schedule if len(entry) > 2 and entry[2] < 1]
+        if config.pruning_temperature and config.pruning_threshold_factor < 1:
+            with_factor.append(present)
+        temperatures = [entry[1] for entry in schedule]
+        self.first_temperature = min(with_factor or (moderate / 100, present, *temperatures))
+
+        def point(target):
+            if schedule and schedule[0][0] <= target <= schedule[-1][0]:
+                return sum(map(math.log, config.threshold_for(target)))
+            return math.log(present * config.pruning_threshold_factor)
+
+        if self.log_temperatures is None:
+            self.log_temperatures = [point(target) for target in self.targets]
+
+    def _set(self, model, index: int) -> tuple[float, float]:
+        threshold = threshold_at(self.log_temperatures[index], self.first_temperature)
+        model.set_pruning(temperature=threshold[0], factor=threshold[1])
+        return threshold
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if model.config.pruning_granularity == "frozen":
@@ -96,16 +115,15 @@ class ReductionCallback(TrainerCallback, ExportableState):
         if begins and isinstance(saved, dict) and type(self)(**saved["args"]).targets == self.targets:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
-        if self.log_temperatures is None:
-            self.log_temperatures = [math.log(self._start(model.config, target)) for target in self.targets]
+        if self.first_temperature is None:  # also in the state of a version without
+            self._begin(model.config)
         if self._hook is not None:  # of a run that was interrupted
             self._hook.remove()
         self._hook = model.register_forward_hook(self._measure, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._measured.clear()
-        self.temperature = math.exp(self.log_temperatures[self._current(state.global_step)])
-        model.set_pruning(temperature=self.temperature)
+        self.temperature, self.factor = self._set(model, self._current(state.global_step))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         reduction = torch.stack(self._measured).mean()
@@ -119,16 +137,19 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.boosts[current] = min(self.boosts[current] * 1.3, 8.0) if error * self.errors[current] > 0 else 1.0
         self.errors[current] = error
         moved = self.log_temperatures[current] + min(max(self.gain * self.boosts[current] * error, -0.5), 0.5)
-        # A target out of reach must not wind the temperature up or down without end.
-        self.log_temperatures[current] = min(max(moved, math.log(SCAN[0])), math.log(SCAN[-1]))
-        model.set_pruning(temperature=math.exp(self.log_temperatures[-1]))
+        # A target out of reach must not wind the temperature up or the factor down without end.
+        lowest = math.log(self.first_temperature * FACTORS[0])
+        self.log_temperatures[current] = min(max(moved, lowest), math.log(SCAN[-1]))
+        self._set(model, -1)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and "loss" in logs:
             measured = {"reduction": self.reduction, "pruning_temperature": self.temperature}
+            if self.factor < 1:
+                measured["pruning_threshold_factor"] = self.factor
             logs.update(measured)
             state.log_history[-1].update(measured)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._hook.remove()
-        model.set_pruning(temperature=math.exp(self.log_temperatures[-1]))
+        self._set(model, -1)

@@ -67,7 +67,8 @@ class ContrastiveMemory(nn.Module):
         if not self.has_temperature:  # similarities are scaled as the model's
             self.twin.logit_scale.copy_(model.logit_scale)
         # It prunes as the model does.
-        self.twin.config.pruning_temperature = model.config.pruning_temperature
+        for name in ("pruning_temperature", "pruning_threshold_factor"):
+            setattr(self.twin.config, name, getattr(model.config, name))
 
     @torch.no_grad()
     def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:

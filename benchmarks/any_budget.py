@@ -1,0 +1,100 @@
+"""Does calibration reach any budget on any model? Random models of all tasks, from 3 to 12 layers, 32 to 128 wide, settings as they come.
+
+    python benchmarks/any_budget.py --output benchmarks/results/any_budget.json
+
+Every model is calibrated for every reduction on the same random images and texts, then measured on them once more. A reduction that its schedule
+lacks is beyond the largest that it reaches: the warning that names it is kept.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from madtp_hf import MadtpBlipConfig, calibrate
+from madtp_hf.calibration import measure_reduction
+from madtp_hf.tasks import TASKS
+
+
+SHAPES = ((3, 32), (4, 64), (6, 96), (9, 48), (12, 128))  # layers of each encoder, their width
+IMAGE_SIZE, PATCH_SIZE, VOCABULARY, LONGEST = 64, 8, 100, 16
+
+
+def random_model(task: str, num_layers: int, width: int, seed: int):
+    """A model of that task with random weights, alignment tokens included; what isn't its size is the default."""
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+    }
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "bos_token_id": 98, "sep_token_id": 3}
+    text |= {"eos_token_id": 3, "pad_token_id": 0}
+    config = MadtpBlipConfig(
+        text_config={**sizes, **text},
+        vision_config={**sizes, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        image_text_hidden_size=width,
+    )
+    return TASKS[task].model_class(config).eval()
+
+
+def random_batches(task: str, num_samples: int, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Images of noise, each of a strength of its own, and texts of random words and lengths."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    images = (2,) if TASKS[task].num_images == 2 else ()
+    for _ in range(num_samples // batch_size):
+        pixels = torch.randn(batch_size, *images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        strength = 0.3 + 1.7 * torch.rand(batch_size, *(1 for _ in pixels.shape[1:]), generator=generator)
+        batch = {"pixel_values": pixels * strength}
+        if TASKS[task].text_encoder:
+            lengths = torch.randint(5, LONGEST + 1, (batch_size, 1), generator=generator)
+            mask = torch.arange(LONGEST) < lengths
+            words = torch.randint(4, VOCABULARY - 2, (batch_size, LONGEST), generator=generator)
+            batch |= {"input_ids": words.where(mask, 0), "attention_mask": mask.long()}
+        batches.append(batch)
+    return batches
+
+
+def reach(model, batches, reductions: list[float]) -> dict:
+    """What calibration finds, and what is measured at it: {"reached": {asked: measured}, "schedule", "told": its warnings}."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            schedule = calibrate(model, batches, reductions)
+        except ValueError as error:  # none of them
+            return {"reached": {}, "schedule": [], "told": [str(error)]}
+    reached = {asked: measure_reduction(model, batches, *threshold) for asked, *threshold in schedule}
+    return {"reached": reached, "schedule": schedule, "told": [str(warning.message) for warning in told]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reductions", type=float, nargs="+", default=[0.05, 0.1, 0.3, 0.5])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/any_budget.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for number, (task, (num_layers, width)) in enumerate((task, shape) for task in TASKS for shape in SHAPES):
+        model = random_model(task, num_layers, width, seed=number)
+        started = time.perf_counter()
+        row = {"task": task, "layers": num_layers, "width": width, "seed": number}
+        row |= reach(model, random_batches(task, args.samples, 32, seed=number), args.reductions)
+        missing = sorted(set(args.reductions) - set(row["reached"]))
+        worst = max((abs(asked - got) for asked, got in row["reached"].items()), default=0.0)
+        rows.append(row | {"missing": missing, "worst": worst, "seconds": time.perf_counter() - started})
+        print(
+            task, num_layers, width, f"missing {missing}, worst {worst:.4f}, {rows[-1]['seconds']:.1f} s", flush=True
+        )
+        for line in row["told"]:
+            print("   ", line)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"samples": args.samples, "models": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
