@@ -332,6 +332,12 @@ class PrunedModelMixin:
                 "prepack_weights needs torch with oneDNN, and this one has none: expected a build where torch.backends.mkldnn.is_available();"
                 " go on without, the model runs as it is."
             )
+        for module in self.modules():
+            if isinstance(module, AlignmentProjection):
+                module.keep_folded(prepacked)
+        if not prepacked:
+            unpack_linear_maps(self)
+            return self
         size = prepack_linear_maps(self, self._prepacked_classes, self._fused_activations, min_size)
         logger.info(f"Weights of linear maps are prepacked for this CPU, which takes {size / 2**20:.0f} MiB more.")
         return self
