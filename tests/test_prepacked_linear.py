@@ -436,7 +436,10 @@ def test_the_former_name_does_the_same():
     assert kinds_of_linear_maps(model.prepack_weights(prepacked=False)) == {nn.Linear}
 
 
-def test_what_prepares_for_inference_prepacks_where_that_helps():
+def test_what_prepares_for_inference_prepacks_where_that_helps(monkeypatch):
+    # Small weights stay in cache as they are.
+    assert kinds_of_linear_maps(make_task_model("vqa").prepack_for_inference()) == {nn.Linear}
+    monkeypatch.setattr("madtp_hf.modeling.pruned_model.LARGE", 1)
     assert kinds_of_linear_maps(make_task_model("vqa").prepack_for_inference()) == {PrepackedLinear}
     for model in (make_task_model("vqa").train(), make_task_model("vqa").to(torch.bfloat16)):
         assert model.prepack_for_inference() is model and kinds_of_linear_maps(model) == {nn.Linear}

@@ -1,5 +1,6 @@
 """Calibration: which threshold, a temperature and a factor, saves which share of a model's FLOPs."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -69,12 +70,14 @@ def _start_tokens(model, batch) -> torch.Tensor:
 
 
 def encode(model, batch):
-    """The model's output where only its encoders matter: no labels, and a decoder reads its start token alone."""
+    """The model's output where only its encoders matter: no labels, no columns that it doesn't know, and a decoder reads its start token
+    alone."""
     name = TASKS[model.task].decoder_inputs
     left_out = {"labels"}
     if name is not None:
         left_out |= {name, name.replace("input_ids", "attention_mask")}
-    inputs = {key: value for key, value in batch.items() if key not in left_out}
+    known = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    inputs = {key: value for key, value in batch.items() if key in known and key not in left_out}
     if name is not None:
         inputs[name] = _start_tokens(model, batch)
     return model(**inputs)

@@ -86,6 +86,10 @@ def collate(rows):
     return {**batch, "return_loss": True} if "image_ids" in batch else batch
 
 
+def without_index(batch):
+    return {name: value for name, value in batch.items() if name != "index"}
+
+
 def most_similar(feature, other_features, ids, other_ids, temperature):
     """Instead of drawing hard negatives, which each process does for itself: the hardest."""
     similarity = (feature @ other_features.T).masked_fill(ids.unsqueeze(1) == other_ids, -torch.inf)
@@ -133,7 +137,7 @@ def run_training(run, folder, processes) -> dict:
         model=model,
         args=settings,
         train_dataset=make_rows(model_class, 2 * GLOBAL_BATCH),
-        data_collator=collate,
+        data_collator=lambda rows: without_index(collate(rows)),
         callbacks=[callback, first],
         **options,
     )
@@ -161,7 +165,7 @@ def run_evaluation(count, accelerator=None) -> list[tuple]:
         loader = accelerator.prepare(loader)
 
     def predict(batch):
-        margins = model(**batch).logits.diff(dim=1).flatten()
+        margins = model(**without_index(batch)).logits.diff(dim=1).flatten()
         return list(zip(batch["index"].tolist(), margins.tolist()))
 
     results = evaluate_budgets(model, loader, [0.0, 0.2, 0.4], predict, accelerator)

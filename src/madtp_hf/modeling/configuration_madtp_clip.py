@@ -43,6 +43,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
         pruning_granularity="instance",
         pruning_schedule=None,
         pruning_token_counts=None,
+        pruning_threshold_factor=1.0,
         madtp_version=None,
         **kwargs,
     ):
@@ -56,6 +57,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
             pruning_granularity,
             pruning_schedule,
             pruning_token_counts,
+            pruning_threshold_factor,
         )
 
 

@@ -168,6 +168,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
                 self.text_decoder, encoded.states, encoded.sequences
             )
         generate_kwargs = generation_config.update(**generate_kwargs)  # what is no field of it
+        generation_config.cache_implementation = None  # the one that there is has been made
         return self.text_decoder.generate(
             input_ids=input_ids,
             generation_config=generation_config,

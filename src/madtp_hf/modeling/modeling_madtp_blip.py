@@ -545,7 +545,6 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return_loss: bool | None = None,
         image_ids: torch.LongTensor | None = None,
         contrastive_keys: ContrastiveKeys | None = None,
-        labels: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -575,6 +574,9 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         Raises:
             ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch of one image alone.
         """
+        labels = kwargs.pop(
+            "labels", None
+        )  # no argument by name: `Trainer` would wait for them instead of for the loss
         self._check_arguments(kwargs)
         if labels is not None and (return_loss or not use_itm_head):
             raise ValueError(
