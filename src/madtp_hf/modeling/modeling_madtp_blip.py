@@ -92,7 +92,6 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_positions: bool = False,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple | MadtpBlipForQuestionAnsweringOutput:
         r"""
@@ -113,6 +112,9 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         Raises:
             ValueError: for inputs of another shape, a question that is all padding or too long, or neither labels nor decoder inputs.
         """
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # no argument by name: `Trainer` would wait for them in evaluation
         self._check_arguments(kwargs)
         if labels is None and decoder_input_ids is None:
             raise ValueError(
@@ -250,7 +252,6 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_positions: bool = False,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple | MadtpBlipForConditionalGenerationOutput:
         r"""
@@ -269,6 +270,9 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         Raises:
             ValueError: for inputs of another shape, a caption that is all padding or too long, or no input_ids.
         """
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # no argument by name: `Trainer` would wait for them in evaluation
         self._check_arguments(kwargs)
         if input_ids is None:
             if labels is None or (labels[:, 0] == -100).any():
