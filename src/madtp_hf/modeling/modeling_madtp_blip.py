@@ -615,23 +615,9 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         else:
             itm_score = image_feature @ text_feature.T
         if return_loss:
-            if image_ids is None:
-                image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
-            contrastive = contrastive_loss(image_feature, text_feature, image_ids, contrastive_keys)
-            temperature = TEMPERATURE if contrastive_keys is None else contrastive_keys.temperature.detach()
-            negatives = self._score_hard_negatives(
-                input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
-            )
-            labels = torch.zeros(len(itm_score) + len(negatives), dtype=torch.long, device=itm_score.device)
-            labels[: len(itm_score)] = 1
-            matching = F.cross_entropy(torch.cat([itm_score, negatives]), labels)
-            task_loss = contrastive + matching
-            losses = {
-                "loss": task_loss + self.config.alignment_loss_weight * align_loss,
-                "task_loss": task_loss,
-                "contrastive_loss": contrastive,
-                "matching_loss": matching,
-            }
+            features = (image_feature, text_feature)
+            losses = self._losses(input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys)
+            losses["loss"] = losses["task_loss"] + self.config.alignment_loss_weight * align_loss
         elif labels is not None:
             matching = F.cross_entropy(itm_score, labels)
             align_loss = self.alignment(None)
@@ -654,6 +640,18 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             text_feature=text_feature,
             **losses,
         )
+
+    def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
+        """The contrastive and the matching loss, the latter with hard negatives, and their sum; itm_score (B, 2) of the pairs."""
+        if image_ids is None:
+            image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
+        contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
+        temperature = TEMPERATURE if contrastive_keys is None else contrastive_keys.temperature.detach()
+        negatives = self._score_hard_negatives(input_ids, attention_mask, vision, *features, image_ids, temperature)
+        labels = torch.zeros(len(itm_score) + len(negatives), dtype=torch.long, device=itm_score.device)
+        labels[: len(itm_score)] = 1
+        matching = F.cross_entropy(torch.cat([itm_score, negatives]), labels)
+        return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
         """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask (B, M)."""
