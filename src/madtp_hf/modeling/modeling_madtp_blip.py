@@ -295,9 +295,9 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             interpolate_pos_encoding=interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
-        image_embeds, number = vision.hidden_states, max(len(pixel_values), len(input_ids))
+        image_embeds = vision.hidden_states
         if input_ids.shape[0] == 1:
-            input_ids = input_ids.expand(number, -1)
+            input_ids = input_ids.expand(pixel_values.shape[0], -1)
         elif pixel_values.shape[0] != 1:
             check_same_number(pixel_values, input_ids, "captions")
         caption = self.text_decoder(

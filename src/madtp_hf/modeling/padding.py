@@ -3,6 +3,9 @@
 import torch
 
 
+LONGER_THAN_ANY = 2**20  # text
+
+
 def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -> None:
     if tensor.shape != input_ids.shape:
         raise ValueError(
@@ -64,6 +67,6 @@ def left_align(input_ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tenso
     Neither looks at values nor waits for the device: shapes follow from shapes.
     """
     width = input_ids.shape[1]
-    # A stable sort, by an operation that ONNX knows.
-    order = (real * width - torch.arange(width, device=real.device)).topk(width).indices
+    # A stable sort, by operations that ONNX knows for any width.
+    order = (real * LONGER_THAN_ANY - torch.arange(width, device=real.device)).topk(width).indices
     return input_ids.gather(1, order), real.gather(1, order)

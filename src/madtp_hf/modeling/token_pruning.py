@@ -145,11 +145,11 @@ def keep_all_or_enough(
 def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
     """(B, N) bool: the `number` most important tokens of each sample, all where it has fewer. mask (B, N): boolean."""
     ranked = importance if mask is None else importance.masked_fill(~mask, -torch.inf)
-    if isinstance(number, int):
-        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.topk(number).indices, True)
-    else:
+    if isinstance(number, torch.Tensor):
         # Rank 0 is the most important token; padding ranks last.
         keep = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < number
+    else:  # a number that shapes give: a sort with a stable order is none that ONNX knows
+        keep = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, ranked.topk(number).indices, True)
     return keep if mask is None else keep & mask
 
 

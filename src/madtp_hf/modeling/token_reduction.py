@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .attention import TokenRoles
+from .padding import LONGER_THAN_ANY
 from .sequences import Division, Sequences, scatter_rows, take_slots
 from .triton_kernels import merge
 
@@ -138,7 +139,7 @@ def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles:
     table = stay_table(reduction, sequences, roles)
     num_columns = table.shape[1]
     # The columns that are rows come first, in their order; by an operation that ONNX knows.
-    order = (table * num_columns - torch.arange(num_columns, device=table.device)).topk(length).indices
+    order = (table * LONGER_THAN_ANY - torch.arange(num_columns, device=table.device)).topk(length).indices
     repacking = Repacking(sequences, sequences.batch_size * length, roles, order=order)
     mask = lengths = None
     if sequences.mask is not None:
