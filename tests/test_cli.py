@@ -168,6 +168,7 @@ def test_the_command_as_a_process(source, tmp_path):
 
 def test_help_and_version():
     assert CliRunner().invoke(app, ["version"]).stdout.strip() == __version__
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == __version__
     # Wherever colours or a narrow terminal put their marks, the words are there.
     environment = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     whole = CliRunner().invoke(app, ["--help"], env=environment).stdout

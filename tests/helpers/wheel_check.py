@@ -47,7 +47,7 @@ def check_contents(wheel: Path) -> None:
     stray = {
         name
         for name in ours
-        if not name.startswith(("madtp_hf/", "madtp_hf_cli.py")) or not name.endswith((".py", ".md"))
+        if not name.startswith(("madtp_hf/", "madtp_hf_cli/")) or not name.endswith((".py", ".md"))
     }
     source = ROOT / "src"
     expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}

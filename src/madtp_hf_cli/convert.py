@@ -1,63 +1,12 @@
-"""The `madtp-hf` command: `madtp-hf convert model_base_vqa.pth my-blip --task vqa`.
+"""`madtp-hf convert`: an original checkpoint becomes a folder that transformers loads."""
 
-It stands beside the package, so that `madtp-hf --help` imports neither the package nor torch: each command imports
-what it needs.
-"""
-
-import os
 import tempfile
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import typer
 
-try:
-    import typer
-except ImportError as error:
-    raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
-
-
-app = typer.Typer(
-    help="BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@contextmanager
-def _one_message_of_errors():
-    """What a user can put right is one message on stderr and exit code 1: no traceback, and no library's warnings before it."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (OSError, ValueError, SafetensorError) as error:
-        typer.echo(f"madtp-hf: {error}", err=True)
-        raise typer.Exit(1) from None
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _check_out(out: Path, checkpoint: Path, force: bool) -> None:
-    """Raise a `ValueError` if `out` is not to be written, or to be replaced with all that is in it."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file: expected the name of a folder to write.")
-    if not force and any(out.iterdir()):
-        raise ValueError(
-            f"{out} is not empty: choose another folder, or replace it and all that is in it with --force."
-        )
-    for kept in (checkpoint.resolve(), Path.cwd(), Path(os.path.expanduser("~"))):
-        if kept.is_relative_to(out):
-            raise ValueError(f"{out} can't be replaced: {kept} is in it. Choose another folder.")
+from .common import check_out, one_message_of_errors
 
 
 _TOKENIZERS = {"BLIP": "bert-base-uncased", "CLIP": "openai/clip-vit-base-patch32"}
@@ -154,21 +103,6 @@ reductions."""
     return f"Converted from `{source}` by `madtp-hf convert`. {alignment}"
 
 
-@app.callback()
-def main() -> None:
-    # With a callback, typer keeps `convert` a subcommand whatever the number of commands.
-    pass
-
-
-@app.command()
-def version() -> None:
-    """Print the version of madtp_hf."""
-    from madtp_hf import __version__
-
-    typer.echo(__version__)
-
-
-@app.command(no_args_is_help=True)
 def convert(
     checkpoint: Annotated[
         Path,
@@ -202,7 +136,7 @@ def convert(
 
     Example: madtp-hf convert model_base_vqa_capfilt_large.pth blip-vqa --task vqa
     """
-    with _one_message_of_errors():
+    with one_message_of_errors():
         from madtp_hf.conversion import convert_original_checkpoint, read_checkpoint
         from madtp_hf.model_card import create_model_card
         from madtp_hf.tasks import TASKS
@@ -210,7 +144,7 @@ def convert(
         if task not in TASKS:
             raise typer.BadParameter(f"{task!r}, expected one of {', '.join(TASKS)}.", param_hint="--task")
         out = out.resolve()
-        _check_out(out, checkpoint, force)
+        check_out(out, checkpoint, force)
         content = read_checkpoint(checkpoint)
         family = TASKS[task].family
         source = tokenizer or _TOKENIZERS[family]
@@ -240,54 +174,3 @@ def convert(
     typer.echo(
         f"{out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, images of {side} x {side} pixels."
     )
-
-
-@app.command(no_args_is_help=True)
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved checkpoint, as `convert` writes it.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="The name to publish it as: NAMESPACE/NAME.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="The branch to commit to; main if not given.")
-    ] = None,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
-    metrics: Annotated[
-        Path | None,
-        typer.Option(metavar="JSON", help="The numbers for the model card; FOLDER's results.json if not given."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would go up, and do nothing. Needs no token.")
-    ] = False,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="A token with write access; better `hf auth login` or HF_TOKEN, which others can't see.",
-        ),
-    ] = None,
-) -> None:
-    """Publish a checkpoint: all of it in one commit, once it is found to be complete.
-
-    A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint stay where they are.
-
-    Example: madtp-hf push blip-vqa org/blip-madtp --dry-run
-    """
-    with _one_message_of_errors():
-        from madtp_hf.hub import push_folder
-
-        url = push_folder(
-            folder,
-            repo,
-            metrics=metrics,
-            token=token,
-            private=private,
-            revision=revision,
-            commit_message=message,
-            dry_run=dry_run,
-        )
-    if not dry_run:
-        typer.echo(url)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,53 @@
+"""The `madtp-hf` command: `madtp-hf convert model_base_vqa.pth my-blip --task vqa`.
+
+It stands beside the package, so that `madtp-hf --help` imports neither the package nor torch: each command, in a file
+of its name, imports what it needs when it runs.
+"""
+
+from typing import Annotated
+
+
+try:
+    import typer
+except ImportError as error:
+    raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
+
+from .convert import convert
+from .push import push
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version of madtp_hf and stop."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("madtp_hf"))
+        raise typer.Exit
+
+
+app = typer.Typer(
+    help="BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    # With a callback, typer keeps a command a subcommand whatever their number.
+    pass
+
+
+@app.command()
+def version() -> None:
+    """Print the version of madtp_hf."""
+    print_version(True)
+
+
+for command in (convert, push):
+    app.command(no_args_is_help=True)(command)

@@ -1,0 +1,54 @@
+"""`madtp-hf push`: a checkpoint becomes a repository on the Hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import one_message_of_errors
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved checkpoint, as `convert` writes it.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The name to publish it as: NAMESPACE/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="The branch to commit to; main if not given.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="The numbers for the model card; FOLDER's results.json if not given."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go up, and do nothing. Needs no token.")
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="A token with write access; better `hf auth login` or HF_TOKEN, which others can't see.",
+        ),
+    ] = None,
+) -> None:
+    """Publish a checkpoint: all of it in one commit, once it is found to be complete.
+
+    A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint stay where they are.
+
+    Example: madtp-hf push blip-vqa org/blip-madtp --dry-run
+    """
+    with one_message_of_errors():
+        from madtp_hf.hub import push_folder
+
+        url = push_folder(
+            folder,
+            repo,
+            metrics=metrics,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=message,
+            dry_run=dry_run,
+        )
+    if not dry_run:
+        typer.echo(url)
