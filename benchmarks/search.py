@@ -1,8 +1,8 @@
 """Image search on digit scenes: what a query costs after loading, and whether it finds what brute force finds.
 
-Scenes of the test split are written as PNG files, embedded into an index by the shipped retrieval model, and asked for by captions of
-some of them. Brute force is the inner product, in float64, with every embedding that the index holds; of some images the embedding is
-computed again and compared.
+Scenes of the test split are written as PNG files, embedded into an index by the shipped retrieval model, and asked for
+by captions of some of them. Brute force is the inner product, in float64, with every embedding that the index holds;
+of some images the embedding is computed again and compared.
 
     python benchmarks/search.py --output benchmarks/results/search.json
     python benchmarks/search.py --images 200 --queries 10   # does it run?
@@ -45,7 +45,7 @@ def row_of(hit: dict) -> int:
 
 
 def ask(index, captions: list[str], asked: np.ndarray, brute_force: list[np.ndarray], **options) -> dict:
-    """Milliseconds a query, the share of captions whose own scene comes first, and of brute force's images that are found."""
+    """Time per query, the share of captions whose own scene comes first, and the overlap with brute force."""
     search(index, captions[0], TOP_K, **options)  # loads the model, where it isn't yet
     seconds, first, shared, equal = [], [], [], []
     for row, products in zip(asked, brute_force):

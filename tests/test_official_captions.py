@@ -1,4 +1,4 @@
-"""Captions as COCO and Kaggle ship them, and data sets on the Hub whose split is a column or whose captions are no lists."""
+"""Captions as COCO and Kaggle ship them, and Hub data sets whose split is a column or whose captions are strings."""
 
 import json
 import warnings
@@ -7,7 +7,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from madtp_hf.data import load_coco_captions, load_flickr30k
+from madtp_hf.data import load_coco_captions, load_flickr30k, load_vqav2
 
 from .test_readers import draw, red, refused, stored, write
 
@@ -126,6 +126,12 @@ def test_a_hub_data_set_whose_split_is_a_column(hub):
         load_coco_captions("org/set", "test", columns=columns, where={"split": "dev"})
     with refused(ValueError, "org/set", "no column part"):
         load_coco_captions("org/set", "test", columns=columns, where={"part": "dev"})
+
+
+def test_questions_of_a_hub_data_set_whose_split_is_a_column(hub):
+    columns = {"question": "one", "question_id": "img_id", "answers": "caption"}
+    dataset = load_vqav2("org/set", "all", columns=columns, where={"split": "test"})
+    assert (dataset["question"][:], dataset["question_id"][:], dataset["answers"][:]) == (["c"], [4], [["c"]])
 
 
 def test_a_hub_data_set_with_a_caption_a_row(hub):

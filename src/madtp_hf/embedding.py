@@ -20,7 +20,7 @@ BAR_DELAY = 3.0  # seconds that a run lasts before its progress bar appears
 
 
 def load_model(source, revision: str | None = None, dtype="float32", device=None):
-    """Load a model that embeds images and texts, and its processor: MADTP's or transformers' BLIP for retrieval or CLIP.
+    """Load BLIP for retrieval or CLIP, MADTP's or transformers', and its processor.
 
     Args:
         source (`str` or `Path`):
@@ -92,8 +92,8 @@ class _Pixels(Dataset):
 def embed_images(model, processor, images, batch_size: int = 64, num_workers: int = 0):
     """Embed images batch by batch, as they come.
 
-    Yields, for each batch, the indices of its readable images, their features (B, E) in float32, and a dict from the index of each
-    unreadable one to the reason. Decoding and resizing are done in `num_workers` processes.
+    Yields, for each batch, the indices of its readable images, their features (B, E) in float32, and a dict from the
+    index of each unreadable one to the reason. Decoding and resizing are done in `num_workers` processes.
     """
     embedding_size(model)  # or no such model
     if batch_size < 1:
@@ -121,7 +121,7 @@ def encode_images(
     num_workers: int = 0,
     show_progress_bar: bool | None = None,
 ) -> np.ndarray:
-    """Embed images as L2-normalised vectors, whose inner products with those of images and texts are cosine similarities.
+    """Embed images as L2-normalised vectors, whose inner products are cosine similarities.
 
     Args:
         model (`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`):
@@ -195,11 +195,11 @@ def tokenize(model, processor, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def embedding_size(model) -> int:
-    """The width of the model's features; a `TypeError` for a model that has none in a space that images and texts share."""
+    """The width of the features that images and texts share; a `TypeError` for a model that has none."""
     if not isinstance(model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
         raise TypeError(
-            f"The model is a {type(model).__name__}: expected MadtpBlipForImageTextRetrieval or MadtpClipModel, which give images and"
-            " texts features of one space."
+            f"The model is a {type(model).__name__}: expected MadtpBlipForImageTextRetrieval or MadtpClipModel, which give"
+            " images and texts features of one space."
         )
     return (model.visual_projection if isinstance(model, MadtpClipModel) else model.vision_proj).out_features
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 def open_image(source) -> Image.Image:
     """Read an image file and return it as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Of an animation it is the first frame. 16-bit images are scaled to 8 bits, and transparent pixels are shown on white.
+    Of an animation it is the first frame. 16-bit images are scaled to 8 bits, transparent pixels are shown on white.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):

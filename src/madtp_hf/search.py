@@ -1,7 +1,8 @@
 """Search images by words or by an image: an index of their embeddings on disk, and queries of it.
 
-An index is a folder of three files. `index.json` says what made it and which two files hold the vectors (FAISS, inner product) and the
-images' names (Parquet, a row a vector). It is replaced in one step, last, so the folder holds a whole index at any time.
+An index is a folder of three files. `index.json` says what made it and which two files hold the vectors (FAISS, inner
+product) and the images' names (Parquet, a row a vector). It is replaced in one step, last, so the folder holds a whole
+index at any time.
 """
 
 import hashlib
@@ -33,9 +34,10 @@ _HINT = "Search again with the index's model, embed all images anew (--force, fo
 class ImageIndex:
     """An index of images' embeddings.
 
-    vectors (`faiss.Index`): of row i the embedding of the image `names[i]`, a path relative to `info["root"]`. info (`dict`): what
-    `index.json` says: `model`, `revision`, `weights` (a fingerprint), `dtype`, `reduction`, ..., and `unreadable`, from names to
-    reasons. embedded, kept, removed: how many images the run that made it embedded, took over and dropped.
+    vectors (`faiss.Index`): of row i the embedding of the image `names[i]`, a path relative to `info["root"]`. info
+    (`dict`): what `index.json` says: `model`, `revision`, `weights` (a fingerprint), `dtype`, `reduction`, ..., and
+    `unreadable`, from names to reasons. embedded, kept, removed: how many images the run that made it embedded, took
+    over and dropped.
     """
 
     vectors: object
@@ -67,19 +69,20 @@ def index_images(
     show_progress_bar: bool | None = None,
     save_interval: float = 300.0,
 ) -> ImageIndex:
-    """Embed images into an index on disk; of one that is there, only what is new or has changed since, by size and time.
+    """Embed images into an index on disk, or update it: embed only what is new or has changed, by size and time.
 
     Args:
         model, processor:
             As `encode_images` takes them, or `load_model` returns them.
         images (`str`, `Path` or `list`):
-            A folder, searched with those in it for files with an image's suffix; a text file with a path a line, from its own folder;
-            or a list of paths. Images that can't be read are left out and listed, with the reason, in `info["unreadable"]`.
+            A folder, searched with those in it for files with an image's suffix; a text file with a path a line, from
+            its own folder; or a list of paths. Images that can't be read are left out and listed, with the reason, in
+            `info["unreadable"]`.
         folder (`str` or `Path`):
             The index's folder: a new or empty one, or an index of the same model.
         kind (`str`, *optional*, defaults to `"flat"`):
-            `"flat"` compares a query with every image; of more than a million, `"hnsw"` (a graph) and `"ivf"` (clusters) find nearly
-            the same, faster.
+            `"flat"` compares a query with every image; of more than a million, `"hnsw"` (a graph) and `"ivf"`
+            (clusters) find nearly the same, faster.
         reduction (`float`, *optional*):
             The calibrated share of FLOPs to save; by default the model prunes as it is set. Queries will do the same.
         batch_size, num_workers, show_progress_bar:
@@ -87,10 +90,12 @@ def index_images(
         force (`bool`, *optional*, defaults to `False`):
             Embed all images anew, whatever the index is of.
         save_interval (`float`, *optional*, defaults to 300):
-            Seconds between saves. What was embedded is saved too if the run is interrupted, and the next goes on from there.
+            Seconds between saves. What was embedded is saved too if the run is interrupted, and the next goes on from
+            there.
 
     Raises:
-        ValueError: if there is no image, if the index is of another model or of other images, or the folder holds something else.
+        ValueError: if there is no image, if the index is of another model or of other images, or the folder holds
+        something else.
     """
     _faiss()
     if kind not in KINDS:
@@ -164,15 +169,16 @@ def search(
         top_k (`int`, *optional*, defaults to 10):
             How many images to find.
         rerank (`bool` or `int`, *optional*):
-            Of how many of the nearest images to score the match with the text by BLIP's matching head, and to order these by matching
-            logit and similarity, added, as BLIP evaluates retrieval. `True` is `top_k`, `False` or 0 none. By default `top_k` for a text
-            where the model has such a head.
+            Of how many of the nearest images to score the match with the text by BLIP's matching head, and to order
+            these by matching logit and similarity, added, as BLIP evaluates retrieval. `True` is `top_k`, `False` or 0
+            none. By default `top_k` for a text where the model has such a head.
         model, processor (*optional*):
             The index's model, if it is loaded already; by default `search` loads it.
 
     Returns:
-        A list of `{"path", "score", "similarity", "matching"}`, the best first: the score that they are ordered by, the cosine similarity,
-        and the matching logit, `None` where there is none. For a list of queries, a list of such lists.
+        A list of `{"path", "score", "similarity", "matching"}`, the best first: the score that they are ordered by,
+        the cosine similarity, and the matching logit, `None` where there is none. For a list of queries, a list of
+        such lists.
 
     Raises:
         ValueError: for a model other than the index's, an image that can't be read, an empty query.
@@ -378,8 +384,8 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     ]
     if not same and old.info["root"] != table.root:
         raise ValueError(
-            f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another name for the index,"
-            " or replace it with --force (force=True)."
+            f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another name"
+            " for the index, or replace it with --force (force=True)."
         )
     if same:
         if old.info["kind"] == "ivf":

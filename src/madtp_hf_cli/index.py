@@ -59,7 +59,8 @@ def index(
 ) -> None:
     """Embed images into an index on disk.
 
-    Again on the same OUT, it embeds only what is new or changed and drops what is gone. Images that can't be read are listed and left out.
+    Again on the same OUT, it embeds only what is new or changed and drops what is gone. Images that can't be read are
+    listed and left out.
 
     Example: madtp-hf index org/blip-madtp-retrieval photos photos-index
     """

@@ -1,15 +1,18 @@
 """NLVR2, VQAv2, COCO and Flickr30k captions, read from the files that their publishers ship, or from the Hub.
 
-Of each data set the readers know the files of its authors (of COCO's and Flickr30k's splits, Karpathy's as well), those of BLIP's, who
-wrote JSON lists of their own, and of Flickr30k Kaggle's. Tables of your own are for `tables.py`. A reader takes
+Of each data set the readers know the files of its authors (of COCO's and Flickr30k's splits, Karpathy's as well),
+those of BLIP's, who wrote JSON lists of their own, and of Flickr30k Kaggle's. Tables of your own are for `tables.py`.
+A reader takes
 
-- a file, or a folder with the split's file under its publisher's name (the authors' before BLIP's). Every image is looked for
-  below the image folder at the path that the file gives or implies, and in the folder itself by its name. A path that leads out
-  of the image folder is refused; links in the folder, which are its owner's, are followed. No archive is opened.
+- a file, or a folder with the split's file under its publisher's name (the authors' before BLIP's). Every image is
+  looked for below the image folder at the path that the file gives or implies, and in the folder itself by its name. A
+  path that leads out of the image folder is refused; links in the folder, which are its owner's, are followed. No
+  archive is opened.
 - where there is no such file or folder, a data set on the Hub, and what its columns are called.
 
-It gives a `datasets.Dataset` whose images are paths: all exist when the reader returns, none is opened before its row is read.
-Nothing is read by halves: an error names the file and the line, or, in a JSON list, the entry, counted from 1.
+It gives a `datasets.Dataset` whose images are paths: all exist when the reader returns, none is opened before its row
+is read. Nothing is read by halves: an error names the file and the line, or, in a JSON list, the entry, counted from
+1.
 """
 
 import json
@@ -48,30 +51,36 @@ _LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
 _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
-def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None = None):
+def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None):
     """NLVR2: is the sentence true of the two images?
 
     Args:
         path (`str` or `Path`):
-            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (an object a line), BLIP's `nlvr_train.json`, `nlvr_dev.json` or
-            `nlvr_test.json`, a folder with one of them, or a data set on the Hub.
+            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (an object a line), BLIP's
+            `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data set on the
+            Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, what the data set calls
+            it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: the authors' images are in its `train/<directory>/`, `dev/`, `test1/`, or in the same
-            below `images/`.
+            The image folder, by default the file's: the authors' images are in its `train/<directory>/`, `dev/`,
+            `test1/`, or in the same below `images/`.
         columns (`dict[str, str]`, *optional*):
-            For the Hub, from columns named below to what the data set calls them, where that differs: `{"sentence": "text"}`.
+            For the Hub, from columns named below to what the data set calls them, where that differs:
+            `{"sentence": "text"}`.
+        where (`dict[str, str]`, *optional*):
+            For the Hub, the rows to take, where the split is a column: `{"split": "val"}`.
 
     Returns:
-        `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class label, 0
-        "False" and 1 "True") and `identifier` (string, `<split>-<set>-<pair>-<sentence>`; rows that differ in the pair alone ask about
-        the same sentence, as NLVR2's consistency has it). BLIP's files lack the last part: it is which of its set's sentences,
-        in order of appearance, the sentence is.
+        `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class
+        label, 0 "False" and 1 "True") and `identifier` (string, `<split>-<set>-<pair>-<sentence>`; rows that differ in
+        the pair alone ask about the same sentence, as NLVR2's consistency has it). BLIP's files lack the last part: it
+        is which of its set's sentences, in order of appearance, the sentence is.
 
     Raises:
-        `FileNotFoundError`: no such file, folder, image or data set. `ValueError`: an unknown split, a file that is empty, malformed or
-        of another split, an image path that leads out of the image folder; of the Hub, a missing column or one of another type.
+        `FileNotFoundError`: no such file, folder, image or data set. `ValueError`: an unknown split, a file that is
+        empty, malformed or of another split, an image path that leads out of the image folder; of the Hub, a missing
+        column or one of another type.
     """
     from datasets import ClassLabel, Features, Image, Value
 
@@ -84,8 +93,8 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
             "identifier": Value("string"),
         }
     )
-    if not _is_local(path, columns, image_dir=image_dir):
-        return _load_from_hub(path, split, features, columns)
+    if not _is_local(path, columns, where, image_dir=image_dir):
+        return _load_from_hub(path, split, features, columns, where)
     name = _split_name(split, _NLVR2_SPLITS)
     file = _find_file(path, [f"{name}.json", f"nlvr_{name.removesuffix('1')}.json"])
     find_image = _image_finder(image_dir, file, "images")
@@ -142,25 +151,29 @@ def _blip_pairs(text: str, file: Path):
         yield where, entry, f"{pair}-{number}", images
 
 
-def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict[str, str] | None = None):
+def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict[str, str] | None = None, where=None):
     """VQAv2: questions about COCO's images, each with the answers of ten people.
 
     Args:
         path (`str` or `Path`):
-            The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`, `val2014`, `test2015` or `test-dev2015`), BLIP's
-            `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or a data set on the Hub.
+            The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`, `val2014`, `test2015` or
+            `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or
+            a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`), `"test"` or, of the authors' files, `"test-dev"`; on the Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"val"`), `"test"` or, of the authors' files, `"test-dev"`; on the Hub, what the
+            data set calls it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: the authors' images are in its `train2014/`, `val2014/`, `test2015/`.
+            The image folder, by default the file's: the authors' images are in its `train2014/`, `val2014/`,
+            `test2015/`.
         annotations (`str` or `Path`, *optional*):
-            The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test splits have none.
-        columns (`dict[str, str]`, *optional*):
+            The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test
+            splits have none.
+        columns, where (`dict[str, str]`, *optional*):
             As `load_nlvr2`'s.
 
     Returns:
-        `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of strings: all that
-        were given, in their order, usually ten; none in the test splits).
+        `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of
+        strings: all that were given, in their order, usually ten; none in the test splits).
 
     Raises:
         As `load_nlvr2`; also `ValueError` for a question without annotation.
@@ -175,8 +188,8 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
             "answers": Sequence(Value("string")),
         }
     )
-    if not _is_local(path, columns, image_dir=image_dir, annotations=annotations):
-        return _load_from_hub(path, split, features, columns)
+    if not _is_local(path, columns, where, image_dir=image_dir, annotations=annotations):
+        return _load_from_hub(path, split, features, columns, where)
     subset = _split_name(split, _VQAV2_SPLITS)
     blip_file = f"vqa_{re.sub('20..', '', subset)}.json"
     file = _find_file(path, [f"v2_OpenEnded_mscoco_{subset}_questions.json", blip_file])
@@ -231,7 +244,8 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
     if file == questions or not file.is_file():
         expected = "v2_mscoco_<subset>_annotations.json beside it" if file == questions else file
         raise FileNotFoundError(
-            f"no annotations of {questions}: expected {expected}; put them there or say with annotations= where they are"
+            f"no annotations of {questions}: expected {expected}; put them there or say with annotations= where they"
+            " are"
         )
     answers = {}
     document = _checked_entry(_parse(_read_text(file), file), file)
@@ -248,24 +262,24 @@ def load_coco_captions(
 
     Args:
         path (`str` or `Path`):
-            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (a caption an entry, gathered by image here), `coco_karpathy_val.json`
-            or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`, `captions_val2014.json` or the same of 2017 (whose splits are
-            COCO's, and which has none for `"test"`), a folder with one of them or with COCO's `annotations/`, or a data set on the Hub.
+            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (a caption an entry, gathered by image
+            here), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`,
+            `captions_val2014.json` or the same of 2017 (whose splits are COCO's, and which has none for `"test"`), a
+            folder with one of them or with COCO's `annotations/`, or a data set on the Hub.
         split (`str`):
             `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, what the data set calls it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's, or the one that its `annotations/` is in: images are in its `train2014/` and
-            `val2014/`, or `train2017/` and `val2017/`.
+            The image folder, by default the file's, or the one that its `annotations/` is in: images are in its
+            `train2014/` and `val2014/`, or `train2017/` and `val2017/`.
         include_restval (`bool`, *optional*, defaults to `True`):
-            Whether Karpathy's "restval", the rest of COCO's validation images, belongs to `"train"`. In BLIP's file it does, once and for all.
-        columns (`dict[str, str]`, *optional*):
+            Whether Karpathy's "restval", the rest of COCO's validation images, belongs to `"train"`. In BLIP's file it
+            does, once and for all.
+        columns, where (`dict[str, str]`, *optional*):
             As `load_nlvr2`'s.
-        where (`dict[str, str]`, *optional*):
-            For the Hub, the rows to take, where the split is a column: `{"split": "val"}`.
 
     Returns:
-        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id` (string: COCO's number, without
-        leading zeros).
+        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
+        (string: COCO's number, without leading zeros).
 
     Raises:
         As `load_nlvr2`.
@@ -298,25 +312,24 @@ def load_flickr30k(
 
     Args:
         path (`str` or `Path`):
-            Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or `flickr30k_test.json`, the authors'
-            `results_20130124.token` or Kaggle's `results.csv` (which know no splits), a folder with one of them (in this order), or a data
-            set on the Hub.
+            Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or
+            `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's `results.csv` (which know no
+            splits), a folder with one of them (in this order), or a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`, of Karpathy's file also `"all"`, of the authors' nothing else; on the
-            Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"val"`) or `"test"`, of Karpathy's file also `"all"`, of the authors' nothing
+            else; on the Hub, what the data set calls it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: images are in it or in its `flickr30k-images/` or `flickr30k_images/`.
-        columns (`dict[str, str]`, *optional*):
+            The image folder, by default the file's: images are in it or in its `flickr30k-images/` or
+            `flickr30k_images/`.
+        columns, where (`dict[str, str]`, *optional*):
             As `load_nlvr2`'s.
-        where (`dict[str, str]`, *optional*):
-            As `load_coco_captions`'.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do about a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out, with a warning that names
-            it. Kaggle's file has one.
+            What to do about a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out,
+            with a warning that names it. Kaggle's file has one.
 
     Returns:
-        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id` (string: the image's name without
-        its suffix).
+        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
+        (string: the image's name without its suffix).
 
     Raises:
         As `load_nlvr2`.
@@ -397,7 +410,7 @@ def _coco_entries(document: dict, file: Path, split: str):
             raise ValueError(f"{where}: the image {number} has no caption; {_AS_SHIPPED}")
 
 
-# Of a file with a caption a line: a pattern of the image and the caption, what a line is like, and the heading if it has one.
+# Of a file with a caption a line: a pattern of the image and the caption, what a line is like, and a heading or None.
 _TOKEN_LINE = (re.compile(r"(.+)#\d+\t(.*)"), "<image>#<number><tab><caption>", None)
 _KAGGLE_LINE = (
     re.compile(r"([^|]*[^|\s])\s*\|\s*\d+\s*\|\s*(.*\S)\s*"),
@@ -457,12 +470,14 @@ def _is_local(path, columns, where=None, **local_options) -> bool:
     hub_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
     if not hub_id or path.endswith((".json", ".jsonl", ".token", ".csv")):
         raise FileNotFoundError(
-            f"no file or folder {path}: expected a split's file, a folder that holds it, or a data set on the Hub (owner/name)"
+            f"no file or folder {path}: expected a split's file, a folder that holds it, or a data set on the Hub"
+            " (owner/name)"
         )
     given = [f"{name}=" for name, value in local_options.items() if value is not None]
     if given:
         raise ValueError(
-            f"{', '.join(given)} is for files, and {path} is no file or folder here; correct the path, or leave it out to load from the Hub"
+            f"{', '.join(given)} is for files, and {path} is no file or folder here; correct the path, or leave it"
+            " out to load from the Hub"
         )
     return False
 
@@ -502,7 +517,8 @@ def _parse(text: str, file: Path, line: int = 1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); download the file again or mend that line"
+            f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); download the file"
+            " again or mend that line"
         ) from error
 
 
@@ -555,14 +571,16 @@ def _image_finder(image_dir, file: Path, *subfolders: str):
         if image not in known:
             if _LEADS_OUT.match(image):
                 raise ValueError(
-                    f"{where}: image path {image!r} leads out of the image folder: expected one relative to it, without '..'; {_AS_SHIPPED}"
+                    f"{where}: image path {image!r} leads out of the image folder: expected one relative to it,"
+                    f" without '..'; {_AS_SHIPPED}"
                 )
             names = (image, *(f"{folder}/{image}" for folder in subfolders), PurePosixPath(image).name)
             tried = [os.path.normpath(name) for name in names]
             name = next((name for name in tried if os.path.isfile(os.path.join(folder, name))), None)
             if name is None:
                 raise FileNotFoundError(
-                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; say with image_dir= where the images are, or get this one"
+                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; say with image_dir= where the"
+                    " images are, or get this one"
                 )
             known[image] = os.path.join(folder, name)
         return known[image]
@@ -589,7 +607,7 @@ def _rows_where(dataset, where: dict, name: str):
 
 
 def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | None, where: dict | None = None):
-    """A split of a data set on the Hub, with our columns alone, under our names and of our types; `where`: of rows with these values."""
+    """A split of a data set on the Hub, or its rows with the values of `where`: our columns, names and types."""
     from datasets import ClassLabel, load_dataset
 
     theirs = {ours: ours for ours in features} | (columns or {})

@@ -33,13 +33,14 @@ def load_table(
 
     Args:
         path (`str`, `Path` or `list` of them):
-            A `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, several of one kind (shards), or a folder of one kind. A `.csv` or `.tsv`
-            starts with a line of columns' names.
+            A `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, several of one kind (shards), or a folder of one
+            kind. A `.csv` or `.tsv` starts with a line of columns' names.
         task (`str`):
-            `"vqa"`: `image`, `question` and, but for prediction, `answers` (a string or a list). `"captioning"`: `image` and `captions` (a
-            string or a list). `"retrieval"`: the same and, if there is one, `image_id`. `"nlvr2"`: `left_image`, `right_image`, `sentence`
-            and, but for prediction, `label` (0 or 1, true or false). `answer` and `caption` are names of `answers` and `captions` as well.
-            An image is a path, or the bytes of an image file (Parquet).
+            `"vqa"`: `image`, `question` and, but for prediction, `answers` (a string or a list). `"captioning"`:
+            `image` and `captions` (a string or a list). `"retrieval"`: the same and, if there is one, `image_id`.
+            `"nlvr2"`: `left_image`, `right_image`, `sentence` and, but for prediction, `label` (0 or 1, true or
+            false). `answer` and `caption` are names of `answers` and `captions` as well. An image is a path, or the
+            bytes of an image file (Parquet).
         image_dir (`str` or `Path`, *optional*):
             The folder that relative paths start from, by default the table's.
         columns (`dict[str, str]`, *optional*):
@@ -47,16 +48,16 @@ def load_table(
         where (`dict[str, str]`, *optional*):
             Only rows with these values, where the split is a column: `{"split": "train"}`.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do about rows without a value that is needed, or whose image is no file: `"skip"` leaves them out, with a warning that
-            names them.
+            What to do about rows without a value that is needed, or whose image is no file: `"skip"` leaves them out,
+            with a warning that names them.
 
     Returns:
-        `datasets.Dataset`. Of captions, rows of one image path are one row, with all its captions. Without `image_id`, retrieval's is
-        the image's path, or, of bytes, the number of the row.
+        `datasets.Dataset`. Of captions, rows of one image path are one row, with all its captions. Without `image_id`,
+        retrieval's is the image's path, or, of bytes, the number of the row.
 
     Raises:
-        FileNotFoundError: if there is no table, or no file where an image should be. ValueError: for a table that can't be read, a
-        missing column or value, an unknown task. Rows are counted from 1, without the line of names.
+        FileNotFoundError: if there is no table, or no file where an image should be. ValueError: for a table that
+        can't be read, a missing column or value, an unknown task. Rows are counted from 1, without the line of names.
     """
     if task not in _COLUMNS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(_COLUMNS)}")
@@ -163,8 +164,8 @@ def _read_csv(files: list[Path], delimiter: str):
                     rows.append((cells + [""] * len(names))[: len(names)])
                     if len(cells) != len(names):
                         malformed[len(rows)] = (
-                            f"{file.name}, line {reader.line_num}: {len(cells)} cells, expected {len(names)}: put text with"
-                            f" {delimiter!r} in it into double quotes"
+                            f"{file.name}, line {reader.line_num}: {len(cells)} cells, expected {len(names)}: put text"
+                            f" with {delimiter!r} in it into double quotes"
                         )
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{file}, line {reader.line_num}: no table that can be read ({error})") from error
@@ -188,14 +189,14 @@ def _match_columns(found: list[str], expected: dict, columns: dict[str, str], sh
             theirs[name] = match
         elif name in columns or not marked.endswith("*"):
             raise ValueError(
-                f"{shown} has no column {' or '.join(candidates)}: it has {', '.join(found)}; say with columns= which it is:"
-                f" columns={{{name!r}: ...}}"
+                f"{shown} has no column {' or '.join(candidates)}: it has {', '.join(found)}; say with columns= which"
+                f" it is: columns={{{name!r}: ...}}"
             )
     return theirs
 
 
 def _values(table, folder: str) -> tuple[dict[str, list], dict[int, tuple[type, str]]]:
-    """The values of all columns but those of images in bytes, as the collators take them; and what is wrong with which row."""
+    """The values of all columns but images in bytes, as the collators take them; and what is wrong with which row."""
     values, problems = {}, {}
 
     def note(row, error, problem):
