@@ -198,8 +198,8 @@ def embedding_size(model) -> int:
     """The width of the features that images and texts share; a `TypeError` for a model that has none."""
     if not isinstance(model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
         raise TypeError(
-            f"The model is a {type(model).__name__}: expected MadtpBlipForImageTextRetrieval or MadtpClipModel, which give"
-            " images and texts features of one space."
+            f"The model is a {type(model).__name__}: expected MadtpBlipForImageTextRetrieval or MadtpClipModel, which"
+            " give images and texts features of one space."
         )
     return (model.visual_projection if isinstance(model, MadtpClipModel) else model.vision_proj).out_features
 

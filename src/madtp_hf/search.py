@@ -384,8 +384,8 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     ]
     if not same and old.info["root"] != table.root:
         raise ValueError(
-            f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another name"
-            " for the index, or replace it with --force (force=True)."
+            f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another"
+            " name for the index, or replace it with --force (force=True)."
         )
     if same:
         if old.info["kind"] == "ivf":
