@@ -13,7 +13,9 @@ except ImportError as error:
     raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
 
 from .convert import convert
+from .index import index
 from .push import push
+from .search import search
 
 
 def print_version(wanted: bool) -> None:
@@ -49,5 +51,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, push):
+for command in (convert, push, index, search):
     app.command(no_args_is_help=True)(command)

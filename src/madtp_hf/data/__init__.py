@@ -11,6 +11,7 @@ from .digit_scenes import (
     question_only_accuracy,
 )
 from .readers import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
+from .tables import load_table
 
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "load_digit_statements",
     "load_flickr30k",
     "load_nlvr2",
+    "load_table",
     "load_vqav2",
     "question_only_accuracy",
 ]

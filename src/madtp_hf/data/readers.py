@@ -1,20 +1,24 @@
 """NLVR2, VQAv2, COCO and Flickr30k captions, read from the files that their publishers ship, or from the Hub.
 
-Two publishers count for each data set: its authors (of COCO's and Flickr30k's splits, Karpathy), and BLIP's, who wrote JSON lists of
-their own. A reader takes
+Of each data set the readers know the files of its authors (of COCO's and Flickr30k's splits, Karpathy's as well),
+those of BLIP's, who wrote JSON lists of their own, and of Flickr30k Kaggle's. Tables of your own are for `tables.py`.
+A reader takes
 
-- a file, or a folder with the split's file under its publisher's name (the authors' before BLIP's). Every image is looked for
-  below the image folder at the path that the file gives or implies, and in the folder itself by its name. A path that leads out
-  of the image folder is refused; links in the folder, which are its owner's, are followed. No archive is opened.
+- a file, or a folder with the split's file under its publisher's name (the authors' before BLIP's). Every image is
+  looked for below the image folder at the path that the file gives or implies, and in the folder itself by its name. A
+  path that leads out of the image folder is refused; links in the folder, which are its owner's, are followed. No
+  archive is opened.
 - where there is no such file or folder, a data set on the Hub, and what its columns are called.
 
-It gives a `datasets.Dataset` whose images are paths: all exist when the reader returns, none is opened before its row is read.
-Nothing is read by halves: an error names the file and the line, or, in a JSON list, the entry, counted from 1.
+It gives a `datasets.Dataset` whose images are paths: all exist when the reader returns, none is opened before its row
+is read. Nothing is read by halves: an error names the file and the line, or, in a JSON list, the entry, counted from
+1.
 """
 
 import json
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -47,30 +51,36 @@ _LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
 _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
-def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None = None):
+def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None):
     """NLVR2: is the sentence true of the two images?
 
     Args:
         path (`str` or `Path`):
-            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (an object a line), BLIP's `nlvr_train.json`, `nlvr_dev.json` or
-            `nlvr_test.json`, a folder with one of them, or a data set on the Hub.
+            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (an object a line), BLIP's
+            `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data set on the
+            Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, what the data set calls
+            it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: the authors' images are in its `train/<directory>/`, `dev/`, `test1/`, or in the same
-            below `images/`.
+            The image folder, by default the file's: the authors' images are in its `train/<directory>/`, `dev/`,
+            `test1/`, or in the same below `images/`.
         columns (`dict[str, str]`, *optional*):
-            For the Hub, from columns named below to what the data set calls them, where that differs: `{"sentence": "text"}`.
+            For the Hub, from columns named below to what the data set calls them, where that differs:
+            `{"sentence": "text"}`.
+        where (`dict[str, str]`, *optional*):
+            For the Hub, the rows to take, where the split is a column: `{"split": "val"}`.
 
     Returns:
-        `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class label, 0
-        "False" and 1 "True") and `identifier` (string, `<split>-<set>-<pair>-<sentence>`; rows that differ in the pair alone ask about
-        the same sentence, as NLVR2's consistency has it). BLIP's files lack the last part: it is which of its set's sentences,
-        in order of appearance, the sentence is.
+        `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class
+        label, 0 "False" and 1 "True") and `identifier` (string, `<split>-<set>-<pair>-<sentence>`; rows that differ in
+        the pair alone ask about the same sentence, as NLVR2's consistency has it). BLIP's files lack the last part: it
+        is which of its set's sentences, in order of appearance, the sentence is.
 
     Raises:
-        `FileNotFoundError`: no such file, folder, image or data set. `ValueError`: an unknown split, a file that is empty, malformed or
-        of another split, an image path that leads out of the image folder; of the Hub, a missing column or one of another type.
+        `FileNotFoundError`: no such file, folder, image or data set. `ValueError`: an unknown split, a file that is
+        empty, malformed or of another split, an image path that leads out of the image folder; of the Hub, a missing
+        column or one of another type.
     """
     from datasets import ClassLabel, Features, Image, Value
 
@@ -83,8 +93,8 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
             "identifier": Value("string"),
         }
     )
-    if not _is_local(path, columns, image_dir=image_dir):
-        return _load_from_hub(path, split, features, columns)
+    if not _is_local(path, columns, where, image_dir=image_dir):
+        return _load_from_hub(path, split, features, columns, where)
     name = _split_name(split, _NLVR2_SPLITS)
     file = _find_file(path, [f"{name}.json", f"nlvr_{name.removesuffix('1')}.json"])
     find_image = _image_finder(image_dir, file, "images")
@@ -141,25 +151,29 @@ def _blip_pairs(text: str, file: Path):
         yield where, entry, f"{pair}-{number}", images
 
 
-def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict[str, str] | None = None):
+def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict[str, str] | None = None, where=None):
     """VQAv2: questions about COCO's images, each with the answers of ten people.
 
     Args:
         path (`str` or `Path`):
-            The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`, `val2014`, `test2015` or `test-dev2015`), BLIP's
-            `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or a data set on the Hub.
+            The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`, `val2014`, `test2015` or
+            `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or
+            a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`), `"test"` or, of the authors' files, `"test-dev"`; on the Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"val"`), `"test"` or, of the authors' files, `"test-dev"`; on the Hub, what the
+            data set calls it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: the authors' images are in its `train2014/`, `val2014/`, `test2015/`.
+            The image folder, by default the file's: the authors' images are in its `train2014/`, `val2014/`,
+            `test2015/`.
         annotations (`str` or `Path`, *optional*):
-            The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test splits have none.
-        columns (`dict[str, str]`, *optional*):
+            The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test
+            splits have none.
+        columns, where (`dict[str, str]`, *optional*):
             As `load_nlvr2`'s.
 
     Returns:
-        `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of strings: all that
-        were given, in their order, usually ten; none in the test splits).
+        `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of
+        strings: all that were given, in their order, usually ten; none in the test splits).
 
     Raises:
         As `load_nlvr2`; also `ValueError` for a question without annotation.
@@ -174,8 +188,8 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
             "answers": Sequence(Value("string")),
         }
     )
-    if not _is_local(path, columns, image_dir=image_dir, annotations=annotations):
-        return _load_from_hub(path, split, features, columns)
+    if not _is_local(path, columns, where, image_dir=image_dir, annotations=annotations):
+        return _load_from_hub(path, split, features, columns, where)
     subset = _split_name(split, _VQAV2_SPLITS)
     blip_file = f"vqa_{re.sub('20..', '', subset)}.json"
     file = _find_file(path, [f"v2_OpenEnded_mscoco_{subset}_questions.json", blip_file])
@@ -230,7 +244,8 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
     if file == questions or not file.is_file():
         expected = "v2_mscoco_<subset>_annotations.json beside it" if file == questions else file
         raise FileNotFoundError(
-            f"no annotations of {questions}: expected {expected}; put them there or say with annotations= where they are"
+            f"no annotations of {questions}: expected {expected}; put them there or say with annotations= where they"
+            " are"
         )
     answers = {}
     document = _checked_entry(_parse(_read_text(file), file), file)
@@ -241,38 +256,47 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
 
 
 def load_coco_captions(
-    path, split: str, image_dir=None, include_restval: bool = True, columns: dict[str, str] | None = None
+    path, split: str, image_dir=None, include_restval: bool = True, columns: dict[str, str] | None = None, where=None
 ):
-    """COCO's captions in Karpathy's splits, a row an image.
+    """COCO's captions, in Karpathy's splits or COCO's own, a row an image.
 
     Args:
         path (`str` or `Path`):
-            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (a caption an entry, gathered by image here), `coco_karpathy_val.json`
-            or `coco_karpathy_test.json`, a folder with one of them, or a data set on the Hub.
+            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (a caption an entry, gathered by image
+            here), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`,
+            `captions_val2014.json` or the same of 2017 (whose splits are COCO's, and which has none for `"test"`), a
+            folder with one of them or with COCO's `annotations/`, or a data set on the Hub.
         split (`str`):
             `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, what the data set calls it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: images are in its `train2014/` and `val2014/`.
+            The image folder, by default the file's, or the one that its `annotations/` is in: images are in its
+            `train2014/` and `val2014/`, or `train2017/` and `val2017/`.
         include_restval (`bool`, *optional*, defaults to `True`):
-            Whether Karpathy's "restval", the rest of COCO's validation images, belongs to `"train"`. In BLIP's file it does, once and for all.
-        columns (`dict[str, str]`, *optional*):
+            Whether Karpathy's "restval", the rest of COCO's validation images, belongs to `"train"`. In BLIP's file it
+            does, once and for all.
+        columns, where (`dict[str, str]`, *optional*):
             As `load_nlvr2`'s.
 
     Returns:
-        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id` (string: COCO's number, without
-        leading zeros).
+        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
+        (string: COCO's number, without leading zeros).
 
     Raises:
         As `load_nlvr2`.
     """
     features = _caption_features()
-    if not _is_local(path, columns, image_dir=image_dir):
-        return _load_from_hub(path, split, features, columns)
+    if not _is_local(path, columns, where, image_dir=image_dir):
+        return _load_from_hub(path, split, features, columns, where)
     name = _split_name(split, _KARPATHY_SPLITS)
-    file = _find_file(path, ["dataset_coco.json", f"coco_karpathy_{name}.json"])
+    official = [f"{folder}captions_{name}{year}.json" for folder in ("", "annotations/") for year in (2014, 2017)]
+    file = _find_file(path, ["dataset_coco.json", f"coco_karpathy_{name}.json", *official])
     document = _parse(_read_text(file), file)
     with_restval = name == "train" and include_restval
-    if isinstance(document, dict):
+    if isinstance(document, dict) and "annotations" in document:
+        entries = _coco_entries(document, file, name)
+        if image_dir is None and file.parent.name == "annotations":
+            image_dir = file.parent.parent
+    elif isinstance(document, dict):
         entries = _karpathy_entries(document, file, {name, "restval"} if with_restval else {name})
     elif name == "train" and not include_restval:
         raise ValueError(f"{file} does not tell restval from train; use Karpathy's dataset_coco.json")
@@ -281,47 +305,60 @@ def load_coco_captions(
     return _dataset(_caption_rows(entries, _image_finder(image_dir, file)), features, file)
 
 
-def load_flickr30k(path, split: str, image_dir=None, columns: dict[str, str] | None = None):
+def load_flickr30k(
+    path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None, on_error: str = "raise"
+):
     """Flickr30k's captions, a row an image.
 
     Args:
         path (`str` or `Path`):
-            Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or `flickr30k_test.json`, the authors'
-            `results_20130124.token` (which knows no splits), a folder with one of them (in this order), or a data set on the Hub.
+            Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or
+            `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's `results.csv` (which know no
+            splits), a folder with one of them (in this order), or a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`, of Karpathy's file also `"all"`, of the authors' nothing else; on the
-            Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"val"`) or `"test"`, of Karpathy's file also `"all"`, of the authors' nothing
+            else; on the Hub, what the data set calls it.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: images are in it or in its `flickr30k-images/`.
-        columns (`dict[str, str]`, *optional*):
+            The image folder, by default the file's: images are in it or in its `flickr30k-images/` or
+            `flickr30k_images/`.
+        columns, where (`dict[str, str]`, *optional*):
             As `load_nlvr2`'s.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            What to do about a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out,
+            with a warning that names it. Kaggle's file has one.
 
     Returns:
-        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id` (string: the image's name without
-        its suffix).
+        `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
+        (string: the image's name without its suffix).
 
     Raises:
         As `load_nlvr2`.
     """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     features = _caption_features()
-    if not _is_local(path, columns, image_dir=image_dir):
-        return _load_from_hub(path, split, features, columns)
+    if not _is_local(path, columns, where, image_dir=image_dir):
+        return _load_from_hub(path, split, features, columns, where)
     name = _split_name(split, {**_KARPATHY_SPLITS, "all": "all"})
-    file = _find_file(path, ["dataset_flickr30k.json", f"flickr30k_{name}.json", "results_20130124.token"])
+    line_files = {".token": _TOKEN_LINE, ".csv": _KAGGLE_LINE}
+    names = ["dataset_flickr30k.json", f"flickr30k_{name}.json", "results_20130124.token", "results.csv"]
+    file = _find_file(path, names)
     text = _read_text(file)
-    if file.suffix == ".token":
+    if file.suffix in line_files:
         if name != "all":
             raise ValueError(
                 f"{file} knows no splits: expected split='all', got {split!r}; for a split use dataset_flickr30k.json"
             )
-        entries = _token_entries(text, file)
+        entries = _line_entries(text, file, *line_files[file.suffix], on_error)
     elif isinstance(document := _parse(text, file), dict):
         entries = _karpathy_entries(document, file, {"train", "val", "test"} if name == "all" else {name})
     elif name == "all":
         raise ValueError(f"{file} holds one split: expected its name, got split='all'")
     else:
         entries = _entries(document, file)
-    return _dataset(_caption_rows(entries, _image_finder(image_dir, file, "flickr30k-images")), features, file)
+    return _dataset(
+        _caption_rows(entries, _image_finder(image_dir, file, "flickr30k-images", "flickr30k_images")), features, file
+    )
 
 
 def _caption_features():
@@ -348,15 +385,53 @@ def _karpathy_entries(document: dict, file: Path, splits: set[str]):
         yield where, {"image": image, "caption": captions, **number}
 
 
-def _token_entries(text: str, file: Path):
-    """(place, entry in BLIP's form) of each line `<image>#<number><tab><caption>`."""
+def _coco_entries(document: dict, file: Path, split: str):
+    """(place, entry in BLIP's form) of each caption of COCO's own file, after checking that every image has one."""
+    of_split = re.fullmatch(r"captions_(train|val)\d+\.json", file.name)
+    if of_split and of_split[1] != split:
+        raise ValueError(f"{file} is of {of_split[1]!r}: expected {split!r}; choose the split that the file is of")
+    images = {}
+    for where, entry in _entries(_field(document, "images", file, list), f"{file}, images"):
+        name = _field(entry, "file_name", where, str)
+        # Neither of the two names says where the images of 2017 are, but COCO's address of them does.
+        folder = re.search(r"(?:train|val)20\d\d(?=[/_])", f"{name}/{entry.get('coco_url', '')}")
+        folder = folder[0] if folder else file.stem.removeprefix("captions_")
+        images[_field(entry, "id", where, int)] = (where, f"{folder}/{PurePosixPath(name).name}")
+    captioned = set()
+    for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):
+        number = _field(entry, "image_id", where, int)
+        if number not in images:
+            raise ValueError(f"{where}: image_id {number} is none of the file's images; {_AS_SHIPPED}")
+        captioned.add(number)
+        caption = _field(entry, "caption", where, str).strip()
+        yield where, {"image": images[number][1], "caption": caption, "cocoid": number}
+    for number, (where, _) in images.items():
+        if number not in captioned:
+            raise ValueError(f"{where}: the image {number} has no caption; {_AS_SHIPPED}")
+
+
+# Of a file with a caption a line: a pattern of the image and the caption, what a line is like, and a heading or None.
+_TOKEN_LINE = (re.compile(r"(.+)#\d+\t(.*)"), "<image>#<number><tab><caption>", None)
+_KAGGLE_LINE = (
+    re.compile(r"([^|]*[^|\s])\s*\|\s*\d+\s*\|\s*(.*\S)\s*"),
+    "<image>| <number>| <caption>",
+    re.compile(r"image_name\s*\|\s*comment_number\s*\|\s*comment\s*"),
+)
+
+
+def _line_entries(text: str, file: Path, pattern: re.Pattern, form: str, heading: re.Pattern | None, on_error: str):
+    """(place, entry in BLIP's form) of each line."""
     for number, line in _lines(text):
-        match = re.fullmatch(r"(.+)#\d+\t(.*)", line)
-        if match is None:
-            raise ValueError(
-                f"{file}, line {number}: expected <image>#<number><tab><caption>, got {line[:60]!r}; {_AS_SHIPPED}"
-            )
-        yield f"{file}, line {number}", {"image": match[1], "caption": match[2]}
+        if number == 1 and heading is not None and heading.fullmatch(line):
+            continue
+        match, where = pattern.fullmatch(line), f"{file}, line {number}"
+        if match is not None:
+            yield where, {"image": match[1], "caption": match[2]}
+            continue
+        problem = f"{where}: expected {form}, got {line[:60]!r}"
+        if on_error == "raise":
+            raise ValueError(f"{problem}; {_AS_SHIPPED}, or leave it out with on_error='skip'")
+        warnings.warn(f"{problem}; it is left out", stacklevel=2)
 
 
 def _caption_rows(entries, find_image) -> list[dict]:
@@ -383,23 +458,26 @@ def _split_name(split: str, names: dict[str, str]) -> str:
     return names[split]
 
 
-def _is_local(path, columns, **local_options) -> bool:
+def _is_local(path, columns, where=None, **local_options) -> bool:
     """Whether `path` is here, and so no data set on the Hub; options for the other of the two are refused."""
     if Path(path).expanduser().exists():
-        if columns is not None:
-            raise ValueError(
-                f"columns= is for data sets on the Hub, and {path} is a file or folder here; leave columns= out"
-            )
+        for name, value in (("columns", columns), ("where", where)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}= is for data sets on the Hub, and {path} is a file or folder here; leave {name}= out"
+                )
         return True
     hub_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
-    if not hub_id or path.endswith((".json", ".jsonl", ".token")):
+    if not hub_id or path.endswith((".json", ".jsonl", ".token", ".csv")):
         raise FileNotFoundError(
-            f"no file or folder {path}: expected a split's file, a folder that holds it, or a data set on the Hub (owner/name)"
+            f"no file or folder {path}: expected a split's file, a folder that holds it, or a data set on the Hub"
+            " (owner/name)"
         )
     given = [f"{name}=" for name, value in local_options.items() if value is not None]
     if given:
         raise ValueError(
-            f"{', '.join(given)} is for files, and {path} is no file or folder here; correct the path, or leave it out to load from the Hub"
+            f"{', '.join(given)} is for files, and {path} is no file or folder here; correct the path, or leave it"
+            " out to load from the Hub"
         )
     return False
 
@@ -439,7 +517,8 @@ def _parse(text: str, file: Path, line: int = 1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); download the file again or mend that line"
+            f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); download the file"
+            " again or mend that line"
         ) from error
 
 
@@ -481,7 +560,7 @@ def _texts(entry: dict, name: str, where) -> list[str]:
     return texts
 
 
-def _image_finder(image_dir, file: Path, subfolder: str = "."):
+def _image_finder(image_dir, file: Path, *subfolders: str):
     """A function from an image's path in the data to its path on this machine."""
     folder = os.path.abspath(file.parent if image_dir is None else Path(image_dir).expanduser())
     if not os.path.isdir(folder):
@@ -492,13 +571,16 @@ def _image_finder(image_dir, file: Path, subfolder: str = "."):
         if image not in known:
             if _LEADS_OUT.match(image):
                 raise ValueError(
-                    f"{where}: image path {image!r} leads out of the image folder: expected one relative to it, without '..'; {_AS_SHIPPED}"
+                    f"{where}: image path {image!r} leads out of the image folder: expected one relative to it,"
+                    f" without '..'; {_AS_SHIPPED}"
                 )
-            tried = [os.path.normpath(name) for name in (image, f"{subfolder}/{image}", PurePosixPath(image).name)]
+            names = (image, *(f"{folder}/{image}" for folder in subfolders), PurePosixPath(image).name)
+            tried = [os.path.normpath(name) for name in names]
             name = next((name for name in tried if os.path.isfile(os.path.join(folder, name))), None)
             if name is None:
                 raise FileNotFoundError(
-                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; say with image_dir= where the images are, or get this one"
+                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; say with image_dir= where the"
+                    " images are, or get this one"
                 )
             known[image] = os.path.join(folder, name)
         return known[image]
@@ -514,8 +596,18 @@ def _dataset(rows: list[dict], features, file: Path):
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
-def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | None):
-    """A split of a data set on the Hub, with our columns alone, under our names and of our types."""
+def _rows_where(dataset, where: dict, name: str):
+    """The rows of a data set whose columns have these values; only these columns are read, no image."""
+    values = dataset.select_columns(list(where)).to_dict()
+    chosen = [row for row in range(len(dataset)) if all(values[key][row] == wanted for key, wanted in where.items())]
+    if not chosen:
+        found = {key: sorted(set(map(str, values[key])))[:10] for key in where}
+        raise ValueError(f"{name} has no row where {where}: its values are {found}")
+    return dataset.select(chosen)
+
+
+def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | None, where: dict | None = None):
+    """A split of a data set on the Hub, or its rows with the values of `where`: our columns, names and types."""
     from datasets import ClassLabel, load_dataset
 
     theirs = {ours: ours for ours in features} | (columns or {})
@@ -529,12 +621,14 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
         raise FileNotFoundError(
             f"{name} is no file or folder here, and no data set on the Hub that can be read: {error}"
         ) from error
-    missing = [column for column in theirs.values() if column not in dataset.column_names]
+    missing = [column for column in (*theirs.values(), *(where or {})) if column not in dataset.column_names]
     if missing:
         raise ValueError(
             f"{name} has no column {', '.join(missing)}: it has {', '.join(dataset.column_names)}; "
             f"say with columns= which are {', '.join(features)}"
         )
+    if where:
+        dataset = _rows_where(dataset, where, name)
     dataset = dataset.select_columns(list(theirs.values()))
     dataset = dataset.rename_columns({name: ours for ours, name in theirs.items()})
     for column, feature in features.items():
@@ -543,7 +637,10 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
             if isinstance(given, ClassLabel) and given.names != getattr(feature, "names", None):
                 # A cast would keep the numbers and turn their meaning.
                 raise TypeError(f"its classes are {given.names}")
-            if given != feature:
+            if getattr(feature, "feature", None) == given:  # one a row, where we have a list
+                values = [[value] for value in dataset[column]]
+                dataset = dataset.remove_columns(column).add_column(column, values).select_columns(list(features))
+            if dataset.features[column] != feature:
                 dataset = dataset.cast_column(column, feature)
             if isinstance(feature, ClassLabel) and not {0, 1}.issuperset(labels := dataset.unique(column)):
                 raise TypeError(f"its labels are {labels}")

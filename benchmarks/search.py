@@ -1,0 +1,133 @@
+"""Image search on digit scenes: what a query costs after loading, and whether it finds what brute force finds.
+
+Scenes of the test split are written as PNG files, embedded into an index by the shipped retrieval model, and asked for
+by captions of some of them. Brute force is the inner product, in float64, with every embedding that the index holds;
+of some images the embedding is computed again and compared.
+
+    python benchmarks/search.py --output benchmarks/results/search.json
+    python benchmarks/search.py --images 200 --queries 10   # does it run?
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from PIL import Image
+
+from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
+from madtp_hf.search import encode_images, encode_texts, index_images, load_index, load_model, search
+
+
+MODEL = Path(__file__).parents[1] / "examples" / "blip-retrieval-digits"
+TOP_K = 10
+
+
+def draw(folder: Path, number: int, seed: int) -> list[str]:
+    """Write the scenes as files; a caption of each, from one of its four sides."""
+    rng, captions = np.random.default_rng(seed), []
+    for start in range(0, number, 250):
+        scenes = draw_scenes(min(250, number - start), "test", rng)
+        for index in range(len(scenes)):
+            Image.fromarray(scenes.images[index]).save(folder / f"{start + index:06}.png")
+            captions.append(describe_from_all_sides(scenes, index)[rng.integers(4)])
+    return captions
+
+
+def row_of(hit: dict) -> int:
+    return int(Path(hit["path"]).stem)
+
+
+def ask(index, captions: list[str], asked: np.ndarray, brute_force: list[np.ndarray], **options) -> dict:
+    """Time per query, the share of captions whose own scene comes first, and the overlap with brute force."""
+    search(index, captions[0], TOP_K, **options)  # loads the model, where it isn't yet
+    seconds, first, shared, equal = [], [], [], []
+    for row, products in zip(asked, brute_force):
+        started = time.perf_counter()
+        hits = search(index, captions[row], TOP_K, **options)
+        seconds.append(time.perf_counter() - started)
+        first.append(row_of(hits[0]) == row)
+        # By value, for two images may be alike to the last digit.
+        exact, found = np.sort(products)[::-1][:TOP_K], products[[row_of(hit) for hit in hits]]
+        shared.append(np.mean(np.sort(found)[::-1] >= exact[-1] - 1e-6))
+        equal.append(np.allclose(np.sort(found)[::-1], exact, atol=1e-6))
+    median, slow = np.quantile(seconds, (0.5, 0.95)) * 1000
+    return {
+        "median ms": round(median, 2),
+        "95th percentile ms": round(slow, 2),
+        "scene comes first": round(float(np.mean(first)), 4),
+        "of brute force's images": round(float(np.mean(shared)), 4),
+        "equal to brute force": bool(np.all(equal)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    faiss.omp_set_num_threads(args.threads)
+    model, processor = load_model(MODEL, device="cpu")
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = Path(scratch, "photos")
+        photos.mkdir()
+        captions = draw(photos, args.images, args.seed)
+        started = time.perf_counter()
+        index_images(model, processor, photos, Path(scratch, "flat"), batch_size=64)
+        embedding = time.perf_counter() - started
+        started = time.perf_counter()
+        again = index_images(model, processor, photos, Path(scratch, "flat"), batch_size=64)
+        updating = time.perf_counter() - started
+
+        rng = np.random.default_rng(args.seed)
+        asked = rng.choice(args.images, args.queries, replace=False)
+        vectors = again.vectors.reconstruct_n(0, len(again)).astype(np.float64)
+        texts = encode_texts(model, processor, [captions[row] for row in asked]).astype(np.float64)
+        brute_force = [vectors @ text for text in texts]
+        some = np.sort(rng.choice(args.images, min(256, args.images), replace=False))
+        computed = encode_images(model, processor, [again.path(row) for row in some])
+        for kind in ("flat", "hnsw", "ivf"):
+            # Nothing is embedded: another kind of index of the same vectors.
+            index_images(model, processor, photos, Path(scratch, "flat"), kind=kind)
+            started = time.perf_counter()
+            index = load_index(Path(scratch, "flat"))
+            loading = time.perf_counter() - started
+            results[kind] = {"loading ms": round(loading * 1000, 2)}
+            results[kind] |= ask(index, captions, asked, brute_force, rerank=False)
+        index = load_index(Path(scratch, "flat"))
+        results[f"ivf, {TOP_K} re-ranked"] = ask(index, captions, asked, brute_force)
+
+    content = {
+        "title": f"{args.queries} captions asked of {args.images} digit scenes, the nearest {TOP_K}",
+        "settings": {
+            "images": args.images,
+            "queries": args.queries,
+            "threads": args.threads,
+            "seed": args.seed,
+            "processor": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+            "torch": torch.__version__,
+            "faiss": faiss.__version__,
+        },
+        "embedding": {"seconds": round(embedding, 1), "images per second": round(args.images / embedding, 1)},
+        "updating, nothing new": {"seconds": round(updating, 2), "kept": again.kept, "embedded": again.embedded},
+        "largest difference of an embedding computed again": float(np.abs(computed - vectors[some]).max()),
+        "results": results,
+    }
+    print(json.dumps(content, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
