@@ -14,6 +14,7 @@ from .tasks import TASKS
 
 _GAP, _CAPTION = 6, 16  # pixels between columns, and for a line of text
 _FONT_SIZE, _LINE, _PAD = 15, 24, 6  # of a table of words
+_CELL = "border: none; padding: 1px 12px 1px 0; white-space: nowrap"  # on a page, whose own style may be another
 _STAYS, _GOES, _HEAD = (20, 20, 20), (200, 200, 200), (110, 110, 110)
 
 
@@ -316,9 +317,9 @@ def words_as_html(words: Words, layers=None) -> str:
     rows = []
     for name, stays, count in _table(words, _check_layers(layers, len(words.counts) - 1, "text")):
         tokens = [html.escape(token) for token in words.tokens]
-        cells = "".join(
-            f"<td>{token}</td>" if stay else f'<td><del style="opacity: 0.35">{token}</del></td>'
-            for token, stay in zip(tokens, stays)
-        )
-        rows.append(f"<tr><th>{name}</th>{cells}<td><small>{count}</small></td></tr>")
-    return f"<table>{''.join(rows)}</table>"
+        cells = [token if stay else f'<del style="opacity: 0.4">{token}</del>' for token, stay in zip(tokens, stays)]
+        row = [f"<small>{name}</small>", *cells, f"<small>{count}</small>"]
+        rows.append("".join(f'<td style="{_CELL}">{cell}</td>' for cell in row))
+    body = "".join(f'<tr style="border: none">{row}</tr>' for row in rows)
+    table = f'<table style="border: none; border-collapse: collapse; width: auto">{body}</table>'
+    return f'<div style="overflow-x: auto">{table}</div>'
