@@ -21,7 +21,7 @@ from .visualization import Survivors, collect_survivors, draw_patches, preproces
 
 
 TASKS_SHOWN = {"vqa": 10, "captioning": 50}  # and the longest text that is written, in tokens
-TIMED_SECONDS, TIMED_ROUNDS = 2.0, 5  # what the timing of one click may take: whichever comes first
+TIMED_SECONDS, TIMED_ROUNDS = 1.0, 15  # what the timing of one click may take: whichever comes first
 DRAWN_LAYERS = 6
 # Small images are drawn as large as others, pixel by pixel; buttons don't lie on what is drawn.
 _STYLE = """<style>
