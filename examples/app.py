@@ -1,6 +1,7 @@
 """See what a pruned model drops, in a browser: ask it, move the reduction.
 
-Without a checkpoint, it prunes one of the tiny dense models that lie here, on digit scenes and without training, which takes some seconds.
+Without a checkpoint, it prunes one of the tiny dense models that lie here, on digit scenes and without training, which
+takes some seconds.
 
     python examples/app.py
     python examples/app.py outputs/demo/checkpoint

@@ -37,7 +37,7 @@ _TILE = (
 
 
 class Run(NamedTuple):
-    """What a model wrote, and what it cost: gflops of the pass, its written tokens included; seconds of `generate`, warm."""
+    """What a model wrote, the GFLOPs of the pass, written tokens included, and the seconds of `generate`, warm."""
 
     text: str
     gflops: float
@@ -56,8 +56,8 @@ def task_of(config, source) -> str | None:
     """The task of a checkpoint, by its configuration; a `ValueError` for another family of models."""
     if not isinstance(config, MadtpBlipConfig):
         raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with `from_blip` and"
-            " `calibrate`."
+            f"{source} is a model of type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with"
+            " `from_blip` and `calibrate`."
         )
     classes = {task.model_class.__name__: name for name, task in TASKS.items()}
     return classes.get((config.architectures or [None])[0])
@@ -75,9 +75,9 @@ def check_shown(task: str | None, config, source) -> None:
 
 
 def load_model(source, revision: str | None = None):
-    """Load a pruned checkpoint, a folder or Hub id, for the page: the model, on a GPU if there is one, and its processor.
+    """Load a pruned checkpoint, a folder or Hub id, for the page: the model and its processor.
 
-    It runs no code of the checkpoint's, but this package's.
+    The model goes to a GPU if there is one. It runs no code of the checkpoint's, but this package's.
 
     Raises:
         ValueError: for a model of another kind or task, or one without a calibrated schedule.
@@ -170,7 +170,7 @@ def describe(found: Look) -> str:
         ("Time", shown_time(pruned.seconds), f"dense {shown_time(dense.seconds)}: {faster:.2f} times as fast"),
     ]
     return (
-        f'<div style="font-size: 1.8em; font-weight: 600; line-height: 1.3">{html.escape(pruned.text) or "(nothing)"}</div>'
+        f'<div style="font-size: 1.8em; font-weight: 600">{html.escape(pruned.text) or "(nothing)"}</div>'
         f'<div style="opacity: 0.7; margin-bottom: 10px">Dense, it answers: {same}</div>'
         '<div style="display: flex; gap: 10px">'
         + "".join(_TILE.format(name=name, value=value, dense=cost) for name, value, cost in tiles)

@@ -1,4 +1,4 @@
-"""Publishing a Space: the page that shows what a pruned checkpoint drops (`app.py`), as a repository that the Hub builds and runs."""
+"""Publishing a Space: the page of `app.py`, which shows what a pruned checkpoint drops, on the Hub."""
 
 import importlib.metadata
 import io
@@ -39,13 +39,13 @@ if __name__ == "__main__":
 _README = """
 # {title}
 
-Ask {name} about an image, move the reduction, and see which patches and words each layer keeps, and what that saves against the dense
-model: MADTP token pruning ([paper](https://arxiv.org/abs/2403.02991)), with madtp_hf {version}.
+Ask {name} about an image, move the reduction, and see which patches and words each layer keeps, and what that saves
+against the dense model: MADTP token pruning ([paper](https://arxiv.org/abs/2403.02991)), with madtp_hf {version}.
 """
 
 
 def check_space(model, revision: str | None = None, token: str | None = None) -> None:
-    """Raise a `ValueError` for a checkpoint, a folder or Hub id, that the page can't show, `FileNotFoundError` for half of one."""
+    """Raise an error for a checkpoint, a folder or Hub id, that the page can't show or that misses a file."""
     if Path(model).is_dir():
         find_checkpoint_files(model)
     config = AutoConfig.from_pretrained(model, revision=revision, token=token, trust_remote_code=False)
@@ -53,7 +53,9 @@ def check_space(model, revision: str | None = None, token: str | None = None) ->
 
 
 def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:
-    """Pairs of an image and a text from a JSON file, `[["scene.png", "how many sevens are there?"], ...]`, paths as seen from the file.
+    """Read pairs of an image and a text from a JSON file: `[["scene.png", "how many sevens are there?"], ...]`.
+
+    Paths are relative to the file's folder.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -148,16 +150,17 @@ def push_space(
     commit_message: str | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Publish a Space that shows what a pruned checkpoint drops: app.py, requirements.txt and README.md, in one commit.
+    """Publish a Space that shows what a pruned checkpoint drops, with all that it needs, in one commit.
 
     Args:
-        model: A checkpoint for question answering or captioning, with a calibrated schedule: a Hub id, which the Space loads when it starts, or
+        model: A checkpoint for question answering or captioning, with a calibrated schedule: a Hub id, which the Space
+        loads when it starts, or
             a saved folder, whose files go into the Space.
         repo_id: The Space's name, `"name"`, for the token's own user, or `"namespace/name"`.
-        examples: Pairs of an image (a PIL image, array or path) and a question to begin with; of captioning, any string.
-        title: What the Space is called; made of the model's name if not given.
-        model_revision: The branch, tag or commit of a Hub id to load; pin one for a model of someone else.
-        requirement: What pip installs to have this package, such as `"madtp_hf[app]==0.1.0"`. Not given, the Space has a copy of the package
+        examples: Pairs of an image (a PIL image, array or path) and a question to begin with; of captioning, any
+        string. title: What the Space is called; made of the model's name if not given. model_revision: The branch, tag
+        or commit of a Hub id to load; pin one for a model of someone else. requirement: What pip installs to have this
+        package, such as `"madtp_hf[app]==0.1.0"`. Not given, the Space has a copy of the package
             that is running.
         token: One with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
         private: Whether a new Space is private.

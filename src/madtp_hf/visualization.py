@@ -1,4 +1,4 @@
-"""What pruning leaves: which patches of an image and which words of a text stay, layer by layer, as data and as pictures."""
+"""What pruning leaves: which patches and which words stay, layer by layer, as data and as pictures."""
 
 import html
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ _STAYS, _GOES, _HEAD = (20, 20, 20), (200, 200, 200), (110, 110, 110)
 class Words(NamedTuple):
     """Which tokens of one text stay: row 0 is what enters the text encoder, row l what layer l leaves.
 
-    tokens: the text's tokens, n of them, padding left out; stays (layers + 1, n) bool; counts (layers + 1,) int64: how many tokens
-    there are, the merged one included.
+    tokens: the text's tokens, n of them, padding left out; stays (layers + 1, n) bool; counts (layers + 1,) int64: how
+    many tokens there are, the merged one included.
     """
 
     tokens: list[str]
@@ -33,9 +33,9 @@ class Words(NamedTuple):
 class Survivors(NamedTuple):
     """What stays of one sample: row 0 is what enters an encoder, row l what layer l leaves.
 
-    pictures: the sample's images as the model sees them, resized and cropped; patches (images, layers + 1, grid, grid) bool; counts
-    (images, layers + 1) int64: how many tokens there are, the class token and the merged one included; words: None without a text
-    encoder.
+    pictures: the sample's images as the model sees them, resized and cropped; patches (images, layers + 1, grid, grid)
+    bool; counts (images, layers + 1) int64: how many tokens there are, the class token and the merged one included;
+    words: None without a text encoder.
     """
 
     pictures: list[Image.Image]
@@ -46,10 +46,10 @@ class Survivors(NamedTuple):
 
 @contextmanager
 def record_branches(model):
-    """Record what a model's encoders put out, positions included, whatever runs them: `forward`, `generate` or another method.
+    """Record what a model's encoders put out, positions included, whatever method of the model runs them.
 
-    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`, each a
-    `BranchOutput` whose `positions` are set.
+    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
+    each a `BranchOutput` whose `positions` are set.
     """
     task, outputs = TASKS[model.task], {}
     encoders = {"vision": model.vision_model}
@@ -128,14 +128,14 @@ def preprocess(model, processor, images, texts) -> tuple[dict[str, torch.Tensor]
 
 
 def _find(positions: torch.Tensor, number: int) -> torch.Tensor:
-    """positions (length,), -1 for what is no token of the input -> (number,) bool: which of the input's tokens are left."""
+    """positions (length,), -1 for no token of the input -> (number,) bool: which of the input's tokens are left."""
     stays = torch.zeros(number, dtype=torch.bool)
     stays[positions[(positions >= 0) & (positions < number)].cpu()] = True
     return stays
 
 
 def collect_survivors(model, processor, batch, pictures, outputs) -> list[Survivors]:
-    """What stays of each sample of a batch from [`preprocess`], by what [`record_branches`] has recorded while the model read it."""
+    """What stays of each sample of a batch from [`preprocess`], by what [`record_branches`] has recorded."""
     vision, text = outputs["vision"], outputs.get("text")
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     patches = torch.stack(
@@ -181,7 +181,7 @@ def _draw_kept(picture: Image.Image, kept: torch.Tensor) -> Image.Image:
 
 
 def draw_patches(samples: list[Survivors], questions=None, layers=None, size: int = 160) -> Image.Image:
-    """Draw what [`find_survivors`] has found; [`draw_surviving_patches`] does both. questions: a line above each sample, if given."""
+    """Draw what [`find_survivors`] has found, with the questions above, if given."""
     layers = _check_layers(layers, samples[0].patches.shape[1] - 1)
     above = _CAPTION if questions is not None else 0
     height = size + above + _CAPTION
@@ -236,8 +236,8 @@ def draw_surviving_patches(model, processor, images, questions, layers=None, siz
 def _check_has_words(model) -> None:
     if not TASKS[model.task].text_encoder:
         raise ValueError(
-            f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another task; its patches are drawn by"
-            " draw_surviving_patches."
+            f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another"
+            " task; its patches are drawn by draw_surviving_patches."
         )
 
 
@@ -248,12 +248,12 @@ def surviving_words(model, processor, images, texts) -> list[Words]:
         model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
             The model, of any task but captioning, which has no text encoder. With pruning off, all words stay.
         processor, images, texts:
-            As [`draw_surviving_patches`] takes processor, images and questions. What stays of a text depends on its image as well,
-            which it attends to, except for CLIP.
+            As [`draw_surviving_patches`] takes processor, images and questions. What stays of a text depends on its
+            image as well, which it attends to, except for CLIP.
 
     Returns:
-        `list[Words]`, one a text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a token is left. What
-        the text begins with, and CLIP's end of text, always stay.
+        `list[Words]`, one a text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a token
+        is left. What the text begins with, and CLIP's end of text, always stay.
 
     Raises:
         ValueError: for a model without a text encoder, empty lists, or lists that don't fit each other.
@@ -293,13 +293,14 @@ def draw_words(texts: list[Words], layers=None) -> Image.Image:
 
 
 def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.Image:
-    """Draw which tokens of each text are left after each layer, a line a layer; those that were merged away are grey and struck out.
+    """Draw which tokens of each text are left after each layer; those that were merged away are grey and struck out.
 
     Args:
         model, processor, images, texts:
             As [`surviving_words`] takes them.
         layers (`list[int]`, *optional*):
-            The text layers to draw: 1 to the number of layers, all of these if not given, and 0 for what enters the encoder.
+            The text layers to draw: 1 to the number of layers, all of these if not given, and 0 for what enters the
+            encoder.
 
     Returns:
         `PIL.Image.Image`: a table a text, one below the other.

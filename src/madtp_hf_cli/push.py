@@ -27,14 +27,14 @@ def push(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Publish a Space as well, NAMESPACE/NAME, that shows what the checkpoint drops (question answering, captioning).",
+            help="Publish a Space as well, NAMESPACE/NAME, that shows what the checkpoint drops.",
         ),
     ] = None,
     examples: Annotated[
         str | None,
         typer.Option(
             metavar="JSON",
-            help='What the Space begins with: a file of [["scene.png", "how many?"], ...], or `digits` for digit scenes.',
+            help='What the Space begins with: a file of [["scene.png", "how many?"], ...], or `digits`.',
         ),
     ] = None,
     token: Annotated[
@@ -47,8 +47,9 @@ def push(
 ) -> None:
     """Publish a checkpoint: all of it in one commit, once it is found to be complete.
 
-    With --space, a Space as well that shows what the checkpoint drops; with --private, it is private and has a copy of the checkpoint.
-    A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint stay where they are.
+    With --space, a Space as well that shows what the checkpoint drops; with --private, it is private and has a copy of
+    the checkpoint. A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint
+    stay where they are.
 
     Example: madtp-hf push blip-vqa org/blip-madtp --dry-run
     """
