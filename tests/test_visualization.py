@@ -2,11 +2,22 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from madtp_hf.visualization import draw_surviving_patches
+from madtp_hf.calibration import encode
+from madtp_hf.visualization import (
+    Words,
+    draw_surviving_patches,
+    draw_surviving_words,
+    find_survivors,
+    preprocess,
+    surviving_words,
+    words_as_html,
+)
 
 from .conftest import TASKS, make_inputs, make_task_model
+from .helpers.clip import make_clip_model, make_clip_processor
 
 
 TEXTS = ["how many sevens are there?", "red"]
@@ -116,3 +127,104 @@ def test_a_layer_that_does_not_exist_is_named(processor, layers):
 def test_lists_that_do_not_fit_are_named(processor, task, images, texts, layers, message):
     with pytest.raises(ValueError, match=message):
         draw_surviving_patches(make_task_model(task), processor, images, texts, layers=layers)
+
+
+# CLIP, whose processor crops, and whose texts have a last token that stays.
+
+
+def test_clip_is_drawn_as_it_is_cropped():
+    model, processor = make_clip_model(), make_clip_processor()
+    model.set_pruning(temperature=3.0)
+    wide = Image.fromarray(np.random.default_rng(5).integers(0, 100, (48, 96, 3), dtype=np.uint8))
+    canvas = draw_surviving_patches(model, processor, [wide, picture(1)], ["a red dog", "two cats"], size=SIZE)
+    np.testing.assert_array_equal(cell(canvas, 0, 0), np.asarray(wide)[:, 24:72])  # the middle
+    assert whole_patches(canvas, 0, 4) < GRID * GRID
+    with pytest.raises(ValueError, match="2 images or pairs for 1 questions"):
+        draw_surviving_patches(model, processor, [wide, wide], ["a red dog"])
+
+
+def test_clip_keeps_the_ends_of_a_text():
+    model, processor = make_clip_model(), make_clip_processor()
+    model.set_pruning(temperature=30.0)
+    texts = ["a red dog on a boat", "cat"]
+    for words, text in zip(surviving_words(model, processor, make_images("clip"), texts), texts):
+        assert words.tokens == processor.tokenizer.tokenize(text, add_special_tokens=True)
+        assert words.stays[:, [0, -1]].all()
+        assert words.stays[0].all()
+    assert not surviving_words(model, processor, make_images("clip"), texts)[0].stays[-1].all()
+
+
+# Words.
+
+
+def dropping(task):
+    model = make_task_model(task)
+    model.set_pruning(temperature=30.0)
+    return model
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "captioning"])
+def test_words_that_stay_agree_with_the_counts(task, processor):
+    model = dropping(task)
+    found = surviving_words(model, processor, make_images(task), TEXTS)
+    batch = preprocess(model, processor, make_images(task), TEXTS)[0]
+    counts = encode(model, batch).text_tokens
+    for index, words in enumerate(found):
+        assert words.tokens == processor.tokenizer.tokenize(TEXTS[index], add_special_tokens=True)
+        assert words.stays.shape == (4, len(words.tokens))
+        assert words.stays[0].all()
+        assert words.stays[:, 0].all()  # what a text begins with
+        assert words.counts.tolist() == counts[:, index].tolist()
+        dropped = ~words.stays
+        assert not (dropped[:-1] & words.stays[1:]).any()  # what is gone does not return
+        left = words.stays.sum(dim=1)
+        layers = (left.diff() < 0).long().cumsum(dim=0)  # each of which adds a merged token, or merges that again
+        assert (words.counts[1:] - left[1:] <= layers).all() and (words.counts >= left).all()
+    assert not found[0].stays[-1].all()
+
+
+def test_what_stays_of_a_text_does_not_depend_on_its_batch(processor):
+    model, images = dropping("vqa"), make_images("vqa")
+    together = surviving_words(model, processor, images, TEXTS)
+    for index in range(2):
+        (alone,) = surviving_words(model, processor, images[index : index + 1], TEXTS[index : index + 1])
+        assert alone.tokens == together[index].tokens
+        assert alone.stays.equal(together[index].stays)
+
+
+@pytest.mark.parametrize("make", [lambda: make_task_model("vqa"), make_clip_model])
+def test_with_pruning_off_all_stay(make, processor):
+    model = make()
+    processor = make_clip_processor() if model.task == "clip" else processor
+    for sample in find_survivors(model, processor, make_images("vqa"), ["how many cats", "red"]):
+        assert sample.words.stays.all() and sample.patches.all()
+
+
+def test_the_table_greys_what_is_dropped(processor):
+    model, images = dropping("vqa"), make_images("vqa")
+    words = surviving_words(model, processor, images, TEXTS)
+    table = draw_surviving_words(model, processor, images, TEXTS, layers=[0])
+    later = draw_surviving_words(model, processor, images, TEXTS, layers=[0, 3])
+    assert later.width == table.width and later.height == table.height + 2 * 24
+    grey = (np.asarray(table) == 200).all(axis=2).sum()
+    assert grey < (np.asarray(later) == 200).all(axis=2).sum()  # the line through a word
+    markup = words_as_html(words[0], layers=[0, 3])
+    assert markup.count("</tr>") == 2
+    assert markup.count("<del") == int((~words[0].stays[3]).sum())
+
+
+def test_words_in_html_are_escaped():
+    words = Words(["[CLS]", "<i>"], torch.ones(2, 2, dtype=torch.bool), torch.tensor([2, 2]))
+    assert "&lt;i&gt;" in words_as_html(words) and "<i>" not in words_as_html(words)
+
+
+def test_words_that_cannot_be_drawn_are_named(processor):
+    with pytest.raises(ValueError, match="MadtpBlipForConditionalGeneration has no text encoder"):
+        surviving_words(make_task_model("captioning"), processor, make_images("vqa"), TEXTS)
+    model = make_task_model("vqa")
+    with pytest.raises(ValueError, match=r"layers has 4: .*text layers are 0 \(what enters the encoder\) to 3"):
+        draw_surviving_words(model, processor, make_images("vqa"), TEXTS, layers=[4])
+    with pytest.raises(ValueError, match="2 images or pairs for 3 questions"):
+        surviving_words(model, processor, make_images("vqa"), [*TEXTS, "one"])
+    with pytest.raises(ValueError, match=r"questions\[1\] is a int: expected a string"):
+        surviving_words(model, processor, make_images("vqa"), ["one", 2])

@@ -122,8 +122,8 @@ def push_checkpoint(
             raise TypeError(
                 f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's {expected}."
             )
-    with _one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
-        repo_id = _check_name(repo_id, token, dry_run)
+    with one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
+        repo_id = check_name(repo_id, token, dry_run)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         try:
@@ -167,21 +167,21 @@ def push_folder(
         ValueError: besides, if a file is damaged or lies outside the folder, or for `metrics` with a README.md that is there.
     """
     folder = Path(folder)
-    with _one_sentence_errors(repo_id, token):
+    with one_sentence_errors(repo_id, token):
         files = find_checkpoint_files(folder)
-        repo_id = _check_name(repo_id, token, dry_run)
+        repo_id = check_name(repo_id, token, dry_run)
         metadata = {"base_model": base_model, "license": license, "datasets": datasets}
         return _push(folder, files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run)
 
 
-def _check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
+def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
     """The repository's name in full, as the card has it."""
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id is {repo_id!r}: expected the name of a repository, `name` or `namespace/name`.")
     validate_repo_id(repo_id)
     if dry_run:
         return repo_id
-    token = _check_token(token)
+    token = check_token(token)
     return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
@@ -198,7 +198,7 @@ def _push(folder, names, repo_id, metrics, metadata, token, private, revision, c
         url = f"{HfApi(token=False).endpoint}/{repo_id}"
         print(_describe(folder, files, url, private, revision))
         return url
-    return _upload(files, repo_id, _check_token(token), private, revision, commit_message)
+    return upload(files, repo_id, check_token(token), private, revision, commit_message)
 
 
 def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
@@ -396,7 +396,7 @@ def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: b
     )
 
 
-def _check_token(token: str | None) -> str:
+def check_token(token: str | None) -> str:
     if token is not None and not isinstance(token, str):
         raise TypeError(f"token is a {type(token).__name__}: expected a string, or None for the stored one.")
     token = (token or get_token() or "").strip()
@@ -412,24 +412,29 @@ def _check_token(token: str | None) -> str:
     return token
 
 
-def _upload(files, repo_id, token, private, revision, commit_message) -> str:
-    """Upload files, name -> path or content, in one commit, and delete what they leave stale."""
+def _is_stale(name: str) -> bool:
+    """Whether a file that a repository has, and a checkpoint that comes has not, is of a former one."""
+    return "/" not in name and any(fnmatch(name, known) for known in _STALE)
+
+
+def upload(files, repo_id, token, private, revision, commit_message, repo_type=None, is_stale=_is_stale) -> str:
+    """Upload files, name -> path or content, in one commit, and delete what they leave stale; returns the address.
+
+    repo_type: `"space"` for a Space that runs gradio, None for a model.
+    """
     api = HfApi(token=token, library_name="madtp_hf", library_version=__version__)
     # None, not False: an organization may want its repositories to be private.
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
+    sdk = "gradio" if repo_type == "space" else None
+    api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(
             f"{repo_id} exists and is public, and private=True was given: make it private in its settings, or choose another name."
         )
     if revision not in (None, "main") and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    before = api.model_info(repo_id, revision=revision)
+        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
+    before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
     existing = [sibling.rfilename for sibling in before.siblings or ()]
-    stale = [
-        name
-        for name in existing
-        if name not in files and "/" not in name and any(fnmatch(name, known) for known in _STALE)
-    ]
+    stale = [name for name in existing if name not in files and is_stale(name)]
     operations = [CommitOperationDelete(name) for name in stale]
     operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     try:
@@ -438,6 +443,7 @@ def _upload(files, repo_id, token, private, revision, commit_message) -> str:
             repo_id,
             operations,
             commit_message=commit_message or f"Upload with madtp_hf {__version__}",
+            repo_type=repo_type,
             revision=revision,
             parent_commit=before.sha,  # what is stale was read off it
         )
@@ -454,11 +460,11 @@ def _upload(files, repo_id, token, private, revision, commit_message) -> str:
             f"The upload to {repo_id} broke off and nothing was published ({reason}): run the same again, what is up already is not"
             " sent twice."
         ) from error
-    return f"{api.endpoint}/{repo_id}"
+    return f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"
 
 
 @contextmanager
-def _one_sentence_errors(repo_id: str, token: str | None):
+def one_sentence_errors(repo_id: str, token: str | None):
     """Turn what the libraries raise into errors that say what to do, with the original as their cause."""
     try:
         yield

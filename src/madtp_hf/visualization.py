@@ -1,15 +1,80 @@
-"""Pictures of what pruning leaves."""
+"""What pruning leaves: which patches and which words stay, layer by layer, as data and as pictures."""
+
+import html
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
+from .calibration import encode
 from .modeling.pipeline_madtp_blip import read_image
+from .tasks import TASKS
 
 
 _GAP, _CAPTION = 6, 16  # pixels between columns, and for a line of text
+_FONT_SIZE, _LINE, _PAD = 15, 24, 6  # of a table of words
+_CELL = "border: none; padding: 1px 12px 1px 0; white-space: nowrap"  # on a page, whose own style may be another
+_STAYS, _GOES, _HEAD = (20, 20, 20), (200, 200, 200), (110, 110, 110)
 
 
-def _check_layers(layers, num_layers: int) -> list[int]:
+class Words(NamedTuple):
+    """Which tokens of one text stay: row 0 is what enters the text encoder, row l what layer l leaves.
+
+    tokens: the text's tokens, n of them, padding left out; stays (layers + 1, n) bool; counts (layers + 1,) int64: how
+    many tokens there are, the merged one included.
+    """
+
+    tokens: list[str]
+    stays: torch.Tensor
+    counts: torch.Tensor
+
+
+class Survivors(NamedTuple):
+    """What stays of one sample: row 0 is what enters an encoder, row l what layer l leaves.
+
+    pictures: the sample's images as the model sees them, resized and cropped; patches (images, layers + 1, grid, grid)
+    bool; counts (images, layers + 1) int64: how many tokens there are, the class token and the merged one included;
+    words: None without a text encoder.
+    """
+
+    pictures: list[Image.Image]
+    patches: torch.Tensor
+    counts: torch.Tensor
+    words: Words | None
+
+
+@contextmanager
+def record_branches(model):
+    """Record what a model's encoders put out, positions included, whatever method of the model runs them.
+
+    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
+    each a `BranchOutput` whose `positions` are set.
+    """
+    task, outputs = TASKS[model.task], {}
+    encoders = {"vision": model.vision_model}
+    if task.text_encoder:
+        encoders["text"] = getattr(model, task.text_encoder)
+
+    def ask_for_positions(encoder, args, kwargs):
+        return args, {**kwargs, "output_positions": True}
+
+    hooks = []
+    for name, encoder in encoders.items():
+
+        def record(encoder, args, output, name=name):
+            outputs[name] = output
+
+        hooks.append(encoder.register_forward_pre_hook(ask_for_positions, with_kwargs=True))
+        hooks.append(encoder.register_forward_hook(record))
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_layers(layers, num_layers: int, branch: str = "vision") -> list[int]:
     """The layers to draw; a `ValueError` for one that the model doesn't have."""
     layers = list(range(1, num_layers + 1)) if layers is None else list(layers)
     exist = f"0 (what enters the encoder) to {num_layers}"
@@ -17,7 +82,7 @@ def _check_layers(layers, num_layers: int) -> list[int]:
         raise ValueError(f"layers is empty: expected some of the layers {exist}, or None for 1 to {num_layers}.")
     for layer in layers:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= num_layers:
-            raise ValueError(f"layers has {layer!r}: expected whole numbers, the model's vision layers are {exist}.")
+            raise ValueError(f"layers has {layer!r}: expected whole numbers, the model's {branch} layers are {exist}.")
     return layers
 
 
@@ -30,6 +95,9 @@ def _read_samples(images, texts, images_per_sample: int) -> list[list[Image.Imag
             raise ValueError(f"{name} is {shown}: expected {expected if name == 'images' else 'a list of strings'}.")
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images or pairs for {len(texts)} questions: expected one text for each.")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"questions[{index}] is a {type(text).__name__}: expected a string.")
     if images_per_sample == 1:
         return [[read_image(image)] for image in images]
     for index, pair in enumerate(images):
@@ -40,41 +108,113 @@ def _read_samples(images, texts, images_per_sample: int) -> list[list[Image.Imag
     return [[read_image(image) for image in pair] for pair in images]
 
 
-def _run(model, processor, samples: list[list[Image.Image]], texts):
-    """The model's output with positions; every task's forward, without labels."""
+def preprocess(model, processor, images, texts) -> tuple[dict[str, torch.Tensor], list[Image.Image]]:
+    """What `forward` takes of a batch, on the model's device, and its images, in turn, as the model sees them."""
+    samples = _read_samples(images, texts, TASKS[model.task].num_images)
     flat = [image for sample in samples for image in sample]
     pixel_values = processor.image_processor(images=flat, return_tensors="pt").pixel_values
+    # Resized and cropped as for the model, so that patches lie where they are drawn.
+    seen = processor.image_processor(images=flat, do_rescale=False, do_normalize=False, return_tensors="pt")
+    seen = seen.pixel_values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     if len(samples[0]) > 1:
         pixel_values = pixel_values.unflatten(0, (len(samples), -1))
     text = processor.tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
-    inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-    if model.task == "vqa":  # its forward scores an answer
-        start = model.config.text_config.bos_token_id
-        inputs["decoder_input_ids"] = torch.full((len(samples), 1), start, device=model.device)
-    return model(**inputs, pixel_values=pixel_values.to(model.device, model.dtype), output_positions=True)
+    batch = {
+        "input_ids": text.input_ids,
+        "attention_mask": text.attention_mask,
+        "pixel_values": pixel_values.to(model.device, model.dtype),
+    }
+    return batch, [Image.fromarray(picture.numpy()) for picture in seen.cpu()]
 
 
-def _draw_kept(picture: Image.Image, positions: torch.Tensor, grid: int) -> Image.Image:
-    """Dim the patches of the picture that are not among the positions (length,); patch n of the input is n, from 1."""
-    faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.8)
-    kept = torch.zeros(grid * grid + 1, dtype=torch.uint8)
-    kept[positions[positions > 0].cpu()] = 255
-    patches = Image.fromarray(kept[1:].view(grid, grid).numpy())
-    return Image.composite(picture, faded, patches.resize(picture.size, Image.Resampling.NEAREST))
+def _find(positions: torch.Tensor, number: int) -> torch.Tensor:
+    """positions (length,), -1 for no token of the input -> (number,) bool: which of the input's tokens are left."""
+    stays = torch.zeros(number, dtype=torch.bool)
+    stays[positions[(positions >= 0) & (positions < number)].cpu()] = True
+    return stays
+
+
+def collect_survivors(model, processor, batch, pictures, outputs) -> list[Survivors]:
+    """What stays of each sample of a batch from [`preprocess`], by what [`record_branches`] has recorded."""
+    vision, text = outputs["vision"], outputs.get("text")
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    patches = torch.stack(
+        [torch.stack([_find(row, side * side + 1)[1:] for row in layer]) for layer in vision.positions]
+    ).unflatten(2, (side, side))  # (layers + 1, all images, side, side)
+    per_sample = TASKS[model.task].num_images
+    found = []
+    for index in range(len(pictures) // per_sample):
+        own = slice(index * per_sample, (index + 1) * per_sample)
+        words = None
+        if text is not None:
+            ids = batch["input_ids"][index][batch["attention_mask"][index].bool()]
+            tokens = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+            stays = torch.stack([_find(layer[index], len(tokens)) for layer in text.positions])
+            words = Words(tokens, stays, text.num_tokens[:, index].cpu())
+        counts = vision.num_tokens[:, own].T.cpu()
+        found.append(Survivors(pictures[own], patches[:, own].transpose(0, 1), counts, words))
+    return found
 
 
 @torch.no_grad()
+def find_survivors(model, processor, images, questions) -> list[Survivors]:
+    """Find which patches and words each layer of a model keeps, one `Survivors` a sample.
+
+    Args:
+        model, processor, images, questions:
+            As [`draw_surviving_patches`] takes them. With pruning off, all stay.
+
+    Raises:
+        ValueError: for empty lists, or lists that don't fit each other.
+    """
+    batch, pictures = preprocess(model, processor, images, questions)
+    with record_branches(model) as outputs:
+        encode(model, batch)
+    return collect_survivors(model, processor, batch, pictures, outputs)
+
+
+def _draw_kept(picture: Image.Image, kept: torch.Tensor) -> Image.Image:
+    """Dim the patches of a picture that are not kept (side, side)."""
+    faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.8)
+    mask = Image.fromarray(kept.numpy().astype("uint8") * 255)
+    return Image.composite(picture, faded, mask.resize(picture.size, Image.Resampling.NEAREST))
+
+
+def draw_patches(samples: list[Survivors], questions=None, layers=None, size: int = 160) -> Image.Image:
+    """Draw what [`find_survivors`] has found, with the questions above, if given."""
+    layers = _check_layers(layers, samples[0].patches.shape[1] - 1)
+    above = _CAPTION if questions is not None else 0
+    height = size + above + _CAPTION
+    rows = [(sample, image) for sample in range(len(samples)) for image in range(len(samples[sample].pictures))]
+    canvas = Image.new("RGB", ((len(layers) + 1) * (size + _GAP), len(rows) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (sample, image) in enumerate(rows):
+        top = row * height
+        found = samples[sample]
+        picture = found.pictures[image].resize((size, size), Image.Resampling.NEAREST)
+        if questions is not None:
+            draw.text((2, top + 1), questions[sample] if image == 0 else "(right image)", fill="black")
+        canvas.paste(picture, (0, top + above))
+        for column, layer in enumerate(layers, start=1):
+            left = column * (size + _GAP)
+            canvas.paste(_draw_kept(picture, found.patches[image, layer]), (left, top + above))
+            name = f"layer {layer}" if layer else "input"
+            text = f"{name}: {found.counts[image, layer]} tokens"
+            draw.text((left, top + 1 + above + size), text, fill="black")
+    return canvas
+
+
 def draw_surviving_patches(model, processor, images, questions, layers=None, size: int = 160) -> Image.Image:
     """Draw which patches of each image are left after each layer; those that were merged away are dimmed.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
-            The model, of any task, with pruning as it is to be drawn.
-        processor (`BlipProcessor`):
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
+            The model, of any task, with pruning as it is to be drawn; with pruning off, all patches stay.
+        processor (`BlipProcessor` or `CLIPProcessor`):
             Its processor.
         images (`list`):
             The images, a row each: PIL images, arrays or paths. Of a model that reads two images a text (NLVR2), pairs
-            `(left, right)`, two rows each.
+            `(left, right)`, two rows each. They are drawn as the model sees them, resized and cropped.
         questions (`list[str]`):
             The text of each: a question, a sentence, a caption or, of captioning, a prompt.
         layers (`list[int]`, *optional*):
@@ -90,26 +230,97 @@ def draw_surviving_patches(model, processor, images, questions, layers=None, siz
         ValueError: for a layer that the model doesn't have, empty lists, or lists that don't fit each other.
     """
     layers = _check_layers(layers, model.config.vision_config.num_hidden_layers)
-    samples = _read_samples(images, questions, 2 if model.task == "nlvr2" else 1)
-    output = _run(model, processor, samples, questions)
-    counts = output.vision_tokens  # (layers + 1, B), or (layers + 1, 2, B)
-    if counts.ndim == 3:  # as positions lie: left and right in turn
-        counts = counts.transpose(1, 2).flatten(1)
-    grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    return draw_patches(find_survivors(model, processor, images, questions), questions, layers, size)
 
-    height = size + 2 * _CAPTION
-    pictures = [image for sample in samples for image in sample]
-    canvas = Image.new("RGB", ((len(layers) + 1) * (size + _GAP), len(pictures) * height), "white")
+
+def _check_has_words(model) -> None:
+    if not TASKS[model.task].text_encoder:
+        raise ValueError(
+            f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another"
+            " task; its patches are drawn by draw_surviving_patches."
+        )
+
+
+def surviving_words(model, processor, images, texts) -> list[Words]:
+    """Find which tokens of each text stay, layer by layer, as data.
+
+    Args:
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
+            The model, of any task but captioning, which has no text encoder. With pruning off, all words stay.
+        processor, images, texts:
+            As [`draw_surviving_patches`] takes processor, images and questions. What stays of a text depends on its
+            image as well, which it attends to, except for CLIP.
+
+    Returns:
+        `list[Words]`, one a text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a token
+        is left. What the text begins with, and CLIP's end of text, always stay.
+
+    Raises:
+        ValueError: for a model without a text encoder, empty lists, or lists that don't fit each other.
+    """
+    _check_has_words(model)
+    return [sample.words for sample in find_survivors(model, processor, images, texts)]
+
+
+def _table(words: Words, layers: list[int]) -> list[tuple[str, list[bool], str]]:
+    """The rows of a table: which layer, what stays, how many tokens."""
+    names = [f"layer {layer}" if layer else "input" for layer in layers]
+    return [(name, words.stays[layer].tolist(), f"{words.counts[layer]} tokens") for name, layer in zip(names, layers)]
+
+
+def draw_words(texts: list[Words], layers=None) -> Image.Image:
+    """Draw what [`surviving_words`] has found; [`draw_surviving_words`] does both."""
+    layers = _check_layers(layers, len(texts[0].counts) - 1, "text")
+    font = ImageFont.load_default(_FONT_SIZE)
+    first = int(font.getlength("layer 00")) + 2 * _PAD
+    widths = [[int(font.getlength(token)) + 2 * _PAD for token in words.tokens] for words in texts]
+    width = first + max(map(sum, widths)) + int(font.getlength("000 tokens")) + 2 * _PAD
+    block = len(layers) * _LINE + 2 * _GAP
+    canvas = Image.new("RGB", (width, len(texts) * block), "white")
     draw = ImageDraw.Draw(canvas)
-    for row, picture in enumerate(pictures):
-        top = row * height
-        sample, side = divmod(row, len(samples[0]))
-        picture = picture.resize((size, size), Image.Resampling.NEAREST)
-        draw.text((2, top + 1), questions[sample] if side == 0 else "(right image)", fill="black")
-        canvas.paste(picture, (0, top + _CAPTION))
-        for column, layer in enumerate(layers, start=1):
-            left = column * (size + _GAP)
-            canvas.paste(_draw_kept(picture, output.vision_positions[layer][row], grid), (left, top + _CAPTION))
-            name = f"layer {layer}" if layer else "input"
-            draw.text((left, top + 1 + _CAPTION + size), f"{name}: {counts[layer, row]} tokens", fill="black")
+    for index, words in enumerate(texts):
+        for row, (name, stays, count) in enumerate(_table(words, layers)):
+            middle = index * block + _GAP + row * _LINE + _LINE // 2
+            draw.text((_PAD, middle), name, fill=_HEAD, font=font, anchor="lm")
+            left = first
+            for token, stay, wide in zip(words.tokens, stays, widths[index]):
+                draw.text((left + _PAD, middle), token, fill=_STAYS if stay else _GOES, font=font, anchor="lm")
+                if not stay:
+                    draw.line((left + _PAD, middle, left + wide - _PAD, middle), fill=_GOES)
+                left += wide
+            draw.text((left + _PAD, middle), count, fill=_HEAD, font=font, anchor="lm")
     return canvas
+
+
+def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.Image:
+    """Draw which tokens of each text are left after each layer; those that were merged away are grey and struck out.
+
+    Args:
+        model, processor, images, texts:
+            As [`surviving_words`] takes them.
+        layers (`list[int]`, *optional*):
+            The text layers to draw: 1 to the number of layers, all of these if not given, and 0 for what enters the
+            encoder.
+
+    Returns:
+        `PIL.Image.Image`: a table a text, one below the other.
+
+    Raises:
+        ValueError: for a layer that the model doesn't have, and as [`surviving_words`].
+    """
+    _check_has_words(model)
+    layers = _check_layers(layers, model.config.text_config.num_hidden_layers, "text")
+    return draw_words(surviving_words(model, processor, images, texts), layers)
+
+
+def words_as_html(words: Words, layers=None) -> str:
+    """The table of [`draw_surviving_words`] for one text as HTML: a `<table>`, merged words in `<del>`."""
+    rows = []
+    for name, stays, count in _table(words, _check_layers(layers, len(words.counts) - 1, "text")):
+        tokens = [html.escape(token) for token in words.tokens]
+        cells = [token if stay else f'<del style="opacity: 0.4">{token}</del>' for token, stay in zip(tokens, stays)]
+        row = [f"<small>{name}</small>", *cells, f"<small>{count}</small>"]
+        rows.append("".join(f'<td style="{_CELL}">{cell}</td>' for cell in row))
+    body = "".join(f'<tr style="border: none">{row}</tr>' for row in rows)
+    table = f'<table style="border: none; border-collapse: collapse; width: auto">{body}</table>'
+    return f'<div style="overflow-x: auto">{table}</div>'

@@ -23,6 +23,20 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would go up, and do nothing. Needs no token.")
     ] = False,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Publish a Space as well, NAMESPACE/NAME, that shows what the checkpoint drops.",
+        ),
+    ] = None,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='What the Space begins with: a file of [["scene.png", "how many?"], ...], or `digits`.',
+        ),
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(
@@ -33,13 +47,22 @@ def push(
 ) -> None:
     """Publish a checkpoint: all of it in one commit, once it is found to be complete.
 
-    A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint stay where they are.
+    With --space, a Space as well that shows what the checkpoint drops; with --private, it is private and has a copy of
+    the checkpoint. A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint
+    stay where they are.
 
     Example: madtp-hf push blip-vqa org/blip-madtp --dry-run
     """
     with one_message_of_errors():
         from madtp_hf.hub import push_folder
 
+        if space is not None:
+            from madtp_hf.space import check_space, push_space
+
+            check_space(folder)
+            pairs = _read_examples(examples)
+        elif examples is not None:
+            raise ValueError("--examples is for a Space: expected --space NAMESPACE/NAME beside it.")
         url = push_folder(
             folder,
             repo,
@@ -50,5 +73,33 @@ def push(
             commit_message=message,
             dry_run=dry_run,
         )
+        urls = [url]
+        if space is not None:
+            # A Space has no right to read a private checkpoint: it gets a copy.
+            source = folder if private else "/".join(url.split("/")[3:])
+            urls.append(
+                push_space(
+                    source,
+                    space,
+                    examples=pairs,
+                    model_revision=revision,
+                    token=token,
+                    private=private,
+                    commit_message=message,
+                    dry_run=dry_run,
+                )
+            )
     if not dry_run:
-        typer.echo(url)
+        typer.echo("\n".join(urls))
+
+
+def _read_examples(examples: str | None) -> list[tuple]:
+    if examples is None:
+        return []
+    if examples == "digits":
+        from madtp_hf.app import digit_examples
+
+        return digit_examples()
+    from madtp_hf.space import read_examples
+
+    return read_examples(examples)

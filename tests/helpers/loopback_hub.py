@@ -5,7 +5,7 @@ alike.
     hub.start()
     HfApi(endpoint=hub.url, token="hf_alice").create_repo("org/model")
 
-Repositories are held in memory; a commit is a snapshot of all files. What is large goes through LFS; Xet is not
+Repositories are held in memory, models by their names and Spaces as "spaces/name"; a commit is a snapshot of all files. What is large goes through LFS; Xet is not
 spoken: set HF_HUB_DISABLE_XET.
 """
 
@@ -130,8 +130,11 @@ class Handler(BaseHTTPRequestHandler):
             for methods, pattern, action in ROUTES:
                 match = re.fullmatch(pattern, address.path)
                 if match and self.command in methods.split():
+                    given = {name: unquote(value) for name, value in match.groupdict("").items()}
+                    if given.pop("kind", None) == "spaces":
+                        given["repo_id"] = f"spaces/{given['repo_id']}"
                     with self.hub.lock:
-                        answer = action(self, **{name: unquote(value) for name, value in match.groupdict("").items()})
+                        answer = action(self, **given)
                     break
             else:
                 raise Refusal(404, f"No such page: {self.command} {address.path}")
@@ -176,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, repo_id: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get(repo_id)
-        is_member = repo_id.partition("/")[0] in self.namespaces
+        is_member = repo_id.removeprefix("spaces/").partition("/")[0] in self.namespaces
         if repository is None or (repository.private and not is_member):
             # Whether it is there is not for everyone to know.
             raise Refusal(404 if self.token else 401, "Repository not found", "RepoNotFound")
@@ -206,6 +209,10 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{namespace}/{asked['name']}"
         if namespace not in self.namespaces:
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}".')
+        if asked.get("type") == "space":
+            if asked.get("sdk") not in ("gradio", "docker", "static"):
+                raise Refusal(400, "sdk must be one of gradio, docker, static")
+            repo_id = f"spaces/{repo_id}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repositories:
             return 409, {**answer, "error": "You already created this model repo"}
@@ -213,7 +220,8 @@ class Handler(BaseHTTPRequestHandler):
         return 200, answer
 
     def validate_card(self):
-        problems = card_problems(json.loads(self.body)["content"])
+        asked = json.loads(self.body)
+        problems = (space_problems if asked["repoType"] == "space" else card_problems)(asked["content"])
         return 400 if problems else 200, {"errors": [{"message": problem} for problem in problems], "warnings": []}
 
     def preupload(self, repo_id, revision):
@@ -389,8 +397,28 @@ def card_problems(content: str) -> list[str]:
     return problems
 
 
+def space_problems(content: str) -> list[str]:
+    """What keeps the header of a Space's README.md from being taken: what its page and its build are made from."""
+    header = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
+    data = yaml.safe_load(header[1]) if header else None
+    if not isinstance(data, dict):
+        return ["A Space's README.md begins with YAML metadata"]
+    problems = [] if data.get("sdk") in ("gradio", "docker", "static") else ['"sdk" must be gradio, docker or static']
+    problems += [
+        f'"{name}" must be a string'
+        for name in ("title", "sdk_version", "app_file", "license")
+        if not isinstance(data.get(name, ""), str)
+    ]
+    if len(str(data.get("short_description", ""))) > 60:
+        problems.append('"short_description" has at most 60 characters')
+    models = data.get("models", [])
+    if not isinstance(models, list) or not all(re.fullmatch(r"[^/]+(/[^/]+)?", str(model)) for model in models):
+        problems.append('"models" must be a list of names')
+    return problems
+
+
 REPO = r"(?P<repo_id>[^/]+/[^/]+)"
-MODEL = f"/api/models/{REPO}"
+MODEL = f"/api/(?P<kind>models|spaces)/{REPO}"
 ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create_repository),
@@ -404,8 +432,8 @@ ROUTES = [
     ("GET", MODEL + r"/commits/(?P<revision>[^/]+)", Handler.commits),
     ("GET", MODEL + r"/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", Handler.tree),
     ("GET", MODEL + r"(/revision/(?P<revision>[^/]+))?", Handler.model_info),
-    ("GET HEAD", f"/{REPO}" + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
-    ("POST", f"/{REPO}" + r"\.git/info/lfs/objects/batch", Handler.large_file_batch),
+    ("GET HEAD", f"(/(?P<kind>spaces))?/{REPO}" + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    ("POST", f"(/(?P<kind>spaces))?/{REPO}" + r"\.git/info/lfs/objects/batch", Handler.large_file_batch),
     ("PUT", r"/large-files/(?P<oid>[0-9a-f]{64})", Handler.upload_large_file),
     ("POST", r"/large-files/(?P<oid>[0-9a-f]{64})/verify", Handler.verify_large_file),
 ]

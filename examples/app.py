@@ -1,0 +1,57 @@
+"""See what a pruned model drops, in a browser: ask it, move the reduction.
+
+Without a checkpoint, it prunes one of the tiny dense models that lie here, on digit scenes and without training, which
+takes some seconds.
+
+    python examples/app.py
+    python examples/app.py outputs/demo/checkpoint
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, set_seed
+
+from madtp_hf import calibrate, init_alignment_from
+from madtp_hf.app import TASKS_SHOWN, digit_examples, load_model, make_app
+from madtp_hf.data import load_digit_captions, load_digit_questions
+from madtp_hf.tasks import TASKS
+
+
+HERE = Path(__file__).parent
+
+
+def prune_digit_model(task: str, num_samples: int = 256, seed: int = 1):
+    """Prune the dense digit model of a task without training; returns it and its processor."""
+    set_seed(seed)
+    source, load = HERE / f"blip-{task}-digits", load_digit_questions if task == "vqa" else load_digit_captions
+    processor = AutoProcessor.from_pretrained(source)
+    model = TASKS[task].model_class.from_blip(source, num_alignment_tokens=64).eval()
+    collator = TASKS[task].collator(processor, model.config.text_config.bos_token_id)
+    if TASKS[task].text_encoder:  # captioning begins with random alignment tokens
+        init_alignment_from(model, DataLoader(load("train", num_samples, seed), batch_size=64, collate_fn=collator))
+    batches = list(DataLoader(load("validation", num_samples, seed), batch_size=64, collate_fn=collator))
+    calibrate(model, batches, [0.3, 0.5, 0.7, 0.8])
+    return model, processor
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a pruned checkpoint: a folder or Hub id")
+    parser.add_argument("--task", choices=list(TASKS_SHOWN), default="vqa", help="without MODEL: which one to prune")
+    parser.add_argument("--port", type=int, help="default: the first that is free from 7860")
+    args = parser.parse_args()
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+    if args.model is None:
+        model, processor = prune_digit_model(args.task)
+        name = f"blip-{args.task}-digits"
+    else:
+        model, processor = load_model(args.model)
+        name = args.model
+    make_app(model, processor, digit_examples(), name).launch(server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()
