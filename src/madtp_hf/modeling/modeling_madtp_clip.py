@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from .attention import FIRST_PROTECTED
 from .configuration_madtp_clip import MadtpClipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
-from .encoder import BranchOutput
+from .encoder import BranchOutput, real_tokens
 from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
 from .padding import check_same_number
 from .prepacked_linear import PrepackedLinear  # noqa: F401
@@ -46,6 +46,8 @@ class MadtpClipOutput(PruningOutput, CLIPOutput):
         The L2-normalised features of texts and images.
     text_model_output, vision_model_output (`BaseModelOutputWithPooling`):
         What `get_text_features` and `get_image_features` return, states of the tokens that are left.
+    image_mask (`torch.BoolTensor` of shape `(image_batch_size, image_length)`):
+        True at the real tokens of `vision_model_output.last_hidden_state`; everywhere, where nothing is padded.
     """
 
 
@@ -238,7 +240,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             alignment_loss=align_loss,
             vision_tokens=images.num_tokens,
             text_tokens=texts.num_tokens,
-            image_mask=images.mask,
+            image_mask=real_tokens(images),
             vision_positions=images.positions,
         )
 
