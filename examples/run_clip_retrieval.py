@@ -1,7 +1,8 @@
-"""Prune CLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+r"""Prune CLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
 
     python examples/run_clip_retrieval.py                                      # on the digit scenes
-    python examples/run_clip_retrieval.py --dataset flickr30k/ --model openai/clip-vit-base-patch16 --learning_rate 1e-5 --output_dir outputs/clip
+    python examples/run_clip_retrieval.py --dataset flickr30k/ --model openai/clip-vit-base-patch16 \
+        --learning_rate 1e-5 --queue_size 57600 --train_samples 0 --test_samples 0
     accelerate launch --num_processes 2 examples/run_clip_retrieval.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
@@ -36,6 +37,10 @@ def main():
     parser.set_defaults(
         output_dir="outputs/clip",
         do_train=True,
+        train_samples=6400,
+        validation_samples=256,
+        num_alignment_tokens=100,
+        alignment_dim=0,  # the text tower's: each layer has a map to it
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         num_train_epochs=1,

@@ -1,13 +1,15 @@
 """Train the tiny dense CLIP that the examples prune: digit scenes and their captions, on a CPU.
 
-The image tower goes on from the one of the BLIP for retrieval; the text tower, causal as CLIP's, starts from nothing, and so does the vocabulary, of
-byte pairs that make words of the captions' words. Scenes are drawn afresh at every step. As in `train_dense_tasks.py`, the class token is held to look at
-the digits, while patches without a digit are dropped at random.
+The image tower goes on from the one of the BLIP for retrieval; the text tower, causal as CLIP's, starts from nothing,
+and so does the vocabulary, of byte pairs that make words of the captions' words. Scenes are drawn afresh at every
+step. As in `train_dense_tasks.py`, the class token is held to look at the digits, while patches without a digit are dropped
+at random.
 
     python examples/train_dense_clip.py --output_dir examples/clip-digits
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -35,7 +37,7 @@ NUM_MERGES = 150  # more than the captions' words have
 
 
 def build_processor() -> CLIPProcessor:
-    """CLIP's tokenizer, all of whose bytes it knows, with byte pairs of the captions; start and end of text come last, as in CLIP's."""
+    """CLIP's image processor and tokenizer, of all bytes and the captions' pairs; start and end of text come last."""
     scenes = ds.draw_scenes(512, "train", np.random.default_rng(0))
     captions = [caption for i in range(len(scenes)) for caption in ds.describe_from_all_sides(scenes, i)]
     letters = sorted(ByteLevel.alphabet())
@@ -50,8 +52,6 @@ def build_processor() -> CLIPProcessor:
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().get)
     words = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *learned])
     words = [word for word in words if not word.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
-    import json
-
     merges = json.loads(trained.to_str())["model"]["merges"]
     tokenizer = CLIPTokenizer(
         vocab={word: index for index, word in enumerate(words)},
@@ -114,8 +114,10 @@ def start_from(path, processor: CLIPProcessor) -> CLIPModel:
 
 
 def encode_images(model: CLIPModel, pixels, is_digit, rng):
-    """Image features (S, E) of what is left when patches without a digit are dropped at random, and how far the class token's attention, in
-    each layer, is from the scene's digits."""
+    """Image features (S, E) of what is left when patches without a digit are dropped at random.
+
+    Beside them, how far the class token's attention is from the scene's digits, the mean over layers.
+    """
     tower, maps = model.vision_model, []
     states = tower.embeddings(pixels)
     kept = int(rng.choice(NUM_TOKENS))

@@ -6,6 +6,7 @@ import torch
 from madtp_hf import calibrate, init_alignment_from
 
 from .conftest import TASKS, make_task_model
+from .helpers.clip import make_clip_inputs, make_clip_model
 
 
 WITH_TEXT = [name for name in TASKS if name != "captioning"]
@@ -62,6 +63,8 @@ def test_tokens_of_a_width_of_their_own():
 def test_what_has_no_words_is_named():
     with pytest.raises(ValueError, match="has no text encoder"):
         init_alignment_from(make_task_model("captioning"), batches_of("captioning"))
+    with pytest.raises(ValueError, match="MadtpClipModel has a map of its own in every layer"):
+        init_alignment_from(make_clip_model(), [make_clip_inputs()])
     model = make_task_model("vqa")
     before = model.alignment.tokens.detach().clone()
     with pytest.raises(ValueError, match="expected batches with some words"):

@@ -1,5 +1,5 @@
-"""CLIP's golden cases: vision of the published towers, text of an independent implementation; a committed part of them, and all
-where they are."""
+"""CLIP's golden cases: vision of the published towers, text of an independent
+implementation; a committed part of them, and all where they are."""
 
 import json
 from pathlib import Path

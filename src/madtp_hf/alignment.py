@@ -71,11 +71,16 @@ def init_alignment_from(model, dataloader) -> None:
             words have been seen.
 
     Raises:
-        ValueError: for a model without a text encoder, or without a word in the data.
+        ValueError: for a model without a text encoder, for CLIP, or without a word in the data.
     """
     if TASKS[model.task].text_encoder is None:
         raise ValueError(
             f"{type(model).__name__} has no text encoder: expected a model for another task; here random alignment tokens are the start."
+        )
+    if isinstance(model.alignment.text_projection, torch.nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} has a map of its own in every layer, in which words' states have nothing in common: expected a BLIP"
+            " model; here random alignment tokens are the start."
         )
     with restored(model):
         model.set_pruning(None)

@@ -1,4 +1,4 @@
-"""Image-text retrieval: all images against all captions, by features alone (CLIP) or in two stages (BLIP), and what is found."""
+"""Image-text retrieval: all images against all captions, by features (CLIP) or in two stages (BLIP)."""
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class CaptionedImages:
         self.pixel_batches = DataLoader(rows.select_columns("image"), batch_size=batch_size, collate_fn=to_pixels)
 
     def recalls(self, image_to_text: torch.Tensor, text_to_image: torch.Tensor) -> dict[str, float]:
-        """Recall at 1, 5 and 10 in both directions and their mean, `"mean %"`, from scores (images, texts) and (texts, images)."""
+        """Recall at 1, 5 and 10 both ways and their mean, `"mean %"`, from scores (images, texts), (texts, images)."""
         recalls = load_metric("retrieval_recall").compute(
             predictions=image_to_text.numpy(), references=self._own, text_to_image=text_to_image.numpy()
         )
@@ -161,7 +161,7 @@ class CaptionedImages:
 
 
 def retrieval_rows(results: list[tuple]) -> list[dict]:
-    """The rows of a results table, from (`BudgetResult`, its recalls, seconds of scoring) for each budget, the dense one first."""
+    """A results table's rows from (`BudgetResult`, recalls, seconds of scoring) of each budget, the dense first."""
     shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
     return [
         {
