@@ -63,10 +63,23 @@ def test_tokens_of_a_width_of_their_own():
 def test_what_has_no_words_is_named():
     with pytest.raises(ValueError, match="has no text encoder"):
         init_alignment_from(make_task_model("captioning"), batches_of("captioning"))
-    with pytest.raises(ValueError, match="MadtpClipModel has a map of its own in every layer"):
-        init_alignment_from(make_clip_model(), [make_clip_inputs()])
     model = make_task_model("vqa")
     before = model.alignment.tokens.detach().clone()
     with pytest.raises(ValueError, match="expected batches with some words"):
         init_alignment_from(model, [])
     assert torch.equal(model.alignment.tokens, before)
+
+
+@torch.no_grad()
+def test_clips_tokens_are_its_words_as_each_layer_maps_them():
+    """With a single token it is their mean; start, end and padding take no part."""
+    model, inputs = make_clip_model({"num_alignment_tokens": 1}), make_clip_inputs((9, 5, 7), width=12)
+    states = model.get_text_features(inputs["input_ids"], output_hidden_states=True)
+    words = [
+        projection(of_layer[row, 1 : length - 1])
+        for projection, of_layer in zip(model.alignment.text_projection, states.hidden_states)
+        for row, length in enumerate((9, 5, 7))
+    ]
+    init_alignment_from(model, [inputs])
+    torch.testing.assert_close(model.alignment.tokens[0], torch.cat(words).mean(dim=0), atol=1e-5, rtol=1e-5)
+    assert not model.is_pruning

@@ -28,16 +28,22 @@ def _centres(states: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _word_states(model, dataloader) -> torch.Tensor:
-    """What enters each layer of the text encoder (n, D), first tokens and padding left out, with pruning off."""
+    """What enters each layer of the text encoder (n, D), protected tokens and padding left out, with pruning off.
+
+    Where layers have maps of their own to the alignment tokens' width, as CLIP's, mapped by them.
+    """
     collected, number = [], 0
+    roles, maps = model._roles["text"], model.alignment.text_projection
+    encoder = getattr(model, TASKS[model.task].text_encoder).encoder
+    layers = list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
 
     def collect(layer, inputs):
         states, sequences = inputs[:2]
-        words = sequences.pad(states)[:, 1:]
-        mask = sequences.mask
-        collected.append(words.flatten(0, 1) if mask is None else words[mask[:, 1:]])
+        words = sequences.pad(states)[:, 1 : 1 + roles.num_removable(sequences)]
+        mask = roles.removable(sequences)
+        words = words.flatten(0, 1) if mask is None else words[mask]
+        collected.append(maps[layers.index(layer)](words) if isinstance(maps, torch.nn.ModuleList) else words)
 
-    layers = getattr(model, TASKS[model.task].text_encoder).encoder.layer
     hooks = [layer.register_forward_pre_hook(collect) for layer in layers]
     try:
         for batch in dataloader:
@@ -63,7 +69,7 @@ def init_alignment_from(model, dataloader) -> None:
     schedule that the model had is dropped, as it belongs to other tokens, and pruning is off.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
             A model with a text encoder, so not for captioning, where random tokens stay the start. A model that has been trained under
             pruning loses the tokens that it has learned.
         dataloader (`Iterable`):
@@ -71,22 +77,17 @@ def init_alignment_from(model, dataloader) -> None:
             words have been seen.
 
     Raises:
-        ValueError: for a model without a text encoder, for CLIP, or without a word in the data.
+        ValueError: for a model without a text encoder, or without a word in the data.
     """
     if TASKS[model.task].text_encoder is None:
         raise ValueError(
             f"{type(model).__name__} has no text encoder: expected a model for another task; here random alignment tokens are the start."
         )
-    if isinstance(model.alignment.text_projection, torch.nn.ModuleList):
-        raise ValueError(
-            f"{type(model).__name__} has a map of its own in every layer, in which words' states have nothing in common: expected a BLIP"
-            " model; here random alignment tokens are the start."
-        )
     with restored(model):
         model.set_pruning(None)
         states = _word_states(model, dataloader)
     projection = model.alignment.text_projection
-    if projection is not None:
+    if projection is not None and not isinstance(projection, torch.nn.ModuleList):
         states = projection(states.to(projection.weight.dtype)).float()
     model.alignment.tokens.copy_(_centres(states, len(model.alignment.tokens)))
     model.config.pruning_schedule = model.config.pruning_token_counts = None
