@@ -130,7 +130,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             layout = "padded" if self.config.pruning_granularity == "frozen" else "varlen"
         elif attention_mask is not None and not torch.compiler.is_compiling():
             # Where a mask says what padding is, its states are nobody's, unless all layers' are asked for.
-            layout = "restored" if all(value in (None, False) for value in outputs.values()) else layout
+            layout = "restored" if all(x is None or x is False for x in outputs.values()) else layout
         reduction = self._reduction("text", with_feature)
         texts = self.text_model(input_ids, attention_mask, position_ids, layout, reduction, **outputs)
         return texts._replace(pooled=self.text_projection(texts.pooled))
