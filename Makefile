@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-any-budget bench-budgets clean
+.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-any-budget bench-budgets bench-clip clean
 
 install: .venv/.installed
 
@@ -18,7 +18,7 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python examples/prune_digit_vqa.py --output_dir outputs/demo
 
-# The four tasks, one table.
+# BLIP's four tasks and CLIP, one table.
 demo-all: install
 	$(BIN)/python examples/demo_all.py --output_dir outputs/demo-all
 
@@ -47,7 +47,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Writes the cards of the shipped checkpoints, examples/blip-*-digits/README.md, from model_cards/ and the results.
+# Writes the cards of the shipped checkpoints, examples/*-digits/README.md, from model_cards/ and the results.
 cards: install
 	$(BIN)/python model_cards/generate.py
 
@@ -57,6 +57,7 @@ dense: install
 	$(BIN)/python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits --steps 4500 --batch_size 24
 	$(BIN)/python examples/train_dense_tasks.py captioning --output_dir examples/blip-captioning-digits --steps 2500
 	$(BIN)/python examples/train_dense_tasks.py retrieval --output_dir examples/blip-retrieval-digits --steps 1200 --batch_size 64
+	$(BIN)/python examples/train_dense_clip.py --output_dir examples/clip-digits --steps 600 --threads 1
 
 # Against transformers' BLIP, ToMe and EViT at BLIP-base size; some hours on 2 cores. What is committed took less, see docs/performance.md.
 bench: install
@@ -72,6 +73,10 @@ bench-any-budget: install
 # One checkpoint for every budget against one checkpoint a budget, on digit scenes.
 bench-budgets: install
 	$(BIN)/python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json --options --learning_rate 3e-5
+
+# What pruning costs CLIP on digit scenes, with Token Merging beside it.
+bench-clip: install
+	$(BIN)/python benchmarks/clip_digits.py --output benchmarks/results/clip_digits.json
 
 clean:
 	rm -rf .venv outputs

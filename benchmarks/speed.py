@@ -1,4 +1,4 @@
-"""How much faster pruned BLIP models are on the clock, against transformers' BLIP as it ships, and against other token reduction at equal FLOPs.
+"""How much faster pruned models are on the clock, against transformers' BLIP and CLIP as they ship, and against other token reduction at equal FLOPs.
 
 Everything runs in one process, interleaved: each round times every run once, so that a machine that slows down slows all of them, and
 transformers' time in a round is compared with the run's in the same round. Weights are random, of BLIP-base's size; images are crops of real photographs.
@@ -6,11 +6,13 @@ transformers' time in a round is compared with the run's in the same round. Weig
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 --output benchmarks/results/speed_cuda.json
     python benchmarks/speed.py --tasks --training_step --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --tasks clip clip-large --baselines tome --output benchmarks/results/speed_clip_cpu.json
     python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # does it run?
 
 Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning; `instance` and `batch`,
 pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is timed twice, reading a caption in one pass (`captioning`) and
-writing one (`captioning-generate`); retrieval is the pass that matches an image and a text.
+writing one (`captioning-generate`); retrieval is the pass that matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at
+336; texts are padded to CLIP's 77 tokens, as its tokenizer can and many do, and are timed alone as well (`clip-text`).
 
 Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise, exactly, of the batch that is timed; `efficiency`,
 time ratio over FLOPs ratio, 1 if all that is saved on paper is saved on the clock; `memory ratio`, the run's highest sum of activations over transformers'; `computed`, tokens that the
@@ -44,9 +46,11 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
 )
 
-from madtp_hf import calibrate, count_flops
+from madtp_hf import MadtpClipModel, calibrate, count_flops
 from madtp_hf.calibration import decoder_tokens, measure
 from madtp_hf.flops import dense_flops
 from madtp_hf.tasks import TASKS
@@ -58,15 +62,23 @@ MODELS = {
     "nlvr2": BlipForImageTextRetrieval,
     "captioning": BlipForConditionalGeneration,
     "retrieval": BlipForImageTextRetrieval,
+    "clip": CLIPModel,
+    "clip-large": CLIPModel,
 }
-TEXT_TOKENS = {"vqa": 12, "nlvr2": 36, "captioning": 12, "retrieval": 12}  # special tokens included
+TEXT_TOKENS = {"vqa": 12, "nlvr2": 36, "captioning": 12, "retrieval": 12, "clip": 14}  # special tokens included
 TEXT_SPREAD = 0.3  # the texts of a batch are up to that share shorter and longer
 ANSWER_TOKENS = 4  # of a training step's answers
 NUM_BEAMS, NEW_TOKENS = 3, 10  # of a caption that is written
 CALIBRATION_BATCH = 8
 SIZES = ("base", "narrow", "tiny")
 # What transformers' model and ours are to agree on with pruning off.
-SHARED_OUTPUT = {"vqa": "image_embeds", "nlvr2": "logits", "captioning": "logits", "retrieval": "itm_score"}
+SHARED_OUTPUT = {
+    "vqa": "image_embeds",
+    "nlvr2": "logits",
+    "captioning": "logits",
+    "retrieval": "itm_score",
+    "clip": "logits_per_image",
+}
 
 
 # Models and inputs
@@ -92,23 +104,48 @@ def blip_config(size: str) -> BlipConfig:
     return BlipConfig(text_config=text, vision_config=vision, initializer_range=0.2)
 
 
+def clip_config(task: str, size: str) -> CLIPConfig:
+    """base: ViT-B/16 at 224 pixels, or of `clip-large` ViT-L/14 at 336; narrow, as many layers and tokens; or tiny."""
+    large = task == "clip-large"
+    vision = {"num_hidden_layers": 24, "patch_size": 14, "image_size": 336} if large else {"patch_size": 16}
+    text = {}
+    if size == "base" and large:
+        vision |= {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    elif size != "base":
+        width = {"narrow": 64, "tiny": 32}[size]
+        text = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 16}
+        text |= {"vocab_size": 200, "bos_token_id": 198, "eos_token_id": 199, "pad_token_id": 199}
+        vision |= {name: value for name, value in text.items() if name.endswith(("size", "heads")) and name[0] != "v"}
+    if size == "tiny":
+        vision |= {"num_hidden_layers": 6, "image_size": 96, "patch_size": 8}
+    # Of patches that differ: with CLIP's own factor random weights make all the same.
+    return CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=768 if large else 512, initializer_factor=2.0
+    )
+
+
 def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
     """transformers' model and ours, with the same random weights."""
     torch.manual_seed(args.seed)
-    dense = MODELS[task](blip_config(args.size)).to(device=args.device, dtype=args.torch_dtype).eval()
-    model = TASKS[task].model_class.from_blip(dense)
+    is_clip = MODELS[task] is CLIPModel
+    config = clip_config(task, args.size) if is_clip else blip_config(args.size)
+    dense = MODELS[task](config).to(device=args.device, dtype=args.torch_dtype).eval()
+    model = MadtpClipModel.from_clip(dense) if is_clip else TASKS[task].model_class.from_blip(dense)
     if args.device.type == "cpu" and args.dtype == "float32" and not args.plain_weights:
         model.prepack_weights()
     return (BlipForImagesAndText.from_madtp(model) if task == "nlvr2" else dense), model
 
 
 def make_inputs(task: str, config, batch_size: int, args, images=photograph_crops, seed: int = 0) -> dict:
-    """What a forward pass of the task takes: images, and texts of random words and different lengths, padded on the right."""
+    """What a forward pass of the task takes: images, and texts of random words and different lengths, padded on the right; CLIP's to the
+    most that it reads."""
     text = config.text_config
     generator = torch.Generator().manual_seed(args.seed + seed)
     spread = torch.linspace(-TEXT_SPREAD, TEXT_SPREAD, batch_size) if batch_size > 1 else torch.zeros(1)
     lengths = (TEXT_TOKENS[task] * (1 + spread)).round().long()
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    width = text.max_position_embeddings if task == "clip" else int(lengths.max())
+    mask = (torch.arange(width) < lengths[:, None]).long()
     words = (text.vocab_size // 20, text.vocab_size // 2)  # none of the special tokens
     ids = torch.randint(*words, mask.shape, generator=generator).where(mask == 1, text.pad_token_id)
     num_images = TASKS[task].num_images
@@ -116,8 +153,10 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
     if num_images > 1:
         pixel_values = pixel_values.unflatten(0, (batch_size, num_images))
     inputs = {"pixel_values": pixel_values.to(args.torch_dtype), "input_ids": ids, "attention_mask": mask}
-    if task == "captioning":
+    if task in ("captioning", "clip"):
         ids[:, 0] = text.bos_token_id
+    if task == "clip":
+        ids.scatter_(1, lengths[:, None] - 1, text.eos_token_id)
     if task == "vqa":
         inputs["decoder_input_ids"] = torch.full((batch_size, 1), text.bos_token_id)
     return {name: value.to(args.device) for name, value in inputs.items()}
@@ -149,6 +188,11 @@ def generate(model, inputs):
     return model.generate(inputs["pixel_values"], num_beams=NUM_BEAMS, **lengths)
 
 
+@torch.no_grad()
+def encode_texts(model, inputs):
+    return model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+
+
 def training_step(model, inputs):
     output = model(**inputs)
     output.loss.backward()
@@ -167,19 +211,19 @@ class Run(NamedTuple):
 def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines) -> list[Run]:
     """What a round times: the dense models, each granularity at each reduction, and each baseline, on `model`'s weights."""
 
-    def setup(temperature=0.0, granularity="instance", method=None):
+    def setup(temperature=0.0, factor=1.0, granularity="instance", method=None):
         def apply():
             model.set_reduction_method(method)
             model.config.pruning_granularity = granularity
-            model.set_pruning(temperature=temperature)
+            model.set_pruning(temperature=temperature, factor=factor)
 
         return apply
 
     runs = [Run({"run": "transformers"}, dense, lambda: None), Run({"run": "off"}, model, setup())]
     for granularity in args.granularities:
         for reduction in reductions:
-            temperature = model.config.temperature_for(reduction)
-            runs.append(Run({"run": granularity, "asked": reduction}, model, setup(temperature, granularity)))
+            threshold = model.config.threshold_for(reduction)
+            runs.append(Run({"run": granularity, "asked": reduction}, model, setup(*threshold, granularity)))
     lengths = inputs["attention_mask"].sum(dim=1).cpu()
     answers = decoder_tokens(inputs, task, model.config)
     answers = answers.cpu() if isinstance(answers, torch.Tensor) else answers
@@ -191,6 +235,9 @@ def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines
             method = make_method(name, schedule)
             runs.append(Run({"run": name, "asked": reduction}, model, setup(method=method)))
     return runs
+
+
+MORE_CALLS = {"captioning": (generate,), "clip": (encode_texts,)}
 
 
 # What is measured
@@ -217,9 +264,11 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[int, object]:
     return max(int(allocated.max(initial=0)), 0), result
 
 
-def reduction_reached(model, inputs: dict, output, generates: bool) -> float:
-    """The exact reduction of FLOPs of a batch, from the tokens that the model says it had."""
-    if not generates:
+def reduction_reached(model, inputs: dict, output, call: Callable) -> float:
+    """The exact reduction of FLOPs of a batch, from the tokens that the model says it had; padding is none of its tokens."""
+    if call is encode_texts:
+        return text_reduction(model.config, output)
+    if call is not generate:
         return measure(model, inputs, output).mean().item()
 
     def flops(count):
@@ -231,9 +280,19 @@ def reduction_reached(model, inputs: dict, output, generates: bool) -> float:
     return (1 - flops(count_flops) / flops(dense_flops)).mean().item()
 
 
+def text_reduction(config, output) -> float:
+    """The reduction of the FLOPs of CLIP's text tower alone."""
+
+    def flops(count):
+        pair = count(config, "clip", output.vision_tokens, output.text_tokens)
+        return pair - count(config, "clip", output.vision_tokens, torch.zeros_like(output.text_tokens))
+
+    return (1 - flops(count_flops) / flops(dense_flops)).mean().item()
+
+
 def feed_forwards(model) -> list[nn.Module]:
     """The feed-forward layers of both encoders, those of decoders not."""
-    ends = (("vision_model.", ".mlp"), ("text_encoder.", ".intermediate"))
+    ends = (("vision_model.", ".mlp"), ("text_encoder.", ".intermediate"), ("text_model.", ".mlp"))
     return [
         module
         for name, module in model.named_modules()
@@ -255,10 +314,12 @@ def inspect(run: Run, call: Callable, inputs: dict) -> tuple[dict, object]:
     row = {**run.labels, "memory_mb": memory / 1e6}
     if run.labels["run"] == "transformers":
         return {**row, "flops_ratio": 1.0}, output
-    told = forward(run.model, inputs) if call is generate else output
+    told = output if call in (forward, training_step) else forward(run.model, inputs)
     branches = {"vision_tokens": told.vision_tokens.flatten(1), "text_tokens": told.text_tokens}
+    if call is encode_texts:
+        del branches["vision_tokens"]
     branches = {name: tokens for name, tokens in branches.items() if tokens is not None}
-    row["flops_ratio"] = 1 / (1 - reduction_reached(run.model, inputs, told, call is generate))
+    row["flops_ratio"] = 1 / (1 - reduction_reached(run.model, inputs, told, call))
     for name, tokens in branches.items():
         row[name] = [round(mean, 1) for mean in tokens.double().mean(dim=1).tolist()]
     row["computed"] = sum(computed) / sum(int(tokens[1:].sum()) for tokens in branches.values())
@@ -332,19 +393,21 @@ def calibration_batches(task: str, config, args) -> list[dict]:
     return [make_inputs(task, config, size, args, seed=1000 + index) for index, size in enumerate(sizes)]
 
 
-def time_task(task: str, args, save: Callable) -> None:
-    dense, model = make_models(task, args)
+def time_task(row_name: str, args, save: Callable) -> None:
+    dense, model = make_models(row_name, args)
+    task = model.task
     batches = [] if args.calibrate_on_batch else calibration_batches(task, model.config, args)
     schedule = calibrate_reachable(model, batches, args.reductions) if batches else []
     for index, batch_size in enumerate(args.batch_sizes):
         inputs = make_inputs(task, model.config, batch_size, args)
         if args.calibrate_on_batch:
             schedule = calibrate_reachable(model, [inputs], args.reductions)
-        reductions = [reduction for reduction, _ in schedule]
+        reductions = [entry[0] for entry in schedule]
         rounds = rounds_for(batch_size, index, args)
-        for call in (forward, generate) if task == "captioning" else (forward,):
-            name = f"{task}-generate" if call is generate else task
-            runs = make_runs(task, dense, model, inputs, args, reductions, args.baselines)
+        for call in (forward, *MORE_CALLS.get(model.task, ())):
+            name = row_name + {generate: "-generate", encode_texts: "-text"}.get(call, "")
+            baselines = [] if call is encode_texts else args.baselines  # which leave texts as they are
+            runs = make_runs(task, dense, model, inputs, args, reductions, baselines)
             rows = measure_runs(name, task, runs, call, inputs, rounds, args)
             if batch_size == max(args.batch_sizes) and call is forward and batch_size > 1:
                 mixed = make_inputs(task, model.config, batch_size, args, images=mixed_images)
@@ -428,7 +491,8 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", choices=MODELS, default=list(MODELS), help="default: all four")
+    blip_tasks = [task for task in MODELS if MODELS[task] is not CLIPModel]
+    parser.add_argument("--tasks", nargs="*", choices=MODELS, default=blip_tasks, help="default: BLIP's four")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
     parser.add_argument(
         "--reductions",

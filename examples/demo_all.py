@@ -1,6 +1,6 @@
-"""The four tasks on digit scenes, one table: what pruning saves and what it costs.
+"""BLIP's four tasks and CLIP on digit scenes, one table: what pruning saves and what it costs.
 
-Runs `run_vqa.py`, `run_nlvr2.py`, `run_captioning.py` and `run_retrieval.py` with their defaults, one after the other; arguments that this script
+Runs `run_vqa.py`, `run_nlvr2.py`, `run_captioning.py`, `run_retrieval.py` and `run_clip_retrieval.py` with their defaults, one after the other; arguments that this script
 doesn't know go to each of them.
 
     python examples/demo_all.py --output_dir outputs/demo-all
@@ -19,19 +19,19 @@ from rich.table import Table
 from madtp_hf.tasks import TASKS
 
 
-BLIP_TASKS = [name for name, task in TASKS.items() if task.family == "BLIP"]
+SCRIPTS = {task: f"run_{'clip_retrieval' if task == 'clip' else task}.py" for task in TASKS}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-all"))
-    parser.add_argument("--tasks", nargs="+", choices=BLIP_TASKS, default=BLIP_TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     args, others = parser.parse_known_args()
     started = time.time()
     summary = {}
     for task in args.tasks:
         folder = args.output_dir / task
-        script = Path(__file__).parent / f"run_{task}.py"
+        script = Path(__file__).parent / SCRIPTS[task]
         subprocess.run([sys.executable, str(script), "--output_dir", str(folder), *others], check=True)
         summary[task] = json.loads((folder / "results.json").read_text())
 

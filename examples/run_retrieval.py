@@ -7,7 +7,6 @@
 All of `TrainingArguments` are options as well.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,47 +21,22 @@ from madtp_hf import (
     calibrate,
     create_optimizer,
 )
-from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_captions, load_flickr30k
+from madtp_hf.data import RetrievalCollator
 from madtp_hf.evaluation import evaluate_budgets, report
-from madtp_hf.metrics import load_metric
-from madtp_hf.model_card import public_name, write_model_card
-from madtp_hf.retrieval import score_images_and_texts
-from madtp_hf.training.arguments import PruningArguments
+from madtp_hf.model_card import write_model_card
+from madtp_hf.retrieval import CaptionedImages, retrieval_rows, score_images_and_texts
+from madtp_hf.training.arguments import PruningArguments, RetrievalArguments
 
 
 @dataclass
-class Arguments:
+class Arguments(RetrievalArguments):
     model: str = field(
         default=str(Path(__file__).parent / "blip-retrieval-digits"),
         metadata={"help": "A dense BLIP for retrieval, or a pruned model to go on with: a folder or Hub id."},
     )
-    dataset: str | None = field(
-        default=None, metadata={"help": "The folder of Flickr30k or COCO, or a Hub id; the digit scenes if not given."}
-    )
-    image_dir: str | None = field(default=None, metadata={"help": "Its image folder; the data set's if not given."})
-    columns: str | None = field(
-        default=None, metadata={"help": "What a Hub data set's columns are called, as JSON: ours to theirs."}
-    )
-    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
-    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
-    test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut captions to so many tokens."})
     k: int = field(
         default=16, metadata={"help": "How long the shortlists are; BLIP: 128 for Flickr30k, 256 for COCO."}
     )
-    queue_size: int = field(default=1024, metadata={"help": "Features of earlier batches to contrast with."})
-    momentum: float = field(default=0.995, metadata={"help": "How much of the momentum twin stays at a step."})
-    distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the twin's."})
-
-
-def load_data(args, split):
-    rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[split]
-    if args.dataset is None:
-        return load_digit_captions(split, rows)
-    columns = json.loads(args.columns) if args.columns else None
-    load = load_flickr30k if "flickr" in args.dataset.lower() else load_coco_captions
-    data = load(args.dataset, split, image_dir=args.image_dir, columns=columns)
-    return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
 def main():
@@ -88,7 +62,7 @@ def main():
     model = pruning_args.load_model(MadtpBlipForImageTextRetrieval, args.model)
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
-        train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
+        train, validation, test = args.load_data()
     validation_batches = DataLoader(
         validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
     )
@@ -112,37 +86,17 @@ def main():
         distillation=args.distillation,
     )
     # 3. All images against all captions, and the score of that, before any training.
-    texts = [caption for captions in test["captions"] for caption in captions]
-    belongs = [index for index, captions in enumerate(test["captions"]) for _ in captions]
-    own = [[text for text, image in enumerate(belongs) if image == index] for index in range(len(test))]
-    encoded = processor.tokenizer(
-        texts, padding=True, truncation=args.max_length is not None, max_length=args.max_length, return_tensors="pt"
-    )
-    images = DataLoader(
-        test.select_columns("image"),
-        batch_size=training_args.per_device_eval_batch_size,
-        collate_fn=lambda rows: (
-            processor.image_processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").pixel_values
-        ),
-    )
-    metric = load_metric("retrieval_recall")
-
-    def score(image_to_text, text_to_image):
-        recalls = metric.compute(
-            predictions=image_to_text.numpy(), references=own, text_to_image=text_to_image.numpy()
-        )
-        return {f"{name.replace('_recall', '')} %": value for name, value in recalls.items()}
+    queries = CaptionedImages(test, processor, args.max_length, training_args.per_device_eval_batch_size)
 
     def score_at(reduction):
         model.eval()
         model.set_pruning(reduction=reduction)
         started = time.perf_counter()
-        scores = score_images_and_texts(model, images, encoded.input_ids, encoded.attention_mask, args.k)
-        return score(*scores), time.perf_counter() - started
+        texts = (queries.input_ids, queries.attention_mask)
+        scores = score_images_and_texts(model, queries.pixel_batches, *texts, args.k)
+        return queries.recalls(*scores), time.perf_counter() - started
 
     before, _ = score_at(0.0)
-    chance = torch.rand(len(test), len(texts), generator=torch.Generator().manual_seed(0))
-    floor = score(chance, chance.T)
 
     # 4. Training; then every budget, from the one model. FLOPs are those of matching an image with one of its captions.
     if training_args.do_train:
@@ -163,30 +117,14 @@ def main():
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
-        rows = [
-            {
-                "reduction asked": cost.reduction_asked,
-                "reached": cost.reduction_reached,
-                **{name: scores[name] for name in shown},
-                "GFLOPs": cost.gflops,
-                "time / dense": seconds / results[0][2],
-            }
-            for cost, scores, seconds in results
-        ]
-        title = f"{len(test)} images, {len(texts)} captions"
         report(
-            title,
-            rows,
+            f"{len(test)} images, {len(queries.texts)} captions",
+            retrieval_rows(results),
             training_args.output_dir,
             metric="mean %",
             dense_before_training=before,
-            floor=floor,
-            dataset={
-                "name": public_name(args.dataset) if args.dataset else "digit scenes",
-                "split": "test",
-                "example": texts[0],
-            },
+            floor=queries.by_chance(),
+            dataset=args.dataset_facts(queries.texts[0]),
             settings=pruning_args.settings(args, trainer),
         )
         model.set_pruning(reduction=max(budgets))

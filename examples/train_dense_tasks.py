@@ -8,6 +8,7 @@ dropped at random.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -240,6 +241,41 @@ def save(model, processor, task: str, folder) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
+@contextlib.contextmanager
+def opened_log(args):
+    """A function that prints a record and writes it to the output folder's train.log, the arguments first."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    with open(args.output_dir / "train.log", "w") as log:
+
+        def say(**record):
+            record["seconds"] = round(time.time() - started)
+            print(json.dumps(record), flush=True)
+            print(json.dumps(record), file=log, flush=True)
+
+        say(args={key: str(value) for key, value in vars(args).items() if key not in ("output_dir", "start_from")})
+        yield say
+
+
+def train(parameters: list, draw_loss, args, say) -> None:
+    """Train for `args.steps` steps; `draw_loss()` gives a new batch's loss, how far the class token is from the digits, and what is right."""
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    scheduler = schedule(optimizer, args.steps)
+    average = None
+    for step in range(1, args.steps + 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            loss, missed, right = draw_loss()
+        optimizer.zero_grad(set_to_none=True)
+        (loss + args.guidance * missed).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        average = right if average is None else {k: 0.95 * average[k] + 0.05 * right[k] for k in right}
+        if step % 50 == 0 or step < 4:
+            accuracy = {kind: round(value, 3) for kind, value in average.items()}
+            say(step=step, loss=round(loss.item(), 3), missed=round(missed.item(), 3), accuracy=accuracy)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=LOSSES)
@@ -256,36 +292,16 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng([args.seed, 7])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    started = time.time()
-    with open(args.output_dir / "train.log", "w") as log:
-
-        def say(**record):
-            record["seconds"] = round(time.time() - started)
-            print(json.dumps(record), flush=True)
-            print(json.dumps(record), file=log, flush=True)
-
-        say(args={key: str(value) for key, value in vars(args).items() if key not in ("output_dir", "start_from")})
+    with opened_log(args) as say:
         model, processor, answerer = start_from(args.start_from, args.task)
         model.train()
         answerer[0].train()
-        parameters = [*model.parameters(), *answerer[0].parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-        scheduler = schedule(optimizer, args.steps)
-        average = None
-        for step in range(1, args.steps + 1):
-            with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                loss, missed, right = LOSSES[args.task](model, processor, args.batch_size, rng, answerer)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + args.guidance * missed).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            scheduler.step()
-            average = right if average is None else {k: 0.95 * average[k] + 0.05 * right[k] for k in right}
-            if step % 50 == 0 or step < 4:
-                accuracy = {kind: round(value, 3) for kind, value in average.items()}
-                say(step=step, loss=round(loss.item(), 3), missed=round(missed.item(), 3), accuracy=accuracy)
-
+        train(
+            [*model.parameters(), *answerer[0].parameters()],
+            lambda: LOSSES[args.task](model, processor, args.batch_size, rng, answerer),
+            args,
+            say,
+        )
         save(model, processor, args.task, args.output_dir)
         say(parameters=sum(p.numel() for p in model.parameters()))
 

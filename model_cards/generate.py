@@ -1,4 +1,4 @@
-"""Write the cards of the shipped checkpoints, examples/blip-*-digits/README.md: hand-written notes from here, figures from where they were measured.
+"""Write the cards of the shipped checkpoints, examples/*-digits/README.md: hand-written notes from here, figures from where they were measured.
 
 python model_cards/generate.py           # write them
 python model_cards/generate.py --check   # exit 1 if a committed card is not what this script would write
@@ -24,6 +24,7 @@ TEXTS = {
     "nlvr2": "the left image has more sevens than the right",
     "captioning": "a picture of",
     "retrieval": "digits from the left: red seven green three",
+    "clip": "digits from the left: red seven green three",
 }
 
 
@@ -50,10 +51,30 @@ def demo_metrics(task: str) -> dict:
     }
 
 
+def clip_metrics() -> dict:
+    """What `benchmarks/clip_digits.py` measured of the dense checkpoint."""
+    path = HERE.parent / "benchmarks" / "results" / "clip_digits.json"
+    dense = next(row for row in json.loads(path.read_text())["rows"] if row["kind"] == "dense")
+    return {
+        "title": dense["title"],
+        "results": [dense["recalls"]],
+        "floor": dense["floor"],
+        "metric": TASKS["clip"].headline,
+        "source": f"`python benchmarks/clip_digits.py`; [`{path.name}`](../../benchmarks/results/{path.name})",
+    }
+
+
+MEASURED = {"vqa": question_answering_metrics, "clip": clip_metrics}
+
+
+def folder_name(task: str) -> str:
+    return "clip-digits" if task == "clip" else f"blip-{task}-digits"
+
+
 def write_card(task: str, folder: Path) -> None:
     """Write the card of the task's checkpoint to the folder, which has its config.json."""
-    name = f"blip-{task}-digits"
-    metrics = question_answering_metrics() if task == "vqa" else demo_metrics(task)
+    name = folder_name(task)
+    metrics = MEASURED[task]() if task in MEASURED else demo_metrics(task)
     metrics["dataset"] = {"name": "digit scenes", "split": "test", "example": TEXTS[task]}
     write_model_card(
         folder,
@@ -70,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     stale = []
     for task in TEXTS:
-        folder = EXAMPLES / f"blip-{task}-digits"
+        folder = EXAMPLES / folder_name(task)
         if not args.check:
             write_card(task, folder)
             continue

@@ -7,6 +7,7 @@ from madtp_hf import calibrate, init_alignment_from
 from madtp_hf.alignment import _Recording
 
 from .conftest import TASKS, make_task_model
+from .helpers.clip import make_clip_inputs, make_clip_model
 
 
 def batches_of(task):
@@ -85,3 +86,19 @@ def test_patches_that_are_attended_to_become_the_important_ones():
     with torch.no_grad():
         model.alignment.tokens.normal_()
     assert fitted < 0.9 * distance()
+
+
+def test_clips_tokens_come_from_images_and_words_as_each_layer_maps_them():
+    model, inputs = make_clip_model(), make_clip_inputs((9, 5, 7), width=12)
+    before = model.alignment.tokens.detach().clone()
+    init_alignment_from(model, [inputs])
+    tokens = model.alignment.tokens
+    assert tokens.isfinite().all() and not torch.equal(tokens, before) and not model.is_pruning
+    with torch.no_grad():  # as important as one another, the words
+        states = model.get_text_features(inputs["input_ids"], output_hidden_states=True).hidden_states
+        maps = model.alignment.text_projection
+        words = torch.cat([maps[layer](states[layer][0, 1:8]) for layer in range(len(maps))])
+    spread = [
+        (words @ some.T).amax(dim=-1).std() / (words @ some.T).amax(dim=-1).abs().mean() for some in (before, tokens)
+    ]
+    assert spread[1] < spread[0]

@@ -84,3 +84,21 @@ def test_a_frozen_output_depends_neither_on_its_batch_nor_on_padding(frozen, pat
             alone = frozen(inputs["input_ids"][index : index + 1, :length], inputs["pixel_values"][index : index + 1])
             for name in ("text_embeds", "image_embeds"):
                 torch.testing.assert_close(alone[name][0], together[name][index], atol=1e-5, rtol=0)
+
+
+def test_fixed_counts_that_no_layer_can_leave_are_named():
+    """Of a text its first token, its end, two words and the merged one; of an image one less."""
+    model = make_clip_model()
+    layers = (4, 3)
+    for vision, text in ((3, 5), (4, 4)):
+        with pytest.raises(ValueError, match="each count at least 4 for vision and 5 for text"):
+            model.config.pruning_token_counts = [[1.0, [vision] * layers[0], [text] * layers[1]]]
+    model.config.pruning_granularity = "frozen"
+    model.config.pruning_token_counts = [[1.0, [4] * layers[0], [5] * layers[1]]]
+    model.set_pruning(temperature=1.0)
+    inputs = make_clip_inputs((12, 3, 16, 8, 5, 6))
+    with torch.no_grad():
+        output, ends = model(**inputs), model._encode_text(inputs["input_ids"], output_positions=True).positions[-1]
+    assert output.vision_tokens[1:].eq(4).all()
+    assert output.text_tokens[1:].amax(dim=0).tolist() == [5, 3, 5, 5, 5, 5]
+    assert [row[row >= 0][-1].item() for row in ends] == [11, 2, 15, 7, 4, 5]

@@ -143,6 +143,32 @@ def test_from_clip_takes_a_folder_and_an_older_checkpoints_buffers(tmp_path):
         MadtpClipModel.from_clip(clip.text_model)
 
 
+def test_masked_padding_is_left_out_and_is_zero(path):
+    """On the right and in front, the states of real tokens stay where they are."""
+    clip, inputs = make_clip(), make_clip_inputs(width=20)
+    for name in ("input_ids", "attention_mask"):
+        inputs[name][1] = inputs[name][1].roll(15)
+    model, entering = MadtpClipModel.from_clip(clip), []
+    model.text_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    with torch.no_grad():
+        mine, theirs = (m.get_text_features(inputs["input_ids"], inputs["attention_mask"]) for m in (model, clip))
+    assert entering[0].flatten(0, -2).shape[0] == 9 + 5 + 7
+    close(mine.pooler_output, theirs.pooler_output)
+    real = inputs["attention_mask"].bool()
+    assert mine.last_hidden_state.shape == theirs.last_hidden_state.shape
+    close(mine.last_hidden_state[real], theirs.last_hidden_state[real])
+    assert not mine.last_hidden_state[~real].any()
+
+
+@pytest.mark.parametrize("temperature", (0.0, 3.0))
+def test_the_image_mask_is_there_whether_or_not_there_is_padding(temperature):
+    model = pruned(temperature)
+    for lengths in ((9,), (9, 5, 7)):
+        output = model(**make_clip_inputs(lengths))
+        assert output.image_mask.shape == output.vision_model_output.last_hidden_state.shape[:2]
+        assert torch.equal(output.image_mask.sum(dim=1), output.vision_tokens[-1])
+
+
 # Pruning on
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from transformers import (
+    AutoConfig,
     AutoModel,
-    BlipConfig,
+    AutoProcessor,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
-    BlipProcessor,
+    CLIPModel,
 )
 
 
@@ -25,18 +26,25 @@ TASKS = {
     "nlvr2": (BlipForQuestionAnswering, []),
     "captioning": (BlipForConditionalGeneration, ["--metrics", "bleu", "--max_new_tokens", "6", "--num_beams", "1"]),
     "retrieval": (BlipForImageTextRetrieval, ["--queue_size", "8", "--k", "4"]),
+    "clip_retrieval": (CLIPModel, ["--queue_size", "8"]),
 }
 
 
 def make_dense(task: str, folder: Path) -> None:
     """A small dense model with random weights, for the task's script to prune."""
-    config = BlipConfig.from_pretrained(DIGITS)
+    shipped = EXAMPLES / "clip-digits" if task == "clip_retrieval" else DIGITS
+    config = AutoConfig.from_pretrained(shipped)
     config.image_text_hidden_size = 16
     for branch, layers in ((config.vision_config, 3), (config.text_config, 2)):
         branch.num_hidden_layers, branch.initializer_range = layers, 0.2
     torch.manual_seed(0)
-    TASKS[task][0](config).save_pretrained(folder)
-    BlipProcessor.from_pretrained(DIGITS).save_pretrained(folder)
+    model = TASKS[task][0](config)
+    if task == "clip_retrieval":  # random weights that tell patches from one another
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(0.2 / parameter.std() if "embedding" in name else 2.0 if parameter.ndim > 1 else 1.0)
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(shipped).save_pretrained(folder)
 
 
 def run_example(task: str, folder: Path, output: Path) -> None:
@@ -69,7 +77,7 @@ def check_output(output: Path, steps: int = 4) -> list[dict]:
     assert [row["reduction asked"] for row in rows] == [0, 0.6]
     assert rows[0]["reached"] == 0 and 0.4 < rows[1]["reached"] < 0.8
     assert rows[1]["GFLOPs"] < 0.6 * rows[0]["GFLOPs"]
-    assert BlipProcessor.from_pretrained(output).tokenizer is not None
+    assert AutoProcessor.from_pretrained(output).tokenizer is not None
     model, info = AutoModel.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.pruning_schedule[0][0] == 0.6

@@ -211,16 +211,16 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
             high = point
 
 
-def _fixed_counts(tokens: torch.Tensor, scale: float) -> list[int]:
+def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
     """How many tokens each layer is to leave, from the numbers (layers + 1, samples) that enter a branch and that each layer leaves.
 
-    The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings. `scale` below 1 leaves fewer.
+    The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings. `scale` below 1 leaves fewer,
+    down to `least`, what a layer that drops anything leaves at least.
     """
     enter = tokens[0].float()
-    # A layer that drops anything leaves the class token, one that stays and the merged one at least.
-    longest = max(int(enter.amax()), 3)
+    longest = max(int(enter.amax()), least)
     capped = torch.minimum(enter, torch.arange(longest + 1).unsqueeze(1)).mean(dim=1)
-    counts = torch.searchsorted(capped, tokens[1:].float().mean(dim=1) * scale - 1e-4).clamp(3, longest)
+    counts = torch.searchsorted(capped, tokens[1:].float().mean(dim=1) * scale - 1e-4).clamp(least, longest)
     return counts.cummin(0).values.tolist()
 
 
@@ -232,7 +232,10 @@ def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[
     config = model.config
     few, many, scale, found = 0.5, 1.5, 1.0, []
     for _ in range(MAX_PASSES):
-        counts = [None if branch is None else _fixed_counts(branch.flatten(1), scale) for branch in tokens.values()]
+        counts = [
+            None if branch is None else _fixed_counts(branch.flatten(1), scale, least)
+            for branch, least in zip(tokens.values(), config._least_token_counts)
+        ]
         entry = [threshold[0], counts[0], counts[1] or [3] * config.text_config.num_hidden_layers, *threshold[1:]]
         config.pruning_granularity, config.pruning_token_counts = "frozen", [entry]
         reduction = measure_reduction(model, batches, *threshold)

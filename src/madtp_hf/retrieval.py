@@ -1,9 +1,12 @@
-"""Image-text retrieval in two stages: a shortlist by contrastive similarity, then matching scores within it."""
+"""Image-text retrieval: all images against all captions, by features (CLIP) or in two stages (BLIP)."""
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .metrics import load_metric
 from .modeling.retrieval_loss import is_distributed, process_rank
 
 
@@ -82,3 +85,91 @@ def score_images_and_texts(
         return scores.cpu()
 
     return rescore(similarity, True), rescore(similarity.T.contiguous(), False)
+
+
+@torch.no_grad()
+def score_by_features(
+    model, pixel_batches, input_ids, attention_mask, batch_size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score every image with every text by the cosine of their features, as CLIP is evaluated.
+
+    Args:
+        model (`MadtpClipModel` or `CLIPModel`):
+            The model, with pruning as it is.
+        pixel_batches (`Iterable[torch.Tensor]`):
+            The images, in batches of pixel_values `(B, 3, height, width)`.
+        input_ids, attention_mask (`torch.LongTensor` of shape `(num_texts, length)`):
+            The texts.
+        batch_size (`int`, *optional*, defaults to 256):
+            How many texts to encode at a time.
+
+    Returns:
+        Two float tensors on the CPU, image_to_text `(num_images, num_texts)` and its transpose.
+    """
+
+    def normalised(batches) -> torch.Tensor:
+        return F.normalize(torch.cat([features.pooler_output.float() for features in batches]), dim=-1)
+
+    images = normalised(model.get_image_features(pixels.to(model.device)) for pixels in pixel_batches)
+    texts = zip(input_ids.split(batch_size), attention_mask.split(batch_size))
+    texts = normalised(model.get_text_features(ids.to(model.device), mask.to(model.device)) for ids, mask in texts)
+    similarity = (images @ texts.T).cpu()
+    return similarity, similarity.T
+
+
+class CaptionedImages:
+    """Images and all of their captions, which a model is to find from one another.
+
+    Args:
+        rows (`datasets.Dataset`): with the columns `image` and `captions`, a list of strings.
+        processor: of images and texts, the model's.
+        max_length (`int`, *optional*): cut captions to so many tokens.
+        batch_size (`int`, *optional*, defaults to 64): of the images.
+
+    Attributes: `texts`, all captions; `input_ids` and `attention_mask`, the same, encoded; `pixel_batches`, the images.
+    """
+
+    def __init__(self, rows, processor, max_length: int | None = None, batch_size: int = 64):
+        self.texts = [caption for captions in rows["captions"] for caption in captions]
+        belongs = [index for index, captions in enumerate(rows["captions"]) for _ in captions]
+        self._own = [[] for _ in range(len(rows))]
+        for text, image in enumerate(belongs):
+            self._own[image].append(text)
+        cuts = max_length is not None
+        encoded = processor.tokenizer(
+            self.texts, padding=True, truncation=cuts, max_length=max_length, return_tensors="pt"
+        )
+        self.input_ids, self.attention_mask = encoded.input_ids, encoded.attention_mask
+
+        def to_pixels(rows):
+            images = [row["image"].convert("RGB") for row in rows]
+            return processor.image_processor(images, return_tensors="pt").pixel_values
+
+        self.pixel_batches = DataLoader(rows.select_columns("image"), batch_size=batch_size, collate_fn=to_pixels)
+
+    def recalls(self, image_to_text: torch.Tensor, text_to_image: torch.Tensor) -> dict[str, float]:
+        """Recall at 1, 5 and 10 both ways and their mean, `"mean %"`, from scores (images, texts), (texts, images)."""
+        recalls = load_metric("retrieval_recall").compute(
+            predictions=image_to_text.numpy(), references=self._own, text_to_image=text_to_image.numpy()
+        )
+        return {f"{name.replace('_recall', '')} %": value for name, value in recalls.items()}
+
+    def by_chance(self) -> dict[str, float]:
+        """`recalls` of random scores."""
+        chance = torch.rand(len(self._own), len(self.texts), generator=torch.Generator().manual_seed(0))
+        return self.recalls(chance, chance.T)
+
+
+def retrieval_rows(results: list[tuple]) -> list[dict]:
+    """A results table's rows from (`BudgetResult`, recalls, seconds of scoring) of each budget, the dense first."""
+    shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
+    return [
+        {
+            "reduction asked": cost.reduction_asked,
+            "reached": cost.reduction_reached,
+            **{name: recalls[name] for name in shown},
+            "GFLOPs": cost.gflops,
+            "time / dense": seconds / results[0][2],
+        }
+        for cost, recalls, seconds in results
+    ]

@@ -11,14 +11,15 @@ import numpy as np
 
 
 FOLDER = Path(__file__).parent
-SEED = 7  # of the Mersenne twister that all weights were drawn from
+SEED = 7  # of the Mersenne twister that all of BLIP's weights were drawn from
+CLIP_SEED = 1  # and CLIP's
 DRAWS = 4_300_000  # as far into its stream as the last task's weights lie
 BLOCK = 16  # torch turns this many uniform numbers at a time into normal ones
 
 
-def uniform_stream() -> np.ndarray:
+def uniform_stream(seed: int = SEED) -> np.ndarray:
     """The stream as torch takes it: float32 in [0, 1), the low 24 bits of each draw."""
-    draws = np.random.RandomState(SEED).randint(0, 2**32, size=DRAWS, dtype=np.uint32)
+    draws = np.random.RandomState(seed).randint(0, 2**32, size=DRAWS, dtype=np.uint32)
     return (draws & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
 
 
@@ -60,10 +61,9 @@ def drawn(stream: np.ndarray, start: int, shape: list[int], scale: float, shift:
     return normals(stream, start, int(np.prod(shape))) * np.float32(scale) + np.float32(shift)
 
 
-def load_weights() -> dict[str, dict[str, np.ndarray]]:
-    """Each task's original state dict."""
-    stream, weights = uniform_stream(), {}
-    with np.load(FOLDER / "weights.npz", allow_pickle=False) as stored:
+def _load_weights(file: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
+    stream, weights = uniform_stream(seed), {}
+    with np.load(FOLDER / file, allow_pickle=False) as stored:
         recipes = json.loads(stored["recipes"].tobytes())
         for task, recipe in recipes.items():
             weights[task] = {name: stored[f"{task}.{name}"] for name in recipe["stored"]}
@@ -79,7 +79,18 @@ def load_weights() -> dict[str, dict[str, np.ndarray]]:
     return weights
 
 
-def load_cases() -> tuple[dict, dict[str, np.ndarray]]:
-    """(what cases.json holds, inputs and outputs by name)."""
-    with np.load(FOLDER / "cases.npz", allow_pickle=False) as stored:
-        return json.loads((FOLDER / "cases.json").read_text()), {name: stored[name] for name in stored.files}
+def load_weights() -> dict[str, dict[str, np.ndarray]]:
+    """Each BLIP task's original state dict."""
+    return _load_weights("weights.npz", SEED)
+
+
+def load_clip_weights() -> dict[str, np.ndarray]:
+    """CLIP's original state dict."""
+    return _load_weights("clip.weights.npz", CLIP_SEED)["clip"]
+
+
+def load_cases(start: str = "") -> tuple[dict, dict[str, np.ndarray]]:
+    """(what cases.json holds, inputs and outputs by name); `start` is "clip." for CLIP's."""
+    with np.load(FOLDER / f"{start}cases.npz", allow_pickle=False) as stored:
+        cases = json.loads((FOLDER / f"{start}cases.json").read_text())
+        return cases, {name: stored[name] for name in stored.files}

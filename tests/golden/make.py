@@ -12,13 +12,26 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from . import BLOCK, FOLDER, drawn, load_cases, load_weights, normals, ordered, uniform_stream
+from . import (
+    BLOCK,
+    CLIP_SEED,
+    FOLDER,
+    drawn,
+    load_cases,
+    load_clip_weights,
+    load_weights,
+    normals,
+    ordered,
+    uniform_stream,
+)
 
 
 # One sample, another one where there is room for it, and three samples at once.
 CASES = {"vqa": (0, 2, 3), "nlvr2": (0, 3), "captioning": (0, 2, 3), "retrieval": (0, 3)}
-LIMIT = 4_000_000  # bytes, all files together
-GAIN = 1.3  # a weight matrix has this standard deviation, over the square root of its inputs
+CLIP_CASES = {"clip": (1, 3)}
+CLIP_START = 11_328  # where in its stream the first of CLIP's weights was drawn
+LIMIT, CLIP_LIMIT = 4_000_000, 1_000_000  # bytes, all files of a family together
+GAINS = (1.3, 1.2, 1.0)  # a weight matrix has one of these standard deviations, over the square root of its inputs
 COMPARED = 48  # numbers that show whether a weight was drawn at a place
 FARTHEST = 256  # draws between two weights of a model: what small tensors take
 
@@ -51,18 +64,20 @@ def fit(stream, place, values):
     """(scale, shift, correction) of a weight drawn at a place."""
     numbers = normals(stream, place, values.size).astype(np.float64)
     slope, shift = np.polyfit(numbers, values.ravel().astype(np.float64), 1)
-    options = [round(slope, 3), GAIN / (values.size / len(values)) ** 0.5]
+    inputs = (values.size / len(values), len(values))
+    options = [round(slope, 3), *(gain / number**0.5 for gain in GAINS for number in inputs)]
     scale, shift = min(options, key=lambda option: abs(option - slope)), float(round(shift))
     correction = ordered(values.ravel()) - ordered(drawn(stream, place, values.shape, scale, shift))
     assert np.abs(correction).max() < 128, f"drawn at {place}: off by {np.abs(correction).max()} units"
     return float(scale), shift, correction.astype(np.int8)
 
 
-def encode(stream, weights) -> tuple[dict, dict]:
-    """(recipe, arrays) of a task's weights."""
+def encode(stream, weights, start: int | None = None) -> tuple[dict, dict]:
+    """(recipe, arrays) of a task's weights; start: where the first was drawn, that of the alignment tokens if not given."""
     names = {name for name, values in weights.items() if values.dtype == np.float32 and values.size >= COMPARED}
+    names -= {name for name in names if np.ptp(weights[name]) == 0}  # ones, of norms
     recipe = {"drawn": [], "same": {}, "stored": []}
-    corrections, place = [], find_first(stream, weights["space_dict"])
+    corrections, place = [], find_first(stream, weights["space_dict"]) if start is None else start
     while found := find(stream, weights, sorted(names), place):
         name, place = found
         values = weights[name]
@@ -78,33 +93,55 @@ def encode(stream, weights) -> tuple[dict, dict]:
     return recipe, {"corrections": np.concatenate(corrections), **{name: weights[name] for name in recipe["stored"]}}
 
 
-def main(reference: Path) -> None:
-    stream, recipes, arrays = uniform_stream(), {}, {}
-    originals = {task: load_file(reference / f"{task}.weights.safetensors") for task in CASES}
+def write_weights(reference: Path, tasks, file: str, stream, start: int | None = None) -> dict:
+    """Write what draws the tasks' weights again; returns the weights."""
+    recipes, arrays = {}, {}
+    originals = {task: load_file(reference / f"{task}.weights.safetensors") for task in tasks}
     for task, weights in originals.items():
-        recipes[task], stored = encode(stream, weights)
+        recipes[task], stored = encode(stream, weights, start)
         arrays |= {f"{task}.{name}": values for name, values in stored.items()}
         print(f"{task}: {len(recipes[task]['drawn'])} weights drawn, stored as they are: {recipes[task]['stored']}")
     recipes = np.frombuffer(json.dumps(recipes).encode(), np.uint8)
-    np.savez_compressed(FOLDER / "weights.npz", recipes=recipes, **arrays)
+    np.savez_compressed(FOLDER / file, recipes=recipes, **arrays)
+    return originals
 
-    kept = [f"{task}.{case}." for task, numbers in CASES.items() for case in numbers]
-    cases = json.loads((reference / "cases.json").read_text())
-    cases["cases"] = [entry for entry in cases["cases"] if f"{entry['key']}.".startswith(tuple(kept))]
+
+def write_cases(reference: Path, start: str, numbers_of_tasks: dict) -> dict:
+    """Write some of the cases; returns their tensors."""
+    kept = tuple(f"{task}.{case}." for task, numbers in numbers_of_tasks.items() for case in numbers)
+    cases = json.loads((reference / f"{start}cases.json").read_text())
+    cases["cases"] = [entry for entry in cases["cases"] if f"{entry['key']}.".startswith(kept)]
     entries = ",\n".join(json.dumps(entry) for entry in cases.pop("cases"))
-    (FOLDER / "cases.json").write_text(f'{json.dumps(cases)[:-1]},\n"cases": [\n{entries}\n]}}\n')
-    tensors = load_file(reference / "cases.safetensors")
-    tensors = {name: values for name, values in tensors.items() if name.startswith(tuple(kept))}
-    np.savez_compressed(FOLDER / "cases.npz", **tensors)
+    (FOLDER / f"{start}cases.json").write_text(f'{json.dumps(cases)[:-1]},\n"cases": [\n{entries}\n]}}\n')
+    tensors = load_file(reference / f"{start}cases.safetensors")
+    tensors = {name: values for name, values in tensors.items() if name.startswith(kept)}
+    np.savez_compressed(FOLDER / f"{start}cases.npz", **tensors)
+    return tensors
 
-    again = {**load_weights(), "cases": load_cases()[1]}
-    for task, expected in {**originals, "cases": tensors}.items():
-        assert again[task].keys() == expected.keys()
-        for name, values in expected.items():
-            assert again[task][name].dtype == values.dtype and np.array_equal(again[task][name], values), name
+
+def check(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype and np.array_equal(found[name], values), name
+
+
+def main(reference: Path) -> None:
+    originals = write_weights(reference, CASES, "weights.npz", uniform_stream())
+    tensors = write_cases(reference, "", CASES)
+    for task, weights in load_weights().items():
+        check(weights, originals[task])
+    check(load_cases()[1], tensors)
+
+    originals = write_weights(reference, CLIP_CASES, "clip.weights.npz", uniform_stream(CLIP_SEED), CLIP_START)
+    tensors = write_cases(reference, "clip.", CLIP_CASES)
+    check(load_clip_weights(), originals["clip"])
+    check(load_cases("clip.")[1], tensors)
+
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}
-    print(sizes, sum(sizes.values()))
-    assert sum(sizes.values()) <= LIMIT, f"more than {LIMIT} bytes"
+    of_clip = sum(size for name, size in sizes.items() if name.startswith("clip."))
+    print(sizes, of_clip)
+    assert of_clip <= CLIP_LIMIT, f"CLIP's are more than {CLIP_LIMIT} bytes"
+    assert sum(sizes.values()) - of_clip <= LIMIT, f"BLIP's are more than {LIMIT} bytes"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from madtp_hf import (
     MadtpBlipForImagesAndTextClassification,
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
+    MadtpClipModel,
     ReductionCallback,
     RetrievalTrainer,
 )
@@ -36,6 +37,7 @@ from madtp_hf.retrieval import score_images_and_texts
 
 from ..conftest import blip_config, make_inputs
 from ..test_examples import run_example
+from .clip import make_clip_inputs, make_clip_model
 
 
 GLOBAL_BATCH = 8
@@ -49,11 +51,14 @@ RUNS = {
     "retrieval": (MadtpBlipForImageTextRetrieval, True),
     "retrieval_alone": (MadtpBlipForImageTextRetrieval, False),
     "retrieval_resumed": (MadtpBlipForImageTextRetrieval, True),
+    "clip": (MadtpClipModel, True),
 }
 
 
 def make_model(model_class):
     """A small random model."""
+    if model_class is MadtpClipModel:
+        return make_clip_model()
     torch.manual_seed(1)
     blip_class = {
         MadtpBlipForConditionalGeneration: BlipForConditionalGeneration,
@@ -67,9 +72,12 @@ def make_rows(model_class, count):
     """Answers and captions are of one length: a process's loss is the mean over its tokens, that of all the mean of
     those means.
     """
-    captioning = model_class is MadtpBlipForConditionalGeneration
-    inputs = make_inputs([8 if captioning else 4 + index * 5 % 7 for index in range(count)], seed=3)
-    if captioning:
+    captioning, clip = model_class is MadtpBlipForConditionalGeneration, model_class is MadtpClipModel
+    make = make_clip_inputs if clip else make_inputs
+    inputs = make([8 if captioning else 4 + index * 5 % 7 for index in range(count)], seed=3)
+    if clip:
+        inputs["image_ids"] = torch.arange(count) // 3
+    elif captioning:
         inputs["labels"] = inputs["input_ids"]
     elif model_class is MadtpBlipForImagesAndTextClassification:
         inputs["pixel_values"] = torch.stack([inputs["pixel_values"], inputs["pixel_values"].flip(0)], dim=1)

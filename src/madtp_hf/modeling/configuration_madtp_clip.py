@@ -30,8 +30,8 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
     model_type = "madtp_clip"
     # What `Trainer` leaves out of its predictions: everything but the similarities and the embeddings.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output", *PRUNING_OUTPUTS]
-    # Saved configurations bring their code along, see `PreTrainedConfig.register_for_auto_class`.
-    _auto_class = "AutoConfig"
+    _least_token_counts = (4, 5)  # more than one token stays; of a text, the end as well
+    _auto_class = "AutoConfig"  # saved configurations bring their code along, see `register_for_auto_class`
 
     def __init__(
         self,

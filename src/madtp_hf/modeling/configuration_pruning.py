@@ -43,10 +43,12 @@ def _is_schedule(schedule) -> bool:
     )
 
 
-def _are_token_counts(counts, num_layers: tuple[int, int]) -> bool:
-    def is_branch(branch, number):
+def _are_token_counts(counts, num_layers: tuple[int, int], least: tuple[int, int]) -> bool:
+    def is_branch(branch, number, fewest):
         return (
-            isinstance(branch, (list, tuple)) and len(branch) == number and all(is_count(n) and n >= 3 for n in branch)
+            isinstance(branch, (list, tuple))
+            and len(branch) == number
+            and all(is_count(n) and n >= fewest for n in branch)
         )
 
     return isinstance(counts, (list, tuple)) and all(
@@ -54,7 +56,7 @@ def _are_token_counts(counts, num_layers: tuple[int, int]) -> bool:
         and len(entry) in (3, 4)
         and is_number(entry[0])
         and _is_factor(_factor(entry, 3))
-        and all(is_branch(branch, number) for branch, number in zip(entry[1:3], num_layers))
+        and all(map(is_branch, entry[1:3], num_layers, least))
         for entry in counts
     )
 
@@ -87,6 +89,9 @@ class PruningConfigMixin:
 
     For a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields` after its base's.
     """
+
+    # How few tokens a layer of the vision and of the text branch can leave: those that are protected, those that have to stay, the merged one.
+    _least_token_counts = (3, 3)
 
     def set_pruning_fields(
         self,
@@ -123,10 +128,12 @@ class PruningConfigMixin:
                 raise ValueError(f"{name}={value!r}: expected {expected}.")
         elif name == "pruning_token_counts" and value is not None:
             layers = (self.vision_config.num_hidden_layers, self.text_config.num_hidden_layers)
-            if not _are_token_counts(value, layers):
+            least = self._least_token_counts
+            if not _are_token_counts(value, layers, least):
                 raise ValueError(
                     f"pruning_token_counts={value!r}: expected None or entries [temperature, {layers[0]} vision counts, {layers[1]} text"
-                    " counts], each count at least 3, with the threshold's factor behind where that isn't 1."
+                    f" counts], each count at least {least[0]} for vision and {least[1]} for text, with the threshold's factor behind where"
+                    " that isn't 1."
                 )
         super().__setattr__(name, value)
 

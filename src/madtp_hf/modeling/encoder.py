@@ -310,6 +310,14 @@ class BranchOutput(NamedTuple):
         return self.sequences.first(self.states)
 
 
+def real_tokens(branch: BranchOutput) -> torch.Tensor:
+    """(B, L) bool: the real tokens of a branch's hidden states, whether or not any is padding."""
+    if branch.mask is not None:
+        return branch.mask
+    shape = (branch.sequences.batch_size, branch.sequences.max_seqlen)
+    return torch.ones(shape, dtype=torch.bool, device=branch.states.device)
+
+
 def run_layers(
     layers: nn.ModuleList,
     states: torch.Tensor,

@@ -178,14 +178,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         )
 
 
-def real_tokens(branch: BranchOutput) -> torch.Tensor:
-    """(B, L) bool: the real tokens of a branch's hidden states, whether or not any is padding."""
-    if branch.mask is not None:
-        return branch.mask
-    shape = (branch.sequences.batch_size, branch.sequences.max_seqlen)
-    return torch.ones(shape, dtype=torch.bool, device=branch.states.device)
-
-
 def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: str) -> tuple[torch.Tensor, Sequences]:
     """The states and layout of the image that each text is about: of one image for all texts, or of one each."""
     if images.shape[0] != 1 or texts.shape[0] == 1:

@@ -9,7 +9,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmb
 
 from .attention import TokenRoles
 from .encoder import BranchOutput, ReducibleLayer, TokenReduction, run_layers
-from .padding import check_images, check_same_shape, check_text_length, left_align
+from .padding import check_images, check_same_shape, check_text_length, left_align, put_back
 from .sequences import Sequences, take_slots, unpad
 
 
@@ -60,7 +60,6 @@ class MadtpClipVisionModel(nn.Module):
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
-        """`outputs`: what `run_layers` is asked for besides."""
         check_images(pixel_values, self.embeddings.image_size, interpolate_pos_encoding)
         states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         sequences = Sequences.padded(*states.shape[:2], states.device)
@@ -97,8 +96,8 @@ class MadtpClipTextModel(nn.Module):
         reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
-        """What lies behind the end of text is padding. layout: "as it is", computed as if it were text, as transformers does;
-        "varlen", left out; or "padded", moved behind the texts and not attended to, so that shapes depend on shapes alone.
+        """What lies behind the end of text is padding. layout: "as it is", computed as if it were text, as transformers does; "varlen",
+        left out; "restored", left out and 0 in the output; "padded", behind the texts and not attended to: shapes follow from shapes.
         """
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
@@ -114,16 +113,21 @@ class MadtpClipTextModel(nn.Module):
             output = self._run(states.flatten(0, 1), sequences, None, outputs)
             end_states = take_slots(output.hidden_states, ends).squeeze(1)
             return output._replace(pooled=end_states, num_tokens=real.sum(dim=1).expand_as(output.num_tokens))
+        order = slots.expand_as(input_ids)
         if attention_mask is not None:  # else texts lie in front as they are
-            order, real = left_align(slots.expand_as(input_ids), real)
+            order, real = left_align(order, real)
             states = take_slots(states, order)
-        if layout == "varlen":
-            states, sequences = unpad(states, real)
-        else:
+        if layout == "padded":
             sequences = Sequences.padded(*input_ids.shape, input_ids.device, real)
             states = states.flatten(0, 1)
+        else:
+            states, sequences = unpad(states, real)
         output = self._run(states, sequences, reduction, outputs)
-        return output._replace(pooled=output.sequences.last(output.states))
+        output = output._replace(pooled=output.sequences.last(output.states))
+        if layout == "restored":
+            states = put_back(output.hidden_states, order).flatten(0, 1)
+            output = output._replace(states=states, sequences=Sequences.padded(*input_ids.shape, input_ids.device))
+        return output
 
     def _run(self, states, sequences: Sequences, reduction: TokenReduction | None, outputs: dict) -> BranchOutput:
         attention = self.config._attn_implementation or "sdpa"

@@ -16,13 +16,12 @@ from transformers.utils import can_return_tuple
 from .attention import TokenRoles  # noqa: F401
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
-from .encoder import BranchOutput
+from .encoder import BranchOutput, real_tokens
 from .madtp_blip_answers import AnswerRanking
 from .madtp_blip_base import (
     MadtpBlipPreTrainedModel,
     images_for_texts,
     one_text_for_all,
-    real_tokens,
     with_states,
 )
 from .madtp_blip_decoder import TextDecoder, cross_attention_mask, self_attention_mask

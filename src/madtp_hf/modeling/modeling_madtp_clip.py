@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from .attention import FIRST_PROTECTED
 from .configuration_madtp_clip import MadtpClipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
-from .encoder import BranchOutput
+from .encoder import BranchOutput, real_tokens
 from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
 from .padding import check_same_number
 from .prepacked_linear import PrepackedLinear  # noqa: F401
@@ -42,10 +42,10 @@ class MadtpClipOutput(PruningOutput, CLIPOutput):
         `task_loss`, CLIP's contrastive loss, and the alignment loss.
     logits_per_image (`torch.Tensor` of shape `(image_batch_size, text_batch_size)`), logits_per_text (its transpose):
         The scaled cosine similarity of each image and each text.
-    text_embeds, image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-        The L2-normalised features of texts and images.
+    text_embeds, image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`): L2-normalised features.
     text_model_output, vision_model_output (`BaseModelOutputWithPooling`):
         What `get_text_features` and `get_image_features` return, states of the tokens that are left.
+    image_mask: the real tokens of `vision_model_output.last_hidden_state`.
     """
 
 
@@ -63,8 +63,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     config: MadtpClipConfig
     config_class = MadtpClipConfig
     base_model_prefix = "madtp_clip"
-    # What `push_to_hub` and `Trainer` write into a model card's metadata.
-    model_tags = ["clip", "madtp", "token-pruning"]
+    model_tags = ["clip", "madtp", "token-pruning"]  # in a model card's metadata
     task = "clip"
     _dense_classes = (CLIPModel,)
     _task_auto_class = "AutoModelForZeroShotImageClassification"
@@ -105,8 +104,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             source (`CLIPModel` or `str`):
                 The CLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class will do, too.
             config_overrides:
-                Fields of [`MadtpClipConfig`] to set; with a path or Hub id also what `from_pretrained` takes: `dtype`, `revision`,
-                `token`, ...
+                Fields of [`MadtpClipConfig`] to set; with a path or Hub id also what `from_pretrained` takes, such as `dtype`.
 
         Raises:
             TypeError: if the source is another model than CLIP, or an override is neither of these.
@@ -130,6 +128,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         layout = "as it is"
         if self.is_pruning:
             layout = "padded" if self.config.pruning_granularity == "frozen" else "varlen"
+        elif attention_mask is not None and not torch.compiler.is_compiling():
+            # Where a mask says what padding is, its states are nobody's, unless all layers' are asked for.
+            layout = "restored" if all(x is None or x is False for x in outputs.values()) else layout
         reduction = self._reduction("text", with_feature)
         texts = self.text_model(input_ids, attention_mask, position_ids, layout, reduction, **outputs)
         return texts._replace(pooled=self.text_projection(texts.pooled))
@@ -146,7 +147,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Features of texts (B, projection_dim), not normalised, as `pooler_output`; beside them the states of the tokens that are left.
 
-        input_ids, attention_mask, position_ids (B, L). Without pruning, what `CLIPModel.get_text_features` returns.
+        input_ids, attention_mask, position_ids (B, L). Without pruning, what `CLIPModel.get_text_features` returns, 0 at padding.
         """
         self._check_arguments(kwargs)
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
@@ -167,9 +168,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         """
         self._check_arguments(kwargs)
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
-        return as_model_output(
-            self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
-        )
+        images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
+        return as_model_output(images)
 
     @can_return_tuple
     def forward(
@@ -191,8 +191,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(text_batch_size, sequence_length)`):
                 The texts. What lies behind a text's end is padding, with a mask or without.
-            pixel_values (`torch.Tensor` of shape `(image_batch_size, 3, image_size, image_size)`):
-                The images.
+            pixel_values (`torch.Tensor` of shape `(image_batch_size, 3, image_size, image_size)`): The images.
             position_ids (`torch.LongTensor` of shape `(text_batch_size, sequence_length)`, *optional*):
                 Where the words stand; 0, 1, 2, ... if not given.
             return_loss (`bool`, *optional*):
@@ -201,8 +200,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
                 Which image each is: texts of the same image are no negatives, and batches of all processes are contrasted.
             contrastive_keys (`ContrastiveKeys`, *optional*):
                 What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum encoder's features.
-            output_positions (`bool`, *optional*, defaults to `False`):
-                Whether to say where the image tokens that each layer leaves come from.
+            output_positions (`bool`, *optional*): Whether to say where the image tokens that each layer leaves come from.
         """
         self._check_arguments(kwargs)
         with_feature = bool(return_loss)
@@ -212,9 +210,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         images = self._encode_images(pixel_values, with_feature, interpolate_pos_encoding, **outputs)
         outputs["output_positions"] = False
         texts = self._encode_text(input_ids, attention_mask, position_ids, with_feature, **outputs)
-        image_embeds, text_embeds = (
-            branch.pooled / branch.pooled.norm(dim=-1, keepdim=True) for branch in (images, texts)
-        )
+        image_embeds, text_embeds = (x.pooled / x.pooled.norm(dim=-1, keepdim=True) for x in (images, texts))
         logits_per_text = text_embeds @ image_embeds.T.to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
         loss = task_loss = align_loss = None
@@ -238,7 +234,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             alignment_loss=align_loss,
             vision_tokens=images.num_tokens,
             text_tokens=texts.num_tokens,
-            image_mask=images.mask,
+            image_mask=real_tokens(images),
             vision_positions=images.positions,
         )
 

@@ -70,3 +70,9 @@ def left_align(input_ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tenso
     # A stable sort, by operations that ONNX knows for any width.
     order = (real * LONGER_THAN_ANY - torch.arange(width, device=real.device)).topk(width).indices
     return input_ids.gather(1, order), real.gather(1, order)
+
+
+def put_back(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The first states (B, M, D) of what `left_align` has put in this order (B, L), where they were: (B, L, D), 0 elsewhere."""
+    places = order[:, : states.shape[1]].unsqueeze(-1).expand_as(states)
+    return states.new_zeros(*order.shape, states.shape[2]).scatter(1, places, states)

@@ -1,9 +1,12 @@
 """What the example scripts are told about pruning, and what follows from it."""
 
+import json
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedConfig
+
+from ..data import load_coco_captions, load_digit_captions, load_flickr30k
 from ..model_card import public_name
-from ..modeling.configuration_madtp_blip import MadtpBlipConfig
 from .reduction_callback import ReductionCallback
 
 
@@ -29,10 +32,11 @@ class PruningArguments:
 
     def load_model(self, model_class, source: str):
         """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub id."""
-        if MadtpBlipConfig.get_config_dict(source)[0].get("pruning_schedule"):
+        if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
             model = model_class.from_pretrained(source)
         else:
-            model = model_class.from_blip(
+            from_dense = model_class.from_clip if hasattr(model_class, "from_clip") else model_class.from_blip
+            model = from_dense(
                 source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
             )
         return model.float()  # whatever it was stored in: weights in half precision don't train
@@ -72,3 +76,44 @@ class PruningArguments:
                 settings["target reduction"] = self.target_reduction
                 settings["number of targets"] = self.num_targets
         return settings
+
+
+@dataclass
+class RetrievalArguments:
+    """For `HfArgumentParser`: the data and the contrastive training of image-text retrieval."""
+
+    model: str = field(metadata={"help": "A dense model, or a pruned one to go on with: a folder or Hub id."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "The folder of Flickr30k or COCO, or a Hub id; the digit scenes if not given."}
+    )
+    image_dir: str | None = field(default=None, metadata={"help": "Its image folder; the data set's if not given."})
+    columns: str | None = field(
+        default=None, metadata={"help": "What a Hub data set's columns are called, as JSON: ours to theirs."}
+    )
+    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
+    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
+    test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
+    evaluation_split: str = field(default="test", metadata={"help": "To evaluate on; validation to choose settings."})
+    max_length: int | None = field(default=None, metadata={"help": "Cut captions to so many tokens."})
+    queue_size: int = field(default=1024, metadata={"help": "Features of earlier batches to contrast with."})
+    momentum: float = field(default=0.995, metadata={"help": "How much of the momentum encoder stays at a step."})
+    distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the momentum encoder's."})
+
+    def load_data(self) -> tuple:
+        """The rows to train, calibrate and evaluate on."""
+        numbers = (self.train_samples, self.validation_samples, self.test_samples)
+        splits = ("train", "validation", self.evaluation_split)
+        return tuple(self._load(split, rows) for split, rows in zip(splits, numbers))
+
+    def _load(self, split: str, rows: int | None):
+        if self.dataset is None:
+            return load_digit_captions(split, rows)
+        columns = json.loads(self.columns) if self.columns else None
+        load = load_flickr30k if "flickr" in self.dataset.lower() else load_coco_captions
+        data = load(self.dataset, split, image_dir=self.image_dir, columns=columns)
+        return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
+
+    def dataset_facts(self, example: str) -> dict:
+        """What results and the model card say of the data."""
+        name = public_name(self.dataset) if self.dataset else "digit scenes"
+        return {"name": name, "split": self.evaluation_split, "example": example}

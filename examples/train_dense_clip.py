@@ -1,0 +1,189 @@
+"""Train the tiny dense CLIP that the examples prune: digit scenes and their captions, on a CPU.
+
+The image tower goes on from the one of the BLIP for retrieval; the text tower, causal as CLIP's, starts from nothing,
+and so does the vocabulary, of byte pairs that make words of the captions' words. Scenes are drawn afresh at every
+step. As in `train_dense_tasks.py`, the class token is held to look at the digits, while patches without a digit are dropped
+at random.
+
+    python examples/train_dense_clip.py --output_dir examples/clip-digits
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from train_dense_blip import to_pixels
+from train_dense_tasks import NUM_TOKENS, digit_patches, opened_log, train
+from transformers import (
+    BlipForImageTextRetrieval,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+from madtp_hf.data import digit_scenes as ds
+
+
+MAX_LENGTH = 32
+NUM_MERGES = 150  # more than the captions' words have
+
+
+def build_processor() -> CLIPProcessor:
+    """CLIP's image processor and tokenizer, of all bytes and the captions' pairs; start and end of text come last."""
+    scenes = ds.draw_scenes(512, "train", np.random.default_rng(0))
+    captions = [caption for i in range(len(scenes)) for caption in ds.describe_from_all_sides(scenes, i)]
+    letters = sorted(ByteLevel.alphabet())
+    trained = CLIPTokenizer().backend_tokenizer
+    trainer = BpeTrainer(
+        vocab_size=2 * len(letters) + NUM_MERGES,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(captions, trainer)
+    learned = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+    words = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *learned])
+    words = [word for word in words if not word.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    tokenizer = CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)},
+        merges=[tuple(pair) for pair in merges],
+        model_max_length=MAX_LENGTH,
+    )
+    images = CLIPImageProcessor(
+        size={"shortest_edge": ds.CANVAS_SIZE}, crop_size={"height": ds.CANVAS_SIZE, "width": ds.CANVAS_SIZE}
+    )
+    return CLIPProcessor(images, tokenizer)
+
+
+def start_from(path, processor: CLIPProcessor) -> CLIPModel:
+    """A CLIP whose image tower has the weights of the BLIP at `path`."""
+    blip = BlipForImageTextRetrieval.from_pretrained(path).float()
+    tower, tokenizer = blip.config.vision_config, processor.tokenizer
+    same = ("hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = {name: getattr(tower, name) for name in same}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={
+                **sizes,
+                "num_hidden_layers": blip.config.text_config.num_hidden_layers,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": MAX_LENGTH,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config={
+                **sizes,
+                "num_hidden_layers": tower.num_hidden_layers,
+                "image_size": tower.image_size,
+                "patch_size": tower.patch_size,
+            },
+            projection_dim=blip.config.image_text_hidden_size,
+        )
+    )
+    weights = {}
+    for name, tensor in blip.vision_model.state_dict().items():
+        if ".qkv." in name:
+            weights |= {name.replace("qkv", f"{kind}_proj"): part for kind, part in zip("qkv", tensor.chunk(3))}
+        else:
+            weights[name.replace("self_attn.projection", "self_attn.out_proj")] = tensor
+    # CLIP's patches have no bias: it goes to the patches' positions.
+    positions = weights.pop("embeddings.position_embedding")[0]
+    positions[1:] += weights.pop("embeddings.patch_embedding.bias")
+    weights["embeddings.position_embedding.weight"] = positions
+    weights["embeddings.class_embedding"] = weights["embeddings.class_embedding"].flatten()
+    missing, unexpected = model.vision_model.load_state_dict(weights, strict=False)
+    assert not unexpected and all("pre_layrnorm" in name for name in missing), (missing, unexpected)
+    with torch.no_grad():
+        # BLIP has no norm here: this one leaves states about as large as they are.
+        scenes = ds.draw_scenes(8, "train", np.random.default_rng(0))
+        states = model.vision_model.embeddings(to_pixels(scenes.images, processor.image_processor))
+        model.vision_model.pre_layrnorm.weight.fill_(states.std(dim=-1).mean())
+        model.visual_projection.weight.copy_(blip.vision_proj.weight)
+    model.set_attn_implementation({"vision_config": "eager"})  # whose maps are looked at
+    return model
+
+
+def encode_images(model: CLIPModel, pixels, is_digit, rng):
+    """Image features (S, E) of what is left when patches without a digit are dropped at random.
+
+    Beside them, how far the class token's attention is from the scene's digits, the mean over layers.
+    """
+    tower, maps = model.vision_model, []
+    states = tower.embeddings(pixels)
+    kept = int(rng.choice(NUM_TOKENS))
+    key = torch.from_numpy(rng.random(is_digit.shape)) + is_digit
+    key[:, 0] = 2  # the class token
+    order = key.topk(kept, dim=1).indices
+    states = tower.pre_layrnorm(states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1])))
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
+        for layer in tower.encoder.layers
+    ]
+    states = tower.encoder(inputs_embeds=states).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    digits = is_digit.gather(1, order)
+    share = digits / digits.sum(1, keepdim=True)
+    attended = torch.stack([of_layer[:, :, 0].float().mean(1) for of_layer in maps])
+    missed = (share * (share.clamp(min=1e-6) / attended.clamp(min=1e-6)).log()).sum(-1).mean()
+    return model.visual_projection(tower.post_layernorm(states[:, 0])), missed
+
+
+def pair_loss(model, processor, batch_size, rng):
+    """One caption of every scene, contrasted with those of the others."""
+    scenes = ds.draw_scenes(batch_size, "train", rng)
+    sides = rng.integers(0, 4, batch_size)
+    captions = [ds.describe_from_all_sides(scenes, i)[side] for i, side in enumerate(sides)]
+    text = processor.tokenizer(captions, padding=True, return_tensors="pt")
+    pixels = to_pixels(scenes.images, processor.image_processor)
+    images, missed = encode_images(model, pixels, digit_patches(scenes), rng)
+    texts = model.get_text_features(**text).pooler_output
+    images, texts = (torch.nn.functional.normalize(features.float(), dim=-1) for features in (images, texts))
+    similarity = texts @ images.T
+    found = (similarity.argmax(0) == torch.arange(batch_size)).float().mean().item()
+    return image_text_contrastive_loss(similarity * model.logit_scale.exp()), missed, {"found": found}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--start_from", type=Path, default=Path("examples/blip-retrieval-digits"))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--guidance", type=float, default=0.05, help="weight of the class token's looking at digits")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rng = np.random.default_rng([args.seed, 8])
+    with opened_log(args) as say:
+        processor = build_processor()
+        model = start_from(args.start_from, processor).train()
+        train(
+            list(model.parameters()),
+            lambda: pair_loss(model, processor, args.batch_size, rng),
+            args,
+            say,
+        )
+        processor.tokenizer.backend_tokenizer.no_padding()  # as training has last padded is nobody's default
+        processor.save_pretrained(args.output_dir)
+        model.set_attn_implementation("sdpa")
+        model.half().save_pretrained(args.output_dir)
+        say(parameters=sum(p.numel() for p in model.parameters()))
+
+
+if __name__ == "__main__":
+    main()

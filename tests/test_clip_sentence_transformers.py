@@ -1,0 +1,69 @@
+"""A pruned CLIP in sentence-transformers: the lines of docs/clip.md."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from madtp_hf import MadtpClipModel
+
+from .helpers.clip import make_clip_model, make_clip_processor
+
+
+pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+DOCUMENT = Path(__file__).parents[1] / "docs" / "clip.md"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = make_clip_model({"pruning_schedule": [[0.4, 1.0], [0.6, 4.0]]})
+    model.save_pretrained(tmp_path / "clip")
+    make_clip_processor().save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_the_documented_lines_encode_images_and_texts(checkpoint, tmp_path, monkeypatch, capsys):
+    (block,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+        if "sentence_transformers" in block
+    )
+    image = Image.effect_noise((60, 40), 90).convert("RGB")
+    image.save(tmp_path / "scene.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    # The test's tokenizer reads letters, and its model 24 of them.
+    texts = ["red seven", "blue one"]
+    block = re.sub(r"encode\(\[\"digits.*?\]", f"encode({texts}", block)
+    exec(block.replace("outputs/clip", str(checkpoint)), names)
+    assert "tensor" in capsys.readouterr().out
+
+    model, processor = MadtpClipModel.from_pretrained(checkpoint).eval(), make_clip_processor()
+    with torch.no_grad():
+        for reduction in (0.5, 0.0):
+            model.set_pruning(reduction=reduction)
+            expected = model(
+                **processor(images=Image.open("scene.jpg"), text=texts, padding=True, return_tensors="pt")
+            )
+            if reduction:
+                assert (expected.vision_tokens[-1] < 37).all()
+                pruned = expected
+                for name, embeds in (("images", expected.image_embeds), ("texts", expected.text_embeds)):
+                    torch.testing.assert_close(torch.as_tensor(names[name]), embeds, atol=1e-4, rtol=0)
+    assert not torch.allclose(pruned.image_embeds, expected.image_embeds, atol=1e-3)  # it was pruned
+
+
+def test_what_is_saved_keeps_its_reduction(checkpoint, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(str(checkpoint), trust_remote_code=True)
+    encoder[0].model.set_pruning(reduction=0.6)
+    expected = encoder.encode(["red seven"])
+    encoder.save(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
+    assert again[0].model.config.pruning_temperature == 4.0
+    torch.testing.assert_close(
+        torch.as_tensor(again.encode(["red seven"])), torch.as_tensor(expected), atol=1e-5, rtol=0
+    )
