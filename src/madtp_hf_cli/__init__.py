@@ -12,7 +12,11 @@ try:
 except ImportError as error:
     raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
 
+from .benchmark import benchmark
+from .common import ManyNumbers
 from .convert import convert
+from .evaluate import evaluate
+from .prune import prune
 from .push import push
 
 
@@ -26,6 +30,7 @@ def print_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
+    cls=ManyNumbers,
     help="BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,5 +54,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, push):
+for command in (convert, prune, evaluate, benchmark, push):
     app.command(no_args_is_help=True)(command)
