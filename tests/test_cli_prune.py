@@ -141,7 +141,7 @@ def test_prune_again_keeps_alignment_tokens_that_were_learned(pruned, photos, tm
     assert invoke("prune", out, tmp_path / "again", *data).exit_code == 0
     before, after = (load_model(folder)[0].alignment.tokens for folder in (out, tmp_path / "again"))
     close(after, before, atol=0)
-    other = "--data", photos, "--question", "is the leftmost digit red?", "--reductions", "0.3", "--init-alignment"
+    other = "--data", photos, "--question", "is the leftmost digit red?", "--reductions", "0.3", "--alignment", "fit"
     assert invoke("prune", out, tmp_path / "new", *other).exit_code == 0
     assert not torch.equal(load_model(tmp_path / "new")[0].alignment.tokens, before)
 

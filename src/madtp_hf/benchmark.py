@@ -21,7 +21,7 @@ from .alignment import init_alignment_from
 from .calibration import calibrate, complete, encode, measure, restored
 from .data.rows import load_rows
 from .evaluation import prepacked, synchronize
-from .loading import load_model, make_batches, starts_from_words
+from .loading import load_model, make_batches
 from .model_card import public_name
 from .tasks import TASKS
 from .version import __version__
@@ -209,7 +209,7 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
     calibrated_here = not known
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
-        if is_dense and starts_from_words(entry):
+        if is_dense:
             init_alignment_from(model, batches)
         known = [found for found, *_ in calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)]
         reductions = known

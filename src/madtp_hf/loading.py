@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BlipProcessor, CLIPProcessor, PretrainedConfig
 
-from .tasks import TASKS, Task, get_task, task_of
+from .tasks import TASKS, get_task, task_of
 
 
 _PROCESSORS = {"BLIP": BlipProcessor, "CLIP": CLIPProcessor}
@@ -63,11 +63,6 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         model = model_class.from_pretrained(str(source))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.float().to(device).eval(), _PROCESSORS[found.family].from_pretrained(str(source)), is_dense
-
-
-def starts_from_words(task: Task) -> bool:
-    """Whether `init_alignment_from` has a start for new alignment tokens of this task."""
-    return task.family == "BLIP" and task.text_encoder is not None
 
 
 def make_collator(model, processor):

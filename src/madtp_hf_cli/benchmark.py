@@ -13,7 +13,8 @@ def benchmark(
         str, typer.Argument(metavar="MODEL", help="A pruned checkpoint, or a dense one: folder or Hub id.")
     ],
     images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Your images; noise if not given, which does for timing.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Your images; noise if not given, which prunes otherwise than images."),
     ] = None,
     text: Annotated[
         str | None,

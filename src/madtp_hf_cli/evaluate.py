@@ -14,7 +14,7 @@ def evaluate(
     ],
     data: Annotated[
         str,
-        typer.Option(metavar="PATH", help="Labelled data: a .csv or .jsonl table, a folder with one; or `digits`."),
+        typer.Option(metavar="PATH", help="Labelled data: a .csv or .jsonl table, a folder with one, or digits."),
     ],
     reductions: Annotated[
         list[float] | None,
@@ -22,7 +22,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write results.json.")] = Path("."),
     image_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where a table's image paths start, if not beside it.")
+        Path | None, typer.Option(metavar="FOLDER", help="Where a table's image paths start.")
     ] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw so many samples.")] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples at a time.")] = 16,
