@@ -83,7 +83,9 @@ class _Recording:
         """Follow the products of queries and keys where a text looks at an image; NLVR2's text has two such places in a layer."""
         hooks = []
         encoder = getattr(self.model, self.task.text_encoder) if self.task.text_encoder else None
-        for index, layer in enumerate(encoder.encoder.layer if hasattr(encoder, "encoder") else ()):
+        for index, layer in enumerate(
+            getattr(getattr(encoder, "encoder", None), "layer", ())
+        ):  # CLIP has no such place
             cross = getattr(layer, "crossattention", None)
             places = [module for module in cross.modules() if hasattr(module, "query")] if cross is not None else []
             for place, module in enumerate(places):
