@@ -1,4 +1,4 @@
-"""What a pruned model's budgets are worth on this machine: latency, throughput and memory, beside transformers' dense model."""
+"""Latency, throughput and memory of a pruned model at each budget, beside transformers' dense model."""
 
 import contextlib
 import ctypes
@@ -33,7 +33,7 @@ CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
 
 class Run(NamedTuple):
-    """One of the things that a round times: its name in the table, its model, and the reduction to set; None sets nothing."""
+    """What a round times: its name in the table, its model, and the reduction to set, None for a model without pruning."""
 
     name: str
     model: torch.nn.Module
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 
 def dense_twin(model):
-    """transformers' own model of the task with the same weights; None for NLVR2, which transformers has no model for."""
+    """transformers' model for the task with the same weights; None for NLVR2, which transformers doesn't have."""
     if TASKS[model.task].num_images > 1:
         return None
     dense_class = model._dense_classes[0]
@@ -55,7 +55,7 @@ def dense_twin(model):
 
 
 def synthetic_images(number: int, size: int, seed: int = 0) -> list:
-    """Images of coarse and fine noise, PIL, where there are none of the user's: they do for timing, and for nothing else."""
+    """Images of coarse and fine noise, for timing where the user gives none: PIL, size x size pixels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(number, 3, size, size)
     for side in (2, 8, 32, size):
@@ -67,7 +67,8 @@ def synthetic_images(number: int, size: int, seed: int = 0) -> list:
 def peak_memory(device: torch.device, function: Callable) -> tuple[float | None, object]:
     """The most memory in MB that `function` takes beyond what was taken before, and its result.
 
-    On CUDA that is memory of torch's tensors, on a CPU the process's resident memory, which only Linux lets a process reset; None elsewhere.
+    On CUDA: allocated tensors. On a CPU: the process's resident memory, whose peak only Linux lets a process reset;
+    None elsewhere.
     """
     gc.collect()
     if device.type == "cuda":
@@ -119,8 +120,9 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
         rounds (`int`): How often each run is timed, after one pass to warm up, in which memory is measured.
 
     Returns:
-        `list[dict]`: a row a batch size and run. `run` is `"transformers"`, `"pruning off"` or the reduction; `reached` the reduction of
-        that batch's FLOPs; `milliseconds` the median of a batch; `samples/s`; `times faster` than the first run in the same round, the median;
+        `list[dict]`: a row for each batch size and run. `run` is `"transformers"`, `"pruning off"` or the reduction;
+        `reached` the reduction of that batch's FLOPs; `milliseconds` the median over rounds; `samples/s`;
+        `times faster` than the first run in the same round, the median;
         `memory MB` at the peak, beyond weights.
     """
     task = TASKS[model.task]

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to what commands work with: the task's model, dense or pruned before, its processor, batches of data."""
+"""Loading what the commands work with: the model of a checkpoint's task, its processor, and batches of data."""
 
 from types import SimpleNamespace
 
@@ -21,15 +21,15 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         source (`str` or `Path`):
             A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this package.
         task (`str`, *optional*):
-            One of `madtp_hf.tasks.TASKS`; by default that of the model which the configuration's `architectures` names.
+            One of `madtp_hf.tasks.TASKS`; by default that of the class which the configuration's `architectures` names.
         device (`str`, *optional*):
             By default `"cuda"` where there is one, else `"cpu"`.
         overrides:
             Fields of the configuration for a model made from transformers', such as `num_alignment_tokens`.
 
     Returns:
-        The model, in float32 and set to evaluation; the processor; and whether the checkpoint was transformers', so that the alignment
-        tokens are new.
+        The model, in float32 and set to evaluation; the processor; and whether the checkpoint was transformers', so that
+        the alignment tokens are new.
 
     Raises:
         ValueError: for what is no checkpoint, or one of another task.
@@ -43,7 +43,8 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         content, reason = {}, str(error).strip().partition("\n")[0].rstrip(".")
     if not content:
         raise ValueError(
-            f"{source} can't be loaded ({reason}): expected a folder with a config.json, or a model on the Hub, of BLIP or CLIP."
+            f"{source} can't be loaded ({reason}): expected a folder with a config.json, or a model on the Hub, of BLIP"
+            " or CLIP."
         )
     if task is not None and not (content.get("architectures") or content.get("auto_map")):
         found, class_name = TASKS[task], ""  # nothing names a class: what is asked for is tried
@@ -51,8 +52,8 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         found, class_name = task_of(SimpleNamespace(**content))
     if task not in (None, found.name):
         raise ValueError(
-            f"{source} has a {class_name}, for {found.name!r}, and the task is {task!r}: nothing is trained here, so expected a checkpoint"
-            f" for that task; leave the task out, or fine-tune one with examples/run_{task}.py."
+            f"{source} has a {class_name}, for {found.name!r}, and the task is {task!r}: nothing is trained here, so"
+            f" expected a checkpoint for that task; leave the task out, or fine-tune one with examples/run_{task}.py."
         )
     model_class = TASKS[found.name].model_class
     is_dense = not class_name.startswith("Madtp")
@@ -73,7 +74,7 @@ def make_collator(model, processor):
 
 
 def make_batches(model, processor, rows: list[dict], batch_size: int):
-    """Batches of rows as `forward` takes them, which can be read many times: a list of a few samples, a `DataLoader` of many."""
+    """Make batches that can be read many times: a list for a few samples, a `DataLoader` for many."""
     if TASKS[model.task].text_column is None:  # captions, which a pass doesn't need
         rows = [{"captions": [""], **row} for row in rows]
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=make_collator(model, processor))

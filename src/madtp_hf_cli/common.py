@@ -19,7 +19,7 @@ def _is_number(text: str) -> bool:
 
 
 class ManyNumbers(TyperGroup):
-    """The group of commands, where `--reductions 0.3 0.5` stands for `--reductions 0.3 --reductions 0.5`, as click has it."""
+    """A group of commands that reads `--reductions 0.3 0.5` as click's `--reductions 0.3 --reductions 0.5`."""
 
     options = ("--reductions", "--batch-sizes")
 
@@ -39,7 +39,7 @@ class ManyNumbers(TyperGroup):
 
 @contextmanager
 def one_message_of_errors():
-    """What a user can put right is one message on stderr and exit code 1: no traceback, and no library's warnings before it."""
+    """Report what a user can put right as one message on stderr and exit code 1, without traceback or libraries' warnings."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -95,7 +95,7 @@ def check_new_file(file: Path, force: bool) -> None:
 
 @contextmanager
 def written_in_one_step(out: Path):
-    """Give a folder to write to, which takes the place of `out` when all is written; after an error, `out` is as it was."""
+    """Give a folder to write to, which replaces `out` once all is written; after an error, `out` is as it was."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # Made beside OUT, so that it takes its place in one step.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
