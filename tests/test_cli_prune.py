@@ -29,6 +29,14 @@ from .conftest import close, make_processor, make_task_blip, make_task_model
 QUESTION = "how many sevens are there?"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_fitting_steps():
+    """What the alignment tokens are fitted to is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("madtp_hf.alignment.FIT_STEPS", 3)
+        yield
+
+
 def invoke(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -170,7 +178,7 @@ def test_evaluate_gives_the_metric_at_each_budget(pruned, photos, tmp_path):
 
 def test_benchmark_times_every_budget_beside_transformers(pruned, photos, tmp_path):
     out = tmp_path / "speed.json"
-    result = invoke("benchmark", pruned[0], "--images", photos, "--batch-sizes", 1, 3, "--rounds", 2, "--out", out)
+    result = invoke("benchmark", pruned[0], "--images", photos, "--batch-sizes", 1, 3, "--rounds", 1, "--out", out)
     assert result.exit_code == 0, result.stderr
     content = json.loads(out.read_text())
     named = [(row["batch size"], row["run"]) for row in content["results"]]

@@ -33,7 +33,7 @@ CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
 
 class Run(NamedTuple):
-    """What a round times: its name in the table, its model, and the reduction to set, None for a model without pruning."""
+    """What a round times: its name in the table, its model, and the reduction to set; None for transformers' model."""
 
     name: str
     model: torch.nn.Module

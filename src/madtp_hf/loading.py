@@ -21,15 +21,15 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         source (`str` or `Path`):
             A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this package.
         task (`str`, *optional*):
-            One of `madtp_hf.tasks.TASKS`; by default that of the class which the configuration's `architectures` names.
+            One of `madtp_hf.tasks.TASKS`; by default that of the class in the configuration's `architectures`.
         device (`str`, *optional*):
             By default `"cuda"` where there is one, else `"cpu"`.
         overrides:
             Fields of the configuration for a model made from transformers', such as `num_alignment_tokens`.
 
     Returns:
-        The model, in float32 and set to evaluation; the processor; and whether the checkpoint was transformers', so that
-        the alignment tokens are new.
+        The model, in float32 and set to evaluation; the processor; and whether the checkpoint was transformers', so
+        that the alignment tokens are new.
 
     Raises:
         ValueError: for what is no checkpoint, or one of another task.
@@ -43,8 +43,8 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         content, reason = {}, str(error).strip().partition("\n")[0].rstrip(".")
     if not content:
         raise ValueError(
-            f"{source} can't be loaded ({reason}): expected a folder with a config.json, or a model on the Hub, of BLIP"
-            " or CLIP."
+            f"{source} can't be loaded ({reason}): expected a folder with a config.json, or a model on the Hub,"
+            " of BLIP or CLIP."
         )
     if task is not None and not (content.get("architectures") or content.get("auto_map")):
         found, class_name = TASKS[task], ""  # nothing names a class: what is asked for is tried

@@ -32,8 +32,8 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
         batch_size (`int`, *optional*, defaults to 16): Samples at a time.
 
     Returns:
-        `list[dict]`: a row for each budget: `reduction asked`, `reached`, the metric's scores (shares where the name ends
-        in "%"), `GFLOPs` of a sample and `time / dense`.
+        `list[dict]`: a row for each budget: `reduction asked`, `reached`, the metric's scores (shares where the name
+        ends in "%"), `GFLOPs` of a sample and `time / dense`.
 
     Raises:
         ValueError: if a row has nothing to compare with, or a reduction is not in the schedule.
@@ -42,8 +42,8 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
     for row in rows:
         if not any(row.get(name) not in (None, "", []) for name in task.target_columns):
             raise ValueError(
-                f"{row[task.image_columns[0]]} has no {' or '.join(task.target_columns)}: expected them in each row, for"
-                f" the metric {task.metric} compares predictions with them."
+                f"{row[task.image_columns[0]]} has no {' or '.join(task.target_columns)}: expected them in each row,"
+                f" for the metric {task.metric} compares predictions with them."
             )
     if reductions is None:
         reductions = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]

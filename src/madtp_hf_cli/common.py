@@ -39,7 +39,7 @@ class ManyNumbers(TyperGroup):
 
 @contextmanager
 def one_message_of_errors():
-    """Report what a user can put right as one message on stderr and exit code 1, without traceback or libraries' warnings."""
+    """Report what a user can put right as one message on stderr, exit code 1, without traceback or other warnings."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 

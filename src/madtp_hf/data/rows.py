@@ -50,9 +50,9 @@ def load_rows(
         task (`Task`):
             One of `madtp_hf.tasks.TASKS`: which columns there are.
         source (`str` or `Path`):
-            A folder of images, in which a `metadata.csv` or `metadata.jsonl` is read where there is one; a table (`.csv`,
-            `.tsv`, `.jsonl`, `.json`) with a row for each sample; or `"digits"`, the embedded digit scenes. A table's image
-            paths start from `image_dir`. Captions of one image may stand in several rows, which become one.
+            A folder of images, in which a `metadata.csv` or `metadata.jsonl` is read where there is one; a table
+            (`.csv`, `.tsv`, `.jsonl`, `.json`) with a row for each sample; or `"digits"`, the embedded digit scenes. A
+            table's image paths start from `image_dir`. Captions of one image may stand in several rows.
         texts (`list[str]`, *optional*):
             Questions, sentences or captions for images without any: the first for the first image, and so on, in turn.
         image_dir (`str` or `Path`, *optional*):
@@ -65,8 +65,8 @@ def load_rows(
             Of the draw.
 
     Returns:
-        `list[dict]`: images are paths, of digit scenes PIL images. A row has no answer, label or caption where the data
-        have none.
+        `list[dict]`: images are paths, of digit scenes PIL images. A row has no answer, label or caption where the
+        data have none.
 
     Raises:
         FileNotFoundError: if the source or an image isn't there.
@@ -152,8 +152,8 @@ def _table_rows(task, table: Path, image_dir) -> list[dict]:
         for column in task.image_columns:
             if not isinstance(row.get(column), str):
                 raise ValueError(
-                    f"{place}: no {column!r}, only {', '.join(map(str, entry)) or 'nothing'}: expected a path in a column"
-                    f" of that name{'' if len(_ALIASES[column]) < 2 else ' or ' + ', '.join(_ALIASES[column][1:])}."
+                    f"{place}: no {column!r}, only {', '.join(map(str, entry)) or 'nothing'}: expected a path in a"
+                    f" column of one of the names {', '.join(_ALIASES[column])}."
                 )
             row[column] = find_image(row[column], place)
         for column in {"answers", "captions"} & row.keys():
@@ -182,8 +182,8 @@ def _with_text(task, row: dict, texts, index: int) -> dict:
         return row
     if not texts:
         raise ValueError(
-            f"{row[task.image_columns[0]]} has no {column.removesuffix('s')}: {task.title} reads a text with each image;"
-            f" expected a table with a column {column!r}, or a text for all."
+            f"{row[task.image_columns[0]]} has no {column.removesuffix('s')}: {task.title} reads a text with each"
+            f" image; expected a table with a column {column!r}, or a text for all."
         )
     text = texts[index % len(texts)]
     return {**row, column: [text] if column == "captions" else text}
