@@ -5,7 +5,9 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-any-budget bench-budgets bench-clip clean
+.PHONY: install demo demo-all test test-all docs docs-serve test-matrix test-mixins test-wheel lint format cards dense \
+	bench bench-any-budget bench-budgets bench-clip bench-selection clean
+	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 
 install: .venv/.installed
 
@@ -24,6 +26,17 @@ demo-all: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Those marked slow as well.
+test-all: install
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+# The documentation's site, into outputs/site; warnings are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir outputs/site
+
+docs-serve: install
+	$(BIN)/mkdocs serve
 
 # The frozen checkpoints under the oldest, a middle and the newest transformers, each in an environment of its own. Downloads them.
 test-matrix:

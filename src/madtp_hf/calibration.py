@@ -251,7 +251,7 @@ def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _read_reductions(reductions) -> list[float]:
+def read_reductions(reductions) -> list[float]:
     """The reductions to calibrate, sorted and without 0; an error for anything but a list of numbers in [0, 1)."""
     try:
         given = None if isinstance(reductions, str) else list(reductions)
@@ -340,7 +340,7 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
         ValueError: if a reduction is out of bounds, or none of them can be reached on this data; the old schedule
             stays.
     """
-    targets = _read_reductions(reductions)
+    targets = read_reductions(reductions)
     if iter(dataloader) is dataloader:
         raise ValueError(
             "dataloader can be read only once, it is an iterator: expected a DataLoader or a list of batches."

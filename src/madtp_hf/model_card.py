@@ -11,7 +11,7 @@ from transformers import BlipConfig, CLIPConfig
 
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 from .modeling.configuration_madtp_clip import MadtpClipConfig
-from .tasks import TASKS, Task
+from .tasks import Task, task_of
 
 
 PICTURE = "budgets.png"
@@ -31,25 +31,6 @@ def _hub_ids(sources) -> list[str] | None:
     """Those that are ids of the Hub, not folders: the others mean nothing in metadata."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources or []
     return [str(source) for source in sources if not os.path.exists(source)] or None
-
-
-def _task_and_class(config) -> tuple[Task, str]:
-    """The task of a configuration, and the name of its model's class: ours, or transformers', without the prefix."""
-    tasks = {task.model_class.__name__.removeprefix("Madtp"): task for task in TASKS.values()}
-    tasks["CLIPModel"] = tasks["ClipModel"]  # transformers spells it so
-    # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
-    named = [
-        (getattr(config, "auto_map", None) or {}).get("AutoModel"),
-        *(getattr(config, "architectures", None) or []),
-    ]
-    for name in filter(None, named):
-        model_class = name.rpartition(".")[2]
-        if model_class.removeprefix("Madtp") in tasks:
-            return tasks[model_class.removeprefix("Madtp")], model_class
-    raise ValueError(
-        f"The configuration has architectures={getattr(config, 'architectures', None)!r}: expected one of"
-        f" {', '.join(tasks)}, or Madtp before these. Pass the configuration of a saved checkpoint."
-    )
 
 
 def _plain(value):
@@ -269,7 +250,7 @@ def create_model_card(
     Raises:
         ValueError: for a configuration of no task of BLIP, or metrics of another form.
     """
-    task, model_class = _task_and_class(config)
+    task, model_class = task_of(config)
     results = _read_metrics(metrics)
     is_ours = model_class.startswith("Madtp")
     with_code = is_ours and bool(getattr(config, "auto_map", None))

@@ -46,6 +46,9 @@ class Task:
 
     family: str = "BLIP"
     num_images: int = 1  # of a sample
+    image_columns: tuple[str, ...] = ("image",)  # of a row of data, as the collator takes it
+    text_column: str | None = None  # the row's text; None where the model reads none
+    target_columns: tuple[str, ...] = ()  # what the metric compares predictions with: one of these
     text_encoder: str | None = "text_encoder"  # the model's attribute; None without one
     decoder_inputs: str | None = (
         None  # the argument of `forward` where the decoder's start token goes; None without one
@@ -64,6 +67,8 @@ _ENTRIES = (
         flops=flop_formulas.question_answering,
         decoder_inputs="decoder_input_ids",
         collator=QuestionAnsweringCollator,
+        text_column="question",
+        target_columns=("answers", "answer"),
         metric="vqa_accuracy",
         headline="accuracy %",
         headline_title="accuracy",
@@ -84,6 +89,7 @@ _ENTRIES = (
         text_encoder=None,
         decoder_inputs="input_ids",
         collator=CaptioningCollator,
+        target_columns=("captions",),
         metric="caption_metrics",
         headline="bleu_4 %",
         headline_title="BLEU-4",
@@ -105,6 +111,9 @@ _ENTRIES = (
         flops=flop_formulas.visual_reasoning,
         num_images=2,
         collator=VisualReasoningCollator,
+        image_columns=("left_image", "right_image"),
+        text_column="sentence",
+        target_columns=("label",),
         metric="nlvr2",
         headline="accuracy %",
         headline_title="accuracy",
@@ -126,6 +135,8 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
         model_class=MadtpBlipForImageTextRetrieval,
         flops=flop_formulas.retrieval,
         collator=RetrievalCollator,
+        text_column="captions",
+        target_columns=("captions",),
         metric="retrieval_recall",
         headline="mean %",
         headline_title="mean recall",
@@ -147,6 +158,8 @@ print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine simi
         flops=flop_formulas.contrastive_pair,
         text_encoder="text_model",
         collator=RetrievalCollator,
+        text_column="captions",
+        target_columns=("captions",),
         metric="retrieval_recall",
         headline="mean %",
         headline_title="mean recall",
@@ -172,3 +185,29 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"task={name!r}: expected one of {', '.join(map(repr, TASKS))}.")
     return TASKS[name]
+
+
+def task_of(config) -> tuple[Task, str]:
+    """The task of a configuration, and its model class's name: ours, or that of transformers, without the prefix.
+
+    Args:
+        config: A configuration, or whatever has its attributes `architectures` and `auto_map`.
+
+    Raises:
+        ValueError: if it names no model of a task.
+    """
+    tasks = {task.model_class.__name__.removeprefix("Madtp"): task for task in TASKS.values()}
+    tasks["CLIPModel"] = tasks["ClipModel"]  # transformers spells it so
+    # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
+    named = [
+        (getattr(config, "auto_map", None) or {}).get("AutoModel"),
+        *(getattr(config, "architectures", None) or []),
+    ]
+    for name in filter(None, named):
+        model_class = name.rpartition(".")[2]
+        if model_class.removeprefix("Madtp") in tasks:
+            return tasks[model_class.removeprefix("Madtp")], model_class
+    raise ValueError(
+        f"The configuration has architectures={getattr(config, 'architectures', None)!r}: expected one of"
+        f" {', '.join(tasks)}, or Madtp before these. Pass the configuration of a saved checkpoint."
+    )

@@ -12,8 +12,12 @@ try:
 except ImportError as error:
     raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
 
+from .benchmark import benchmark
+from .common import ManyNumbers
 from .convert import convert
+from .evaluate import evaluate
 from .index import index
+from .prune import prune
 from .push import push
 from .search import search
 
@@ -28,6 +32,7 @@ def print_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
+    cls=ManyNumbers,
     help="BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,5 +56,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, push, index, search):
+for command in (convert, prune, evaluate, benchmark, index, search, push):
     app.command(no_args_is_help=True)(command)

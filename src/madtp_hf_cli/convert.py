@@ -1,12 +1,11 @@
 """`madtp-hf convert`: an original checkpoint becomes a folder that transformers loads."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import check_out, one_message_of_errors
+from .common import check_out, one_message_of_errors, written_in_one_step
 
 
 _TOKENIZERS = {"BLIP": "bert-base-uncased", "CLIP": "openai/clip-vit-base-patch32"}
@@ -155,22 +154,10 @@ def convert(
         is_aligned = "space_dict" in content.get("model", content)
         card = create_model_card(model.config, out.name, notes=_notes(checkpoint.name, model.config, is_aligned))
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside OUT, so that it takes its place in one step.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            made, replaced = Path(scratch, "made"), Path(scratch, "replaced")
-            made.mkdir()
-            model.save_pretrained(made)
-            processor.save_pretrained(made)
-            card.save(made / "README.md")
-            if out.exists():
-                out.rename(replaced)
-            try:
-                made.rename(out)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(out)
-                raise
+        with written_in_one_step(out) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            card.save(folder / "README.md")
     typer.echo(
         f"{out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, images of {side} x {side} pixels."
     )

@@ -1,0 +1,177 @@
+"""A task's metric at each budget: predictions, score and cost of a model on rows of data."""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import DataLoader
+
+from .calibration import restored
+from .evaluation import evaluate_budgets, prepacked
+from .loading import make_batches, make_collator
+from .metrics import load_metric
+from .retrieval import score_images_and_texts
+from .tasks import TASKS
+
+
+ANSWER_TOKENS, CAPTION_TOKENS, CAPTION_BEAMS = 10, 20, 3
+CAPTION_METRICS = ("bleu", "cider", "rouge")  # what needs no Java
+SHORTLIST = 128
+TEXT_BATCH = 64  # CLIP encodes texts so many at a time
+
+
+def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_size: int = 16) -> list[dict]:
+    """Evaluate a model at several reductions of FLOPs with its task's metric.
+
+    Args:
+        model: One of this package's models, calibrated unless `reductions` is `[0]`.
+        processor: Its processor.
+        rows (`list[dict]`): As `madtp_hf.data.load_rows` gives them, with what the metric compares with.
+        reductions (`list[float]`, *optional*): By default 0 and those of the model's schedule.
+        batch_size (`int`, *optional*, defaults to 16): Samples at a time.
+
+    Returns:
+        `list[dict]`: a row for each budget: `reduction asked`, `reached`, the metric's scores (shares where the name
+        ends in "%"), `GFLOPs` of a sample and `time / dense`.
+
+    Raises:
+        ValueError: if a row has nothing to compare with, or a reduction is not in the schedule.
+    """
+    task = TASKS[model.task]
+    for row in rows:
+        if not any(row.get(name) not in (None, "", []) for name in task.target_columns):
+            raise ValueError(
+                f"{row[task.image_columns[0]]} has no {' or '.join(task.target_columns)}: expected them in each row,"
+                f" for the metric {task.metric} compares predictions with them."
+            )
+    if reductions is None:
+        reductions = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]
+    for reduction in reductions:  # before minutes of prediction
+        model.config.threshold_for(reduction)
+    results = _EVALUATE[task.metric](model, processor, rows, list(reductions), batch_size)
+    first = results[0][2]
+    return [
+        {
+            "reduction asked": cost.reduction_asked,
+            "reached": cost.reduction_reached,
+            **scores,
+            "GFLOPs": cost.gflops,
+            "time / dense": seconds / first,
+        }
+        for cost, scores, seconds in results
+    ]
+
+
+def _evaluate_predictions(model, batches, reductions, predict: Callable, score: Callable) -> list[tuple]:
+    costs = evaluate_budgets(model, batches, reductions, predict)
+    return [(cost, score(cost.predictions), cost.seconds) for cost in costs]
+
+
+def _answers(model, processor, rows, reductions, batch_size):
+    metric = load_metric(TASKS[model.task].metric)
+    # Of one true answer, all ten annotators are taken to have given it.
+    references = [list(row.get("answers") or [row["answer"]]) for row in rows]
+    references = [answers if len(answers) > 3 else (answers * 10)[:10] for answers in references]
+
+    def predict(batch):
+        inputs = batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
+        written = model.generate(*inputs, max_new_tokens=ANSWER_TOKENS)
+        return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    def score(predictions):
+        return {"accuracy %": metric.compute(predictions=predictions, references=references)["accuracy"]}
+
+    return _evaluate_predictions(model, make_batches(model, processor, rows, batch_size), reductions, predict, score)
+
+
+def _statements(model, processor, rows, reductions, batch_size):
+    metric = load_metric(TASKS[model.task].metric)
+
+    def predict(batch):
+        return model(**{name: value for name, value in batch.items() if name != "labels"}).logits.argmax(-1).tolist()
+
+    def score(predictions):
+        scores = metric.compute(predictions=predictions, references=[row["label"] for row in rows])
+        return {f"{name} %": value for name, value in scores.items()}
+
+    return _evaluate_predictions(model, make_batches(model, processor, rows, batch_size), reductions, predict, score)
+
+
+def _captions(model, processor, rows, reductions, batch_size):
+    metric, collator = load_metric(TASKS[model.task].metric), make_collator(model, processor)
+    room = model.config.text_config.max_position_embeddings - collator.prompt_ids(1).shape[1]
+
+    def predict(batch):
+        written = model.generate(
+            pixel_values=batch["pixel_values"],
+            input_ids=collator.prompt_ids(len(batch["pixel_values"])).to(model.device),
+            num_beams=CAPTION_BEAMS,
+            max_new_tokens=min(CAPTION_TOKENS, room),
+        )
+        captions = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [caption.removeprefix(collator.prompt).strip() for caption in captions]
+
+    def score(predictions):
+        references = [list(row["captions"]) for row in rows]
+        scores = metric.compute(predictions=predictions, references=references, metrics=CAPTION_METRICS)
+        shown = {name: value for name, value in scores.items() if name not in ("bleu_1", "bleu_2", "bleu_3")}
+        return {f"{name} %" if name == "bleu_4" else name: value for name, value in shown.items()}
+
+    return _evaluate_predictions(model, make_batches(model, processor, rows, batch_size), reductions, predict, score)
+
+
+def _clip_scores(model, pixel_batches, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine similarity of all images and texts, (I, T) and (T, I)."""
+
+    def normalised(features):
+        return torch.nn.functional.normalize(torch.cat([part.pooler_output.float() for part in features]), dim=-1)
+
+    images = normalised([model.get_image_features(pixels.to(model.device)) for pixels in pixel_batches])
+    texts = [part.to(model.device).split(TEXT_BATCH) for part in (input_ids, attention_mask)]
+    similarity = images @ normalised([model.get_text_features(*part) for part in zip(*texts)]).T
+    return similarity.cpu(), similarity.T.cpu()
+
+
+@torch.no_grad()
+def _retrieval(model, processor, rows, reductions, batch_size):
+    """All images against all captions; what a sample costs is that of an image and one of its captions."""
+    metric, collator = load_metric(TASKS[model.task].metric), make_collator(model, processor)
+    texts = [caption for row in rows for caption in row["captions"]]
+    starts = itertools.accumulate((len(row["captions"]) for row in rows), initial=0)
+    own = [list(range(*span)) for span in itertools.pairwise(starts)]
+    encoded = processor.tokenizer(
+        texts, padding=True, truncation=True, max_length=collator.max_length, return_tensors="pt"
+    )
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=lambda part: collator(part)["pixel_values"])
+    is_clip = TASKS[model.task].family == "CLIP"
+
+    def forward(batch):
+        names = ("input_ids", "attention_mask", "pixel_values")
+        model(**{name: batch[name] for name in names})
+        return [None] * len(batch["pixel_values"])
+
+    costs = evaluate_budgets(model, make_batches(model, processor, rows, batch_size), reductions, forward)
+    results = []
+    with restored(model), prepacked(model):
+        for cost in costs:
+            model.set_pruning(reduction=cost.reduction_asked)
+            started = time.perf_counter()
+            if is_clip:
+                scores = _clip_scores(model, loader, encoded.input_ids, encoded.attention_mask)
+            else:
+                scores = score_images_and_texts(model, loader, encoded.input_ids, encoded.attention_mask, SHORTLIST)
+            seconds = time.perf_counter() - started
+            recalls = metric.compute(predictions=scores[0].numpy(), references=own, text_to_image=scores[1].numpy())
+            named = {f"{name.replace('_recall', '')} %": value for name, value in recalls.items()}
+            shown = {name: named[name] for name in ("image_to_text@1 %", "text_to_image@1 %", "mean %")}
+            results.append((cost, shown, seconds))
+    return results
+
+
+_EVALUATE = {
+    "vqa_accuracy": _answers,
+    "nlvr2": _statements,
+    "caption_metrics": _captions,
+    "retrieval_recall": _retrieval,
+}
