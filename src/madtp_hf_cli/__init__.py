@@ -12,6 +12,8 @@ try:
 except ImportError as error:
     raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
 
+from .ask import ask
+from .caption import caption
 from .convert import convert
 from .push import push
 
@@ -49,5 +51,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, push):
+for command in (ask, caption, convert, push):
     app.command(no_args_is_help=True)(command)
