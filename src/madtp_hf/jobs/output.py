@@ -71,6 +71,16 @@ class Output:
 
         Raises: `ValueError` if the job was begun with other settings, or there is an output that is not of this job.
         """
+        try:
+            finished = self._begin(force)
+        except ValueError:
+            self._unlock()
+            raise
+        if finished is not None:
+            self._unlock()
+        return finished
+
+    def _begin(self, force: bool) -> Counts | None:
         manifest = self._read_manifest()
         if manifest is not None or force:
             self._lock()
@@ -101,6 +111,11 @@ class Output:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"Another process is writing {self.out}: wait for it, or end it first.") from None
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
 
     def _read_manifest(self) -> dict | None:
         file = self.folder / "manifest.json"
@@ -186,6 +201,7 @@ class Output:
             self.errors_file.unlink(missing_ok=True)
         self._write_manifest({"images": counts.images, "errors": counts.errors})
         self._remove_parts()
+        self._unlock()
         return counts
 
     def _good_rows(self, errors) -> Iterator[dict]:
