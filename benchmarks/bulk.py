@@ -15,7 +15,6 @@ The model is the example's for captions of digits, pruned at 0.5; what is measur
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -193,7 +192,9 @@ def run_killed(arguments: list[str], out: Path, num_parts: int, kills: int = 3) 
             raise SystemExit(
                 f"It ended before it could be killed: give more images.\n{process.communicate()[1][-2000:]}"
             )
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun's processes are sessions of their own, and outlive it.
+        for killed in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            killed.kill()
         process.communicate()
         done.append(len(list(out.with_name(out.name + ".job").glob("part-*"))))
     run(arguments)

@@ -14,7 +14,7 @@ from ..tasks import TASKS
 
 
 # Memory to use if none is given: what is quick on a CPU, where larger batches gain nothing, and a share of a GPU's.
-CPU_MEMORY, GPU_SHARE = 2**30, 0.25
+CPU_MEMORY, GPU_SHARE = 2 * 2**30, 0.25
 MAX_BATCH = 256
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROWS_PER_PART = 256
 _ROWS_PER_GROUP = 2**14  # of a parquet file
 
@@ -99,16 +104,24 @@ class Output:
         return None
 
     def _lock(self) -> None:
-        """Let no other job write here while this process lives; what it starts does not keep the lock."""
+        """Let no other job write here while this process lives, or one that joined; what they start keeps no lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # Windows
+        # All of the file, so that nobody else has any of it; then its first byte, so that others can join.
+        self._take_lock(0, 0)
+        if fcntl is not None:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 0, 1)
+
+    def join(self, process_index: int) -> None:
+        """Take part in a job that the first process has begun."""
+        self._take_lock(1, process_index)
+
+    def _take_lock(self, length: int, first: int) -> None:
+        if fcntl is None:
             return
         if self._lock_file is None:
-            self._lock_file = open(self.folder / "lock", "w")  # open as long as the process lives
+            self._lock_file = open(self.folder / "lock", "a")  # open as long as the process lives
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
         except OSError:
             raise ValueError(f"Another process is writing {self.out}: wait for it, or end it first.") from None
 

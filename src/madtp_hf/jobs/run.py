@@ -163,6 +163,8 @@ def run_job(
         raise problem
     if finished is not None:
         return Summary(finished.images, finished.errors, 0, 0.0) if state.is_main_process else None
+    if not state.is_main_process:
+        output.join(state.process_index)
     began, missing = time.perf_counter(), output.missing_parts()
     left = sum(stop - start for start, stop in map(output.part_rows, missing))
     state.wait_for_everyone()  # all have seen the same parts missing, before any is written
