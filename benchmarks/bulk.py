@@ -5,8 +5,8 @@
 
 The model is the example's for captions of digits, pruned at 0.5; what is measured is the job around it.
 
-- `bad_images`: of many small images 37 are broken or odd, in different ways. Every readable one has its own caption, each in a
-  file of its own; the rest are listed.
+- `bad_images`: of many small images 37 are broken or odd, in different ways. Every readable one has its own caption,
+  each in a file of its own; the rest are listed.
 - `memory`: the peak of all processes' resident memory, at many images and at few.
 - `killed`: kill -9 three times, then to the end: the same file, byte for byte, as without; in one process and in two.
 - `ray`: the same rows from examples/caption_with_ray.py with two workers.
@@ -54,7 +54,7 @@ def _scenes(number: int) -> list[Image.Image]:
 
 
 def make_images(folder: Path, number: int) -> tuple[set[str], set[str]]:
-    """Write `number` images, the 37 odd ones among them; returns the paths of the readable and of the unreadable ones."""
+    """Write `number` images, 37 odd ones among them; returns the paths of the readable and of the unreadable ones."""
     scenes = _scenes(200)
     odd = {**odd_images(scenes[0]), **broken_images(scenes[0])}
     readable, unreadable = set(), set()

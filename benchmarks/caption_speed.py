@@ -1,12 +1,13 @@
 """Captions a second: `madtp-hf caption` against transformers' pipeline("image-text-to-text") on the same files.
 
     python benchmarks/caption_speed.py --output benchmarks/results/caption_speed.json
-    python benchmarks/caption_speed.py --size tiny --images 8 --calibration_images 8 --pipeline_batches 1 4   # does it run?
+    python benchmarks/caption_speed.py --size tiny --images 8 --calibration_images 8 --pipeline_batches 1 4   # a try
 
-BLIP-base with random weights, crops of photographs as JPEG files, captions of exactly 10 tokens, greedy and with 3 beams. Timed is
-what a user waits for once a model is loaded: reading, resizing, generating, writing. `pipeline` is transformers' at its defaults,
-one image at a time; `pipeline-best` at the batch size that is its best here, found first on a part of the images; `off`, `0.5` and
-`0.8` are the job behind `madtp-hf caption` at its defaults, pruned to these reductions. Each round times every run once.
+BLIP-base with random weights, crops of photographs as JPEG files, captions of exactly 10 tokens, greedy and with 3
+beams. Timed is what a user waits for once a model is loaded: reading, resizing, generating, writing. `pipeline` is
+transformers' at its defaults, one image at a time; `pipeline-best` at the batch size that is its best here, found first on
+a part of the images; `off`, `0.5` and `0.8` are the job behind `madtp-hf caption` at its defaults, pruned to these
+reductions. Each round times every run once.
 """
 
 import argparse

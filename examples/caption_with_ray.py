@@ -3,8 +3,8 @@
     python examples/caption_with_ray.py org/blip-madtp photos/ captions.jsonl --reduction 0.5 --workers 2
     python examples/caption_with_ray.py org/blip-madtp "s/train-{000..099}.tar" captions.parquet --workers 8 --gpus 1
 
-Ray reads and resizes images in tasks of its own, and keeps a model in each of `--workers` actors. A row that can't be read is one
-with an error; it is listed beside the output. Every machine has to see IMAGES under the same path.
+Ray reads and resizes images in tasks of its own, and keeps a model in each of `--workers` actors. A row that can't be
+read is one with an error; it is listed beside the output. Every machine has to see IMAGES under the same path.
 """
 
 import argparse

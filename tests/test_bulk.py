@@ -1,4 +1,4 @@
-"""`madtp-hf caption` and `madtp-hf ask`: what they read, what they write, and that neither a bad image nor a kill costs anything."""
+"""`madtp-hf caption` and `madtp-hf ask`: what they read and write, and that no bad image and no kill costs a row."""
 
 import io
 import json

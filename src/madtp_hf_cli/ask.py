@@ -39,7 +39,7 @@ def ask(
     max_pixels: bulk.MaxPixels = None,
     force: bulk.Force = False,
 ) -> None:
-    """Answer every question. Stopped or killed, the same command goes on; unreadable images are listed, and stop nothing.
+    """Answer every question. Stopped or killed, the same command goes on; unreadable images are listed.
 
     Example: madtp-hf ask org/blip-vqa-madtp questions.jsonl answers.parquet --reduction 0.5
     """

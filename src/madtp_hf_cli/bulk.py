@@ -46,7 +46,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(task: str, model: str, images: str, out: Path, options: dict, question: str | None = None) -> None:
-    """Run a job of `task`, `"captioning"` or `"vqa"`, with the command's options by their names, and print its last line."""
+    """Run a job of `task`, `"captioning"` or `"vqa"`, with the command's options by name, and print its last line."""
     try:
         with one_message_of_errors():
             summary, output = _run(task, model, images, out, options, question)

@@ -37,7 +37,7 @@ def caption(
     max_pixels: bulk.MaxPixels = None,
     force: bulk.Force = False,
 ) -> None:
-    """Caption every image. Stopped or killed, the same command goes on; unreadable images are listed, and stop nothing.
+    """Caption every image. Stopped or killed, the same command goes on; unreadable images are listed.
 
     Example: madtp-hf caption org/blip-madtp photos/ captions.parquet --reduction 0.5
     """

@@ -23,8 +23,8 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 class Generation:
     """How texts are written; fields as in `GenerationConfig`.
 
-    reduction: the budget to prune to, by the checkpoint's schedule; as the checkpoint is configured if None. prompt: what
-        captions go on from; it is left out of the output.
+    reduction: the budget to prune to, by the checkpoint's schedule; as the checkpoint is configured if None. prompt:
+        what captions go on from; it is left out of the output.
     """
 
     reduction: float | None = None
@@ -67,7 +67,8 @@ class ImageToText:
     """Writes a caption of each image, or an answer to the question about it.
 
     Args:
-        source (`str` or `Path`): a pruned checkpoint, or a BLIP model of transformers for the task: a folder or Hub id.
+        source (`str` or `Path`): a pruned checkpoint, or a BLIP model of transformers for the task: a folder or Hub
+            id.
         task (`str`): `"captioning"` or `"vqa"`.
         generation (`Generation`): how texts are written.
         device, dtype: where to run and in which type; a GPU in bfloat16 if there is one, else the CPU in float32.

@@ -1,9 +1,10 @@
 """A job's output: written part by part so that it can go on after a stop, and put together at the end.
 
-Beside `captions.parquet` stands the folder `captions.parquet.job` with `manifest.json`, the job's settings, and a file for each
-finished part, `part-00000.jsonl`. Which rows are in a part is fixed, and a part appears as a whole or not at all: what is
-missing is what is left to do, whichever process does it. At the end parts become the output, and those of their rows that
-could not be read `captions.errors.jsonl`. Of the folder the manifest stays, by which a finished job is known.
+Beside `captions.parquet` stands the folder `captions.parquet.job` with `manifest.json`, the job's settings, and a file
+for each finished part, `part-00000.jsonl`. Which rows are in a part is fixed, and a part appears as a whole or not at
+all: what is missing is what is left to do, whichever process does it. At the end parts become the output, and those of
+their rows that could not be read `captions.errors.jsonl`. Of the folder the manifest stays, by which a finished job is
+known.
 """
 
 import json
@@ -72,7 +73,9 @@ class Output:
         return part * self.rows_per_part, min((part + 1) * self.rows_per_part, self.num_rows)
 
     def begin(self, force: bool = False) -> Counts | None:
-        """Start the job, or go on with it; by one process only. Returns the counts of a job that is finished, else None.
+        """Start the job, or go on with it; by one process only.
+
+        Returns: the counts of a job that is finished, else None.
 
         Raises: `ValueError` if the job was begun with other settings, or there is an output that is not of this job.
         """

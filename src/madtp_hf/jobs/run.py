@@ -26,8 +26,8 @@ _PATIENCE = timedelta(days=365)
 class Batch:
     """Rows that follow each other: those with an image, and those without, with the reason.
 
-    rows: "row", "key" and, where there is one, "question" of each image. pixels: (len(rows), 3, height, width) uint8. errors:
-    the same of rows without an image, and "error". part: which part of the output they are in.
+    rows: "row", "key" and, where there is one, "question" of each image. pixels: (len(rows), 3, height, width) uint8.
+    errors: the same of rows without an image, and "error". part: which part of the output they are in.
     """
 
     part: int
@@ -214,8 +214,8 @@ def _run_parts(batches, write_texts, output: Output, todo: list, workers: int | 
         if "DataLoader worker" not in str(error):
             raise
         raise OSError(
-            f"A process that reads images was killed ({str(error).splitlines()[0]}); finished parts are kept. Run the same"
-            " command again, with fewer --workers if memory was short."
+            f"A process that reads images was killed ({str(error).splitlines()[0]}); finished parts are kept. Run"
+            " the same command again, with fewer --workers if memory was short."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Where a job's images and questions come from: a folder, a list, parquet files, WebDataset tars or a `datasets` data set.
+"""Where a job's rows come from: a folder, a list, parquet files, WebDataset tars or a `datasets` data set.
 
-Each source has a length, gives the rows of any range in order, and has a fingerprint that changes when its rows do. It keeps
-at most one string a row in memory; files are opened, and images read, only when their range is asked for.
+Each source has a length, gives the rows of any range in order, and has a fingerprint that changes when its rows do. It
+keeps at most one string a row in memory; files are opened, and images read, only when their range is asked for.
 """
 
 import csv
@@ -27,8 +27,8 @@ _LISTS = (".txt", ".jsonl", ".csv", ".tsv")
 class Row:
     """One image, and the question about it if the source has one.
 
-    index: which row of the source it is, from 0. key: what the row is called in the output. image: a path, or the bytes of an
-    image file; None if the row has none.
+    index: which row of the source it is, from 0. key: what the row is called in the output. image: a path, or the
+    bytes of an image file; None if the row has none.
     """
 
     index: int
@@ -84,15 +84,16 @@ def open_source(images, columns: Columns = Columns(), split: str | None = None, 
     """Find out what `images` is, and open it.
 
     Args:
-        images (`str` or `Path`): a folder of images, tars or parquet files, or one that `datasets` saved; a list of images
-            (`.txt`, `.jsonl`, `.csv`, `.tsv`); parquet files or tars, also by a pattern such as `train-{000..099}.tar` or
-            `data/*.parquet`; else the id of a data set on the Hub.
+        images (`str` or `Path`): a folder of images, tars or parquet files, or one that `datasets` saved; a list of
+            images (`.txt`, `.jsonl`, `.csv`, `.tsv`); parquet files or tars, also by a pattern such as
+            `train-{000..099}.tar` or `data/*.parquet`; else the id of a data set on the Hub.
         columns (`Columns`): what the columns of a table are called.
         split (`str`, *optional*): the split of a data set with several.
-        image_root (`str` or `Path`, *optional*): what relative paths in a list or table are relative to, by default the
-            folder of the list.
+        image_root (`str` or `Path`, *optional*): what relative paths in a list or table are relative to, by default
+            the folder of the list.
 
-    Returns: a source with `len`, `rows(start, stop)`, `fingerprint` and `root`, the folder that keys are relative to, if any.
+    Returns: a source with `len`, `rows(start, stop)`, `fingerprint` and `root`, the folder that keys are relative to,
+        if any.
 
     Raises: `ValueError` or `OSError` for what is none of these, or holds no image.
     """
@@ -134,11 +135,12 @@ def _open_folder(path: Path, columns: Columns, split: str | None, root: Path | N
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder` of all that is named like an image, in a fixed order; links to folders are not followed."""
+    """Paths relative to `folder` of all that is named like an image, in a fixed order; follows no links to folders."""
     suffixes = image_suffixes()
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        # A folder or a link to nowhere that is named like an image is listed as unreadable: nothing is passed over in silence.
+        # A folder or a link to nowhere that is named like an image is listed as unreadable: nothing is passed over in
+        # silence.
         for name in sorted(files + folders):
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("._"):
                 yield os.path.relpath(os.path.join(parent, name), folder)
@@ -316,7 +318,10 @@ class ParquetSource:
 
 
 class TarSource:
-    """Images in uncompressed tars, read where they lie; a sample's `.txt`, or its `.json`'s "question", is its question."""
+    """Images in uncompressed tars, read where they lie.
+
+    A sample's question is its `.txt`, or "question" in its `.json`.
+    """
 
     root = None
 
