@@ -34,6 +34,7 @@ from madtp_hf.data.digit_scenes import draw_scenes
 
 
 ROOT = Path(__file__).parents[1]
+CHECKS = ("bad_images", "killed", "ray")
 OPTIONS = ("--reduction", "0.5", "--max_new_tokens", "6")
 
 
@@ -156,7 +157,7 @@ def command(*arguments, processes: int = 1) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_raylet_start_wait_time_s": "300"}
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -245,36 +246,41 @@ def check_ray(model: Path, work: Path, images: Path) -> dict:
     return {"workers": 2, "same rows": out.read_bytes() == (work / "whole.jsonl").read_bytes()}
 
 
+def report(results: dict, output: Path | None) -> None:
+    """Print results, and put them among those in the file."""
+    print(json.dumps(results, indent=2), flush=True)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(output.read_text()) if output.is_file() else {}
+        output.write_text(json.dumps({**before, **results}, indent=2) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10000, help="how many, in the large folder")
     parser.add_argument("--fewer", type=int, default=1000, help="how many, in the small one")
     parser.add_argument("--resumed", type=int, default=2000, help="how many, in the runs that are killed")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, help="`ray` needs `killed`")
+    parser.add_argument("--output", type=Path, help="others' results in this file stay")
     args = parser.parse_args()
     with TemporaryDirectory() as work:
         work = Path(work)
         make_model(work / "model")
-        _, few_peak = check_bad_images(work / "model", work, args.fewer)
-        bad_images, peak = check_bad_images(work / "model", work, args.images)
-        results = {
-            "bad_images": bad_images,
-            "memory": {
+        if "bad_images" in args.only:
+            _, few_peak = check_bad_images(work / "model", work, args.fewer)
+            bad_images, peak = check_bad_images(work / "model", work, args.images)
+            memory = {
                 f"MiB at {args.fewer} images": round(few_peak / 2**20),
                 f"MiB at {args.images} images": round(peak / 2**20),
                 "ratio": round(peak / few_peak, 3),
-            },
-        }
-        print(json.dumps(results, indent=2), flush=True)
+            }
+            report({"bad_images": bad_images, "memory": memory}, args.output)
         images = work / "images-killed"
-        make_images(images, args.resumed)
-        results["killed"] = check_kills(work / "model", work, images, args.resumed)
-        print(json.dumps(results["killed"], indent=2), flush=True)
-        results["ray"] = check_ray(work / "model", work, images)
-        print(json.dumps(results["ray"], indent=2), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        if "killed" in args.only:
+            make_images(images, args.resumed)
+            report({"killed": check_kills(work / "model", work, images, args.resumed)}, args.output)
+        if "ray" in args.only:
+            report({"ray": check_ray(work / "model", work, images)}, args.output)
 
 
 if __name__ == "__main__":

@@ -338,12 +338,12 @@ def test_help_fits_a_screen():
 # Going on after a stop
 
 
-def start(arguments, processes=1):
+def start(arguments, processes=1, **environment):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -435,6 +435,8 @@ def test_ray_gives_the_same_rows(models, many, tmp_path):
     images, whole = many
     script = ROOT / "examples" / "caption_with_ray.py"
     out = tmp_path / "c.jsonl"
-    printed = finish(start([script, models["captioning"], images, out, *OPTIONS, "--workers", 2]))
+    # Ray keeps files in the home folder, and takes its time on a machine that has other things to do.
+    environment = {"HOME": str(tmp_path), "RAY_raylet_start_wait_time_s": "120"}
+    printed = finish(start([script, models["captioning"], images, out, *OPTIONS, "--workers", 2], **environment))
     assert "699 images, 1 errors" in printed
     assert out.read_bytes() == whole.read_bytes()

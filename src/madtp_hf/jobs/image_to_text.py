@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoProcessor
 from ..tasks import TASKS
 
 
-# Memory to use if none is given: what is quick on a CPU, where larger batches gain nothing, and a share of a GPU's.
+# Memory to use if none is given: what is quick on a CPU, and a share of a GPU's. Larger batches gain nothing on a CPU,
+# and large blocks of memory, of another size in each batch, leave gaps between them.
 CPU_MEMORY, GPU_SHARE = 2 * 2**30, 0.25
-MAX_BATCH = 256
+MAX_BATCH = {"cpu": 32, "cuda": 256}
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -152,7 +153,7 @@ class ImageToText:
         return [text.strip() for text in tokenizer.batch_decode(ids[:, written:], skip_special_tokens=True)]
 
     def batch_size(self, memory: int | None = None) -> int:
-        """How many images fit into so many bytes beside the model: a power of two, at most `MAX_BATCH`."""
+        """How many images fit into so many bytes beside the model: a power of two, within `MAX_BATCH`."""
         if memory is None:
             memory = CPU_MEMORY
             if self.device.type == "cuda":
@@ -165,7 +166,7 @@ class ImageToText:
         kept = 2 * text.num_hidden_layers * text.hidden_size
         decoder = kept * tokens + self.generation.num_beams * (kept * length + 4 * text.vocab_size)
         size = torch.finfo(self.dtype).bits // 8 * (encoder + decoder)
-        return 2 ** max(0, min(MAX_BATCH, memory // size).bit_length() - 1)
+        return 2 ** max(0, min(MAX_BATCH.get(self.device.type, 256), memory // size).bit_length() - 1)
 
 
 def _load(source, task: str, dtype: torch.dtype):
