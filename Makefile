@@ -8,6 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: install demo demo-all test test-all docs docs-serve test-matrix test-mixins test-wheel lint format cards dense \
 	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 	bench bench-any-budget bench-budgets bench-clip bench-selection clean
+	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 
 install: .venv/.installed
 

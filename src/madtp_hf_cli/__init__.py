@@ -12,7 +12,9 @@ try:
 except ImportError as error:
     raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
 
+from .ask import ask
 from .benchmark import benchmark
+from .caption import caption
 from .common import ManyNumbers
 from .convert import convert
 from .evaluate import evaluate
@@ -56,5 +58,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, prune, evaluate, benchmark, index, search, push):
+for command in (convert, prune, evaluate, benchmark, caption, ask, index, search, push):
     app.command(no_args_is_help=True)(command)

@@ -16,7 +16,7 @@ from transformers.models.blip.modeling_blip_text import (
 
 from .configuration_madtp_blip import MadtpBlipConfig
 from .encoder import BranchOutput
-from .madtp_blip_decoder import CACHE_ARGUMENT, cross_attention_cache, cross_attention_mask
+from .madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache, cross_attention_mask
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
 from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment
@@ -162,8 +162,12 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             raise ValueError(
                 f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind. Expected None, which caches as it grows."
             )
+        states = None
         if setting("use_cache") is not False and generate_kwargs.get(CACHE_ARGUMENT) is None:
             generate_kwargs["use_cache"] = True
+            if TAKES_FINISHED_MASKS:
+                # With keys and values cached, nobody reads states: one each, or `generate` would repeat them all for each beam.
+                states = encoded.class_states.unsqueeze(1)
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.sequences
             )
@@ -172,7 +176,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return self.text_decoder.generate(
             input_ids=input_ids,
             generation_config=generation_config,
-            encoder_hidden_states=encoded.hidden_states,
+            encoder_hidden_states=encoded.hidden_states if states is None else states,
             encoder_attention_mask=cross_attention_mask(encoded.mask) if masked else None,
             **generate_kwargs,
         )

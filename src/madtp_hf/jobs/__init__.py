@@ -1,0 +1,28 @@
+"""Captions and answers in bulk: what `madtp-hf caption` and `madtp-hf ask` are made of."""
+
+from .image_to_text import Generation, ImageToText, parse_memory, prepare
+from .images import UnreadableImage, read_rgb
+from .output import Counts, Output
+from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
+from .sources import Columns, Row, open_source
+
+
+__all__ = [
+    "Batch",
+    "Columns",
+    "Counts",
+    "Generation",
+    "ImageToText",
+    "Output",
+    "PreparedBatches",
+    "Row",
+    "Summary",
+    "UnreadableImage",
+    "finish_batch",
+    "open_source",
+    "parse_memory",
+    "places",
+    "prepare",
+    "read_rgb",
+    "run_job",
+]

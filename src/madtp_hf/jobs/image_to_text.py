@@ -1,0 +1,189 @@
+"""A model that writes captions or answers for batches of prepared images."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+
+from ..tasks import TASKS
+
+
+# Memory to use if none is given: what is quick on a CPU, and a share of a GPU's. Larger batches gain nothing on a CPU,
+# and large blocks of memory, of another size in each batch, leave gaps between them.
+CPU_MEMORY, GPU_SHARE = 2 * 2**30, 0.25
+MAX_BATCH = {"cpu": 32, "cuda": 256}
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How texts are written; fields as in `GenerationConfig`.
+
+    reduction: the budget to prune to, by the checkpoint's schedule; as the checkpoint is configured if None. prompt:
+        what captions go on from; it is left out of the output.
+    """
+
+    reduction: float | None = None
+    prompt: str | None = None
+    max_new_tokens: int = 30
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def generate_kwargs(self) -> dict:
+        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.do_sample else {}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        return {"num_beams": self.num_beams, "do_sample": self.do_sample, **given}
+
+
+def prepare(image: Image.Image, image_processor) -> np.ndarray:
+    """Resize an RGB image as the image processor does -> uint8 (3, height, width); `ImageToText` normalises it.
+
+    Bytes are a quarter of what normalised pixels are: that much less goes from process to process.
+    """
+    pixels = image_processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
+    return np.ascontiguousarray(pixels[0], dtype=np.uint8)
+
+
+def parse_memory(text: str) -> int:
+    """`"2GB"`, `"500 MiB"` or `"2e9"` -> bytes, in units of 1024."""
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?\s*", text, re.IGNORECASE)
+    try:
+        size = int(float(match[1]) * _UNITS[match[2].lower()])
+    except (TypeError, ValueError):
+        size = 0
+    if size <= 0:
+        raise ValueError(f"--memory {text}: expected a size, such as 2GB or 500MB.")
+    return size
+
+
+class ImageToText:
+    """Writes a caption of each image, or an answer to the question about it.
+
+    Args:
+        source (`str` or `Path`): a pruned checkpoint, or a BLIP model of transformers for the task: a folder or Hub
+            id.
+        task (`str`): `"captioning"` or `"vqa"`.
+        generation (`Generation`): how texts are written.
+        device, dtype: where to run and in which type; a GPU in bfloat16 if there is one, else the CPU in float32.
+
+    Raises: `ValueError` for a model of another task, a reduction that it isn't calibrated for, or a prompt too long;
+        `OSError` if there is no such model.
+    """
+
+    def __init__(self, source, task: str, generation: Generation = Generation(), device=None, dtype=None):
+        self.task, self.generation = task, generation
+        # Of several processes on one machine, each has a GPU of its own.
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
+        self.dtype = getattr(torch, dtype or ("float32" if self.device.type == "cpu" else "bfloat16"))
+        self.model = _load(source, task, self.dtype)
+        if generation.reduction is not None:
+            self.model.set_pruning(reduction=generation.reduction)
+        self.processor = AutoProcessor.from_pretrained(source)
+        self.fingerprint = _digest(self.model)
+        self.model.to(self.device).eval().prepack_for_inference()
+        image_processor = self.processor.image_processor
+        self._scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        normalises = image_processor.do_normalize
+        self._mean, self._std = (
+            torch.tensor(values if normalises else [other] * 3, device=self.device)[:, None, None]
+            for values, other in ((image_processor.image_mean, 0.0), (image_processor.image_std, 1.0))
+        )
+        self._prompt, room = None, self.model.config.text_config.max_position_embeddings - 1
+        if generation.prompt:
+            self._prompt = self.processor.tokenizer(generation.prompt, return_tensors="pt").input_ids.to(self.device)
+            room -= self._prompt.shape[1] - 2
+        if room < 1:
+            raise ValueError(f"The prompt {generation.prompt!r} leaves the decoder no room: expected a shorter one.")
+        self.max_new_tokens = min(generation.max_new_tokens, room)
+
+    def pixel_values(self, pixels: np.ndarray) -> torch.Tensor:
+        """uint8 (B, 3, H, W), as `prepare` gives them -> normalised, on the model's device and in its type."""
+        pixels = torch.from_numpy(pixels).to(self.device).float()
+        return pixels.mul_(self._scale).sub_(self._mean).div_(self._std).to(self.dtype)
+
+    @torch.no_grad()
+    def __call__(self, pixels: np.ndarray, questions: list[str] | None = None, first: int = 0) -> list[str]:
+        """Write a text for each image.
+
+        Args:
+            pixels (`numpy.ndarray` of shape `(batch_size, 3, height, width)`, uint8): images, as `prepare` gives them.
+            questions (`list[str]`, *optional*): one for each image, of a model that answers.
+            first (`int`): the number of the first row, which sampling is seeded with.
+        """
+        if not len(pixels):
+            return []
+        try:
+            return self._write(pixels, questions, first)
+        except torch.cuda.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(pixels) // 2
+        parts = slice(None, half), slice(half, None)
+        return [
+            text
+            for part in parts
+            for text in self(pixels[part], None if questions is None else questions[part], first + (part.start or 0))
+        ]
+
+    def _write(self, pixels, questions, first: int) -> list[str]:
+        tokenizer, inputs, written = self.processor.tokenizer, {}, 1
+        if self.task == "vqa":
+            longest = self.model.config.text_config.max_position_embeddings
+            texts = tokenizer(questions, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            inputs = {name: texts[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        elif self._prompt is not None:
+            inputs = {"input_ids": self._prompt.expand(len(pixels), -1)}
+            written = self._prompt.shape[1] - 1
+        settings = self.generation.generate_kwargs()
+        if self.generation.do_sample:
+            torch.manual_seed(self.generation.seed + first)
+        ids = self.model.generate(
+            pixel_values=self.pixel_values(pixels), max_new_tokens=self.max_new_tokens, **inputs, **settings
+        )
+        return [text.strip() for text in tokenizer.batch_decode(ids[:, written:], skip_special_tokens=True)]
+
+    def batch_size(self, memory: int | None = None) -> int:
+        """How many images fit into so many bytes beside the model: a power of two, within `MAX_BATCH`."""
+        if memory is None:
+            memory = CPU_MEMORY
+            if self.device.type == "cuda":
+                memory = int(GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory)
+        vision, text = self.model.config.vision_config, self.model.config.text_config
+        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+        # The widest moment of an encoder layer: states, queries, keys and values, and the feed-forward's two.
+        encoder = tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size)
+        length = self.max_new_tokens + (0 if self._prompt is None else self._prompt.shape[1])
+        kept = 2 * text.num_hidden_layers * text.hidden_size
+        decoder = kept * tokens + self.generation.num_beams * (kept * length + 4 * text.vocab_size)
+        size = torch.finfo(self.dtype).bits // 8 * (encoder + decoder)
+        return 2 ** max(0, min(MAX_BATCH.get(self.device.type, 256), memory // size).bit_length() - 1)
+
+
+def _load(source, task: str, dtype: torch.dtype):
+    """The model of a checkpoint for `task`, ours or transformers' BLIP."""
+    config, model_class = AutoConfig.from_pretrained(source), TASKS[task].model_class
+    named = (config.architectures or ["a model without architectures"])[0]
+    if named == model_class.__name__:
+        return model_class.from_pretrained(source, dtype=dtype)
+    if named in [dense.__name__ for dense in model_class._dense_classes]:
+        return model_class.from_blip(source, dtype=dtype)
+    raise ValueError(f"{source} is {named}: expected a checkpoint of {model_class.__name__}.")
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """A digest of a model's parameters, which tells whether a job goes on with the model that it began with."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
