@@ -13,6 +13,7 @@ except ImportError as error:
     raise ImportError("The `madtp-hf` command needs typer: pip install 'madtp_hf[cli]'.") from error
 
 from .convert import convert
+from .export import export
 from .push import push
 
 
@@ -49,5 +50,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, push):
+for command in (convert, export, push):
     app.command(no_args_is_help=True)(command)
