@@ -9,6 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 	bench bench-any-budget bench-budgets bench-clip bench-selection clean
+	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 
 install: .venv/.installed
 

@@ -151,6 +151,14 @@ AUTO_CLASSES = {
 }
 
 
+PIPELINES = {
+    "vqa": "visual-question-answering",
+    "captioning": "image-to-text",
+    "nlvr2": "images-and-text-classification",
+    "retrieval": "image-text-retrieval",
+}
+
+
 def test_the_whole_way_of_every_task(processor, tmp_path):
     """transformers' BLIP on disk -> ours -> calibrated -> saved -> loaded, all of it, where this package is not."""
     expected, inputs = {}, {}
@@ -184,7 +192,7 @@ def test_the_whole_way_of_every_task(processor, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         assert config["architectures"] == [type(model).__name__] and config["model_type"] == "madtp_blip"
         assert set(config["auto_map"]) == {"AutoConfig", *auto_classes}
-        assert (config.get("custom_pipelines") is not None) == (task == "vqa")
+        assert set(config["custom_pipelines"]) == {PIPELINES[task]}
 
         inputs[task] = {name: value for name, value in batches[0].items() if name != "labels" or task == "vqa"}
         with torch.no_grad():

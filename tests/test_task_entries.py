@@ -21,7 +21,7 @@ def test_an_entry_fits_its_model(name):
     model = make_task_model(name)
     assert task.name == name and type(model) is task.model_class and model.task == name
     assert {task.auto_class, "AutoModel"} <= set(model.config.auto_map)
-    assert task.has_pipeline == bool(getattr(model.config, "custom_pipelines", None))
+    assert set(model.config.custom_pipelines) == {task.pipeline} and task.pipeline_call.format(text='"so"')
     assert model.can_generate() == (task.decoder_inputs is not None)
     assert hasattr(model, "text_encoder") == (task.text_encoder is not None)
     assert task.metric in METRICS

@@ -47,7 +47,14 @@ _ALONGSIDE = (
     "LICENSE.txt",
     "NOTICE",
     "results.json",
+    "handler.py",
+    "requirements.txt",
 )
+# What an Inference Endpoint needs beside a checkpoint: what answers its requests, and a transformers that knows the checkpoint.
+_HANDLER = {
+    "handler.py": Path(__file__).with_name("endpoint_handler.py").read_bytes,
+    "requirements.txt": lambda: b"transformers>=5.0\n",
+}
 _PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # those that README.md links to
 _LINK = re.compile(r"""\]\(<?(?:\./)?([^)>\s]+)|\b(?:src|href)=["'](?:\./)?([^"']+)""")  # of Markdown, or HTML in it
 # What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put there are not.
@@ -80,6 +87,7 @@ def push_checkpoint(
     base_model: str | None = None,
     license: str | None = None,
     datasets: str | list[str] | None = None,
+    handler: bool = False,
 ) -> str:
     """Publish a model and its processor, with code and model card, as a repository that `AutoModel` and `pipeline` load.
 
@@ -97,6 +105,7 @@ def push_checkpoint(
         revision: The branch to commit to, made if there is none; by default `"main"`.
         dry_run: Print what would go up, and touch nothing. It needs no token.
         base_model, license, datasets: For the card's metadata, as the Hub names them.
+        handler: Add what a Hugging Face Inference Endpoint runs, a handler.py, and its requirements.txt.
 
     Returns:
         The repository's address.
@@ -136,7 +145,7 @@ def push_checkpoint(
             ) from error
         metadata = {"base_model": base_model, "license": license, "datasets": datasets}
         return _push(
-            Path(folder), files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run
+            Path(folder), files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run, handler
         )
 
 
@@ -153,6 +162,7 @@ def push_folder(
     base_model: str | None = None,
     license: str | None = None,
     datasets: str | list[str] | None = None,
+    handler: bool = False,
 ) -> str:
     """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it; see [`push_checkpoint`].
 
@@ -171,7 +181,9 @@ def push_folder(
         files = find_checkpoint_files(folder)
         repo_id = check_name(repo_id, token, dry_run)
         metadata = {"base_model": base_model, "license": license, "datasets": datasets}
-        return _push(folder, files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run)
+        return _push(
+            folder, files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run, handler
+        )
 
 
 def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
@@ -185,8 +197,23 @@ def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
     return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
-def _push(folder, names, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run) -> str:
+def save_handler(folder: str | os.PathLike) -> None:
+    """Write what a Hugging Face Inference Endpoint needs into a checkpoint's folder: handler.py and requirements.txt.
+
+    Files of these names that are there already stay as they are. `push_folder` takes them along.
+    """
+    find_checkpoint_files(folder)  # an error where there is no checkpoint
+    for name, content in _HANDLER.items():
+        if not Path(folder, name).exists():
+            Path(folder, name).write_bytes(content())
+
+
+def _push(
+    folder, names, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run, handler
+) -> str:
     files = {name: folder / name for name in names}
+    if handler:
+        files = {**{name: content() for name, content in _HANDLER.items()}, **files}
     if "README.md" not in files:
         files |= _make_files(folder, repo_id, metrics, **metadata)
     elif metrics is not None or any(value is not None for value in metadata.values()):

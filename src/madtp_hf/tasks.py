@@ -53,7 +53,12 @@ class Task:
     decoder_inputs: str | None = (
         None  # the argument of `forward` where the decoder's start token goes; None without one
     )
-    has_pipeline: bool = False  # brought by checkpoints
+    pipeline_call: str | None = None  # of the pipeline that checkpoints bring, with {text} in place of a text
+
+    @property
+    def pipeline(self) -> str | None:
+        """The name by which `transformers.pipeline` knows the pipeline that checkpoints bring; None without one."""
+        return self.model_class._task_pipeline and self.model_class._task_pipeline[0]
 
 
 _INPUTS = """image = Image.open("image.jpg").convert("RGB")
@@ -73,7 +78,7 @@ _ENTRIES = (
         headline="accuracy %",
         headline_title="accuracy",
         auto_class="AutoModelForVisualQuestionAnswering",
-        has_pipeline=True,
+        pipeline_call='ask(image="image.jpg", question={text})',
         original_parts=("text_encoder", "text_decoder"),
         title="question answering",
         what="answers questions about images",
@@ -94,6 +99,7 @@ _ENTRIES = (
         headline="bleu_4 %",
         headline_title="BLEU-4",
         auto_class="AutoModelForImageTextToText",
+        pipeline_call='caption("image.jpg", prompt={text}, generate_kwargs={{"num_beams": 3}})',
         original_parts=("text_decoder",),
         title="captioning",
         what="writes captions of images",
@@ -118,6 +124,7 @@ _ENTRIES = (
         headline="accuracy %",
         headline_title="accuracy",
         auto_class="AutoModel",
+        pipeline_call='judge(images=["left.jpg", "right.jpg"], text={text})',
         original_parts=("text_encoder", "cls_head"),
         title="visual reasoning",
         what="tells whether a sentence about two images is true",
@@ -141,6 +148,7 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
         headline="mean %",
         headline_title="mean recall",
         auto_class="AutoModel",
+        pipeline_call='match(image="image.jpg", text=[{text}, "something else"])',
         original_parts=("text_encoder", "vision_proj", "text_proj", "itm_head"),
         title="retrieval",
         what="matches images and texts",

@@ -18,6 +18,7 @@ from .caption import caption
 from .common import ManyNumbers
 from .convert import convert
 from .evaluate import evaluate
+from .export import export
 from .index import index
 from .prune import prune
 from .push import push
@@ -58,5 +59,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, prune, evaluate, benchmark, caption, ask, index, search, push):
+for command in (convert, prune, evaluate, benchmark, caption, ask, index, search, export, push):
     app.command(no_args_is_help=True)(command)

@@ -20,6 +20,9 @@ def push(
         Path | None,
         typer.Option(metavar="JSON", help="The numbers for the model card; FOLDER's results.json if not given."),
     ] = None,
+    handler: Annotated[
+        bool, typer.Option("--handler", help="Add the handler.py that Hugging Face Inference Endpoints run.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would go up, and do nothing. Needs no token.")
     ] = False,
@@ -72,6 +75,7 @@ def push(
             revision=revision,
             commit_message=message,
             dry_run=dry_run,
+            handler=handler,
         )
         urls = [url]
         if space is not None:

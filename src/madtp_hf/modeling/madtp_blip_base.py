@@ -90,6 +90,14 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         """
         return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
 
+    def as_pipeline(self, processor, **kwargs):
+        """The model, as it is, behind the pipeline that its checkpoints carry: `model.as_pipeline(processor)(image=..., question=...)`."""
+        from .pipeline_madtp_blip import PIPELINES
+
+        task, _ = self._task_pipeline
+        parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+        return PIPELINES[task](model=self, task=task, device=self.device, **parts, **kwargs)
+
     def get_input_embeddings(self):
         return self.text_encoder.embeddings.word_embeddings
 

@@ -126,6 +126,15 @@ class TextDecoder(BlipTextLMHeadModel):
         if isinstance(module, BlipTextLMPredictionHead):  # transformers leaves it as it is in memory
             init.zeros_(module.bias)
 
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        """As transformers has it; behind a prompt's padding positions begin at 0, whatever the version."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and inputs.get("position_ids") is None:
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
     def resize_head(self, vocab_size: int) -> None:
         """Let the head give scores of as many words, by weights that are tied to the words' embeddings; new ones have no bias."""
         head = self.cls.predictions

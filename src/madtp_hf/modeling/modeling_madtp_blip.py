@@ -4,6 +4,8 @@ Where a task is one of transformers' BLIP, so are its parameters' names and, wit
 `madtp_blip_encoders.py`, the text decoder is transformers' own but for its attention.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,7 +34,7 @@ from .madtp_blip_outputs import (
     MadtpBlipForImageTextRetrievalOutput,
     MadtpBlipForQuestionAnsweringOutput,
 )
-from .padding import check_same_number, check_same_shape, left_align, text_lengths
+from .padding import check_same_number, check_same_shape, left_align, read_prompts, text_lengths
 from .prepacked_linear import PrepackedLinear  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
 from .retrieval_loss import (
@@ -49,6 +51,10 @@ from .token_pruning import AttentionEvidence  # noqa: F401
 from .token_reduction import Reduction  # noqa: F401
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
+
+
+if TYPE_CHECKING:  # `as_pipeline` imports it when it is called
+    from .pipeline_madtp_blip import PIPELINES  # noqa: F401
 
 
 class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, GenerationMixin):
@@ -204,19 +210,6 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         start = torch.full((number, 1), self.config.text_config.bos_token_id, device=pixel_values.device)
         return self._generate(start, text, masked=self.is_pruning, **generate_kwargs)
 
-    def as_pipeline(self, processor, **kwargs):
-        """The model, as it is, behind the pipeline that its checkpoints carry: `model.as_pipeline(processor)(image=..., question=...)`."""
-        from .pipeline_madtp_blip import MadtpBlipVisualQuestionAnsweringPipeline
-
-        return MadtpBlipVisualQuestionAnsweringPipeline(
-            model=self,
-            tokenizer=processor.tokenizer,
-            image_processor=processor.image_processor,
-            task="visual-question-answering",
-            device=self.device,
-            **kwargs,
-        )
-
 
 class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
     """BLIP for image captioning that drops the image tokens that matter least. There is no text encoder: only the image is pruned."""
@@ -225,6 +218,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
     task = "captioning"
     _task_auto_class = "AutoModelForImageTextToText"
+    _task_pipeline = ("image-to-text", "pipeline_madtp_blip.MadtpBlipImageToTextPipeline")
     _dense_classes = (BlipForConditionalGeneration,)
 
     def __init__(self, config: MadtpBlipConfig):
@@ -344,23 +338,24 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
                 The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 A prompt to go on from, as the tokenizer gives it: the first token becomes the decoder's start token, the last one, `[SEP]`,
-                goes. The prompts of a batch are to be of one length.
+                goes. One for each image, or one for all; padding on either side.
             generate_kwargs:
                 What the decoder's `generate` takes: `max_new_tokens`, `num_beams`, ...
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, caption_length)`, start token and prompt first.
+            `torch.LongTensor` of shape `(batch_size, caption_length)`, start token and prompt first, a shorter prompt's padding before.
         """
         vision = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        start = self.config.text_config.bos_token_id
         if input_ids is None:
+            start = self.config.text_config.bos_token_id
             prompt = torch.full((len(pixel_values), 1), start, device=pixel_values.device)
         else:
             input_ids = torch.as_tensor(input_ids, device=pixel_values.device)
+            input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
             check_same_number(pixel_values, input_ids, "prompts")
-            prompt = F.pad(input_ids[:, 1:-1], (1, 0), value=start)
+            prompt, attention_mask = read_prompts(input_ids, attention_mask, self.config.text_config)
         if attention_mask is not None:
-            generate_kwargs["attention_mask"] = attention_mask[:, :-1]
+            generate_kwargs["attention_mask"] = attention_mask
         return self._generate(prompt, vision, masked=True, **generate_kwargs)
 
 
@@ -375,12 +370,18 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
     task = "nlvr2"
     _dense_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
     _new_in_task = ("alignment.", "merge_layer.", "cls_head.")
+    _task_pipeline = (
+        "images-and-text-classification",
+        "pipeline_madtp_blip.MadtpBlipImagesAndTextClassificationPipeline",
+    )
 
     def __init__(self, config: MadtpBlipConfig):
         super().__init__(config)
         width = config.text_config.hidden_size
         self.vision_model = MadtpBlipVisionModel(config.vision_config)
         self.text_encoder = MadtpBlipTextModel(config.text_config, MadtpBlipPairTextLayer)
+        if list(config.id2label.values()) == ["LABEL_0", "LABEL_1"]:  # nobody has named them
+            config.id2label, config.label2id = {0: "False", 1: "True"}, {"False": 0, "True": 1}
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
         self.post_init()
 
@@ -485,6 +486,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     """
 
     task = "retrieval"
+    _task_pipeline = ("image-text-retrieval", "pipeline_madtp_blip.MadtpBlipImageTextRetrievalPipeline")
     _dense_classes = (BlipForImageTextRetrieval,)
 
     def __init__(self, config: MadtpBlipConfig):

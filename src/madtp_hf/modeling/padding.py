@@ -76,3 +76,22 @@ def put_back(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The first states (B, M, D) of what `left_align` has put in this order (B, L), where they were: (B, L, D), 0 elsewhere."""
     places = order[:, : states.shape[1]].unsqueeze(-1).expand_as(states)
     return states.new_zeros(*order.shape, states.shape[2]).scatter(1, places, states)
+
+
+def read_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, text_config
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts (B, L) as a tokenizer gives them, padding on either side -> what a decoder goes on from (B, L - 1), and its mask,
+    None without padding.
+
+    The first token becomes the decoder's start token, the last one goes, and padding moves in front, so that all go on at
+    the same place.
+    """
+    start = text_config.bos_token_id
+    if attention_mask is None or min(text_lengths(input_ids, attention_mask)) == input_ids.shape[1]:
+        return torch.nn.functional.pad(input_ids[:, 1:-1], (1, 0), value=start), None
+    ids, real = (tensor.flip(1) for tensor in left_align(input_ids.flip(1), attention_mask.bool().flip(1)))
+    ids, real = ids[:, :-1], real[:, :-1].clone()
+    real[:, -1] = True  # of a prompt without any word, the start token
+    ids = ids.masked_fill(real.cumsum(dim=1) == 1, start).masked_fill(~real, text_config.pad_token_id)
+    return ids, real.long()

@@ -1,9 +1,14 @@
-"""The visual question answering pipeline, which transformers 5 no longer has; a checkpoint brings this one along."""
+"""The pipelines of BLIP's tasks, none of which transformers 5 has any more or ever had; a checkpoint brings them along.
+
+Each takes an image, or a pair of images, and a text about it, and is called alike: with one of each, with lists, or with
+dicts of both.
+"""
 
 import os
 import types
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
@@ -11,19 +16,24 @@ from transformers.image_utils import load_image
 
 
 _IMAGE = "a PIL image, a uint8 array (height, width, 3), or a path, URL or base64 string of an image"
-_QUESTION = "a string"
+_STRING = "a string"
+_PAIRS_AT_ONCE = 64  # of an image and a text, which the matching head reads
 
 
 def _is_image(value) -> bool:
     return isinstance(value, (str, os.PathLike, np.ndarray, Image.Image))
 
 
-def _is_question(value) -> bool:
+def _is_two_images(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_image, value))
+
+
+def _is_string(value) -> bool:
     return isinstance(value, str)
 
 
-# Of each of a pair's parts: whether a value is a single one, and what is expected.
-_PARTS = {"image": (_is_image, _IMAGE), "question": (_is_question, _QUESTION)}
+def _is_strings(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_string, value))
 
 
 def read_image(image, timeout: float | None = None) -> Image.Image:
@@ -62,60 +72,154 @@ def read_image(image, timeout: float | None = None) -> Image.Image:
         raise ValueError(f"The image {shown} can't be read ({reason}): expected {_IMAGE}.") from error
 
 
-def _as_list(name: str, value) -> list:
-    """One image or question, or several, as a list; `name` is `"image"` or `"question"`."""
-    is_one, expected = _PARTS[name]
-    if is_one(value):
-        return [value]
-    if isinstance(value, (str, bytes, dict)) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
-        raise TypeError(f"{name} is a {type(value).__name__}: expected {expected}, or a list of them.")
-    values = list(value)
-    if not values:
-        raise ValueError(f"{name} is an empty list: expected {expected}, or a list of at least one.")
-    for index, item in enumerate(values):
-        if not is_one(item):
-            raise TypeError(f"{name}[{index}] is a {type(item).__name__}: expected {expected}.")
-    return values
+class MadtpBlipPipeline(Pipeline):
+    """What the pipelines share: how they are called, and what they say to what can't be.
 
+    parts: of each of the two parts of an input, the image's first: whether a value is a single one, and what is expected.
+    """
 
-def _check_keys(pair, where: str) -> None:
-    """Raise an error if `pair` is no dict with an image and a question; other keys are allowed, as of a data set."""
-    if not isinstance(pair, dict):
-        raise TypeError(f'{where} is a {type(pair).__name__}: expected a dict, {{"image": ..., "question": ...}}.')
-    for name in _PARTS:
-        if name not in pair:
+    parts: dict = {}
+    # What `preprocess`, `_forward` and `postprocess` take besides.
+    parameters: tuple[tuple[str, ...], ...] = (("padding", "truncation", "timeout"), (), ())
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # On a CPU the fast way is the ordinary way; it takes as much memory again as the large weights.
+        if self.device.type == "cpu":
+            self.model.eval().prepack_for_inference()
+
+    def _sanitize_parameters(self, **given):
+        unknown = given.keys() - {name for names in self.parameters for name in names}
+        if unknown:
+            *most, last = (name for names in self.parameters for name in names)
+            raise TypeError(f"The pipeline got {', '.join(unknown)}: expected {', '.join(most)} or {last}.")
+        top_k = given.get("top_k")
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r}: expected a whole number of at least 1.")
+        return tuple({n: given[n] for n in names if given.get(n) is not None} for names in self.parameters)
+
+    # What it is called with
+
+    @property
+    def _shape(self) -> str:
+        return "{" + ", ".join(f'"{name}": ...' for name in self.parts) + "}"
+
+    def _ask(self, image, text, **kwargs):
+        """Every text about every image, the first text first; without texts, pairs."""
+        image_name, text_name = self.parts
+        if text is None:
+            return super().__call__(self._pairs(image), **kwargs)
+        if image is None:
             raise ValueError(
-                f'{where} has the keys {list(pair)} and no {name}: expected {{"image": ..., "question": ...}}.'
+                f"{image_name} is missing: expected {image_name}=... and {text_name}=..., or a dict of both."
             )
+        images, texts = self._as_list(image_name, image), self._as_list(text_name, text)
+        if self._is_one(image_name, image) and self._is_one(text_name, text):
+            return super().__call__({image_name: image, text_name: text}, **kwargs)
+        return super().__call__([{image_name: i, text_name: t} for t in texts for i in images], **kwargs)
+
+    def _is_one(self, name: str, value) -> bool:
+        return self.parts[name][0](value)
+
+    def _as_list(self, name: str, value) -> list:
+        """One value of a part, or several, as a list."""
+        is_one, expected = self.parts[name]
+        if is_one(value):
+            return [value]
+        if isinstance(value, (str, bytes, dict)) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+            raise TypeError(f"{name} is a {type(value).__name__}: expected {expected}, or a list of them.")
+        values = list(value)
+        if not values:
+            raise ValueError(f"{name} is an empty list: expected {expected}, or a list of at least one.")
+        for index, item in enumerate(values):
+            if not is_one(item):
+                raise TypeError(f"{name}[{index}] is a {type(item).__name__}: expected {expected}.")
+        return values
+
+    def _check_keys(self, pair, where: str) -> None:
+        """Raise an error if `pair` is no dict of both parts; other keys are allowed, as of a data set."""
+        if not isinstance(pair, dict):
+            raise TypeError(f"{where} is a {type(pair).__name__}: expected a dict, {self._shape}.")
+        for name in self.parts:
+            if name not in pair:
+                raise ValueError(f"{where} has the keys {list(pair)} and no {name}: expected {self._shape}.")
+
+    def _check_pair(self, pair, where: str) -> dict:
+        """The two parts of a dictionary with one of each; an error that begins with `where` for any other."""
+        self._check_keys(pair, where)
+        for name, (is_one, expected) in self.parts.items():
+            if not is_one(pair[name]):
+                raise TypeError(f"The {name} of {where} is a {type(pair[name]).__name__}: expected {expected}.")
+        return {name: pair[name] for name in self.parts}
+
+    def _read_dict(self, inputs: dict):
+        """A dictionary as one pair, or, where both of its values are lists, as a list of pairs."""
+        self._check_keys(inputs, "The dict")
+        several = [name for name in self.parts if self._is_several(name, inputs[name])]
+        if not several or all(self._is_one(name, inputs[name]) for name in self.parts):
+            return self._check_pair(inputs, "the dict")
+        lengths = {name: len(inputs[name]) if name in several else "one" for name in self.parts}
+        if len(set(lengths.values())) > 1:
+            image, text = self.parts
+            raise ValueError(
+                f"The dict has {lengths[image]} {image}(s) and {lengths[text]} {text}(s): expected one of each or lists of"
+                f" one length, paired in order; for every {text} with every {image}, pass {image}=[...] and {text}=[...]."
+            )
+        for name in self.parts:
+            self._as_list(name, inputs[name])
+        return [dict(zip(self.parts, pair)) for pair in zip(*(inputs[name] for name in self.parts))]
+
+    def _is_several(self, name: str, value) -> bool:
+        """Whether a value is a list of several; one that is a single value as well, such as texts of one image, may be."""
+        if not isinstance(value, (list, tuple)):
+            return False
+        return not self._is_one(name, value) or all(self._is_one(name, item) for item in value)
+
+    def _pairs(self, inputs):
+        """Check what was given instead of both parts, as far as that reads no image, and return it."""
+        image, text = self.parts
+        if inputs is None or self._is_one(image, inputs):
+            raise ValueError(f"{text} is missing: expected {image}=... and {text}=..., or a dict of both.")
+        if isinstance(inputs, dict):
+            return self._read_dict(inputs)
+        if isinstance(inputs, (list, tuple)):
+            if not inputs:
+                raise ValueError(f"The list is empty: expected at least one {self._shape}.")
+            return [self._check_pair(pair, f"item {index} of the list") for index, pair in enumerate(inputs)]
+        if isinstance(inputs, Dataset) or isinstance(inputs, types.GeneratorType):
+            return inputs
+        if not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
+            raise TypeError(
+                f"The pipeline got a {type(inputs).__name__}: expected {image}=... and {text}=..., or {self._shape} or a list"
+                " of such."
+            )
+        return (pair for pair in inputs)  # such as `datasets.Dataset`, which is no torch dataset
+
+    # What the model reads
+
+    def _read_images(self, images: list, timeout: float | None) -> torch.Tensor:
+        """(len(images), 3, H, W)."""
+        images = [read_image(image, timeout=timeout) for image in images]
+        return self.image_processor(images=images, return_tensors="pt").pixel_values.to(self.model.dtype)
+
+    def _read_texts(self, texts, padding, truncation, return_tensors="pt"):
+        """input_ids and attention_mask of a text, or of a list of them."""
+        longest = self.model.config.text_config.max_position_embeddings if truncation else None
+        options = {"padding": padding, "truncation": truncation, "max_length": longest}
+        read = self.tokenizer(texts, return_tensors=return_tensors, **options)
+        return {"input_ids": read.input_ids, "attention_mask": read.attention_mask}
+
+    def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
+        image, text = self._check_pair(inputs, "the pair").values()
+        read = self._read_texts(text, padding, truncation)
+        return {**read, "pixel_values": self._read_images([image], timeout)}
 
 
-def _check_pair(pair, where: str) -> dict:
-    """The image and the question of a dictionary with one of each; an error that begins with `where` for any other."""
-    _check_keys(pair, where)
-    for name, (is_one, expected) in _PARTS.items():
-        if not is_one(pair[name]):
-            raise TypeError(f"The {name} of {where} is a {type(pair[name]).__name__}: expected {expected}.")
-    return {name: pair[name] for name in _PARTS}
-
-
-def _read_dict(inputs: dict):
-    """A dictionary as one pair, or, where both of its values are lists, as a list of pairs."""
-    _check_keys(inputs, "The dict")
-    several = [name for name, (is_one, _) in _PARTS.items() if isinstance(inputs[name], (list, tuple))]
-    if not several:
-        return _check_pair(inputs, "the dict")
-    lengths = {name: len(inputs[name]) if name in several else "one" for name in _PARTS}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"The dict has {lengths['image']} image(s) and {lengths['question']} question(s): expected one of each or"
-            " lists of one length, paired in order; to ask every question about every image, pass image=[...] and"
-            " question=[...]."
-        )
-    lists = [_as_list(name, inputs[name]) for name in _PARTS]
-    return [dict(zip(_PARTS, pair)) for pair in zip(*lists)]
-
-
-class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
+class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     """Answers questions about images.
 
     ```python
@@ -132,45 +236,8 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
     token by token.
     """
 
-    _load_processor = False
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_tokenizer = True
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # On a CPU the fast way is the ordinary way; it takes as much memory again as the large weights.
-        if self.device.type == "cpu":
-            self.model.eval().prepack_for_inference()
-
-    def _sanitize_parameters(
-        self,
-        top_k=None,
-        padding=None,
-        truncation=None,
-        timeout=None,
-        max_new_tokens=None,
-        generate_kwargs=None,
-        **unknown,
-    ):
-        if unknown:
-            raise TypeError(
-                f"The pipeline got {', '.join(unknown)}: expected top_k, padding, truncation, timeout,"
-                " max_new_tokens or generate_kwargs."
-            )
-        preprocess, forward = {}, {}
-        for name, value in (("padding", padding), ("truncation", truncation), ("timeout", timeout)):
-            if value is not None:
-                preprocess[name] = value
-        if top_k is not None:
-            if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-                raise ValueError(f"top_k={top_k!r}: expected a whole number of at least 1.")
-            forward["top_k"] = top_k
-        if max_new_tokens is not None:
-            forward["max_new_tokens"] = max_new_tokens
-        if generate_kwargs is not None:
-            forward["generate_kwargs"] = generate_kwargs
-        return preprocess, forward, {}
+    parts = {"image": (_is_image, _IMAGE), "question": (_is_string, _STRING)}
+    parameters = (("padding", "truncation", "timeout"), ("top_k", "max_new_tokens", "generate_kwargs"), ())
 
     def __call__(self, image=None, question=None, **kwargs):
         r"""
@@ -190,55 +257,10 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
 
         Raises:
             TypeError: for an image, a question or a pair of another type.
-            ValueError: if image or question is missing or an empty list, for a dict with lists of unequal lengths,
-            and for what holds no
-                image.
+            ValueError: if image or question is missing or an empty list, for a dict with lists of unequal lengths, and for
+                what holds no image.
         """
-        if question is None:
-            return super().__call__(self._pairs(image), **kwargs)
-        if image is None:
-            raise ValueError("image is missing: expected image=... and question=..., or a dict of both.")
-        images, questions = _as_list("image", image), _as_list("question", question)
-        if _is_image(image) and _is_question(question):
-            return super().__call__({"image": image, "question": question}, **kwargs)
-        return super().__call__([{"image": i, "question": q} for q in questions for i in images], **kwargs)
-
-    @staticmethod
-    def _pairs(inputs):
-        """Check what was given instead of an image and a question, as far as that reads no image, and return it."""
-        if inputs is None or _is_image(inputs):
-            raise ValueError("question is missing: expected image=... and question=..., or a dict of both.")
-        if isinstance(inputs, dict):
-            return _read_dict(inputs)
-        if isinstance(inputs, (list, tuple)):
-            if not inputs:
-                raise ValueError('The list is empty: expected at least one {"image": ..., "question": ...}.')
-            return [_check_pair(pair, f"item {index} of the list") for index, pair in enumerate(inputs)]
-        if isinstance(inputs, Dataset) or isinstance(inputs, types.GeneratorType):
-            return inputs
-        if not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
-            raise TypeError(
-                f'The pipeline got a {type(inputs).__name__}: expected image=... and question=..., or {{"image": ...,'
-                ' "question": ...} or a list of such.'
-            )
-        return (pair for pair in inputs)  # such as `datasets.Dataset`, which is no torch dataset
-
-    def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
-        inputs = _check_pair(inputs, "the pair")
-        image = read_image(inputs["image"], timeout=timeout)
-        text = self.tokenizer(
-            inputs["question"],
-            return_tensors="pt",
-            padding=padding,
-            truncation=truncation,
-            max_length=self.model.config.text_config.max_position_embeddings if truncation else None,
-        )
-        pixel_values = self.image_processor(images=image, return_tensors="pt").pixel_values
-        return {
-            "input_ids": text.input_ids,
-            "attention_mask": text.attention_mask,
-            "pixel_values": pixel_values.to(self.model.dtype),
-        }
+        return self._ask(image, question, **kwargs)
 
     def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None):
         defaults = {"num_beams": top_k, "do_sample": False, "max_new_tokens": max_new_tokens}
@@ -262,4 +284,230 @@ class MadtpBlipVisualQuestionAnsweringPipeline(Pipeline):
         )
 
 
-__all__ = ["MadtpBlipVisualQuestionAnsweringPipeline"]
+class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
+    """Writes captions of images, from nothing or from a prompt on.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> caption = pipeline("image-to-text", model=checkpoint, trust_remote_code=True)
+    >>> caption("scene.png")
+    [{"generated_text": "a seven and two ones"}]
+    ```
+
+    It is called as the pipeline of this name in transformers 4; transformers 5's `"image-text-to-text"` takes these
+    checkpoints as well, and wants a text beside each image. Parameters of a call, or of `pipeline(...)` for all calls:
+    `max_new_tokens` (20 if not given, and no more than the decoder has room for) and what else the model's `generate` takes, as `generate_kwargs`; `padding`,
+    `truncation` and `timeout` (seconds, to fetch an image) as elsewhere.
+    """
+
+    parts = {"image": (_is_image, _IMAGE), "prompt": (_is_string, _STRING)}
+    parameters = (("padding", "truncation", "timeout"), ("max_new_tokens", "generate_kwargs"), ())
+
+    def __call__(self, image=None, prompt=None, **kwargs):
+        r"""
+        Args:
+            image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
+                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or
+                several; or pairs, `{"image": ..., "prompt": ...}`, or a list, generator or dataset of such.
+            prompt (`str` or `list[str]`, *optional*):
+                What each caption begins with; several for as many images, one for each.
+
+        Returns:
+            A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks for;
+            for several images a list of such lists.
+
+        Raises:
+            TypeError: for an image or a prompt of another type.
+            ValueError: if image is missing or an empty list, for another number of prompts than images, and for what holds
+                no image.
+        """
+        if image is None:
+            raise ValueError("image is missing: expected an image or a list of images.")
+        if isinstance(image, dict) and "image" in image:
+            no_prompt = [""] * len(image["image"]) if self._is_several("image", image["image"]) else ""
+            image = {"prompt": no_prompt, **image}
+        if prompt is None and not _is_image(image) and not self._begins_with_image(image):
+            return self._ask(image, None, **kwargs)
+        if prompt is None or _is_string(prompt):
+            return self._ask(image, prompt or "", **kwargs)
+        images, prompts = self._as_list("image", image), self._as_list("prompt", prompt)
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"{len(images)} image(s) and {len(prompts)} prompt(s): expected one prompt for all, or one for each image."
+            )
+        return self._ask([{"image": i, "prompt": p} for i, p in zip(images, prompts)], None, **kwargs)
+
+    @staticmethod
+    def _begins_with_image(value) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) > 0 and _is_image(value[0])
+
+    def _check_pair(self, pair, where: str) -> dict:
+        """As elsewhere; an image alone, or a dict with no prompt, goes without."""
+        pair = {"image": pair} if _is_image(pair) else pair
+        return super()._check_pair({"prompt": "", **pair} if isinstance(pair, dict) else pair, where)
+
+    def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None):
+        number = len(model_inputs["pixel_values"])
+        # The decoder reads no more than so many; of a prompt as the tokenizer gives it, all but the last token.
+        room = self.model.config.text_config.max_position_embeddings - model_inputs["input_ids"].shape[1] + 1
+        options = {"max_new_tokens": min(max_new_tokens, room), **(generate_kwargs or {})}
+        options["return_dict_in_generate"] = False
+        return {"sequences": self.model.generate(**model_inputs, **options).unflatten(0, (number, -1))}
+
+    def postprocess(self, model_outputs):
+        texts = self.tokenizer.batch_decode(model_outputs["sequences"][0], skip_special_tokens=True)
+        return [{"generated_text": text.strip()} for text in texts]
+
+
+class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
+    """Says whether sentences about pairs of images are true (NLVR2).
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> judge = pipeline("images-and-text-classification", model=checkpoint, trust_remote_code=True)
+    >>> judge(images=["left.png", "right.png"], text="both images show a seven")
+    [{"label": "True", "score": 0.97}, {"label": "False", "score": 0.03}]
+    ```
+
+    Labels are called as the configuration's `id2label` has it. Parameters of a call, or of `pipeline(...)` for all calls:
+    `top_k` (labels a sentence, the likeliest first; all if not given); `padding`, `truncation` and `timeout` (seconds, to
+    fetch an image) as elsewhere.
+    """
+
+    parts = {
+        "images": (_is_two_images, "a pair [left, right] of images"),
+        "text": (_is_string, _STRING),
+    }
+    parameters = (("padding", "truncation", "timeout"), (), ("top_k",))
+
+    def __call__(self, images=None, text=None, **kwargs):
+        r"""
+        Args:
+            images (a pair of images, `dict` or a list of them):
+                A pair `[left, right]`, each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
+                string. Or several pairs. Without a text, dicts: `{"images": [left, right], "text": ...}`, or a list,
+                generator or dataset of such.
+            text (`str` or `list[str]`, *optional*):
+                One sentence or several. Two lists mean every sentence about every pair: the first sentence about each pair,
+                then the second. For a sentence of its own with each pair, pass a list of dicts.
+
+        Returns:
+            A list of `{"label": str, "score": float}`, the likeliest first; for several sentences or pairs a list of such
+            lists.
+
+        Raises:
+            TypeError: for images, a sentence or a dict of another type.
+            ValueError: if images or text is missing or an empty list, for a dict with lists of unequal lengths, and for what
+                holds no image.
+        """
+        return self._ask(images, text, **kwargs)
+
+    def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
+        images, text = self._check_pair(inputs, "the pair").values()
+        read = self._read_texts(text, padding, truncation)
+        return {**read, "pixel_values": self._read_images(list(images), timeout).unsqueeze(0)}
+
+    def _forward(self, model_inputs):
+        return {"scores": self.model(**model_inputs).logits.float().softmax(dim=-1)}
+
+    def postprocess(self, model_outputs, top_k=None):
+        labels = self.model.config.id2label
+        scores = enumerate(model_outputs["scores"][0].tolist())
+        found = [{"label": labels[index], "score": score} for index, score in scores]
+        return sorted(found, key=lambda label: -label["score"])[:top_k]
+
+
+class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
+    """Says how well images and texts match.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> match = pipeline("image-text-retrieval", model=checkpoint, trust_remote_code=True)
+    >>> match(image="scene.png", text=["a red seven", "two blue ones"])
+    [{"text": "a red seven", "score": 0.98, "similarity": 0.61}, {"text": "two blue ones", "score": 0.02, "similarity": 0.13}]
+    ```
+
+    `score` is the matching head's, which lets the text look at the image: the probability that they match. `similarity` is
+    the cosine of the two features, which are computed apart, as for a search index. Parameters of a call, or of
+    `pipeline(...)` for all calls: `truncation` and `timeout` (seconds, to fetch an image).
+    """
+
+    parts = {
+        "image": (_is_image, _IMAGE),
+        "text": (lambda value: _is_string(value) or _is_strings(value), "a string or a list of strings"),
+    }
+    parameters = (("truncation", "timeout"), (), ())
+
+    def __call__(self, image=None, text=None, **kwargs):
+        r"""
+        Args:
+            image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
+                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or several.
+                Without a text, dicts: `{"image": ..., "text": ...}`, or a list, generator or dataset of such.
+            text (`str` or `list[str]`, *optional*):
+                One text or several, which are all compared with each image; an image is encoded once for all.
+
+        Returns:
+            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in their order; for several
+            images a list of such lists.
+
+        Raises:
+            TypeError: for an image, a text or a dict of another type.
+            ValueError: if image or text is missing or an empty list, and for what holds no image.
+        """
+        if text is not None and not self._is_one("text", text):
+            text = self._as_list("text", text)  # such as an array of strings
+        return self._ask(image, text, **kwargs)
+
+    def preprocess(self, inputs, truncation=True, timeout=None):
+        image, text = self._check_pair(inputs, "the pair").values()
+        texts = [text] if _is_string(text) else list(text)
+        input_ids = self._read_texts(texts, False, truncation, return_tensors=None)["input_ids"]
+        return {"pixel_values": self._read_images([image], timeout), "texts": texts, "input_ids": input_ids}
+
+    def _forward(self, model_inputs):
+        # Of each image, a list of texts; of a batch, one behind the other.
+        pixel_values, texts, ids = (model_inputs[name] for name in ("pixel_values", "texts", "input_ids"))
+        if _is_string(texts[0]):
+            texts, ids = [texts], [ids]
+        images = self.model._encode_images(pixel_values)
+        counts = [len(of_image) for of_image in texts]
+        image_of = torch.arange(len(texts), device=pixel_values.device).repeat_interleave(
+            torch.tensor(counts, device=pixel_values.device)
+        )
+        flat = self.tokenizer.pad({"input_ids": [row for of_image in ids for row in of_image]}, return_tensors="pt")
+        flat = {name: flat[name].to(pixel_values.device) for name in ("input_ids", "attention_mask")}
+        states, mask, features = images.hidden_states, images.mask, self.model._image_feature(images)
+        scores, similarities = [], []
+        for chosen, *text in zip(*(tensor.split(_PAIRS_AT_ONCE) for tensor in (image_of, *flat.values()))):
+            logits = self.model.match(*text, states[chosen], None if mask is None else mask[chosen])
+            scores.append(logits.float().softmax(dim=-1)[:, 1])
+            similarities.append((features[chosen] * self.model.get_text_features(*text)).sum(dim=-1).float())
+        return {
+            "scores": list(torch.cat(scores).split(counts)),
+            "similarities": list(torch.cat(similarities).split(counts)),
+            "texts": texts,
+        }
+
+    def postprocess(self, model_outputs):
+        texts = model_outputs["texts"]
+        rows = zip(
+            texts if _is_string(texts[0]) else texts[0],
+            model_outputs["scores"][0].tolist(),
+            model_outputs["similarities"][0].tolist(),
+        )
+        return [{"text": text, "score": score, "similarity": similarity} for text, score, similarity in rows]
+
+
+# By the names that `pipeline` knows them by: those of transformers 4 where it had one, else the model's own.
+PIPELINES = {
+    "visual-question-answering": MadtpBlipVisualQuestionAnsweringPipeline,
+    "image-to-text": MadtpBlipImageToTextPipeline,
+    "images-and-text-classification": MadtpBlipImagesAndTextClassificationPipeline,
+    "image-text-retrieval": MadtpBlipImageTextRetrievalPipeline,
+}
+
+__all__ = [pipeline.__name__ for pipeline in PIPELINES.values()]

@@ -165,7 +165,12 @@ class PrunedModelMixin:
         if self._task_pipeline is not None:
             task, pipeline = self._task_pipeline
             config.custom_pipelines = {
-                task: {"impl": pipeline, "pt": [self._task_auto_class], "type": "multimodal", "default": {}}
+                task: {
+                    "impl": pipeline,
+                    "pt": [self._task_auto_class or "AutoModel"],
+                    "type": "multimodal",
+                    "default": {},
+                }
             }
         self.alignment = self._alignment_class(config)
 

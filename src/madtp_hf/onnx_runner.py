@@ -1,0 +1,210 @@
+"""Answers from the graphs that `madtp-hf export` writes, with onnxruntime.
+
+This file stands alone, and lies beside the graphs: it needs numpy, onnxruntime, Pillow and transformers, whose processor it
+reads texts and images with; no torch and no madtp_hf.
+
+    from onnx_runner import OnnxModel
+
+    model = OnnxModel("folder")
+    print(model("scene.png", "how many sevens are there?"))
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+DESCRIPTION = "onnx.json"
+_CLASSES = {"clip": "CLIPProcessor"}  # of processors; BlipProcessor for all others
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return scores / scores.sum(axis=-1, keepdims=True)
+
+
+class OnnxModel:
+    """The graphs of one model, and what is around them: texts and images in, answers out.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            What `madtp-hf export` has written.
+        providers (`list[str]`, *optional*):
+            onnxruntime's, in order of preference; its CPU if not given.
+        session_options (`onnxruntime.SessionOptions`, *optional*):
+            Of all graphs, such as their number of threads.
+
+    Raises:
+        FileNotFoundError: if the folder isn't one, or a graph is missing.
+    """
+
+    def __init__(self, folder, providers: list[str] | None = None, session_options=None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError("Running ONNX graphs needs onnxruntime: pip install onnxruntime.") from error
+        import transformers
+
+        self.folder = Path(folder)
+        if not (self.folder / DESCRIPTION).is_file():
+            raise FileNotFoundError(f"{folder} has no {DESCRIPTION}: expected a folder that `madtp-hf export` wrote.")
+        self.description = json.loads((self.folder / DESCRIPTION).read_text(encoding="utf-8"))
+        self.task = self.description["task"]
+        missing = [g["file"] for g in self.description["graphs"].values() if not (self.folder / g["file"]).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {DESCRIPTION} names: export again.")
+        processor_class = getattr(transformers, _CLASSES.get(self.task, "BlipProcessor"))
+        self.processor = processor_class.from_pretrained(self.folder)
+        self.sessions = {
+            name: onnxruntime.InferenceSession(
+                str(self.folder / graph["file"]), session_options, providers=providers or ["CPUExecutionProvider"]
+            )
+            for name, graph in self.description["graphs"].items()
+        }
+
+    def __call__(self, images, texts=None, max_new_tokens: int | None = None):
+        """Answer, as the model's task does.
+
+        Args:
+            images: An image, a PIL image or a path, or a list of them; for visual reasoning, a pair of images or a list of
+                pairs, the left one first.
+            texts (`str` or `list[str]`, *optional*):
+                A text or a list of them: a question or sentence for each image, or one for all; texts to compare every image
+                with; or, for captioning, the beginnings of captions.
+            max_new_tokens (`int`, *optional*):
+                How many tokens to write at most: 10 of an answer and 20 of a caption if not given.
+
+        Returns:
+            Question answering and captioning: a list of strings. Visual reasoning: how likely each sentence is true,
+            (sentences,). Retrieval: `{"score", "similarity"}`, each (images, texts): how likely they match, and the cosine of
+            their features. CLIP: how well each text fits each image, (images, texts), adding up to 1 for an image.
+        """
+        if self.task != "captioning" and texts is None:
+            raise ValueError(
+                f"texts is missing: expected a string or a list of strings, as this model's task is {self.task}."
+            )
+        if self.task == "nlvr2":
+            pairs = images if isinstance(images[0], (list, tuple)) else [images]
+            return self._judge(pairs, self._for_each(texts, len(pairs)))
+        images = _as_list(images)
+        pixel_values = self.read_images(images)
+        if self.task in ("retrieval", "clip"):
+            compare = self._match if self.task == "retrieval" else self._zero_shot
+            return compare(pixel_values, _as_list(texts))
+        if self.task == "vqa":
+            return self._answer(pixel_values, self._for_each(texts, len(images)), max_new_tokens or 10)
+        return self._caption(pixel_values, texts, max_new_tokens or 20)
+
+    def run(self, graph: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Run one graph: its inputs and outputs by the names in `description["graphs"]`."""
+        session = self.sessions[graph]
+        names = [node.name for node in session.get_outputs()]
+        return dict(zip(names, session.run(names, inputs)))
+
+    def read_images(self, images: list) -> np.ndarray:
+        """Images, or paths of them -> pixel_values (B, 3, H, W)."""
+        from PIL import Image, ImageOps
+
+        opened = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
+        upright = [ImageOps.exif_transpose(image).convert("RGB") for image in opened]
+        return self.processor.image_processor(upright, return_tensors="np")["pixel_values"].astype(np.float32)
+
+    def read_texts(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Texts -> input_ids and attention_mask (B, L), padding behind."""
+        read = self.processor.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.description["max_text_length"],
+            padding_side="right",
+            return_tensors="np",
+        )
+        return {name: read[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+
+    @staticmethod
+    def _for_each(texts, number: int) -> list[str]:
+        texts = _as_list(texts)
+        if len(texts) not in (1, number):
+            raise ValueError(
+                f"{number} image(s) and {len(texts)} text(s): expected one text for all, or one for each."
+            )
+        return texts * number if len(texts) != number else texts
+
+    # The tasks
+
+    def _answer(self, pixel_values, questions: list[str], max_new_tokens: int) -> list[str]:
+        states = self.run("vision_encoder", pixel_values=pixel_values)["image_states"]
+        encoded = self.run("question_encoder", image_states=states, **self.read_texts(questions))
+        start = np.full((len(questions), 1), self.description["decoder"]["start_token_id"], dtype=np.int64)
+        return self._decode_text(self.generate(encoded, start, np.ones_like(start), max_new_tokens))
+
+    def _caption(self, pixel_values, prompts, max_new_tokens: int) -> list[str]:
+        encoded = self.run("vision_encoder", pixel_values=pixel_values)
+        number = len(pixel_values)
+        read = [ids[1:-1] for ids in self.processor.tokenizer(self._for_each(prompts or "", number))["input_ids"]]
+        prompt = np.full(
+            (number, 1 + max(map(len, read))), self.description["decoder"]["pad_token_id"], dtype=np.int64
+        )
+        mask = np.zeros_like(prompt)
+        for row, words in enumerate(read):  # padding in front, so that all go on at the same place
+            begin = prompt.shape[1] - 1 - len(words)
+            prompt[row, begin:] = [self.description["decoder"]["start_token_id"], *words]
+            mask[row, begin:] = 1
+        return self._decode_text(self.generate(encoded, prompt, mask, max_new_tokens))
+
+    def generate(
+        self, encoded: dict[str, np.ndarray], input_ids: np.ndarray, attention_mask: np.ndarray, max_new_tokens: int
+    ) -> np.ndarray:
+        """Write on behind input_ids (B, L), the likeliest token each time, until all have ended.
+
+        encoded: what the encoder in front of the decoder has given. Returns (B, L + written), padding behind the ends.
+        """
+        facts = self.description["decoder"]
+        batch_size, layers = len(input_ids), range(facts["num_layers"])
+        empty = np.zeros((batch_size, facts["num_heads"], 0, facts["head_width"]), dtype=np.float32)
+        kinds = [f"{layer}.{{}}.{part}" for layer in layers for part in ("key", "value")]
+        fixed = {f"past_key_values.{k.format('encoder')}": encoded[f"present.{k.format('encoder')}"] for k in kinds}
+        fixed["encoder_attention_mask"] = encoded["encoder_attention_mask"]
+        past = {f"past_key_values.{k.format('decoder')}": empty for k in kinds}
+        max_new_tokens = min(max_new_tokens, self.description["max_text_length"] - input_ids.shape[1])
+        written, step, running = input_ids, input_ids, np.ones(batch_size, dtype=bool)
+        for _ in range(max_new_tokens):
+            output = self.run("decoder", input_ids=step, attention_mask=attention_mask, **past, **fixed)
+            token = output["logits"][:, -1].argmax(axis=-1)
+            token = np.where(running, token, facts["pad_token_id"]).astype(np.int64)
+            running = running & (token != facts["end_token_id"])
+            step = token[:, None]
+            written = np.concatenate([written, step], axis=1)
+            if not running.any():
+                break
+            attention_mask = np.concatenate([attention_mask, np.ones_like(step)], axis=1)
+            past = {name: output[name.replace("past_key_values", "present")] for name in past}
+        return written
+
+    def _decode_text(self, ids: np.ndarray) -> list[str]:
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _judge(self, pairs: list, sentences: list[str]) -> np.ndarray:
+        states = self.run("vision_encoder", pixel_values=self.read_images([image for pair in pairs for image in pair]))
+        left, right = states["image_states"][0::2], states["image_states"][1::2]
+        read = self.read_texts(sentences)
+        return _softmax(self.run("classifier", left_states=left, right_states=right, **read)["logits"])[:, 1]
+
+    def _match(self, pixel_values, texts: list[str]) -> dict[str, np.ndarray]:
+        images, read = self.run("vision_encoder", pixel_values=pixel_values), self.read_texts(texts)
+        features = self.run("text_encoder", **read)["text_feature"]
+        scores = []
+        for states in images["image_states"]:
+            of_image = np.repeat(states[None], len(texts), axis=0)
+            scores.append(_softmax(self.run("matching_head", image_states=of_image, **read)["itm_score"])[:, 1])
+        return {"score": np.stack(scores), "similarity": images["image_feature"] @ features.T}
+
+    def _zero_shot(self, pixel_values, texts: list[str]) -> np.ndarray:
+        images = self.run("vision_encoder", pixel_values=pixel_values)["image_feature"]
+        features = self.run("text_encoder", **self.read_texts(texts))["text_feature"]
+        return _softmax(self.description["logit_scale"] * images @ features.T)
