@@ -67,9 +67,9 @@ INIT_SAMPLES = 640  # training texts that alignment tokens are made of
 # MADTP and its variants
 
 
-def init_from_training_texts(model, task: str, collator, seed: int, samples: int = INIT_SAMPLES) -> None:
+def init_from_training_texts(model, task: str, collator, seed: int) -> None:
     """Alignment tokens from texts of the training split, drawn by the seed; no labels."""
-    texts = LOADERS[task]("train", samples, seed)
+    texts = LOADERS[task]("train", INIT_SAMPLES, seed)
     init_alignment_from(model, DataLoader(texts, 64, collate_fn=collator))
 
 
@@ -120,19 +120,24 @@ def text_lengths(model, batches: list[dict]) -> dict:
     return lengths
 
 
-def with_asked(point: dict, reduction: float) -> dict:
-    return {**point, "asked": reduction}
+def fixed_methods(method: str, model, validation: list[dict], reductions: list[float], seed: int) -> dict:
+    """By reduction, what `set_reduction_method` takes for ToMe, EViT or random tokens: the schedule nearest to it."""
+    lengths = text_lengths(model, validation)
+    schedules = {r: find_schedule(method, model.config, model.task, r, **lengths)[0] for r in reductions}
+    return {reduction: make_method(method, schedule, seed) for reduction, schedule in schedules.items()}
+
+
+def fixed_points(method: str, model, evaluation, validation: list[dict], reductions: list[float], seed: int):
+    points = []
+    for reduction, reduce in fixed_methods(method, model, validation, reductions, seed).items():
+        model.set_reduction_method(reduce)
+        points.append(evaluation.at(model, [0.0])[0] | {"asked": reduction})
+    return points
 
 
 def run_fixed(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
     """Points of ToMe, EViT or random tokens, each by the schedule nearest to its reduction."""
-    model, points = load_model(task, folder, seed), []
-    lengths = text_lengths(model, validation)
-    for reduction in reductions:
-        schedule, _ = find_schedule(method, model.config, task, reduction, **lengths)
-        model.set_reduction_method(make_method(method, schedule, seed))
-        points.append(with_asked(evaluation.at(model, [0.0])[0], reduction))
-    return points
+    return fixed_points(method, load_model(task, folder, seed), evaluation, validation, reductions, seed)
 
 
 def image_sizes(model, lengths: dict) -> dict[int, float]:
@@ -234,7 +239,9 @@ def parse_arguments(arguments=None):
     parser.add_argument("--test_samples", type=int, default=600)
     parser.add_argument("--redo", nargs="+", choices=SEEDS, default=[], help="make the rows of these methods again")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "selection.json")
-    parser.add_argument("--table", nargs="?", const="all", choices=("all", "readme"), help="print tables, run nothing")
+    parser.add_argument(
+        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
+    )
     args = parser.parse_args(arguments)
     if args.model and len(args.tasks) != 1:
         parser.error("--model needs one task: add --tasks TASK.")
