@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-any-budget bench-budgets clean
+.PHONY: install demo demo-all test test-matrix test-mixins test-wheel lint format cards dense bench bench-any-budget bench-budgets bench-selection clean
 
 install: .venv/.installed
 
@@ -54,6 +54,7 @@ cards: install
 # Trains the shipped dense checkpoints anew: the first, then those that start from it.
 dense: install
 	$(BIN)/python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
+	$(BIN)/python examples/train_dense_blip.py --plain --batch_size 32 --caption_steps 1000 --question_steps 2400 --output_dir examples/blip-vqa-digits-plain
 	$(BIN)/python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits --steps 4500 --batch_size 24
 	$(BIN)/python examples/train_dense_tasks.py captioning --output_dir examples/blip-captioning-digits --steps 2500
 	$(BIN)/python examples/train_dense_tasks.py retrieval --output_dir examples/blip-retrieval-digits --steps 1200 --batch_size 64
@@ -72,6 +73,12 @@ bench-any-budget: install
 # One checkpoint for every budget against one checkpoint a budget, on digit scenes.
 bench-budgets: install
 	$(BIN)/python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json --options --learning_rate 3e-5
+
+# MADTP beside other ways to choose tokens at equal budgets, without training and after fine-tuning; hours. Goes on where it was.
+bench-selection: install
+	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/selection_finetuned.py
+	$(BIN)/python benchmarks/selection.py --table docs
 
 clean:
 	rm -rf .venv outputs

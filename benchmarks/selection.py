@@ -1,16 +1,18 @@
-"""Accuracy against FLOPs, training-free: MADTP beside other ways to choose tokens, on the same dense models at equal budgets.
+"""Accuracy at equal FLOPs, training-free: MADTP beside other ways to choose tokens, on the same dense models.
 
     python benchmarks/selection.py                                   # all rows; run again, it goes on where it was
     python benchmarks/selection.py --tasks vqa nlvr2 --methods tome evit
     python benchmarks/selection.py --model FOLDER --tasks vqa        # a dense model of your own, on the digit scenes
     python benchmarks/selection.py --redo madtp_data                 # makes these rows again
-    python benchmarks/selection.py --table                           # docs/accuracy.md's tables; --table readme: README's
+    python benchmarks/selection.py --table                           # tables, see selection_tables.py
 
-A row is a task, a dense model, a method and a seed; its points are one for each budget. Thresholds and schedules are found on the validation
-split, the metric is of the test split. Methods:
+A row is a task, a dense model, a method and a seed; its points are one for each budget. Thresholds and schedules are
+found on the validation split, the metric is of the test split. Methods:
 
-- `madtp`: random alignment tokens, drawn by the seed; `madtp_data`: those of `init_alignment_from`, of training texts drawn by the seed
-- `class_attention`, `without_self`, `without_class`, `without_alignment`: MADTP with another importance, random alignment tokens as `madtp`
+- `madtp`: random alignment tokens, drawn by the seed; `madtp_data`: those of `init_alignment_from`, of training texts
+  drawn by the seed
+- `class_attention`, `without_self`, `without_class`, `without_alignment`: MADTP with another importance, random
+  alignment tokens as `madtp`
 - `tome`, `evit`, `random` (tokens drawn by the seed): see methods.py
 - `smaller_image`: the dense model on smaller images, positions interpolated; the size whose FLOPs are nearest
 
@@ -74,13 +76,13 @@ def init_from_training_texts(model, task: str, collator, seed: int) -> None:
 
 
 def nearest_threshold(model, batch: dict, target: float) -> list[float]:
-    """Of a coarse path of thresholds, the one whose reduction of a batch's FLOPs is nearest to a target out of reach."""
+    """Of a coarse path of thresholds, the one that comes nearest to a target out of reach, on one batch."""
     thresholds = [(temperature, 1.0) for temperature in SCAN] + [(SCAN[0], factor) for factor in FACTORS]
     return list(min(thresholds, key=lambda threshold: abs(measure_reduction(model, [batch], *threshold) - target)))
 
 
 def calibrate_all(model, batches: list[dict], reductions: list[float]) -> None:
-    """`calibrate`, and for reductions that it leaves out the nearest that there is, so that the schedule has an entry for each."""
+    """`calibrate`, with the nearest threshold that there is for each reduction that it leaves out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:

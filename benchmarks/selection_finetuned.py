@@ -1,18 +1,20 @@
-"""Accuracy against FLOPs after fine-tuning: MADTP beside other ways to choose tokens, and one checkpoint for all budgets beside one a budget.
+"""Accuracy at equal FLOPs after fine-tuning: MADTP beside other ways, one checkpoint for all budgets beside one each.
 
-    python benchmarks/selection_finetuned.py --tasks vqa nlvr2                # all rows; run again, it goes on where it was
+    python benchmarks/selection_finetuned.py --tasks vqa nlvr2     # all rows; run again, it goes on where it was
     python benchmarks/selection_finetuned.py --tasks vqa --methods tome evit --seeds 0
-    python benchmarks/selection_finetuned.py --methods madtp madtp_data own_0.5 own_0.8   # the second comparison, on all tasks
+    python benchmarks/selection_finetuned.py --methods madtp madtp_data own_0.5 own_0.8
 
-Every row is one training run of the same steps, data, optimizer and learning rate (`examples/prune_digit_vqa.py`'s recipe), from the shipped dense
-model; the seed draws scenes, their order, and what is random in a method. Methods, tables and the rest as in selection.py. Beside them:
+Every row is one training run of the same steps, data, optimizer and learning rate (`examples/prune_digit_vqa.py`'s
+recipe), from the shipped dense model; the seed draws scenes, their order, and what is random in a method. Methods,
+tables and the rest as in selection.py. Beside them:
 
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
-- `madtp`: for captioning alone, which has no text encoder: MADTP with random alignment tokens. Other tasks have `madtp_data`
+- `madtp`: for captioning alone, which has no text encoder: MADTP with random alignment tokens. Other tasks have
+  `madtp_data`
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
-All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8: by `ReductionCallback`, or as the schedule of a fixed number of tokens.
-"""
+All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8: by `ReductionCallback`, or as the schedule of a
+fixed number of tokens."""
 
 import argparse
 import functools
@@ -142,7 +144,7 @@ def run_row(method, task, folder, seed, steps, evaluation, validation) -> tuple[
 
 
 def methods_of(task: str, methods) -> list[str]:
-    """Those that the task has: MADTP with alignment tokens from data where it has a text encoder, with random ones where not."""
+    """Those that the task has: MADTP's tokens from data where it has a text encoder, random ones where not."""
     return [method for method in methods if method != ("madtp_data" if TASKS[task].text_encoder is None else "madtp")]
 
 

@@ -1,9 +1,8 @@
 """Tables and pictures of what selection.py and selection_finetuned.py have measured.
 
-python benchmarks/selection.py --table          # docs/accuracy.md's tables, in Markdown
-python benchmarks/selection.py --table docs     # writes them into docs/accuracy.md, between its marks, and draws the pictures
-python benchmarks/selection.py --table readme   # the short one
-"""
+python benchmarks/selection.py --table          # docs/accuracy.md's tables, in Markdown python benchmarks/selection.py
+--table docs     # writes them into docs/accuracy.md, between its marks, and draws the pictures python
+benchmarks/selection.py --table readme   # the short one"""
 
 import json
 import statistics
@@ -40,7 +39,7 @@ def load(path: Path) -> dict | None:
 
 
 def summarise(rows: list[dict]) -> dict[str, dict[float, dict]]:
-    """Of the rows of one task and model, by method and asked reduction: the seeds' mean score, its standard deviation, the mean reached."""
+    """Over seeds, by method and asked reduction: the mean score, its standard deviation, the mean reduction reached."""
     points = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for point in row["points"]:
@@ -97,7 +96,8 @@ def heading(task: str, model: str, summaries: dict) -> str:
         for name in ("dense", "dense_finetuned")
         if name in summaries
     ]
-    return f"**{TASKS[task].title}, `{model}`**: {TASKS[task].headline_title} in percent; {', '.join(dense) or 'dense not yet measured'}."
+    metric = f"{TASKS[task].headline_title} in percent"
+    return f"**{TASKS[task].title}, `{model}`**: {metric}; {', '.join(dense) or 'dense not yet measured'}."
 
 
 def training_free_tables(content: dict) -> list[str]:

@@ -1,7 +1,8 @@
-"""What the selection study needs to know of a task, and the file that it writes: data as batches, predictions, their score, rows.
+"""What the selection study needs to know of a task, and the file that it writes: data as batches, predictions, their
+score, rows.
 
-A new task needs an entry in `LOADERS`, and in `PREDICTORS` and `SCORERS` if it is none of these; a new model one in `MODELS`.
-"""
+A new task needs an entry in `LOADERS`, and in `PREDICTORS` and `SCORERS` if it is none of these; a new model one in
+`MODELS`."""
 
 import functools
 import json
@@ -71,7 +72,7 @@ def make_collator(task: str, folder):
 
 
 def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """The batch of a retrieval collator, and the words of all captions of its images: (images, captions of each, length)."""
+    """A retrieval collator's batch, and the words of all captions of its images: (images, captions of each, length)."""
     captions = [caption for row in rows for caption in row["captions"]]
     words = collator.processor.tokenizer(captions, padding=True, return_tensors="pt")
     batch = collator(rows)
@@ -200,7 +201,7 @@ class Evaluation:
         return float({name.replace("_recall", ""): value for name, value in scores.items()}[self.headline])
 
     def at(self, model, reductions: list[float], batches=None) -> list[dict]:
-        """One point for each reduction of the model's schedule; 0 is the model without pruning, or with the method that is set."""
+        """One point for each reduction of the model's schedule; 0 is no pruning, or the method of fixed numbers that is set."""
 
         def predict(batch):
             return PREDICTORS[self.task](model, self.collator, batch)
@@ -247,7 +248,7 @@ def key_of(row: dict) -> tuple:
 
 
 class Results:
-    """The rows of a study in a JSON file, which is rewritten as a whole with every new row: what is there is never made again.
+    """The rows of a study in a JSON file, rewritten as a whole with every new row: what is there is not made again.
 
     Raises:
         ValueError: if the file is of a study with other settings.
@@ -260,8 +261,8 @@ class Results:
             content = json.loads(self.path.read_text())
             if content["settings"] != header["settings"]:
                 raise ValueError(
-                    f"{self.path} is of a study with settings {content['settings']}, not {header['settings']}: expected the same;"
-                    " ask for those, or give another --output."
+                    f"{self.path} is of a study with settings {content['settings']}, not {header['settings']}:"
+                    " expected the same; ask for those, or give another --output."
                 )
             self.rows = {key_of(row): row for row in content["rows"]}
 
