@@ -39,7 +39,7 @@ def load(path: Path) -> dict | None:
 
 
 def summarise(rows: list[dict]) -> dict[str, dict[float, dict]]:
-    """Over seeds, by method and asked reduction: the mean score, its standard deviation, the mean reduction reached."""
+    """By method and asked reduction, over seeds: mean score, its standard deviation, mean reduction reached."""
     points = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for point in row["points"]:

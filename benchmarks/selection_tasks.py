@@ -72,7 +72,7 @@ def make_collator(task: str, folder):
 
 
 def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A retrieval collator's batch, and the words of all captions of its images: (images, captions of each, length)."""
+    """A retrieval collator's batch, and all captions of its images: (images, captions of each, length)."""
     captions = [caption for row in rows for caption in row["captions"]]
     words = collator.processor.tokenizer(captions, padding=True, return_tensors="pt")
     batch = collator(rows)
@@ -201,7 +201,7 @@ class Evaluation:
         return float({name.replace("_recall", ""): value for name, value in scores.items()}[self.headline])
 
     def at(self, model, reductions: list[float], batches=None) -> list[dict]:
-        """One point for each reduction of the model's schedule; 0 is no pruning, or the method of fixed numbers that is set."""
+        """One point for each reduction of the model's schedule; 0: no pruning, or the method of fixed numbers that is set."""
 
         def predict(batch):
             return PREDICTORS[self.task](model, self.collator, batch)
