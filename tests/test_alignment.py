@@ -4,18 +4,16 @@ import pytest
 import torch
 
 from madtp_hf import calibrate, init_alignment_from
+from madtp_hf.alignment import _Recording
 
 from .conftest import TASKS, make_task_model
-
-
-WITH_TEXT = [name for name in TASKS if name != "captioning"]
 
 
 def batches_of(task):
     return [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(3)]
 
 
-@pytest.mark.parametrize("task", WITH_TEXT)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_same_data_give_the_same_tokens_whatever_was_there_before(task):
     made = []
     for training in (False, True):
@@ -59,11 +57,31 @@ def test_tokens_of_a_width_of_their_own():
     assert model.alignment.tokens.shape[1] == 20 and model.alignment.tokens.isfinite().all()
 
 
-def test_what_has_no_words_is_named():
-    with pytest.raises(ValueError, match="has no text encoder"):
-        init_alignment_from(make_task_model("captioning"), batches_of("captioning"))
+def test_what_has_nothing_to_look_at_is_named():
     model = make_task_model("vqa")
     before = model.alignment.tokens.detach().clone()
-    with pytest.raises(ValueError, match="expected batches with some words"):
+    with pytest.raises(ValueError, match="expected batches as the model takes them"):
         init_alignment_from(model, [])
     assert torch.equal(model.alignment.tokens, before)
+    assert model._reduction_method is None and not model.is_pruning
+
+
+def test_patches_that_are_attended_to_become_the_important_ones():
+    """The importance of patches is nearer to the class token's attention than with random tokens."""
+    model, batches = make_task_model("captioning"), batches_of("captioning")
+    recording = _Recording(model)
+    with torch.no_grad():
+        recording.run(batches)
+    by_self, by_class = torch.cat(recording.attention, dim=2).unbind(1)
+    patches = torch.cat(recording.patches, dim=1)
+
+    def distance():
+        strongest = (patches @ model.alignment.tokens.T).amax(dim=-1).detach()
+        by_alignment = strongest / strongest.sum(dim=-1, keepdim=True)
+        return ((by_self + by_class + by_alignment) / 3 - by_class / by_class.sum(dim=-1, keepdim=True)).abs().mean()
+
+    init_alignment_from(model, batches)
+    fitted = distance()
+    with torch.no_grad():
+        model.alignment.tokens.normal_()
+    assert fitted < 0.9 * distance()
