@@ -3,9 +3,10 @@
 As BLIP itself was trained: the vision tower on labelled images, then the whole to caption scenes, then to answer questions about them, the
 question encoder and the answer decoder both starting from the caption decoder. Then the class token learns to look at the digits in
 every layer, as class tokens of large vision towers come to do by themselves, at last while patches without a digit are dropped at random. Scenes
-are drawn afresh at every step.
+are drawn afresh at every step. With `--plain` training ends before these two stages: nothing prepares that model for pruning.
 
     python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
+    python examples/train_dense_blip.py --plain --output_dir examples/blip-vqa-digits-plain
 """
 
 import argparse
@@ -218,11 +219,16 @@ def main():
         default="patch",
         help="a later stage starts from the model in the output folder",
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="without the last two stages, which prepare a model for losing patches"
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--initializer_range", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.plain:
+        args.settle_steps = args.thin_steps = 0
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -292,6 +298,8 @@ def main():
     if args.start_from in stages:
         stages = dict(list(stages.items())[list(stages).index(args.start_from) :])
     for stage, steps in stages.items():
+        if not steps:
+            continue
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
         scheduler = schedule(optimizer, steps)

@@ -18,6 +18,15 @@ from madtp_hf.tasks import TASKS
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
+# By folder, the task.
+CHECKPOINTS = {
+    "blip-vqa-digits": "vqa",
+    "blip-vqa-digits-plain": "vqa",
+    "blip-nlvr2-digits": "nlvr2",
+    "blip-captioning-digits": "captioning",
+    "blip-retrieval-digits": "retrieval",
+    "clip-digits": "clip",
+}
 # An example of a text for each task; of captioning, the prompt.
 TEXTS = {
     "vqa": "how many sevens are there?",
@@ -28,9 +37,9 @@ TEXTS = {
 }
 
 
-def question_answering_metrics() -> dict:
+def question_answering_metrics(name: str) -> dict:
     """What the training script measured at its end."""
-    last = json.loads((EXAMPLES / "blip-vqa-digits" / "train.log").read_text().splitlines()[-1])
+    last = json.loads((EXAMPLES / name / "train.log").read_text().splitlines()[-1])
     return {
         "title": "10,000 questions about scans that were never seen in training",
         "results": [{"accuracy %": last["accuracy"]}],
@@ -64,17 +73,17 @@ def clip_metrics() -> dict:
     }
 
 
-MEASURED = {"vqa": question_answering_metrics, "clip": clip_metrics}
+def metrics_of(name: str) -> dict:
+    """What was measured of the checkpoint of that name."""
+    task = CHECKPOINTS[name]
+    if task == "clip":
+        return clip_metrics()
+    return question_answering_metrics(name) if task == "vqa" else demo_metrics(task)
 
 
-def folder_name(task: str) -> str:
-    return "clip-digits" if task == "clip" else f"blip-{task}-digits"
-
-
-def write_card(task: str, folder: Path) -> None:
-    """Write the card of the task's checkpoint to the folder, which has its config.json."""
-    name = folder_name(task)
-    metrics = MEASURED[task]() if task in MEASURED else demo_metrics(task)
+def write_card(name: str, folder: Path) -> None:
+    """Write the card of the checkpoint of that name to the folder, which has its config.json."""
+    task, metrics = CHECKPOINTS[name], metrics_of(name)
     metrics["dataset"] = {"name": "digit scenes", "split": "test", "example": TEXTS[task]}
     write_model_card(
         folder,
@@ -90,14 +99,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a card is not current")
     args = parser.parse_args()
     stale = []
-    for task in TEXTS:
-        folder = EXAMPLES / folder_name(task)
+    for name in CHECKPOINTS:
+        folder = EXAMPLES / name
         if not args.check:
-            write_card(task, folder)
+            write_card(name, folder)
             continue
         with TemporaryDirectory() as scratch:
             Path(scratch, "config.json").write_text((folder / "config.json").read_text())
-            write_card(task, Path(scratch))
+            write_card(name, Path(scratch))
             # The order of the metadata is huggingface_hub's, and another of its versions may have another.
             current, committed = (ModelCard.load(place / "README.md") for place in (Path(scratch), folder))
             if (current.data.to_dict(), current.text) != (committed.data.to_dict(), committed.text):

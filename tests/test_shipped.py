@@ -36,7 +36,8 @@ def code_blocks(folder) -> list[str]:
 
 
 def test_there_is_a_folder_of_every_task():
-    assert [folder.name for folder in FOLDERS] == sorted([*(f"blip-{task}-digits" for task in TASKS), "clip-digits"])
+    expected = {*(f"blip-{task}-digits" for task in TASKS), "clip-digits"}
+    assert expected <= {folder.name for folder in FOLDERS}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

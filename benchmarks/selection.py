@@ -1,0 +1,270 @@
+"""Accuracy at equal FLOPs, training-free: MADTP beside other ways to choose tokens, on the same dense models.
+
+    python benchmarks/selection.py                                   # all rows; run again, it goes on where it was
+    python benchmarks/selection.py --tasks vqa nlvr2 --methods tome evit
+    python benchmarks/selection.py --model FOLDER --tasks vqa        # a dense model of your own, on the digit scenes
+    python benchmarks/selection.py --redo madtp_data                 # makes these rows again
+    python benchmarks/selection.py --table                           # tables, see selection_tables.py
+
+A row is a task, a dense model, a method and a seed; its points are one for each budget. Thresholds and schedules are
+found on the validation split, the metric is of the test split. Methods:
+
+- `madtp`: random alignment tokens, drawn by the seed; `madtp_data`: those of `init_alignment_from`, of training texts
+  drawn by the seed
+- `class_attention`, `without_self`, `without_class`, `without_alignment`: MADTP with another importance, random
+  alignment tokens as `madtp`
+- `tome`, `evit`, `random` (tokens drawn by the seed): see methods.py
+- `smaller_image`: the dense model on smaller images, positions interpolated; the size whose FLOPs are nearest
+
+What no threshold or schedule reaches is measured at the nearest that there is, and marked `missed`.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from methods import FIXED, VARIANTS, find_schedule, make_method
+from selection_tasks import (
+    LOADERS,
+    ROOT,
+    Evaluation,
+    Results,
+    finish_row,
+    load_model,
+    make_batches,
+    make_collator,
+    shipped_models,
+    smaller_images,
+    study_header,
+)
+from torch.utils.data import DataLoader
+
+from madtp_hf import calibrate, init_alignment_from
+from madtp_hf.calibration import FACTORS, SCAN, decoder_tokens, measure_reduction
+from madtp_hf.flops import dense_flops
+from madtp_hf.tasks import TASKS
+
+
+REDUCTIONS = [0.3, 0.5, 0.6, 0.7, 0.8]
+# By method, how many seeds. MADTP's tokens from data come last: they are what may change.
+SEEDS = {
+    "dense": 1,
+    "tome": 1,
+    "evit": 1,
+    "smaller_image": 1,
+    "random": 5,
+    "madtp": 5,
+    "class_attention": 3,
+    "without_self": 3,
+    "without_class": 3,
+    "without_alignment": 3,
+    "madtp_data": 3,
+}
+INIT_SAMPLES = 640  # training texts that alignment tokens are made of
+
+
+# MADTP and its variants
+
+
+def init_from_training_texts(model, task: str, collator, seed: int) -> None:
+    """Alignment tokens from texts of the training split, drawn by the seed; no labels."""
+    texts = LOADERS[task]("train", INIT_SAMPLES, seed)
+    init_alignment_from(model, DataLoader(texts, 64, collate_fn=collator))
+
+
+def nearest_threshold(model, batch: dict, target: float) -> list[float]:
+    """Of a coarse path of thresholds, the one that comes nearest to a target out of reach, on one batch."""
+    thresholds = [(temperature, 1.0) for temperature in SCAN] + [(SCAN[0], factor) for factor in FACTORS]
+    return list(min(thresholds, key=lambda threshold: abs(measure_reduction(model, [batch], *threshold) - target)))
+
+
+def calibrate_all(model, batches: list[dict], reductions: list[float]) -> None:
+    """`calibrate`, with the nearest threshold that there is for each reduction that it leaves out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            schedule = calibrate(model, batches, reductions)
+        except ValueError:  # none of them
+            schedule = []
+    before = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
+    for missing in sorted(set(reductions) - {entry[0] for entry in schedule}):
+        schedule.append([missing, *nearest_threshold(model, batches[0], missing)])
+    model.set_pruning(temperature=before[0], factor=before[1])
+    model.config.pruning_schedule = sorted(schedule)
+
+
+def run_adaptive(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
+    """Points of MADTP or a variant: calibrated once for all reductions."""
+    model = load_model(task, folder, seed)
+    if method == "madtp_data":
+        init_from_training_texts(model, task, evaluation.collator, seed)
+    elif method in VARIANTS:
+        model.set_reduction_method(make_method(method))
+    calibrate_all(model, validation, reductions)
+    return evaluation.at(model, reductions)
+
+
+# Fixed numbers of tokens
+
+
+def text_lengths(model, batches: list[dict]) -> dict:
+    """What a schedule's FLOPs depend on besides: the lengths of texts and of what a decoder reads, of all samples."""
+    lengths = {}
+    if TASKS[model.task].text_encoder:
+        lengths["text_tokens"] = torch.cat([batch["attention_mask"].sum(dim=1) for batch in batches])
+    read = [torch.as_tensor(decoder_tokens(batch, model.task, model.config)) for batch in batches]
+    lengths["answer_tokens"] = torch.cat(
+        [tokens.expand(len(batch["pixel_values"])) for tokens, batch in zip(read, batches)]
+    )
+    return lengths
+
+
+def fixed_methods(method: str, model, validation: list[dict], reductions: list[float], seed: int) -> dict:
+    """By reduction, what `set_reduction_method` takes for ToMe, EViT or random tokens: the schedule nearest to it."""
+    lengths = text_lengths(model, validation)
+    schedules = {r: find_schedule(method, model.config, model.task, r, **lengths)[0] for r in reductions}
+    return {reduction: make_method(method, schedule, seed) for reduction, schedule in schedules.items()}
+
+
+def fixed_points(method: str, model, evaluation, validation: list[dict], reductions: list[float], seed: int):
+    points = []
+    for reduction, reduce in fixed_methods(method, model, validation, reductions, seed).items():
+        model.set_reduction_method(reduce)
+        points.append(evaluation.at(model, [0.0])[0] | {"asked": reduction})
+    return points
+
+
+def run_fixed(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
+    """Points of ToMe, EViT or random tokens, each by the schedule nearest to its reduction."""
+    return fixed_points(method, load_model(task, folder, seed), evaluation, validation, reductions, seed)
+
+
+def image_sizes(model, lengths: dict) -> dict[int, float]:
+    """By the size of a smaller image, the mean reduction of FLOPs against the dense model."""
+    vision, task = model.config.vision_config, TASKS[model.task]
+    number = len(lengths["answer_tokens"])
+
+    def flops(size):
+        tokens = torch.full((vision.num_hidden_layers + 1, number), (size // vision.patch_size) ** 2 + 1)
+        tokens = torch.stack([tokens] * task.num_images, dim=1) if task.num_images > 1 else tokens
+        text = None
+        if task.text_encoder:
+            text = lengths["text_tokens"].repeat(model.config.text_config.num_hidden_layers + 1, 1)
+        return dense_flops(model.config, model.task, tokens, text, lengths["answer_tokens"])
+
+    dense = flops(vision.image_size)
+    sizes = range(2 * vision.patch_size, vision.image_size, vision.patch_size)
+    return {size: (1 - flops(size) / dense).mean().item() for size in sizes}
+
+
+def run_smaller_image(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
+    model, points = load_model(task, folder, seed), {}
+    sizes = image_sizes(model, text_lengths(model, validation))
+    for reduction in reductions:
+        size = min(sizes, key=lambda size: abs(sizes[size] - reduction))
+        if size not in points:
+            points[size] = evaluation.at(model, [0.0], smaller_images(evaluation.batches, size))[0]
+        points[size, reduction] = {**points[size], "asked": reduction, "reached": round(sizes[size], 4), "size": size}
+    return [points[key] for key in points if isinstance(key, tuple)]
+
+
+def run_dense(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
+    return evaluation.at(load_model(task, folder, seed), [0.0])
+
+
+def points_of(method: str):
+    """The function that makes a method's points."""
+    if method in FIXED:
+        return run_fixed
+    return {"dense": run_dense, "smaller_image": run_smaller_image}.get(method, run_adaptive)
+
+
+# The study
+
+
+def keys_of(args) -> list[tuple]:
+    """(task, folder, method, seed) of the rows that are asked for, in order."""
+    models = [(args.tasks[0], args.model)] if args.model else shipped_models(args.tasks)
+    keys = []
+    for task, folder in models:
+        if args.model_names and folder.name not in args.model_names:
+            continue
+        for method in args.methods:
+            if method == "madtp_data" and TASKS[task].text_encoder is None:
+                continue
+            seeds = args.seeds if args.seeds is not None else range(SEEDS[method])
+            keys += [(task, folder, method, seed) for seed in seeds if seed < SEEDS[method] or SEEDS[method] > 1]
+    return keys
+
+
+def run(args) -> None:
+    """Make the rows that are asked for and not there yet."""
+    header = study_header(
+        "training-free",
+        validation_samples=args.validation_samples,
+        test_samples=args.test_samples,
+        reductions=args.reductions,
+    )
+    results = Results(args.output, header)
+    keys = keys_of(args)
+    results.forget([(task, folder.name, *rest) for task, folder, *rest in keys if rest[0] in args.redo])
+    loaded, prepared = None, None
+    for task, folder, method, seed in keys:
+        if (task, folder.name, method, seed) in results:
+            continue
+        if loaded != (task, folder):
+            collator = make_collator(task, folder)
+            data = {split: LOADERS[task](split, getattr(args, f"{split}_samples")) for split in ("validation", "test")}
+            prepared = Evaluation(task, data["test"], collator), make_batches(task, data["validation"], collator)
+            loaded = (task, folder)
+        started = time.perf_counter()
+        row = {"task": task, "model": folder.name, "method": method, "seed": seed}
+        points = points_of(method)(method, task, folder, seed, *prepared, args.reductions)
+        results.add(finish_row(row, points, started))
+        print(*row.values(), *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--model", type=Path, help="a dense model's folder, for the one task of --tasks; default: examples/"
+    )
+    parser.add_argument("--model_names", nargs="+", help="of the shipped models, these folders alone")
+    parser.add_argument("--methods", nargs="+", choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as each method's row in SEEDS says")
+    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS)
+    parser.add_argument("--validation_samples", type=int, default=512)
+    parser.add_argument("--test_samples", type=int, default=600)
+    parser.add_argument("--redo", nargs="+", choices=SEEDS, default=[], help="make the rows of these methods again")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "selection.json")
+    parser.add_argument(
+        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
+    )
+    args = parser.parse_args(arguments)
+    if args.model and len(args.tasks) != 1:
+        parser.error("--model needs one task: add --tasks TASK.")
+    return args
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    if args.table:
+        from selection_tables import print_tables
+
+        print_tables(args.output, args.table)
+        return
+    torch.set_num_threads(1)
+    try:
+        run(args)
+    except ValueError as error:
+        if "is of a study" not in str(error):
+            raise
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

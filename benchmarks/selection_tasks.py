@@ -1,0 +1,296 @@
+"""What the selection study needs to know of a task, and the file that it writes: data as batches, predictions, their
+score, rows.
+
+A new task needs an entry in `LOADERS`, and in `PREDICTORS` and `SCORERS` if it is none of these; a new model one in
+`MODELS`."""
+
+import functools
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from madtp_hf import MadtpBlipConfig, __version__
+from madtp_hf.data import load_digit_captions, load_digit_questions, load_digit_statements
+from madtp_hf.data.collators import CaptioningCollator
+from madtp_hf.evaluation import evaluate_budgets
+from madtp_hf.metrics import load_metric
+from madtp_hf.tasks import TASKS
+
+
+ROOT = Path(__file__).parents[1]
+BATCH_SIZE = 64
+NUM_ALIGNMENT_TOKENS = 64
+# The dense models of each task, folders in examples/; those that are not there are left out.
+MODELS = {
+    "vqa": ("blip-vqa-digits", "blip-vqa-digits-plain"),
+    "nlvr2": ("blip-nlvr2-digits",),
+    "captioning": ("blip-captioning-digits",),
+    "retrieval": ("blip-retrieval-digits",),
+    "clip": ("clip-digits",),
+}
+LOADERS = {
+    "vqa": load_digit_questions,
+    "nlvr2": load_digit_statements,
+    "captioning": load_digit_captions,
+    "retrieval": load_digit_captions,
+    "clip": load_digit_captions,
+}
+
+
+def shipped_models(tasks) -> list[tuple[str, Path]]:
+    """(task, folder) of the dense models in examples/ for these tasks."""
+    pairs = [(task, ROOT / "examples" / name) for task in tasks for name in MODELS[task]]
+    return [(task, folder) for task, folder in pairs if (folder / "config.json").is_file()]
+
+
+def load_model(task: str, folder, seed: int):
+    """The dense model with alignment tokens drawn by `seed`, on the CPU in float32."""
+    torch.manual_seed(seed)
+    model_class = TASKS[task].model_class
+    load = getattr(model_class, "from_blip", None) or model_class.from_clip
+    return load(str(folder), num_alignment_tokens=NUM_ALIGNMENT_TOKENS).float().eval()
+
+
+# Data
+
+
+def make_collator(task: str, folder):
+    """The task's collator; for feature retrieval, batches that hold all captions of each image as well."""
+    processor = AutoProcessor.from_pretrained(folder)
+    collator_class = TASKS[task].collator
+    if TASKS[task].decoder_inputs is None:
+        return collator_class(processor)
+    return collator_class(processor, MadtpBlipConfig.from_pretrained(folder).text_config.bos_token_id)
+
+
+def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A retrieval collator's batch, and all captions of its images: (images, captions of each, length)."""
+    captions = [caption for row in rows for caption in row["captions"]]
+    words = collator.processor.tokenizer(captions, padding=True, return_tensors="pt")
+    batch = collator(rows)
+    batch["caption_ids"] = words.input_ids.unflatten(0, (len(rows), -1))
+    batch["caption_mask"] = words.attention_mask.unflatten(0, (len(rows), -1))
+    return batch
+
+
+def make_batches(task: str, dataset, collator, batch_size: int = BATCH_SIZE) -> list[dict[str, torch.Tensor]]:
+    """All of a data set as batches in memory: a calibration reads them many times."""
+    collate = collator
+    if TASKS[task].metric == "retrieval_recall":
+        collate = functools.partial(with_captions, collator)
+    return list(DataLoader(dataset, batch_size=batch_size, collate_fn=collate))
+
+
+def smaller_images(batches, size: int) -> list[dict[str, torch.Tensor]]:
+    """The batches with square images of another size; the model interpolates its positions."""
+
+    def resize(pixels):
+        flat = pixels.flatten(0, -4)
+        resized = F.interpolate(flat, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        return resized.unflatten(0, pixels.shape[:-3])
+
+    # A tensor, as the evaluation hands on tensors alone.
+    interpolate = torch.tensor(True)
+    return [
+        {**batch, "pixel_values": resize(batch["pixel_values"]), "interpolate_pos_encoding": interpolate}
+        for batch in batches
+    ]
+
+
+# Predictions
+
+
+def _options(batch) -> dict:
+    return {"interpolate_pos_encoding": bool(batch.get("interpolate_pos_encoding", False))}
+
+
+def answer(model, collator, batch) -> list[str]:
+    inputs = (batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+    written = model.generate(*inputs, max_new_tokens=3, **_options(batch))
+    return collator.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def caption(model, collator: CaptioningCollator, batch) -> list[str]:
+    """Greedy: the beams of `examples/run_captioning.py` take several times as long."""
+    prompt = collator.prompt_ids(len(batch["pixel_values"]))
+    room = model.config.text_config.max_position_embeddings - prompt.shape[1]
+    written = model.generate(
+        pixel_values=batch["pixel_values"], input_ids=prompt, max_new_tokens=room, **_options(batch)
+    )
+    captions = collator.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [text.removeprefix(collator.prompt).strip() for text in captions]
+
+
+@torch.no_grad()
+def classify(model, collator, batch) -> list[int]:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    return model(**inputs, **_options(batch)).logits.argmax(dim=-1).tolist()
+
+
+@torch.no_grad()
+def embed(model, collator, batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The feature (E,) of each image and those (captions, E) of its captions, normalised."""
+
+    def normalised(features):
+        features = features if isinstance(features, torch.Tensor) else features.pooler_output
+        return F.normalize(features, dim=-1)
+
+    images = normalised(model.get_image_features(pixel_values=batch["pixel_values"], **_options(batch)))
+    ids, mask = (batch[name].flatten(0, 1) for name in ("caption_ids", "caption_mask"))
+    texts = normalised(model.get_text_features(input_ids=ids, attention_mask=mask))
+    return list(zip(images, texts.unflatten(0, batch["caption_ids"].shape[:2])))
+
+
+PREDICTORS = {"vqa": answer, "nlvr2": classify, "captioning": caption, "retrieval": embed, "clip": embed}
+
+
+# Scores
+
+
+def score_answers(metric, predictions, dataset):
+    # Of a digit scene there is one answer: all ten annotators agree on it.
+    return metric.compute(predictions=predictions, references=[[answer] * 10 for answer in dataset["answer"]])
+
+
+def score_labels(metric, predictions, dataset):
+    return metric.compute(predictions=predictions, references=dataset["label"])
+
+
+def score_captions(metric, predictions, dataset):
+    return metric.compute(predictions=predictions, references=dataset["captions"], metrics=("bleu",))
+
+
+def score_features(metric, predictions, dataset):
+    images, texts = zip(*predictions)
+    similarity = torch.stack(images) @ torch.cat(texts).T
+    ends = torch.tensor([len(captions) for captions in texts]).cumsum(0).tolist()
+    own = [list(range(end - len(captions), end)) for end, captions in zip(ends, texts)]
+    return metric.compute(predictions=similarity.numpy(), references=own, text_to_image=similarity.T.numpy())
+
+
+SCORERS = {
+    "vqa": score_answers,
+    "nlvr2": score_labels,
+    "captioning": score_captions,
+    "retrieval": score_features,
+    "clip": score_features,
+}
+
+
+class Evaluation:
+    """A task's test data in memory, and what a model scores on it by the task's headline metric."""
+
+    def __init__(self, task: str, dataset, collator):
+        self.task, self.collator = task, collator
+        self.batches = make_batches(task, dataset, collator)
+        # Without the images, that scoring would decode.
+        self.dataset = dataset.remove_columns([name for name in dataset.column_names if "image" in name])
+        self.metric = load_metric(TASKS[task].metric)
+        self.headline = TASKS[task].headline.removesuffix(" %")
+
+    def score(self, predictions) -> float:
+        scores = SCORERS[self.task](self.metric, predictions, self.dataset)
+        return float({name.replace("_recall", ""): value for name, value in scores.items()}[self.headline])
+
+    def at(self, model, reductions: list[float], batches=None) -> list[dict]:
+        """One point for each reduction of the model's schedule; 0: no pruning, or the method of fixed numbers that is set."""
+
+        def predict(batch):
+            return PREDICTORS[self.task](model, self.collator, batch)
+
+        results = evaluate_budgets(model, batches or self.batches, reductions, predict)
+        return [
+            {
+                "asked": result.reduction_asked,
+                "reached": round(result.reduction_reached, 4),
+                "score": round(self.score(result.predictions), 5),
+                "mflops": round(1e3 * result.gflops, 3),
+            }
+            for result in results
+        ]
+
+
+# The file
+
+
+def study_header(study: str, **settings) -> dict:
+    """What a file of results says besides its rows."""
+    return {
+        "study": study,
+        "settings": settings,
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "madtp_hf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+KEY = ("task", "model", "method", "seed")
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in KEY)
+
+
+class Results:
+    """The rows of a study in a JSON file, rewritten as a whole with every new row: what is there is not made again.
+
+    Raises:
+        ValueError: if the file is of a study with other settings.
+    """
+
+    def __init__(self, path: Path, header: dict):
+        self.path, self.header = Path(path), header
+        self.rows: dict[tuple, dict] = {}
+        if self.path.exists():
+            content = json.loads(self.path.read_text())
+            if content["settings"] != header["settings"]:
+                raise ValueError(
+                    f"{self.path} is of a study with settings {content['settings']}, not {header['settings']}:"
+                    " expected the same; ask for those, or give another --output."
+                )
+            self.rows = {key_of(row): row for row in content["rows"]}
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self.rows
+
+    def forget(self, keys) -> None:
+        """Make these rows again; the file has them until the next row is added."""
+        for key in keys:
+            self.rows.pop(key, None)
+
+    def add(self, row: dict) -> None:
+        self.rows[key_of(row)] = row
+        # A row a line. Another name first, so that no file is ever half-written.
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows.values())
+        head = json.dumps(self.header, indent=2).removesuffix("\n}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n')
+        part.replace(self.path)
+
+
+MISSED = 0.03  # further from what was asked, a point is marked
+
+
+def finish_row(row: dict, points: list[dict], started: float) -> dict:
+    """The row with its points, those marked that missed what was asked, and its seconds."""
+    points = [
+        point | {"missed": True} if abs(point["reached"] - point["asked"]) > MISSED else point for point in points
+    ]
+    return {**row, "points": points, "seconds": round(time.perf_counter() - started, 1)}
