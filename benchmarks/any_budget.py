@@ -1,9 +1,10 @@
-"""Does calibration reach any budget on any model? Random models of all tasks, from 3 to 12 layers, 32 to 128 wide, settings as they come.
+"""Does calibration reach any budget on any model? Random models of all tasks, from 3 to 12 layers, 32 to 128 wide,
+settings as they come.
 
     python benchmarks/any_budget.py --output benchmarks/results/any_budget.json
 
-Every model is calibrated for every reduction on the same random images and texts, then measured on them once more. A reduction that its schedule
-lacks is beyond the largest that it reaches: the warning that names it is kept.
+Every model is calibrated for every reduction on the same random images and texts, then measured on them once more. A
+reduction that its schedule lacks is beyond the largest that it reaches: the warning that names it is kept.
 """
 
 import argparse
@@ -60,7 +61,8 @@ def random_batches(task: str, num_samples: int, batch_size: int, seed: int) -> l
 
 
 def reach(model, batches, reductions: list[float]) -> dict:
-    """What calibration finds, and what is measured at it: {"reached": {asked: measured}, "schedule", "told": its warnings}."""
+    """What calibration finds, and what is measured at it: {"reached": {asked: measured}, "schedule", "told": its
+    warnings}."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:

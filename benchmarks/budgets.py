@@ -1,9 +1,11 @@
-"""Is one checkpoint for every budget as good as one a budget? Digit scenes, the same number of training steps for each.
+"""Is one checkpoint for every budget as good as one a budget? Digit scenes, the same number of training steps for
+each.
 
     python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json
 
-For each task `examples/run_TASK.py` fine-tunes the shipped dense BLIP once with its reduction drawn from a range at each step, then once for each
-reduction alone; all are calibrated for every reduction and evaluated on the same unseen scenes.
+For each task `examples/run_TASK.py` fine-tunes the shipped dense BLIP once with its reduction drawn from a range at
+each step, then once for each reduction alone; all are calibrated for every reduction and evaluated on the same unseen
+scenes.
 """
 
 import argparse

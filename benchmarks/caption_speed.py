@@ -5,9 +5,9 @@
 
 BLIP-base with random weights, crops of photographs as JPEG files, captions of exactly 10 tokens, greedy and with 3
 beams. Timed is what a user waits for once a model is loaded: reading, resizing, generating, writing. `pipeline` is
-transformers' at its defaults, one image at a time; `pipeline-best` at the batch size that is its best here, found first on
-a part of the images; `off`, `0.5` and `0.8` are the job behind `madtp-hf caption` at its defaults, pruned to these
-reductions. Each round times every run once.
+transformers' at its defaults, one image at a time; `pipeline-best` at the batch size that is its best here, found
+first on a part of the images; `off`, `0.5` and `0.8` are the job behind `madtp-hf caption` at its defaults, pruned to
+these reductions. Each round times every run once.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Triton's kernels in plain torch, one sample at a time, so that the path through them runs, and is counted, without a GPU.
+"""Triton's kernels in plain torch, one sample at a time, so that the path through them runs, and is counted, without a
+GPU.
 
 Shapes and meanings are those of `madtp_hf.modeling.triton_kernels`.
 """

@@ -1,16 +1,17 @@
 """What a forward pass asks of a device: its operations, and how often the host waits for one.
 
-On a GPU a pass costs its arithmetic or its launches, whichever is more. This counts them on any machine: question answering runs
-on the path of devices other than the CPU, where every operation that torch dispatches and that is no view is one launch, and every
-value that the host reads is a wait. With `--kernels` the path through Triton's kernels is counted beside it: each kernel as the
-launch that it is, while plain torch computes its result (kernel_standins.py).
+On a GPU a pass costs its arithmetic or its launches, whichever is more. This counts them on any machine: question
+answering runs on the path of devices other than the CPU, where every operation that torch dispatches and that is no
+view is one launch, and every value that the host reads is a wait. With `--kernels` the path through Triton's kernels
+is counted beside it: each kernel as the launch that it is, while plain torch computes its result (kernel_standins.py).
 
     python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
     python benchmarks/launches.py --size tiny --batch_sizes 4   # does it run?
 
-What counts are layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers a branch, and is narrow, so that
-counting is quick. `off` is ours with pruning off; the numbers are reductions of FLOPs that pruning is calibrated to, on images and
-texts of their own. In the file `by_name` tells the operations and kernels, `by_place` the functions that asked for them.
+What counts are layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers a branch, and is
+narrow, so that counting is quick. `off` is ours with pruning off; the numbers are reductions of FLOPs that pruning is
+calibrated to, on images and texts of their own. In the file `by_name` tells the operations and kernels, `by_place` the
+functions that asked for them.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from madtp_hf.modeling import sequences
 # No launch: views, and what only allocates.
 FREE = set(
     "view _unsafe_view reshape expand transpose t permute select slice unsqueeze squeeze unflatten flatten split"
-    " split_with_sizes unbind narrow as_strided alias detach view_as empty new_empty empty_like empty_strided scalar_tensor"
+    " split_with_sizes unbind narrow as_strided alias detach view_as empty new_empty empty_like empty_strided"
+    " scalar_tensor"
     " lift_fresh is_same_size sym_size".split()
 )
 WAITS = set("item tolist __bool__ __int__ __float__ __index__ nonzero masked_select cpu numpy".split())

@@ -1,9 +1,12 @@
-"""LoRA against full fine-tuning under pruning, on the digit questions: same data, same steps, same alignment tokens to begin with.
+"""LoRA against full fine-tuning under pruning, on the digit questions: same data, same steps, same alignment tokens to
+begin with.
 
-Writes the accuracy of both at the trained reduction and with pruning off, the share of parameters that learned, and the size of what is saved.
+Writes the accuracy of both at the trained reduction and with pruning off, the share of parameters that learned, and
+the size of what is saved.
 
     python benchmarks/lora.py                                              # as in benchmarks/results/lora_digits.json
-    python benchmarks/lora.py --split validation --train_questions 3200 --methods lora --rank 8 --output outputs/lora.json   # to choose settings
+    python benchmarks/lora.py --split validation --train_questions 3200 --methods lora --rank 8 --output
+    outputs/lora.json   # to choose settings
 """
 
 import argparse
@@ -143,7 +146,10 @@ def main():
         "evaluation": load_digit_questions(args.split, args.evaluation_questions, args.seed + (args.split != "test")),
     }
     content = {
-        "title": f"LoRA and full fine-tuning at {args.reduction} reduction, {args.evaluation_questions} {args.split} questions",
+        "title": (
+            f"LoRA and full fine-tuning at {args.reduction} reduction, {args.evaluation_questions} {args.split}"
+            " questions"
+        ),
         "settings": {name: value for name, value in vars(args).items() if name not in ("model", "output", "methods")},
         "runs": [],
         "machine": {

@@ -1,7 +1,7 @@
 """Other ways to make tokens fewer, on the same BLIP weights, to compare MADTP with.
 
-Three leave a fixed number of image tokens, the same for all images, and the text dense. The *schedule* says how many: a list of
-layers + 1 numbers, the tokens that enter the encoder and those that each layer leaves, class token included.
+Three leave a fixed number of image tokens, the same for all images, and the text dense. The *schedule* says how many:
+a list of layers + 1 numbers, the tokens that enter the encoder and those that each layer leaves, class token included.
 
 - `tome`: Token Merging (arXiv 2210.09461). In every layer, some tokens merge into those that they are most like.
 - `evit`: EViT (arXiv 2202.07800). In three layers, the tokens that the class token attends to least become one.
@@ -44,7 +44,8 @@ SEARCH_STEPS = 40  # bisections; the numbers of tokens are whole, so fewer would
 
 
 def tome_schedule(length: int, num_layers: int, r: float) -> list[int]:
-    """`r` tokens merge in each layer; of a fractional `r`, some layers merge one more. No layer merges more than half of its tokens."""
+    """`r` tokens merge in each layer; of a fractional `r`, some layers merge one more. No layer merges more than half
+    of its tokens."""
     tokens = [length]
     for layer in range(num_layers):
         wanted = math.floor((layer + 1) * r) - math.floor(layer * r)
@@ -53,13 +54,15 @@ def tome_schedule(length: int, num_layers: int, r: float) -> list[int]:
 
 
 def _keep_share(tokens: int, keep_rate: float) -> int:
-    """Of the tokens without the class token, the share `keep_rate` stays and the others become one; all stay if that saves none."""
+    """Of the tokens without the class token, the share `keep_rate` stays and the others become one; all stay if that
+    saves none."""
     kept = math.ceil(keep_rate * (tokens - 1))
     return kept + 2 if kept < tokens - 2 else tokens
 
 
 def evit_schedule(length: int, num_layers: int, keep_rate: float) -> list[int]:
-    """The share `keep_rate` stays in three layers: a quarter, a half and three quarters of the way up (of 12, in the 4th, 7th and 10th)."""
+    """The share `keep_rate` stays in three layers: a quarter, a half and three quarters of the way up (of 12, in the
+    4th, 7th and 10th)."""
     tokens = [length]
     for layer in range(num_layers):
         reduces = layer in (num_layers // 4, num_layers // 2, 3 * num_layers // 4)
@@ -83,7 +86,8 @@ def _schedule(method: str, length: int, num_layers: int, strength: float) -> lis
 
 
 def schedule_reduction(config, task: str, schedule: list[int], text_tokens=None, answer_tokens=0) -> float:
-    """The reduction of FLOPs of the whole forward pass, text side included, averaged over texts of lengths `text_tokens` (B,)."""
+    """The reduction of FLOPs of the whole forward pass, text side included, averaged over texts of lengths
+    `text_tokens` (B,)."""
     config = copy.copy(config)
     config.pruning_temperature = 0.0  # no alignment scores
     num_samples = 1 if text_tokens is None else len(text_tokens)
@@ -99,12 +103,14 @@ def schedule_reduction(config, task: str, schedule: list[int], text_tokens=None,
 def find_schedule(
     method: str, config, task: str, reduction: float, text_tokens=None, answer_tokens=0
 ) -> tuple[list[int], float]:
-    """The schedule of "tome", "evit" or "random" whose reduction of FLOPs is nearest to the one asked for, and its reduction.
+    """The schedule of "tome", "evit" or "random" whose reduction of FLOPs is nearest to the one asked for, and its
+    reduction.
 
     Args:
         config (`MadtpBlipConfig`), task (`str`): as in `madtp_hf.count_flops`; the temperature doesn't matter.
         reduction (`float`): of the whole forward pass; the nearest that the method reaches.
-        text_tokens (`torch.LongTensor` of shape `(batch_size,)`, *optional*): the lengths of the texts; captioning's encoder has none.
+        text_tokens (`torch.LongTensor` of shape `(batch_size,)`, *optional*): the lengths of the texts; captioning's
+        encoder has none.
         answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*): what a decoder reads.
     """
     _check_name(method, FIXED)
@@ -131,7 +137,8 @@ def find_schedule(
 
 
 class FixedReduction(TokenReduction):
-    """A number of image tokens that is fixed for each layer, by `schedule`. All sequences have one length and no padding."""
+    """A number of image tokens that is fixed for each layer, by `schedule`. All sequences have one length and no
+    padding."""
 
     def __init__(self, schedule: list[int]):
         self.schedule = schedule
@@ -139,7 +146,8 @@ class FixedReduction(TokenReduction):
     def reduces(self, layer, sequences):
         if sequences.max_seqlen != self.schedule[layer] or sequences.mask is not None:
             raise ValueError(
-                f"Layer {layer} gets sequences of up to {sequences.max_seqlen} tokens: the schedule expects {self.schedule[layer]} each,"
+                f"Layer {layer} gets sequences of up to {sequences.max_seqlen} tokens: the schedule expects"
+                f" {self.schedule[layer]} each,"
                 " without padding. Make it with this model's number of image tokens."
             )
         return self.schedule[layer + 1] < self.schedule[layer]
@@ -173,8 +181,9 @@ class FixedReduction(TokenReduction):
 class ToMeReduction(FixedReduction):
     """Every other token may merge into one of those between; the pairs that are most alike do. The class token stays.
 
-    Alike: the cosine of the keys' mean over heads. A merged token is the mean of all patches in it, and draws the attention of all.
-    As in ToMe, the tokens that are paired next lie in the order: those that could have merged, then those between. Rows keep theirs.
+    Alike: the cosine of the keys' mean over heads. A merged token is the mean of all patches in it, and draws the
+    attention of all. As in ToMe, the tokens that are paired next lie in the order: those that could have merged, then
+    those between. Rows keep theirs.
     """
 
     def __init__(self, schedule: list[int]):
@@ -216,7 +225,8 @@ class ToMeReduction(FixedReduction):
 
     @staticmethod
     def _pairs(keys: torch.Tensor, order: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
-        """Keys (B, L, d) -> the slots of `number` tokens that leave, of those that they enter, and of all that stay, in ToMe's order."""
+        """Keys (B, L, d) -> the slots of `number` tokens that leave, of those that they enter, and of all that stay,
+        in ToMe's order."""
         metric = F.normalize(keys.gather(1, order.unsqueeze(-1).expand_as(keys)), dim=-1)
         even, odd = order[:, ::2], order[:, 1::2]
         # The class token is the first of the even ones.
@@ -229,7 +239,8 @@ class ToMeReduction(FixedReduction):
 
 
 class EViTReduction(FixedReduction):
-    """The tokens that the class token attends to most stay; the others become their sum weighted by its attention, as in EViT."""
+    """The tokens that the class token attends to most stay; the others become their sum weighted by its attention, as
+    in EViT."""
 
     def evidence(self, query, key):
         # Fused attention keeps no probabilities: the class token's are computed once more, one query of all.
@@ -308,7 +319,8 @@ def make_method(name: str, schedule: list[int] | None = None, seed: int = 0) -> 
 
     Args:
         name (`str`): one of FIXED, for images only, or of VARIANTS.
-        schedule (`list[int]`): of FIXED: how many tokens enter and how many each layer leaves, as from `find_schedule`.
+        schedule (`list[int]`): of FIXED: how many tokens enter and how many each layer leaves, as from
+        `find_schedule`.
         seed (`int`, *optional*): of "random", whose draws go on from pass to pass.
     """
     _check_name(name, (*FIXED, *VARIANTS))

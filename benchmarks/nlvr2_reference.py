@@ -1,4 +1,5 @@
-"""NLVR2's BLIP as transformers would have it, which doesn't: built from transformers' own parts, eager attention and all, to time against.
+"""NLVR2's BLIP as transformers would have it, which doesn't: built from transformers' own parts, eager attention and
+all, to time against.
 
 Parameters are named as in `MadtpBlipForImagesAndTextClassification`, and load from its state dictionary.
 """

@@ -1,9 +1,11 @@
-"""What scoring and gating cost in a pruned forward pass: the time within the functions that do it, as a share of the pass.
+"""What scoring and gating cost in a pruned forward pass: the time within the functions that do it, as a share of the
+pass.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
 
-Counted are the alignment scores, importance, threshold, selection and merging, and of the attention that also gives scores what it
-takes longer than fused attention of the same queries, keys and values, which is measured beside it and taken out of the pass again.
+Counted are the alignment scores, importance, threshold, selection and merging, and of the attention that also gives
+scores what it takes longer than fused attention of the same queries, keys and values, which is measured beside it and
+taken out of the pass again.
 """
 
 import argparse

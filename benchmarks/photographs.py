@@ -1,4 +1,5 @@
-"""Images to time with, none of which is downloaded: crops of the two photographs that scikit-learn ships, and digit scenes.
+"""Images to time with, none of which is downloaded: crops of the two photographs that scikit-learn ships, and digit
+scenes.
 
 How many tokens a pruned model keeps depends on what it sees, and on noise it keeps other numbers than on photographs.
 """
@@ -37,7 +38,8 @@ def photograph_crops(n: int, size: int, seed: int) -> torch.Tensor:
 
 
 def mixed_images(n: int, size: int, seed: int) -> torch.Tensor:
-    """`n` images, half of them photograph crops and half digit scenes, in random order -> pixel_values (n, 3, size, size)."""
+    """`n` images, half of them photograph crops and half digit scenes, in random order -> pixel_values (n, 3, size,
+    size)."""
     rng = np.random.default_rng(seed)
     num_scenes = n // 2
     scenes = [Image.fromarray(image) for image in draw_scenes(num_scenes, "test", rng).images] if num_scenes else []

@@ -1,9 +1,10 @@
-"""Draw what speed.py has measured, the time of a forward pass against its FLOPs, both as ratios to transformers' BLIP, and print it as a table.
+"""Draw what speed.py has measured, the time of a forward pass against its FLOPs, both as ratios to transformers' BLIP,
+and print it as a table.
 
     python benchmarks/plot.py benchmarks/results/speed_cpu.json   # writes speed_cpu.png beside it
 
-On the line, everything that is saved on paper is saved on the clock; bars are the quartiles over the rounds. In the table, in Markdown, `of ours` is the
-efficiency against our own model with pruning off.
+On the line, everything that is saved on paper is saved on the clock; bars are the quartiles over the rounds. In the
+table, in Markdown, `of ours` is the efficiency against our own model with pruning off.
 """
 
 import argparse

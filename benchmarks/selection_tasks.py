@@ -201,7 +201,8 @@ class Evaluation:
         return float({name.replace("_recall", ""): value for name, value in scores.items()}[self.headline])
 
     def at(self, model, reductions: list[float], batches=None) -> list[dict]:
-        """One point for each reduction of the model's schedule; 0: no pruning, or the method of fixed numbers that is set."""
+        """One point for each reduction of the model's schedule; 0: no pruning, or the method of fixed numbers that is
+        set."""
 
         def predict(batch):
             return PREDICTORS[self.task](model, self.collator, batch)

@@ -1,23 +1,28 @@
-"""How much faster pruned models are on the clock, against transformers' BLIP and CLIP as they ship, and against other token reduction at equal FLOPs.
+"""How much faster pruned models are on the clock, against transformers' BLIP and CLIP as they ship, and against other
+token reduction at equal FLOPs.
 
-Everything runs in one process, interleaved: each round times every run once, so that a machine that slows down slows all of them, and
-transformers' time in a round is compared with the run's in the same round. Weights are random, of BLIP-base's size; images are crops of real photographs.
+Everything runs in one process, interleaved: each round times every run once, so that a machine that slows down slows
+all of them, and transformers' time in a round is compared with the run's in the same round. Weights are random, of
+BLIP-base's size; images are crops of real photographs.
 
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
-    python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 --output benchmarks/results/speed_cuda.json
-    python benchmarks/speed.py --tasks --training_step --output benchmarks/results/speed_cpu.json
-    python benchmarks/speed.py --tasks clip clip-large --baselines tome --output benchmarks/results/speed_clip_cpu.json
-    python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # does it run?
+    python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 --output
+    benchmarks/results/speed_cuda.json python benchmarks/speed.py --tasks --training_step --output
+    benchmarks/results/speed_cpu.json python benchmarks/speed.py --tasks clip clip-large --baselines tome --output
+    benchmarks/results/speed_clip_cpu.json python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes
+    4   # does it run?
 
-Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning; `instance` and `batch`,
-pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is timed twice, reading a caption in one pass (`captioning`) and
-writing one (`captioning-generate`); retrieval is the pass that matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at
-336; texts are padded to CLIP's 77 tokens, as its tokenizer can and many do, and are timed alone as well (`clip-text`).
+Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning;
+`instance` and `batch`, pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is timed
+twice, reading a caption in one pass (`captioning`) and writing one (`captioning-generate`); retrieval is the pass that
+matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at 336; texts are padded to
+CLIP's 77 tokens, as its tokenizer can and many do, and are timed alone as well (`clip-text`).
 
-Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise, exactly, of the batch that is timed; `efficiency`,
-time ratio over FLOPs ratio, 1 if all that is saved on paper is saved on the clock; `memory ratio`, the run's highest sum of activations over transformers'; `computed`, tokens that the
-feed-forward layers of the encoders computed over those that were there to compute. Tokens a layer are in the file. `mixed` rows, at the largest batch
-size, are not timed: they show what images of different kinds in one batch do to the tokens.
+Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise, exactly, of the
+batch that is timed; `efficiency`, time ratio over FLOPs ratio, 1 if all that is saved on paper is saved on the clock;
+`memory ratio`, the run's highest sum of activations over transformers'; `computed`, tokens that the feed-forward
+layers of the encoders computed over those that were there to compute. Tokens a layer are in the file. `mixed` rows, at
+the largest batch size, are not timed: they show what images of different kinds in one batch do to the tokens.
 """
 
 import argparse
@@ -138,8 +143,8 @@ def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
 
 
 def make_inputs(task: str, config, batch_size: int, args, images=photograph_crops, seed: int = 0) -> dict:
-    """What a forward pass of the task takes: images, and texts of random words and different lengths, padded on the right; CLIP's to the
-    most that it reads."""
+    """What a forward pass of the task takes: images, and texts of random words and different lengths, padded on the
+    right; CLIP's to the most that it reads."""
     text = config.text_config
     generator = torch.Generator().manual_seed(args.seed + seed)
     spread = torch.linspace(-TEXT_SPREAD, TEXT_SPREAD, batch_size) if batch_size > 1 else torch.zeros(1)
@@ -163,7 +168,8 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
 
 
 def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
-    """`calibrate`, with an empty schedule where nothing is asked for or in reach: an hour's benchmark is not to end there."""
+    """`calibrate`, with an empty schedule where nothing is asked for or in reach: an hour's benchmark is not to end
+    there."""
     if not reductions:
         return []
     try:
@@ -201,7 +207,8 @@ def training_step(model, inputs):
 
 
 class Run(NamedTuple):
-    """One of the things that a round times: labels, how its row is called; setup, what brings the model into its state."""
+    """One of the things that a round times: labels, how its row is called; setup, what brings the model into its
+    state."""
 
     labels: dict
     model: nn.Module
@@ -209,7 +216,8 @@ class Run(NamedTuple):
 
 
 def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines) -> list[Run]:
-    """What a round times: the dense models, each granularity at each reduction, and each baseline, on `model`'s weights."""
+    """What a round times: the dense models, each granularity at each reduction, and each baseline, on `model`'s
+    weights."""
 
     def setup(temperature=0.0, factor=1.0, granularity="instance", method=None):
         def apply():
@@ -265,7 +273,8 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[int, object]:
 
 
 def reduction_reached(model, inputs: dict, output, call: Callable) -> float:
-    """The exact reduction of FLOPs of a batch, from the tokens that the model says it had; padding is none of its tokens."""
+    """The exact reduction of FLOPs of a batch, from the tokens that the model says it had; padding is none of its
+    tokens."""
     if call is encode_texts:
         return text_reduction(model.config, output)
     if call is not generate:
@@ -508,13 +517,19 @@ def main():
         "--rounds",
         type=int,
         nargs="+",
-        help="how often to time everything, one number or one a batch size; default on a CPU: 15 for batches under 4, 5 under 16, else 3",
+        help=(
+            "how often to time everything, one number or one a batch size; default on a CPU: 15 for batches under 4, 5"
+            " under 16, else 3"
+        ),
     )
     parser.add_argument("--calibration_samples", type=int, default=16, help="default: 16")
     parser.add_argument(
         "--calibrate_on_batch",
         action="store_true",
-        help="on the very batch that is timed, whose reduction then is what is asked; else on crops and texts of their own",
+        help=(
+            "on the very batch that is timed, whose reduction then is what is asked; else on crops and texts of their"
+            " own"
+        ),
     )
     parser.add_argument(
         "--plain_weights", action="store_true", help="don't lay out weights for the CPU, see prepack_weights"
@@ -542,7 +557,8 @@ def main():
         before = json.loads(args.output.read_text())
         if before["machine"] != result["machine"]:
             sys.exit(
-                f"{args.output} was measured on {before['machine']}, this is {result['machine']}: their rows don't belong in one file."
+                f"{args.output} was measured on {before['machine']}, this is {result['machine']}: their rows don't"
+                " belong in one file."
                 " Give another --output."
             )
         result = before

@@ -1,7 +1,8 @@
 """Prune a fine-tuned BLIP for visual question answering, on the digit scenes: the whole way, in one file.
 
-Loads the dense checkpoint, fine-tunes it under pruning with the stock `Trainer`, calibrates, evaluates at several budgets, saves, draws, and
-asks the saved checkpoint through a pipeline in a process of its own. For a BLIP of your own, change the checkpoint and the data.
+Loads the dense checkpoint, fine-tunes it under pruning with the stock `Trainer`, calibrates, evaluates at several
+budgets, saves, draws, and asks the saved checkpoint through a pipeline in a process of its own. For a BLIP of your
+own, change the checkpoint and the data.
 
     python examples/prune_digit_vqa.py --output_dir outputs/demo
 """
@@ -84,7 +85,8 @@ def main():
     validation = load_digit_questions("validation", 512, args.seed)
     test = load_digit_questions("test", args.test_questions, args.seed)
 
-    # 2. Pruned without any training: alignment tokens from what questions are made of, and which threshold saves how much.
+    # 2. Pruned without any training: alignment tokens from what questions are made of, and which threshold saves how
+    # much.
     init_alignment_from(model, DataLoader(train, batch_size=args.batch_size, collate_fn=collator))
     validation_batches = DataLoader(validation, batch_size=args.batch_size, collate_fn=collator)
     schedule = calibrate(model, validation_batches, args.reductions)

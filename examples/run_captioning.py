@@ -1,8 +1,8 @@
 """Prune BLIP for image captioning: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
 
     python examples/run_captioning.py                                          # on the digit scenes
-    python examples/run_captioning.py --dataset coco/ --model Salesforce/blip-image-captioning-base --output_dir outputs/captioning
-    accelerate launch --num_processes 2 examples/run_captioning.py --per_device_train_batch_size 32
+    python examples/run_captioning.py --dataset coco/ --model Salesforce/blip-image-captioning-base --output_dir
+    outputs/captioning accelerate launch --num_processes 2 examples/run_captioning.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """
@@ -141,7 +141,8 @@ def main():
     budgets = pruning_args.budgets(model)
     results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         rows = [
             {

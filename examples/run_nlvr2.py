@@ -1,8 +1,9 @@
-"""Prune BLIP for visual reasoning over two images (NLVR2): fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+"""Prune BLIP for visual reasoning over two images (NLVR2): fine-tune it under pruning, or dense, evaluate it at
+several budgets, save it.
 
     python examples/run_nlvr2.py                                               # on the digit scenes
-    python examples/run_nlvr2.py --dataset nlvr2/ --image_dir nlvr2/images --model blip-nlvr2 --output_dir outputs/nlvr2
-    accelerate launch --num_processes 2 examples/run_nlvr2.py --per_device_train_batch_size 32
+    python examples/run_nlvr2.py --dataset nlvr2/ --image_dir nlvr2/images --model blip-nlvr2 --output_dir
+    outputs/nlvr2 accelerate launch --num_processes 2 examples/run_nlvr2.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """
@@ -32,8 +33,10 @@ class Arguments:
     model: str = field(
         default=str(Path(__file__).parent / "blip-nlvr2-digits"),
         metadata={
-            "help": "A dense BLIP for NLVR2, as `madtp-hf convert` makes one, BLIP for retrieval or question answering to start from, or a"
-            " pruned model to go on with: a folder or Hub id."
+            "help": (
+                "A dense BLIP for NLVR2, as `madtp-hf convert` makes one, BLIP for retrieval or question answering to"
+                " start from, or a pruned model to go on with: a folder or Hub id."
+            )
         },
     )
     dataset: str | None = field(
@@ -130,7 +133,8 @@ def main():
     budgets = pruning_args.budgets(model)
     results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         rows = [
             {

@@ -1,8 +1,9 @@
 """Prune BLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
 
     python examples/run_retrieval.py                                           # on the digit scenes
-    python examples/run_retrieval.py --dataset flickr30k/ --model Salesforce/blip-itm-base-flickr --queue_size 57600 --output_dir outputs/retrieval
-    accelerate launch --num_processes 2 examples/run_retrieval.py --per_device_train_batch_size 32
+    python examples/run_retrieval.py --dataset flickr30k/ --model Salesforce/blip-itm-base-flickr --queue_size 57600
+    --output_dir outputs/retrieval accelerate launch --num_processes 2 examples/run_retrieval.py
+    --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """
@@ -98,7 +99,8 @@ def main():
 
     before, _ = score_at(0.0)
 
-    # 4. Training; then every budget, from the one model. FLOPs are those of matching an image with one of its captions.
+    # 4. Training; then every budget, from the one model. FLOPs are those of matching an image with one of its
+    # captions.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if not pruning_args.dense:
@@ -115,7 +117,8 @@ def main():
     costs = evaluate_budgets(model, loader, budgets, match, trainer.accelerator)
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         report(
             f"{len(test)} images, {len(queries.texts)} captions",

@@ -1,8 +1,10 @@
-"""Prune BLIP for visual question answering: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+"""Prune BLIP for visual question answering: fine-tune it under pruning, or dense, evaluate it at several budgets, save
+it.
 
     python examples/run_vqa.py                                                 # on the digit scenes
-    python examples/run_vqa.py --dataset vqav2/ --image_dir coco/ --model Salesforce/blip-vqa-base --test_split validation --output_dir outputs/vqa
-    accelerate launch --num_processes 2 examples/run_vqa.py --per_device_train_batch_size 32
+    python examples/run_vqa.py --dataset vqav2/ --image_dir coco/ --model Salesforce/blip-vqa-base --test_split
+    validation --output_dir outputs/vqa accelerate launch --num_processes 2 examples/run_vqa.py
+    --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """
@@ -43,7 +45,9 @@ class Arguments:
     answer_list: str | None = field(
         default=None,
         metadata={
-            "help": "A JSON list of answers to choose from, as BLIP evaluates VQAv2; without it, answers are generated."
+            "help": (
+                "A JSON list of answers to choose from, as BLIP evaluates VQAv2; without it, answers are generated."
+            )
         },
     )
     columns: str | None = field(
@@ -142,7 +146,8 @@ def main():
     budgets = pruning_args.budgets(model)
     results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         rows = [
             {

@@ -1,9 +1,10 @@
 """Train the tiny dense BLIP that the examples prune: digit scenes, from scratch, on a CPU.
 
-As BLIP itself was trained: the vision tower on labelled images, then the whole to caption scenes, then to answer questions about them, the
-question encoder and the answer decoder both starting from the caption decoder. Then the class token learns to look at the digits in
-every layer, as class tokens of large vision towers come to do by themselves, at last while patches without a digit are dropped at random. Scenes
-are drawn afresh at every step. With `--plain` training ends before these two stages: nothing prepares that model for pruning.
+As BLIP itself was trained: the vision tower on labelled images, then the whole to caption scenes, then to answer
+questions about them, the question encoder and the answer decoder both starting from the caption decoder. Then the
+class token learns to look at the digits in every layer, as class tokens of large vision towers come to do by
+themselves, at last while patches without a digit are dropped at random. Scenes are drawn afresh at every step. With
+`--plain` training ends before these two stages: nothing prepares that model for pruning.
 
     python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
     python examples/train_dense_blip.py --plain --output_dir examples/blip-vqa-digits-plain
@@ -30,11 +31,13 @@ from madtp_hf.data import digit_scenes as ds
 
 
 def build_processor() -> BlipProcessor:
-    """A BLIP processor with a word-piece vocabulary of just the words that the scenes' questions, answers and captions use."""
+    """A BLIP processor with a word-piece vocabulary of just the words that the scenes' questions, answers and captions
+    use."""
     words = (
         "is there a does the image show how many are what number of in which digit color have next first from".split()
     )
-    words += "leftmost rightmost topmost bottommost left right top bottom above below pair pairs has more than same no yes".split()
+    words += "leftmost rightmost topmost bottommost left right top bottom above below".split()
+    words += "pair pairs has more than same no yes".split()
     words += [*ds.DIGIT_NAMES, *ds.COLOR_NAMES, "##s", "##es", "?", ":", ",", "."]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words), "[DEC]", "[ENC]"]
     tokenizer = BertTokenizer(
@@ -87,7 +90,8 @@ def answer_ids(tokenizer, answers):
 
 
 def init_position_embeddings(model, config) -> None:
-    """Start from two-dimensional sines and cosines: from noise, telling the rows and columns apart takes long to learn."""
+    """Start from two-dimensional sines and cosines: from noise, telling the rows and columns apart takes long to
+    learn."""
     grid, quarter = ds.GRID_SIZE, config.vision_config.hidden_size // 4
     frequency = 1 / 100 ** (torch.arange(quarter) / quarter)
     angle = torch.arange(grid)[:, None] * frequency
@@ -134,7 +138,8 @@ def caption_step(model, processor, scenes, rng):
 
 
 def encode_images(vision_model, pixels, is_digit, rng):
-    """The vision tower on what is left when patches without a digit are dropped at random: all but a share drawn anew each time.
+    """The vision tower on what is left when patches without a digit are dropped at random: all but a share drawn anew
+    each time.
 
     Returns the states (S, L, D), the layers' attention maps and where digits are among the L.
     """

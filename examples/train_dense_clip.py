@@ -2,8 +2,8 @@
 
 The image tower goes on from the one of the BLIP for retrieval; the text tower, causal as CLIP's, starts from nothing,
 and so does the vocabulary, of byte pairs that make words of the captions' words. Scenes are drawn afresh at every
-step. As in `train_dense_tasks.py`, the class token is held to look at the digits, while patches without a digit are dropped
-at random.
+step. As in `train_dense_tasks.py`, the class token is held to look at the digits, while patches without a digit are
+dropped at random.
 
     python examples/train_dense_clip.py --output_dir examples/clip-digits
 """

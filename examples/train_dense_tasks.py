@@ -1,8 +1,8 @@
 """Train the tiny dense BLIPs for visual reasoning, captioning and retrieval, from the one for question answering.
 
-As BLIP's own fine-tuned models start from one that was trained on much: its vision tower and its text encoder go on, here on digit scenes drawn afresh
-at every step. As in the last stage of `train_dense_blip.py`, the class token is held to look at the digits, while patches without a digit are
-dropped at random.
+As BLIP's own fine-tuned models start from one that was trained on much: its vision tower and its text encoder go on,
+here on digit scenes drawn afresh at every step. As in the last stage of `train_dense_blip.py`, the class token is held
+to look at the digits, while patches without a digit are dropped at random.
 
     python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits
 """
@@ -60,7 +60,8 @@ def extend_processor(processor: BlipProcessor) -> BlipProcessor:
 
 
 def start_from(path, task: str):
-    """The task's model, with pruning off, its processor, and the decoder of the question answering model at `path` with its tokenizer."""
+    """The task's model, with pruning off, its processor, and the decoder of the question answering model at `path`
+    with its tokenizer."""
     trained = DenseBlip.from_pretrained(path)
     old = BlipProcessor.from_pretrained(path)
     processor = extend_processor(old)
@@ -94,9 +95,11 @@ def start_from(path, task: str):
 
 
 def encode_images(vision_model, pixels, is_digit, rng):
-    """The vision tower on what is left when patches without a digit are dropped at random: all but a number drawn anew each time.
+    """The vision tower on what is left when patches without a digit are dropped at random: all but a number drawn anew
+    each time.
 
-    Returns the tower's output, L tokens of each image, and how far the class token's attention, in each layer, is from the scene's digits.
+    Returns the tower's output, L tokens of each image, and how far the class token's attention, in each layer, is from
+    the scene's digits.
     """
     states = vision_model.embeddings(pixels)
     kept = int(rng.choice(NUM_TOKENS))
@@ -130,10 +133,12 @@ def digit_patches(scenes) -> torch.Tensor:
 
 
 def statement_loss(model, processor, batch_size, rng, answerer):
-    """A statement of every kind about every pair of scenes, and a few questions; a pair is encoded once for all of them.
+    """A statement of every kind about every pair of scenes, and a few questions; a pair is encoded once for all of
+    them.
 
-    A statement's truth is one bit, too little to learn from scratch what the words point at. The questions, "left image: how many sevens are there?",
-    are answered from the same states by the question answering model's decoder, which goes when training ends.
+    A statement's truth is one bit, too little to learn from scratch what the words point at. The questions, "left
+    image: how many sevens are there?", are answered from the same states by the question answering model's decoder,
+    which goes when training ends.
     """
     pairs = ds.draw_pairs(batch_size, "train", rng)
     kinds = ds.STATEMENT_KINDS
@@ -191,7 +196,8 @@ def caption_loss(model, processor, batch_size, rng, answerer):
 
 
 def retrieval_loss(model, processor, batch_size, rng, answerer):
-    """One caption of every scene, contrasted with those of the others; matched with its own and with hard negatives."""
+    """One caption of every scene, contrasted with those of the others; matched with its own and with hard
+    negatives."""
     from madtp_hf.modeling.retrieval_loss import contrastive_loss
 
     scenes = ds.draw_scenes(batch_size, "train", rng)
@@ -219,7 +225,8 @@ LOSSES = {"nlvr2": statement_loss, "captioning": caption_loss, "retrieval": retr
 
 
 def save(model, processor, task: str, folder) -> None:
-    """Write transformers' own dense model where it has one of the task, in half precision, as large checkpoints are."""
+    """Write transformers' own dense model where it has one of the task, in half precision, as large
+    checkpoints are."""
     processor.tokenizer.backend_tokenizer.no_padding()  # as training has last padded is nobody's default
     processor.save_pretrained(folder)
     if task in DENSE:
@@ -258,7 +265,8 @@ def opened_log(args):
 
 
 def train(parameters: list, draw_loss, args, say) -> None:
-    """Train for `args.steps` steps; `draw_loss()` gives a new batch's loss, how far the class token is from the digits, and what is right."""
+    """Train for `args.steps` steps; `draw_loss()` gives a new batch's loss, how far the class token is from the
+    digits, and what is right."""
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     scheduler = schedule(optimizer, args.steps)
     average = None

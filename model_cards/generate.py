@@ -1,4 +1,5 @@
-"""Write the cards of the shipped checkpoints, examples/*-digits/README.md: hand-written notes from here, figures from where they were measured.
+"""Write the cards of the shipped checkpoints, examples/*-digits/README.md: hand-written notes from here, figures from
+where they were measured.
 
 python model_cards/generate.py           # write them
 python model_cards/generate.py --check   # exit 1 if a committed card is not what this script would write

@@ -28,7 +28,8 @@ from .helpers.loopback_hub import LoopbackHub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are small: more threads only wait for each other
-WORDS = "is there a seven three how many sevens are which digit leftmost yes no one two what color red of the image".split()
+WORDS = "is there a seven three how many sevens are which digit leftmost yes no".split()
+WORDS += "one two what color red of the image".split()
 
 TEMPERATURES = (0.3, 3.0, 30.0)
 LENGTHS = (9, 3, 7, 16, 5, 4, 12, 8)
@@ -181,7 +182,8 @@ TASKS = {
 
 
 def padded_otherwise(inputs, task):
-    """The inputs with the padding in front of the texts, and with more of it behind; for captions, the latter alone."""
+    """The inputs with the padding in front of the texts, and with more of it behind; for captions, the latter
+    alone."""
     names = TASKS[task].sequences
     lengths = inputs["attention_mask"].sum(1).tolist()
     left, longer = dict(inputs), dict(inputs)

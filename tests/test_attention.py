@@ -1,4 +1,5 @@
-"""Attention as the configuration asks for it, and the decoder's keys and values of what it reads, computed once a sample."""
+"""Attention as the configuration asks for it, and the decoder's keys and values of what it reads, computed once a
+sample."""
 
 import itertools
 import math
@@ -38,7 +39,8 @@ def check_same_outputs(mine, theirs, atol=1e-5):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Counts the calls of torch's fused attention by the width of their heads: 8 in the image branch, 16 in the text's."""
+    """Counts the calls of torch's fused attention by the width of their heads: 8 in the image branch, 16 in the
+    text's."""
 
     def __init__(self):
         super().__init__()
@@ -199,7 +201,8 @@ def test_an_attention_that_does_not_exist_is_refused(tmp_path):
 
 @pytest.fixture
 def flash(monkeypatch):
-    """In flash attention's place, one that computes sample after sample, and remembers how many queries and keys it has got."""
+    """In flash attention's place, one that computes sample after sample, and remembers how many queries and keys it
+    has got."""
     calls = []
 
     def attention(
@@ -233,7 +236,8 @@ def flash(monkeypatch):
 
 
 def varlen_attention(output, config, modalities):
-    """The numbers of queries and keys of all attention that collects no evidence, sample after sample without padding."""
+    """The numbers of queries and keys of all attention that collects no evidence, sample after sample without
+    padding."""
     on = config.pruning_temperature > 0
     vision, text = output.vision_tokens, output.text_tokens
     calls = []

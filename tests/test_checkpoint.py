@@ -262,8 +262,8 @@ def test_without_trust_remote_code_the_loader_refuses(checkpoint, tmp_path):
     message = run(
         """
 messages = []
-for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained, AutoModelForVisualQuestionAnswering.from_pretrained):
-    try:
+for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained,
+    AutoModelForVisualQuestionAnswering.from_pretrained): try:
         load(folder, trust_remote_code=False)
     except ValueError as error:
         messages.append(str(error))

@@ -34,7 +34,8 @@ TASKS = {name: task for name, task in ALL_TASKS.items() if task.family == "BLIP"
 
 
 def make_checkpoint(task, folder):
-    """A small checkpoint in the original layout, with heads as wide as BLIP's; the vision towers of two tasks are wider than their text."""
+    """A small checkpoint in the original layout, with heads as wide as BLIP's; the vision towers of two tasks are
+    wider than their text."""
     vision_width = 128 if task in ("vqa", "captioning") else 64
     config = blip_config(
         text_config={"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1},

@@ -1,4 +1,5 @@
-"""CLIP's towers against a plain implementation that takes one sample at a time and follows the method's steps word for word."""
+"""CLIP's towers against a plain implementation that takes one sample at a time and follows the method's steps word for
+word."""
 
 import pytest
 import torch

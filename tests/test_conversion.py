@@ -43,7 +43,8 @@ def to_original(model, alignment=True):
 
 
 def with_training_state(state_dict):
-    """What the original's training keeps in its checkpoints: momentum twins, queues, temperatures, an optimizer, ..."""
+    """What the original's training keeps in its checkpoints: momentum twins, queues, temperatures, an
+    optimizer, ..."""
     twins = {}
     for name, tensor in state_dict.items():
         for part in ("visual_encoder", "text_encoder", "text_decoder", "vision_proj", "text_proj"):
@@ -188,7 +189,8 @@ def test_blip_sizes_need_no_configuration(vision_width):
 
 
 def test_special_tokens_are_those_of_the_vocabulary():
-    """bert-base-uncased with two more: [DEC] the last but one, [ENC] the last, [SEP] 102, [PAD] 0; a small one without 102 will do."""
+    """bert-base-uncased with two more: [DEC] the last but one, [ENC] the last, [SEP] 102, [PAD] 0; a small one without
+    102 will do."""
     for vocab_size in (30524, 40):
         config = MadtpBlipConfig(
             vision_config={
@@ -211,7 +213,8 @@ def test_special_tokens_are_those_of_the_vocabulary():
         assert text_config.sep_token_id == text_config.eos_token_id == 102 and text_config.pad_token_id == 0
         written = model.generate(torch.randn(1, 3, 384, 384), max_new_tokens=3)
         assert written[0, 0] == vocab_size - 2
-    # A configuration that says nothing of the special tokens has bert-base-uncased's, which are not in a small vocabulary.
+    # A configuration that says nothing of the special tokens has bert-base-uncased's, which are not in a small
+    # vocabulary.
     heads = MadtpBlipConfig(text_config={"num_attention_heads": 4}, vision_config={"num_attention_heads": 4})
     model = convert_original_checkpoint(to_original(original_like("captioning")), "captioning", config=heads)
     assert model.config.text_config.bos_token_id == 38

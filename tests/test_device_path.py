@@ -1,4 +1,5 @@
-"""The path of devices other than the CPU, run on the CPU: nothing is made on the default device, which there is another one."""
+"""The path of devices other than the CPU, run on the CPU: nothing is made on the default device, which there is
+another one."""
 
 import pytest
 import torch

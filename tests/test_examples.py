@@ -1,4 +1,5 @@
-"""The scripts of the four tasks, from a dense model to a pruned one that is saved, on a few digit scenes and with random weights."""
+"""The scripts of the four tasks, from a dense model to a pruned one that is saved, on a few digit scenes and with
+random weights."""
 
 import json
 import runpy

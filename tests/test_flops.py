@@ -60,11 +60,13 @@ def test_equals_torchs_own_count(monkeypatch, temperature, modalities):
     with torch.no_grad(), torchs_counter() as counter:
         output = model(**inputs, decoder_input_ids=answers)
     expected = count_flops(model.config, "vqa", output.vision_tokens, output.text_tokens, answers.shape[1])
-    # A FLOP here is a multiply-accumulate, torch's is half of one; merging the dropped tokens is the little that is left.
+    # A FLOP here is a multiply-accumulate, torch's is half of one; merging the dropped tokens is the little that is
+    # left.
     assert expected.item() == pytest.approx(counter.get_total_flops() / 2, rel=2e-3)
 
 
-# Vision as wide as text and not, alignment tokens of a width of their own; a vocabulary that outweighs the rest of a decoder.
+# Vision as wide as text and not, alignment tokens of a width of their own; a vocabulary that outweighs the rest of a
+# decoder.
 SIZES = {
     "same widths": ({"hidden_size": 64}, {"hidden_size": 64}, {}),
     "wide vision": ({"hidden_size": 96}, {"hidden_size": 64, "vocab_size": 3000}, {}),

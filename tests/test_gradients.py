@@ -15,7 +15,8 @@ def missing_gradients(model):
 @pytest.mark.parametrize("temperature", (0.0, 1e-6, *TEMPERATURES))
 @pytest.mark.parametrize("task", TASKS)
 def test_every_parameter_gets_a_gradient_in_every_step(task, temperature):
-    """As distributed training needs them, which waits for each; also where pruning is on and finds nothing to prune."""
+    """As distributed training needs them, which waits for each; also where pruning is on and finds nothing to
+    prune."""
     small = (
         temperature == 1e-6
     )  # images of four patches, of which an alignment token likes each best; texts of two words

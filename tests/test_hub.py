@@ -99,7 +99,8 @@ with torch.no_grad():
 model.push_to_hub("org/again", token="hf_alice")
 AutoProcessor.from_pretrained(repo, trust_remote_code=True).push_to_hub("org/again", token="hf_alice")
 with torch.no_grad():
-    result["logits"]["again"] = AutoModel.from_pretrained("org/again", trust_remote_code=True)(**inputs).logits.tolist()
+    again = AutoModel.from_pretrained("org/again", trust_remote_code=True)
+    result["logits"]["again"] = again(**inputs).logits.tolist()
 for what, arguments in {
     "no trust": (repo, dict(trust_remote_code=False)),
     "revision": (repo, dict(trust_remote_code=True, revision="v9")),
@@ -116,7 +117,8 @@ print("RESULT" + json.dumps(result))
 
 
 def test_from_training_to_a_stranger_who_asks(hub, model, processor, tmp_path):
-    """Trained, pushed, trained on, pushed again; then a process without this package loads and asks over HTTP, with an empty cache."""
+    """Trained, pushed, trained on, pushed again; then a process without this package loads and asks over HTTP, with an
+    empty cache."""
     inputs = make_inputs()
 
     def logits():

@@ -84,7 +84,8 @@ def test_token_counts_fall_as_asked(task, method):
 @every_task
 @torch.no_grad()
 def test_the_text_stays_as_with_pruning_off(task):
-    """Text and decoder compute what transformers' do: whatever they are given of an image, padding is treated alike."""
+    """Text and decoder compute what transformers' do: whatever they are given of an image, padding is treated
+    alike."""
     model, inputs = reduced_model(task, "evit"), TASKS[task].make_inputs()
     reduced = model(**inputs)
     if task != "captioning":
@@ -134,7 +135,8 @@ def attention_of_one(layer, states, sizes=None):
 
 
 def tome_of_one(states, key, groups, number):
-    """A list of groups of patches, the first the class token's: the `number` of the even ones most like an odd one join it."""
+    """A list of groups of patches, the first the class token's: the `number` of the even ones most like an odd one
+    join it."""
     metric = F.normalize(key.mean(0), dim=-1)
     pairs = []
     for even in range(2, len(groups), 2):

@@ -391,7 +391,8 @@ SPLIT = {  # as the Penn Treebank tokenizer splits and the COCO evaluation clean
     "Two dogs don't run; they're sleeping -- or are they?": "two dogs do n't run they 're sleeping or are they",
     "The dog's bone costs $1,000.50 or 50% off!": "the dog 's bone costs $ 1,000.50 or 50 % off",
     "a black-and-white photo, his/her cat's toys' box": "a black-and-white photo his/her cat 's toys box",
-    "Caf\u00e9 \u201cquoted\u201d text\u2026 it\u2019s \u2018fine\u2019 \u2013 ok": "caf\u00e9 quoted text it 's fine ok",
+    "Caf\u00e9 \u201cquoted\u201d text\u2026 it\u2019s \u2018fine\u2019 \u2013"
+    " ok": "caf\u00e9 quoted text it 's fine ok",
     "at 5:30 p.m. , o'clock & 3rd \n street...": "at 5:30 p.m. o'clock & 3rd street",
     "": "",
     ".": "",

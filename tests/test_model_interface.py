@@ -1,4 +1,5 @@
-"""What transformers' models take, our models take, and give what transformers' give; what can't be is said in one sentence."""
+"""What transformers' models take, our models take, and give what transformers' give; what can't be is said in one
+sentence."""
 
 import pytest
 import torch

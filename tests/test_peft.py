@@ -37,7 +37,8 @@ def add_lora(model, target_modules="all-linear", **options):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A LoRA trained under pruning by the stock `Trainer`, calibrated and saved: the peft model and the folders of the dense model and the adapter."""
+    """A LoRA trained under pruning by the stock `Trainer`, calibrated and saved: the peft model and the folders of the
+    dense model and the adapter."""
     folder = tmp_path_factory.mktemp("lora")
     make_blip().save_pretrained(folder / "dense")
     torch.manual_seed(0)
@@ -162,7 +163,8 @@ def test_published_and_loaded(hub, trained):
 
 @pytest.mark.parametrize("published", (False, True))
 def test_an_adapter_of_a_pruned_checkpoint_loads_by_its_name_alone(hub, processor, tmp_path, published):
-    """Where this package is not: `AutoModel` and `pipeline` fetch the checkpoint that the adapter is of, its code and its schedule."""
+    """Where this package is not: `AutoModel` and `pipeline` fetch the checkpoint that the adapter is of, its code and
+    its schedule."""
     source, adapter = str(tmp_path / "pruned"), str(tmp_path / "adapter")
     base = make_task_model("vqa")
     calibrate(base, BATCHES, [0.3, 0.5])
@@ -194,7 +196,8 @@ def test_an_adapter_of_a_pruned_checkpoint_loads_by_its_name_alone(hub, processo
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_takes_lora_and_merges(task):
-    """On every linear map, and with a width of their own for the alignment tokens, whose projections are learned as well."""
+    """On every linear map, and with a width of their own for the alignment tokens, whose projections are learned as
+    well."""
     model = add_lora(make_task_model(task, {"alignment_dim": 8}), init_lora_weights=False)
     model.set_pruning(temperature=1.0)
     inputs = TASKS[task].make_inputs()

@@ -556,7 +556,8 @@ def test_options_for_the_hub_and_for_files_do_not_mix(reader, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """`hub(columns, **features)` publishes columns as org/set, and gives the calls of `load_dataset`; "a.png" is an image."""
+    """`hub(columns, **features)` publishes columns as org/set, and gives the calls of `load_dataset`; "a.png" is an
+    image."""
     draw(tmp_path / "a.png", 77)
 
     def publish(columns, **features):

@@ -1,4 +1,5 @@
-"""What SECURITY.md promises: nothing is unpickled, nothing is fetched by importing, nothing leaves or enters by a path that a file names."""
+"""What SECURITY.md promises: nothing is unpickled, nothing is fetched by importing, nothing leaves or enters by a path
+that a file names."""
 
 import ast
 import json
@@ -245,7 +246,8 @@ def test_a_download_can_be_pushed_on(folder, tmp_path):
 
 
 def unpinned(document: str, code: str) -> list[str]:
-    """Calls in `code` that run a Hub repository's code, whatever it is by then: trust_remote_code=True without revision.
+    """Calls in `code` that run a Hub repository's code, whatever it is by then: trust_remote_code=True without
+    revision.
 
     A source is local if the document saves to it under that very name, or if it is a path.
     """
@@ -290,7 +292,8 @@ def test_documented_remote_code_is_pinned(monkeypatch):
                 seen += 1
                 assert unpinned(path.read_text(), block) == [], path
     assert seen  # README's
-    # The examples take a folder from the command line, and one that is there: a Hub id there would run what it holds by then.
+    # The examples take a folder from the command line, and one that is there: a Hub id there would run what it holds
+    # by then.
     for path in sorted(ROOT.glob("examples/*.py")):
         for call in unpinned("", path.read_text()):
             assert path.name == "ask_checkpoint.py", (path, call)

@@ -1,4 +1,5 @@
-"""How a batch's sequences lie in memory, and that no output depends on how a batch is divided, nor a linear map sees padding."""
+"""How a batch's sequences lie in memory, and that no output depends on how a batch is divided, nor a linear map sees
+padding."""
 
 import itertools
 import re

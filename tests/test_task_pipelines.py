@@ -212,7 +212,12 @@ def test_images_and_texts_in_batches(match, monkeypatch):
         ("nlvr2", {"images": IMAGES[:2]}, ValueError, "text is missing"),
         ("nlvr2", {"images": IMAGES[:2], "text": "a", "top_k": 0}, ValueError, "top_k=0"),
         ("retrieval", {"image": IMAGES[0], "text": []}, ValueError, "text is an empty list"),
-        ("retrieval", {"image": IMAGES[0], "text": ["a", 5]}, TypeError, r"text\[1\] is a int|expected a string or a list"),
+        (
+            "retrieval",
+            {"image": IMAGES[0], "text": ["a", 5]},
+            TypeError,
+            r"text\[1\] is a int|expected a string or a list",
+        ),
         ("retrieval", {"image": IMAGES[0]}, ValueError, "text is missing"),
     ],
 )  # fmt: skip

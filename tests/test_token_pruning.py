@@ -32,7 +32,8 @@ LAYOUTS = pytest.mark.parametrize("kind", ["varlen", "padded"])
 
 
 def attention_written_out(query, key, value, roles):
-    """Self-attention (H, L, d) of one sample: its outputs, and what the importance of the tokens that can go needs of it."""
+    """Self-attention (H, L, d) of one sample: its outputs, and what the importance of the tokens that can go needs of
+    it."""
     length = query.shape[1]
     logits = query @ key.transpose(1, 2) / math.sqrt(query.shape[2])
     if roles.is_causal:
@@ -101,7 +102,8 @@ def lay_out(padded, lengths, kind):
 
 
 def stack(samples, dim=-2, fill=30.0):
-    """Samples of different lengths, padded. What lies in the padding is large, so that it shows wherever it takes part."""
+    """Samples of different lengths, padded. What lies in the padding is large, so that it shows wherever it takes
+    part."""
     longest = max(sample.shape[dim] for sample in samples)
     pads = [torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[dim]), value=fill) for t in samples]
     return torch.stack(pads)

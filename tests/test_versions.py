@@ -69,7 +69,8 @@ def _next_minor(version: str, step: int) -> str:
         (TESTED_TRANSFORMERS[1].rpartition(".")[0] + ".9", None),  # a patch of what was tested
         (
             _next_minor(TESTED_TRANSFORMERS[1], 1) + ".dev0",
-            f'was tested with transformers up to {TESTED_TRANSFORMERS[1]} and this is .*"transformers<={TESTED_TRANSFORMERS[1]}"',
+            f"was tested with transformers up to {TESTED_TRANSFORMERS[1]} and this is "
+            f'.*"transformers<={TESTED_TRANSFORMERS[1]}"',
         ),
         ("4.57.6", f"needs transformers {TESTED_TRANSFORMERS[0]} or newer and this is 4.57.6: install"),
     ],

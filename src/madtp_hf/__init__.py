@@ -22,7 +22,8 @@ from .version import __version__
 
 
 def _register() -> None:
-    """Let the Auto classes know the configurations and the models, so that whoever has this package needs no `trust_remote_code`."""
+    """Let the Auto classes know the configurations and the models, so that whoever has this package needs no
+    `trust_remote_code`."""
     import transformers
     from transformers import AutoConfig, AutoModel
 

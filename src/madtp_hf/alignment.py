@@ -163,7 +163,8 @@ class _Recording:
         return self._has_images() and (self.num_words >= MAX_WORDS or not self.words)
 
     def target(self) -> torch.Tensor:
-        """What s_tok of the images' patches is to be in proportion to, (layers, B, N), with a mean of 1 over tokens."""
+        """What s_tok of the images' patches is to be in proportion to, (layers, B, N), with a mean of 1 over
+        tokens."""
         by_self, by_class = torch.cat(self.attention, dim=2).unbind(1)
         by_class = by_class / sum_over_tokens(by_class)
         read = (by_class + torch.cat(self.cross)) / 2 if self.cross else by_class

@@ -23,11 +23,13 @@ SCAN_SAMPLES = 4
 
 
 def threshold_at(point: float, start: float) -> tuple[float, float]:
-    """The temperature and the factor at a point of the path from off to the largest reduction: the logarithm of their product.
+    """The temperature and the factor at a point of the path from off to the largest reduction: the logarithm of their
+    product.
 
-    From the temperature `start` on the path is that of rising temperature, with factor 1. Before, it is that of a rising factor at this
-    temperature: what no temperature reaches, as the importance of the tokens that the alignment tokens look at may be high for all of
-    them. The reduction moves without a jump along it, from nothing.
+    From the temperature `start` on the path is that of rising temperature, with factor 1. Before, it is that of a
+    rising factor at this
+    temperature: what no temperature reaches, as the importance of the tokens that the alignment tokens look at may be
+    high for all of them. The reduction moves without a jump along it, from nothing.
     """
     product = math.exp(point)
     temperature = max(product, start)
@@ -35,7 +37,8 @@ def threshold_at(point: float, start: float) -> tuple[float, float]:
 
 
 def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
-    """How many tokens the decoder of an answer or a caption reads for each sample of a batch (B,), padding not counted; 0 without one."""
+    """How many tokens the decoder of an answer or a caption reads for each sample of a batch (B,), padding not
+    counted; 0 without one."""
     name = TASKS[task].decoder_inputs
     if name is None:
         return 0
@@ -70,8 +73,8 @@ def _start_tokens(model, batch) -> torch.Tensor:
 
 
 def encode(model, batch):
-    """The model's output where only its encoders matter: no labels, no columns that it doesn't know, and a decoder reads its start token
-    alone."""
+    """The model's output where only its encoders matter: no labels, no columns that it doesn't know, and a decoder
+    reads its start token alone."""
     name = TASKS[model.task].decoder_inputs
     left_out = {"labels"}
     if name is not None:
@@ -85,7 +88,8 @@ def encode(model, batch):
 
 @contextmanager
 def restored(model):
-    """Leave a model in the mode, at the temperature and factor, with the granularity and with the frozen counts that it had."""
+    """Leave a model in the mode, at the temperature and factor, with the granularity and with the frozen counts that
+    it had."""
     config = model.config
     names = ("pruning_temperature", "pruning_threshold_factor", "pruning_granularity", "pruning_token_counts")
     training, before = model.training, {name: getattr(config, name) for name in names}
@@ -99,7 +103,8 @@ def restored(model):
 
 @torch.no_grad()
 def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -> float:
-    """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature and a factor."""
+    """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature and a
+    factor."""
     return _run(model, batches, temperature, factor)[0].mean().item()
 
 
@@ -107,7 +112,8 @@ def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -
 def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One pass over the data.
 
-    Returns each sample's reduction, and each branch's token counts as in the model's outputs, of all samples, on the CPU.
+    Returns each sample's reduction, and each branch's token counts as in the model's outputs, of all samples, on the
+    CPU.
     """
     model.set_pruning(temperature=temperature, factor=factor)
     vision, text, answers = [], [], []
@@ -123,7 +129,8 @@ def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tenso
 
 
 class _Curve:
-    """The reduction as a function of the point on the path, on all of the data; what was measured once is remembered."""
+    """The reduction as a function of the point on the path, on all of the data; what was measured once is
+    remembered."""
 
     def __init__(self, model, batches, start, progress):
         self.model, self.batches, self.start, self.progress = model, batches, start, progress
@@ -156,9 +163,10 @@ class _Curve:
 def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float, float]], float]:
     """(point, reduction) on a few samples, along the path to where it reaches most, and the path's first temperature.
 
-    start: that temperature, if it is known; else from where the reduction is smallest the first at which a factor a little below 1 changes
-    it little. At lower ones an alignment token sees one token alone, the threshold is the importance of a token to the last bit, and
-    that token goes with factor 1, and stays with any below, in all layers and samples at once.
+    start: that temperature, if it is known; else from where the reduction is smallest the first at which a factor a
+    little below 1 changes it little. At lower ones an alignment token sees one token alone, the threshold is the
+    importance of a token to the last bit, and that token goes with factor 1, and stays with any below, in all layers
+    and samples at once.
     """
     few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
@@ -190,8 +198,8 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
         pairs = [(a, b) for (a, below), (b, above) in itertools.pairwise(curve_points) if below <= target <= above]
         return pairs[-1] if pairs else None
 
-    # What other targets' searches have measured, on all of the data, comes first; then what the few samples show, whose bracket is
-    # widened until it holds the target on all of the data as well, or the curve ends.
+    # What other targets' searches have measured, on all of the data, comes first; then what the few samples show,
+    # whose bracket is widened until it holds the target on all of the data as well, or the curve ends.
     points = [point for point, _ in scan]
     bracket = last_crossing(sorted(curve.reductions.items())) or last_crossing(scan)
     low, high = bracket or ((points[0], points[0]) if target < scan[0][1] else (points[-1], points[-1]))
@@ -212,10 +220,11 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
 
 
 def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
-    """How many tokens each layer is to leave, from the numbers (layers + 1, samples) that enter a branch and that each layer leaves.
+    """How many tokens each layer is to leave, from the numbers (layers + 1, samples) that enter a branch and that each
+    layer leaves.
 
-    The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings. `scale` below 1 leaves fewer,
-    down to `least`, what a layer that drops anything leaves at least.
+    The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings.
+    `scale` below 1 leaves fewer, down to `least`, what a layer that drops anything leaves at least.
     """
     enter = tokens[0].float()
     longest = max(int(enter.amax()), least)
@@ -225,7 +234,8 @@ def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
 
 
 def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[str, torch.Tensor], progress) -> list:
-    """The entry of `pruning_token_counts` whose fixed numbers save the target: those of the threshold, scaled until they do.
+    """The entry of `pruning_token_counts` whose fixed numbers save the target: those of the threshold, scaled until
+    they do.
 
     threshold: a temperature, and a factor where it isn't 1.
     """
@@ -300,40 +310,48 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
     error = spread / math.sqrt(number)
     if error > ACCEPTED:
         warnings.warn(
-            f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of {spread:.3f}, and"
-            f" the mean's standard error is {error:.3f}. Give at least {math.ceil((spread / ACCEPTED) ** 2)} samples for {ACCEPTED}.",
+            f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of"
+            f" {spread:.3f}, and"
+            f" the mean's standard error is {error:.3f}. Give at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
+            f" for {ACCEPTED}.",
             stacklevel=3,
         )
 
 
 def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
-    """Find the pruning thresholds at which a model saves given shares of its FLOPs, and write them into its configuration.
+    """Find the pruning thresholds at which a model saves given shares of its FLOPs, and write them into its
+    configuration.
 
-    No training, no gradients, no labels: the reduction is measured at a few points of a path and bracketed. The path begins at nothing
-    saved, with a factor on the threshold that rises to 1 at a low temperature, and goes on with rising temperature: no reduction up to
-    the largest is left out. A reduction need not grow along it everywhere; of the points that reach one, the search takes those where
-    it grows. A model trained by `ReductionCallback` is calibrated on the path that it was trained on.
+    No training, no gradients, no labels: the reduction is measured at a few points of a path and bracketed. The path
+    begins at nothing saved, with a factor on the threshold that rises to 1 at a low temperature, and goes on with
+    rising temperature: no reduction up to the largest is left out. A reduction need not grow along it everywhere; of
+    the points that reach one, the search takes those where it grows. A model trained by `ReductionCallback` is
+    calibrated on the path that it was trained on.
 
     It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and about 30
-    passes over 4 samples: five reductions on 512 samples take about as long as 15 x 512 samples do, reading them included.
+    passes over 4 samples: five reductions on 512 samples take about as long as 15 x 512 samples do, reading them
+    included.
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
-            The model; afterwards it has a schedule, `model.set_pruning(reduction=...)` works, and its temperature is what it was.
+            The model; afterwards it has a schedule, `model.set_pruning(reduction=...)` works, and its temperature is
+            what it was.
         dataloader (`Iterable`):
             Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without any, FLOPs count the
-            decoder's start token alone. It is read once a pass; a few hundred samples are enough. A warning tells how many are needed
-            where the standard error of their mean reduction is above 0.01.
+            decoder's start token alone. It is read once a pass; a few hundred samples are enough. A warning tells how
+            many are needed where the standard error of their mean reduction is above 0.01.
         reductions (`list[float]`):
             The shares of FLOPs to save, each in [0, 1); 0 is off and needs no threshold. One that this model can't
             reach on this data is left out, with a warning that names the largest that it reaches; the others are kept.
         freeze (`bool`, *optional*, defaults to `False`):
-            Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then depend on the input's
-            shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes `"frozen"` (one that is frozen already stays
-            so), and pruning is off until a reduction is set; set the granularity to `"instance"` for a number of its own for every sample.
+            Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then
+            depend on the input's shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity
+            becomes `"frozen"` (one that is frozen already stays so), and pruning is off until a reduction is set; set
+            the granularity to `"instance"` for a number of its own for every sample.
 
     Returns:
-        `list[list[float]]`: the schedule, `[reduction, temperature]`, or `[reduction, temperature, factor]` where the factor isn't 1.
+        `list[list[float]]`: the schedule, `[reduction, temperature]`, or `[reduction, temperature, factor]` where the
+        factor isn't 1.
 
     Raises:
         TypeError: if `reductions` is no list of numbers.

@@ -33,7 +33,8 @@ _TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "te
 
 
 def rename(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors by our names, and the original names by ours; query, key and value, one tensor in the original, are three."""
+    """The tensors by our names, and the original names by ours; query, key and value, one tensor in the original, are
+    three."""
     renamed, original_names = {}, {}
     for original_name, tensor in state_dict.items():
         name, parts = original_name, {}

@@ -22,8 +22,9 @@ from .tasks import TASKS, Task, get_task
 
 logger = logging.getLogger(__name__)
 
-# Original names -> ours, in order; the text stacks and the heads have the same names in both. MADTP's maps of a branch to the alignment
-# tokens' width are named as in its code: none of its published checkpoints, all of the base tower, has one.
+# Original names -> ours, in order; the text stacks and the heads have the same names in both. MADTP's maps of a branch
+# to the alignment tokens' width are named as in its code: none of its published checkpoints, all of the base tower,
+# has one.
 _RENAMES = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
@@ -107,7 +108,10 @@ def _hint(names, task: str) -> str:
 
     if has("vision_model.") and not has("visual_encoder."):
         family = "CLIP" if has("visual_projection.") else "BLIP"
-        return f" It looks like a checkpoint of transformers' {family}: load it with the task model's `from_{family.lower()}`."
+        return (
+            f" It looks like a checkpoint of transformers' {family}: load it with the task model's"
+            f" `from_{family.lower()}`."
+        )
     if has("itm_head.") and has("text_decoder."):
         return " It looks like BLIP's pretrained checkpoint, which is of no task: expected one fine-tuned for it."
     known = {part for task in TASKS.values() for part in task.original_parts}
@@ -122,14 +126,17 @@ def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_name
     for name in (name for name in maps if name not in expected):
         if not name.endswith(".bias") or state_dict[name].any():
             raise ValueError(
-                f"The checkpoint's {original_names[name]} can't be kept: in this package a branch that has the alignment tokens' width"
-                " is not mapped to it. To convert the rest, drop the map's tensors from the state dict, and train with pruning on before"
+                f"The checkpoint's {original_names[name]} can't be kept: in this package a branch that has the"
+                " alignment tokens' width"
+                " is not mapped to it. To convert the rest, drop the map's tensors from the state dict, and train with"
+                " pruning on before"
                 " you prune."
             )
         del state_dict[name]
 
 
-# Of each family: what reads the configuration off the tensors, what renames them, and the names of the patches' tensors.
+# Of each family: what reads the configuration off the tensors, what renames them, and the names of the patches'
+# tensors.
 _LAYOUTS = {
     "BLIP": (_read_config, _rename, _PATCHES),
     "CLIP": (clip_conversion.read_config, clip_conversion.rename, clip_conversion.PATCHES),
@@ -141,28 +148,31 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `dict`):
-            A `.pth` file (read with `weights_only=True`), a `.safetensors` file, or the state dict itself, by itself or under `"model"`. What
-            training keeps beside the model (momentum twins, feature queues, an optimizer's state, ...) is left out.
+            A `.pth` file (read with `weights_only=True`), a `.safetensors` file, or the state dict itself, by itself
+            or under `"model"`. What training keeps beside the model (momentum twins, feature queues, an optimizer's
+            state, ...) is left out.
         task (`str`):
             The task that it was trained for: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` of BLIP, or `"clip"`.
         config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*):
-            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. The original's if not given, of the
-            base or the large vision tower. Sizes are the weights' own, whatever it says, and so is the image's. Where it has no label smoothing,
-            the original's, 0.1, is set; where its `bos_token_id` is outside the vocabulary, `[DEC]`, the last but one.
+            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. The original's if
+            not given, of the base or the large vision tower. Sizes are the weights' own, whatever it says, and so is
+            the image's. Where it has no label smoothing, the original's, 0.1, is set; where its `bos_token_id` is
+            outside the vocabulary, `[DEC]`, the last but one.
         image_size (`int`, *optional*):
-            The size in pixels of the images that the model is to take, a multiple of the patch size: position embeddings are interpolated, as
-            BLIP does. The checkpoint's own size if not given.
+            The size in pixels of the images that the model is to take, a multiple of the patch size: position
+            embeddings are interpolated, as BLIP does. The checkpoint's own size if not given.
 
     Returns:
-        The task's model, in eval mode with pruning as `config` says (off if not given). From a BLIP or CLIP checkpoint the alignment tokens, and
-        the maps to their width, are new; from a MADTP one they are its own, and the temperature that it was trained at, where the file
-        has it beside the model, is `model.config.original_temperature`: `model.set_pruning(temperature=...)` prunes with it.
+        The task's model, in eval mode with pruning as `config` says (off if not given). From a BLIP or CLIP checkpoint
+        the alignment tokens, and the maps to their width, are new; from a MADTP one they are its own, and the
+        temperature that it was trained at, where the file has it beside the model, is
+        `model.config.original_temperature`: `model.set_pruning(temperature=...)` prunes with it.
 
     Raises:
         FileNotFoundError: if there is no such file.
         TypeError: if the configuration is another model's.
-        ValueError: if the task is unknown, the file is damaged, its tensors are not those of the task, or images of that size can't be cut into
-            patches.
+        ValueError: if the task is unknown, the file is damaged, its tensors are not those of the task, or images of
+            that size can't be cut into patches.
     """
     entry = get_task(task)
     model_class, config_class = entry.model_class, entry.model_class.config_class
@@ -217,7 +227,8 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
     for name, twin in tied.items():
         if name in state_dict and twin in state_dict and not torch.equal(state_dict[name], state_dict[twin]):
             raise ValueError(
-                f"The checkpoint's {original_names[name]} differs from its {original_names[twin]}: expected the same numbers, the two"
+                f"The checkpoint's {original_names[name]} differs from its {original_names[twin]}: expected the same"
+                " numbers, the two"
                 " are one tensor in BLIP."
             )
     new = [name for name in expected if name.startswith("alignment.") and name not in state_dict]

@@ -2,12 +2,14 @@
 
 It needs transformers, torch and Pillow, and the other files of the checkpoint, whose code it runs. A request:
 
-    {"inputs": {"image": "<base64 or URL>", "question": "how many sevens are there?"}, "parameters": {"reduction": 0.5}}
+    {"inputs": {"image": "<base64 or URL>", "question": "how many sevens are there?"}, "parameters": {"reduction":
+    0.5}}
 
-`inputs` is what the task's pipeline takes, or a list of such: `image` and `question` (question answering), `image` and, if
-wanted, `prompt`, or an image alone (captioning), `images`, a list of two, and `text` (visual reasoning), `image` and `text`, a
-string or a list (retrieval), `image` and `candidate_labels` (CLIP). `parameters` are the pipeline's, and `reduction`: the share
-of FLOPs to save in this request, 0 for none; if not given, as the checkpoint was saved.
+`inputs` is what the task's pipeline takes, or a list of such: `image` and `question` (question answering), `image`
+and, if wanted, `prompt`, or an image alone (captioning), `images`, a list of two, and `text` (visual reasoning),
+`image` and `text`, a string or a list (retrieval), `image` and `candidate_labels` (CLIP). `parameters` are the
+pipeline's, and `reduction`: the share of FLOPs to save in this request, 0 for none; if not given, as the checkpoint
+was saved.
 """
 
 import base64

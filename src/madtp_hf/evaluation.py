@@ -22,8 +22,8 @@ from .version import __version__
 class BudgetResult:
     """What a model did at one reduction of FLOPs.
 
-    reduction_asked, reduction_reached: shares of the FLOPs, the latter the mean over samples; gflops: of a sample, their mean; seconds: of
-    predicting; predictions: one a sample, in order.
+    reduction_asked, reduction_reached: shares of the FLOPs, the latter the mean over samples; gflops: of a sample,
+    their mean; seconds: of predicting; predictions: one a sample, in order.
     """
 
     reduction_asked: float
@@ -142,10 +142,12 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
 
 
 def report(title: str, rows: list[dict], folder, **facts) -> None:
-    """Print the rows as a table and write them, with the facts and the versions of what made them, to `folder`/results.json.
+    """Print the rows as a table and write them, with the facts and the versions of what made them, to
+    `folder`/results.json.
 
-    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever else is to be kept;
-    `madtp_hf.model_card.create_model_card` says which of them a model card shows. Numbers and dictionaries of them are printed as well.
+    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever
+    else is to be kept; `madtp_hf.model_card.create_model_card` says which of them a model card shows. Numbers and
+    dictionaries of them are printed as well.
     """
     from rich.console import Console
     from rich.table import Table

@@ -105,7 +105,8 @@ def retrieval(config, vision_tokens, text_tokens, answer_tokens, prunes):
 
 
 def contrastive_pair(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """CLIP's features of an image and a text, and their product. Causal attention counts in full, as it is computed."""
+    """CLIP's features of an image and a text, and their product. Causal attention counts in full, as it is
+    computed."""
     vision, text, width = config.vision_config, config.text_config, config.projection_dim
     total = patch_embedding(vision, vision_tokens) + vision_tokens[0] * LAYER_NORM * vision.hidden_size
     total = total + pre_norm_layers(config, vision, vision_tokens, "vision" in prunes)

@@ -38,9 +38,10 @@ def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_token
         config (`MadtpBlipConfig` or `MadtpClipConfig`):
             The model's; the alignment scores count where its temperature is above 0.
         task (`str`):
-            `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"`, the last meaning the pass that matches an image and a text; or `"clip"`,
-            the features of one image and one text.
-        vision_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, for NLVR2 `(layers + 1, 2, batch_size)`):
+            `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"`, the last meaning the pass that matches an image and a
+            text; or `"clip"`, the features of one image and one text.
+        vision_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, for NLVR2 `(layers + 1, 2,
+            batch_size)`):
             As in the model's outputs: what enters the encoder, then what each layer leaves.
         text_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, *optional*):
             Likewise; captioning has none.

@@ -1,4 +1,5 @@
-"""Publishing: `push_checkpoint` for a model in memory, `push_folder` for one that is saved. Both upload a complete checkpoint in one commit."""
+"""Publishing: `push_checkpoint` for a model in memory, `push_folder` for one that is saved. Both upload a complete
+checkpoint in one commit."""
 
 import errno
 import json
@@ -24,7 +25,8 @@ from .version import __version__
 
 _MODEL_CLASSES = {task.model_class.__name__: task.model_class for task in TASKS.values()}
 _MODEL_TYPES = sorted({model_class.config_class.model_type for model_class in _MODEL_CLASSES.values()})
-# A checkpoint is what its configuration refers to, and these files. All else in a folder, such as an optimizer's state, stays where it is.
+# A checkpoint is what its configuration refers to, and these files. All else in a folder, such as an optimizer's
+# state, stays where it is.
 _PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -50,14 +52,16 @@ _ALONGSIDE = (
     "handler.py",
     "requirements.txt",
 )
-# What an Inference Endpoint needs beside a checkpoint: what answers its requests, and a transformers that knows the checkpoint.
+# What an Inference Endpoint needs beside a checkpoint: what answers its requests, and a transformers that knows the
+# checkpoint.
 _HANDLER = {
     "handler.py": Path(__file__).with_name("endpoint_handler.py").read_bytes,
     "requirements.txt": lambda: b"transformers>=5.0\n",
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # those that README.md links to
 _LINK = re.compile(r"""\]\(<?(?:\./)?([^)>\s]+)|\b(?:src|href)=["'](?:\./)?([^"']+)""")  # of Markdown, or HTML in it
-# What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put there are not.
+# What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put
+# there are not.
 _STALE = (
     *_PROCESSOR_FILES,
     "generation_config.json",
@@ -89,17 +93,19 @@ def push_checkpoint(
     datasets: str | list[str] | None = None,
     handler: bool = False,
 ) -> str:
-    """Publish a model and its processor, with code and model card, as a repository that `AutoModel` and `pipeline` load.
+    """Publish a model and its processor, with code and model card, as a repository that `AutoModel` and `pipeline`
+    load.
 
-    The repository is made if there is none. All goes up in one commit, or nothing does; after an interruption the same call goes on, and what is
-    up already isn't sent again. Weights and processor files of a former version that this one doesn't have are deleted, and its card is replaced.
+    The repository is made if there is none. All goes up in one commit, or nothing does; after an interruption the same
+    call goes on, and what is up already isn't sent again. Weights and processor files of a former version that this
+    one doesn't have are deleted, and its card is replaced.
 
     Args:
         model: One of this package's models.
         processor: Its processor, of images and texts.
         repo_id: `"name"`, for the token's own user, or `"namespace/name"`.
-        metrics: What the card reports: the path of a `results.json`, its content, its list of rows (`"reached"`, `"accuracy %"`, `"GFLOPs"`, ...),
-            or a dict such as `{"accuracy": 0.93}`.
+        metrics: What the card reports: the path of a `results.json`, its content, its list of rows (`"reached"`,
+            `"accuracy %"`, `"GFLOPs"`, ...), or a dict such as `{"accuracy": 0.93}`.
         token: One with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
         private: Whether a new repository is private.
         revision: The branch to commit to, made if there is none; by default `"main"`.
@@ -122,14 +128,16 @@ def push_checkpoint(
         raise TypeError(f"push_checkpoint got a {type(model).__name__}: expected one of madtp_hf's models.")
     if hasattr(model, "peft_config"):
         raise TypeError(
-            f"push_checkpoint got a {type(model).__name__}, a model with an adapter: call its merge_and_unload() and push what that gives, or"
+            f"push_checkpoint got a {type(model).__name__}, a model with an adapter: call its merge_and_unload() and"
+            " push what that gives, or"
             " save the adapter and upload its folder."
         )
     expected = "CLIPProcessor" if model.config.model_type == "madtp_clip" else "BlipProcessor"
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise TypeError(
-                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the model's {expected}."
+                f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the"
+                f" model's {expected}."
             )
     with one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
         repo_id = check_name(repo_id, token, dry_run)
@@ -138,9 +146,11 @@ def push_checkpoint(
         try:
             files = find_checkpoint_files(folder)
         except (FileNotFoundError, ValueError) as error:
+            reason = str(error).replace(f"{folder}{os.sep}", "")
+            for mark in ";:":
+                reason = reason.replace(f"{mark} {_SAVE_AGAIN}", "")
             raise ValueError(
-                f"What this {type(model).__name__} saves does not load again"
-                f" ({str(error).replace(f'{folder}{os.sep}', '').replace(f'; {_SAVE_AGAIN}', '').replace(f': {_SAVE_AGAIN}', '').rstrip('.')}):"
+                f"What this {type(model).__name__} saves does not load again ({reason.rstrip('.')}):"
                 " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
             ) from error
         metadata = {"base_model": base_model, "license": license, "datasets": datasets}
@@ -164,17 +174,20 @@ def push_folder(
     datasets: str | list[str] | None = None,
     handler: bool = False,
 ) -> str:
-    """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it; see [`push_checkpoint`].
+    """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it; see
+    [`push_checkpoint`].
 
-    It is checked to be complete before anything is made on the hub. The folder is left as it is, and what is no part of the checkpoint, such as
-    an optimizer's state, stays there. Without a README.md in it a model card is made, of `metrics` or of the folder's results.json.
+    It is checked to be complete before anything is made on the hub. The folder is left as it is, and what is no part
+    of the checkpoint, such as an optimizer's state, stays there. Without a README.md in it a model card is made, of
+    `metrics` or of the folder's results.json.
 
     Returns:
         The repository's address.
 
     Raises:
         FileNotFoundError: if a file of the checkpoint is missing.
-        ValueError: besides, if a file is damaged or lies outside the folder, or for `metrics` with a README.md that is there.
+        ValueError: besides, if a file is damaged or lies outside the folder, or for `metrics` with a README.md that is
+        there.
     """
     folder = Path(folder)
     with one_sentence_errors(repo_id, token):
@@ -274,7 +287,8 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
 
 
 def _check_inside(folder: Path, name: str) -> None:
-    """Raise a `ValueError` for a file that isn't one of the folder: no configuration or link may have another file of this machine published."""
+    """Raise a `ValueError` for a file that isn't one of the folder: no configuration or link may have another file of
+    this machine published."""
     if name in ("", ".", "..") or name != Path(name).name or name != PureWindowsPath(name).name:
         raise ValueError(f"{folder} refers to {name!r}: expected the name of a file in that folder, without a path.")
     roots = [folder.resolve()]
@@ -313,7 +327,8 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
         pickled = [path.name for path in folder.glob("pytorch_model*.bin")]
         but = f", but {pickled[0]}, a pickle that could run anything where it is loaded" if pickled else ""
         raise FileNotFoundError(
-            f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes safetensors."
+            f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes"
+            " safetensors."
         )
     shapes = {}
     for shard, tensors in tensors_of.items():
@@ -336,7 +351,8 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
 
 
 def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class, config: dict) -> None:
-    """Raise a `ValueError` if the tensors that are saved aren't those of the model: it would load with random ones in their place."""
+    """Raise a `ValueError` if the tensors that are saved aren't those of the model: it would load with random ones in
+    their place."""
     sharded = not (folder / "model.safetensors").is_file()
     where = folder / f"model.safetensors{'.index.json' if sharded else ''}"
     with torch.device("meta"):
@@ -374,7 +390,8 @@ def _find_modules(folder: Path) -> list[str]:
                     raise ValueError(f"{folder / name} names code by {path!r}: expected a string, `module.Class`.")
                 if "--" in path:
                     raise ValueError(
-                        f"{folder / name} takes its code from another repository, {path!r}: expected code in this folder;"
+                        f"{folder / name} takes its code from another repository, {path!r}: expected code in this"
+                        " folder;"
                         " load the model with madtp_hf's own class, and save it."
                     )
                 wanted.setdefault(f"{path.rpartition('.')[0]}.py", name)
@@ -405,7 +422,10 @@ def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: b
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         # What the hub decides; by its rules, weights, pictures and what is above 10 MB.
         is_lfs = name.endswith((".safetensors", ".png", ".jpg")) or size > 10_000_000
-        return f"  {name:<{width}}  {size / 1000:>12,.1f} kB{'  LFS' if is_lfs else ''}{'  (made)' if isinstance(content, bytes) else ''}"
+        return (
+            f"  {name:<{width}}  {size / 1000:>12,.1f}"
+            f" kB{'  LFS' if is_lfs else ''}{'  (made)' if isinstance(content, bytes) else ''}"
+        )
 
     width = max(map(len, files))
     stays = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
@@ -429,7 +449,8 @@ def check_token(token: str | None) -> str:
     token = (token or get_token() or "").strip()
     if not token:
         raise PermissionError(
-            "There is no token to publish with: log in with `hf auth login`, set HF_TOKEN, or pass a token with write access."
+            "There is no token to publish with: log in with `hf auth login`, set HF_TOKEN, or pass a token with write"
+            " access."
         )
     if not (token.isascii() and token.isprintable() and " " not in token):
         # Sent as it is, it would be quoted in the error of a library.
@@ -455,7 +476,8 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(
-            f"{repo_id} exists and is public, and private=True was given: make it private in its settings, or choose another name."
+            f"{repo_id} exists and is public, and private=True was given: make it private in its settings, or choose"
+            " another name."
         )
     if revision not in (None, "main") and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
@@ -484,7 +506,8 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
             raise
         reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
         raise OSError(
-            f"The upload to {repo_id} broke off and nothing was published ({reason}): run the same again, what is up already is not"
+            f"The upload to {repo_id} broke off and nothing was published ({reason}): run the same again, what is up"
+            " already is not"
             " sent twice."
         ) from error
     return f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"
@@ -510,7 +533,8 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
     endpoint = HfApi(token=False).endpoint
     if isinstance(error, HFValidationError):
         return ValueError(
-            f"{repo_id!r} can't be the name of a repository: expected `name` or `namespace/name`, of letters, digits, '-', '_' and"
+            f"{repo_id!r} can't be the name of a repository: expected `name` or `namespace/name`, of letters, digits,"
+            " '-', '_' and"
             " '.', at most 96 of them; choose another."
         )
     if isinstance(error, OfflineModeIsEnabled):
@@ -519,7 +543,8 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
         return _explain_answer(error, repo_id, endpoint)
     if isinstance(error, HTTPError):  # no answer at all
         return ConnectionError(
-            f"{endpoint} can't be reached ({type(error).__name__}), so nothing was published: check the connection and run the same again."
+            f"{endpoint} can't be reached ({type(error).__name__}), so nothing was published: check the connection and"
+            " run the same again."
         )
     if isinstance(error, json.JSONDecodeError):
         return ConnectionError(f"{endpoint} does not answer as a model hub does: check the variable HF_ENDPOINT.")
@@ -540,17 +565,20 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str, endpoint: str) -> Excep
     said = (error.server_message or "no reason given").strip().replace("\n", " ").rstrip(".")
     if status == 401:
         return PermissionError(
-            f"{endpoint} does not take the token for {repo_id} ({said}): make one with write access in your account's settings, and log in"
+            f"{endpoint} does not take the token for {repo_id} ({said}): make one with write access in your account's"
+            " settings, and log in"
             " with `hf auth login`."
         )
     if status == 403:
         return PermissionError(
-            f"The token may not write to {repo_id} ({said}): expected one with write access there; if the name is someone else's, choose"
+            f"The token may not write to {repo_id} ({said}): expected one with write access there; if the name is"
+            " someone else's, choose"
             " one in a namespace of your own."
         )
     if status == 404:
         return FileNotFoundError(
-            f"{endpoint} has no {repo_id} for this token, or not that revision ({said}): check the name, the branch and the token."
+            f"{endpoint} has no {repo_id} for this token, or not that revision ({said}): check the name, the branch"
+            " and the token."
         )
     if status in (409, 412):
         return OSError(
@@ -559,6 +587,7 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str, endpoint: str) -> Excep
     if status == 400:
         return ValueError(f"{endpoint} does not take what was to be published as {repo_id}: {said}.")
     return OSError(
-        f"{endpoint} answered {status} and nothing was published as {repo_id} ({said}): run the same again, what is up already is"
+        f"{endpoint} answered {status} and nothing was published as {repo_id} ({said}): run the same again, what is up"
+        " already is"
         " not sent twice."
     )

@@ -23,7 +23,8 @@ _NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
 
 
 def public_name(source) -> str:
-    """What a card calls a model or data set: a folder's last part, for its path is nobody else's; a Hub id as it is."""
+    """What a card calls a model or data set: a folder's last part, for its path is nobody else's; a Hub id as
+    it is."""
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
@@ -95,7 +96,8 @@ def _as_row(budget: float, value):
 
 
 def _name_budget(row):
-    """A row whose budget is called "reduction", with the name that the card has for it; one with both names is left, and refused."""
+    """A row whose budget is called "reduction", with the name that the card has for it; one with both names is left,
+    and refused."""
     if not isinstance(row, dict) or "reduction" not in row or _BUDGET in row:
         return row
     return {_BUDGET if name == "reduction" else name: value for name, value in row.items()}
@@ -119,8 +121,10 @@ def _read_metrics(metrics) -> dict:
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ValueError(
-            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, a row a budget, such as"
-            " {0.5: {'accuracy': 0.93}}, or one row, {'accuracy': 0.93}, where a row gives finite numbers by name, one of them of a metric; or None."
+            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, a row a"
+            " budget, such as"
+            " {0.5: {'accuracy': 0.93}}, or one row, {'accuracy': 0.93}, where a row gives finite numbers by name, one"
+            " of them of a metric; or None."
         )
     if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
         raise ValueError(
@@ -224,15 +228,17 @@ def create_model_card(
 
     Args:
         config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
-            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is that of a checkpoint
-            that brings no code: this package loads it, and it is dense unless it says how to prune.
+            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is that of a
+            checkpoint that brings no code: this package loads it, and it is dense unless it says how to prune.
         name (`str`):
-            What the loading lines load, and the title: an id of the Hub, `user/model`, whose revision they pin, or the name of a folder.
+            What the loading lines load, and the title: an id of the Hub, `user/model`, whose revision they pin, or the
+            name of a folder.
         metrics (*optional*):
-            What was measured: the path of a results.json as [`~madtp_hf.evaluation.report`] writes it, its dictionary, a list of its rows,
-            or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" has shares. Of a dictionary's facts, the card takes
-            `metric` (the column that counts), `dataset` (a name, or a dictionary of `name`, `type`, `split` and an `example` of a text),
-            `settings`, `versions`, `before_fine_tuning`, `dense_before_training`, `floor`, `seconds`, `machine` and `source`.
+            What was measured: the path of a results.json as [`~madtp_hf.evaluation.report`] writes it, its dictionary,
+            a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" has shares.
+            Of a dictionary's facts, the card takes `metric` (the column that counts), `dataset` (a name, or a
+            dictionary of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`,
+            `before_fine_tuning`, `dense_before_training`, `floor`, `seconds`, `machine` and `source`.
         base_model (`str`, *optional*):
             What it was made from: an id of the Hub, or a folder, which is named in the text and not in the metadata.
         license (`str`, *optional*):
@@ -364,7 +370,8 @@ def draw_budgets(metrics, path) -> bool:
         path (`str` or `Path`): the file to write.
 
     Returns:
-        `bool`: False where there is nothing to draw, fewer than two budgets with their GFLOPs, or where matplotlib is not installed.
+        `bool`: False where there is nothing to draw, fewer than two budgets with their GFLOPs, or where matplotlib is
+        not installed.
 
     Raises:
         ValueError: for metrics of another form.
@@ -398,7 +405,8 @@ def draw_budgets(metrics, path) -> bool:
 
 
 def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> ModelCard:
-    """The card of the checkpoint in a folder, whose plot is drawn to `picture`; of its results.json if no metrics are given."""
+    """The card of the checkpoint in a folder, whose plot is drawn to `picture`; of its results.json if no metrics are
+    given."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
     config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)
@@ -417,8 +425,8 @@ def write_model_card(folder, name=None, metrics=None, **facts) -> ModelCard:
     Args:
         folder (`str` or `Path`): the checkpoint's, with its config.json.
         name (`str`, *optional*): as [`create_model_card`] takes it; the folder's own if not given.
-        metrics (*optional*): as [`create_model_card`] takes them; the folder's results.json if not given, where there is one.
-        **facts: the other arguments of [`create_model_card`].
+        metrics (*optional*): as [`create_model_card`] takes them; the folder's results.json if not given, where there
+        is one. **facts: the other arguments of [`create_model_card`].
 
     Returns:
         `huggingface_hub.ModelCard`, as it was written.

@@ -1,7 +1,7 @@
 """Export to ONNX: graphs that answer, and what runs them beside.
 
-Each task has a few graphs, cut where a server keeps something: an image's states for several questions, a feature for an
-index, keys and values for the next token. `onnx_runner.py`, which is written beside them, runs them without torch.
+Each task has a few graphs, cut where a server keeps something: an image's states for several questions, a feature for
+an index, keys and values for the next token. `onnx_runner.py`, which is written beside them, runs them without torch.
 """
 
 import json
@@ -32,7 +32,8 @@ TOLERANCE = 1e-3  # between a graph and the model, of numbers of the order of 1
 
 
 class Sizes(NamedTuple):
-    """How large an example is: texts and images, the length of texts, the decoder's new tokens and those that it has read."""
+    """How large an example is: texts and images, the length of texts, the decoder's new tokens and those that it has
+    read."""
 
     batch: int
     length: int
@@ -50,8 +51,8 @@ COMPARED = (Sizes(1, 3, 3, 0), Sizes(2, 10**6, 1, 4))
 class Graph:
     """One graph to export.
 
-    run: what it computes, of a model and the inputs; inputs: the name of each -> an example and the names of its dimensions
-    that vary, `{index: name}`; outputs: their names.
+    run: what it computes, of a model and the inputs; inputs: the name of each -> an example and the names of its
+    dimensions that vary, `{index: name}`; outputs: their names.
     """
 
     what: str
@@ -76,8 +77,8 @@ class Part(nn.Module):
 
 
 def _pad_texts(model, input_ids, attention_mask):
-    """Texts (B, L) padded so that they are longer than what any layer leaves: no shape then depends on which of the two is
-    the smaller, and a frozen model's output doesn't depend on padding."""
+    """Texts (B, L) padded so that they are longer than what any layer leaves: no shape then depends on which of the
+    two is the smaller, and a frozen model's output doesn't depend on padding."""
     counts = model.config.token_counts() if model.is_pruning else None
     if counts is None:
         return input_ids, attention_mask
@@ -104,7 +105,8 @@ def _encode_images_with_feature(model, pixel_values):
 
 
 def _for_decoder(model, encoded, masked: bool):
-    """What the decoder reads of an encoder's states: a mask, and keys and values of all its layers' cross-attention."""
+    """What the decoder reads of an encoder's states: a mask, and keys and values of all its layers'
+    cross-attention."""
     mask = real_tokens(encoded)
     cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
     keys_and_values = [tensor for layer in cache.cross_attention_cache.layers for tensor in (layer.keys, layer.values)]
@@ -122,8 +124,9 @@ def _encode_questions(model, input_ids, attention_mask, image_states):
 
 
 def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_values):
-    """One step of the decoder: the logits (B, n, V) of n tokens behind p that were read before, and the keys and values of
-    all of them. These are taken and given as key, value, key, ...; behind what is taken, those of cross-attention."""
+    """One step of the decoder: the logits (B, n, V) of n tokens behind p that were read before, and the keys and
+    values of all of them. These are taken and given as key, value, key, ...; behind what is taken, those of
+    cross-attention."""
     half = len(keys_and_values) // 2
     caches = []
     for tensors in (keys_and_values[:half], keys_and_values[half:]):
@@ -351,7 +354,8 @@ def _write_graph(model, name: str, graph: Graph, folder: Path) -> dict:
 
 
 def _compare(model, name: str, graph: Graph, folder: Path) -> None:
-    """Raise a `RuntimeError` unless a written graph gives what the model gives, on sizes that it was not traced with."""
+    """Raise a `RuntimeError` unless a written graph gives what the model gives, on sizes that it was not
+    traced with."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
@@ -363,8 +367,10 @@ def _compare(model, name: str, graph: Graph, folder: Path) -> None:
     for output, mine, theirs in zip(graph.outputs, map(torch.from_numpy, session.run(graph.outputs, feed)), expected):
         if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE):
             raise RuntimeError(
-                f"The exported {name} gives another {output} {tuple(mine.shape)} than the model {tuple(theirs.shape)}: it can't be"
-                f" used, and nothing was written; try another version of torch than {torch.__version__}, or of onnxscript."
+                f"The exported {name} gives another {output} {tuple(mine.shape)} than the model {tuple(theirs.shape)}:"
+                " it can't be"
+                f" used, and nothing was written; try another version of torch than {torch.__version__}, or of"
+                " onnxscript."
             )
 
 
@@ -430,10 +436,10 @@ def _as_traced(model):
 def export_onnx(model, processor, out, *, force: bool = False) -> Path:
     """Write a model as ONNX graphs that answer, with its processor and what runs them.
 
-    The folder gets the task's graphs, `onnx.json`, which says what each takes and gives, the files of tokenizer and image
-    processor, and `onnx_runner.py`, which answers with onnxruntime and without torch. Every graph is compared with the model,
-    on other sizes than it was traced with, and the folder appears only when it is complete. Batch, lengths of texts and the
-    decoder's past are free; how many tokens each layer leaves is fixed, as the model's are.
+    The folder gets the task's graphs, `onnx.json`, which says what each takes and gives, the files of tokenizer and
+    image processor, and `onnx_runner.py`, which answers with onnxruntime and without torch. Every graph is compared
+    with the model, on other sizes than it was traced with, and the folder appears only when it is complete. Batch,
+    lengths of texts and the decoder's past are free; how many tokens each layer leaves is fixed, as the model's are.
 
     Args:
         model: One of this package's models, on a CPU in float32: with frozen token counts, or with pruning off.
@@ -447,8 +453,8 @@ def export_onnx(model, processor, out, *, force: bool = False) -> Path:
     Raises:
         ImportError: without onnx, onnxscript and onnxruntime.
         TypeError: for another model.
-        ValueError: for a model whose token counts aren't fixed, one elsewhere than on a CPU in float32, or a folder that
-            isn't empty.
+        ValueError: for a model whose token counts aren't fixed, one elsewhere than on a CPU in float32, or a folder
+            that isn't empty.
         RuntimeError: if a graph gives something else than the model.
     """
     try:

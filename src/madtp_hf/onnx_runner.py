@@ -1,7 +1,7 @@
 """Answers from the graphs that `madtp-hf export` writes, with onnxruntime.
 
-This file stands alone, and lies beside the graphs: it needs numpy, onnxruntime, Pillow and transformers, whose processor it
-reads texts and images with; no torch and no madtp_hf.
+This file stands alone, and lies beside the graphs: it needs numpy, onnxruntime, Pillow and transformers, whose
+processor it reads texts and images with; no torch and no madtp_hf.
 
     from onnx_runner import OnnxModel
 
@@ -71,18 +71,19 @@ class OnnxModel:
         """Answer, as the model's task does.
 
         Args:
-            images: An image, a PIL image or a path, or a list of them; for visual reasoning, a pair of images or a list of
-                pairs, the left one first.
+            images: An image, a PIL image or a path, or a list of them; for visual reasoning, a pair of images or a
+                list of pairs, the left one first.
             texts (`str` or `list[str]`, *optional*):
-                A text or a list of them: a question or sentence for each image, or one for all; texts to compare every image
-                with; or, for captioning, the beginnings of captions.
+                A text or a list of them: a question or sentence for each image, or one for all; texts to compare every
+                image with; or, for captioning, the beginnings of captions.
             max_new_tokens (`int`, *optional*):
                 How many tokens to write at most: 10 of an answer and 20 of a caption if not given.
 
         Returns:
             Question answering and captioning: a list of strings. Visual reasoning: how likely each sentence is true,
-            (sentences,). Retrieval: `{"score", "similarity"}`, each (images, texts): how likely they match, and the cosine of
-            their features. CLIP: how well each text fits each image, (images, texts), adding up to 1 for an image.
+            (sentences,). Retrieval: `{"score", "similarity"}`, each (images, texts): how likely they match, and the
+            cosine of their features. CLIP: how well each text fits each image, (images, texts), adding up to 1 for an
+            image.
         """
         if self.task != "captioning" and texts is None:
             raise ValueError(

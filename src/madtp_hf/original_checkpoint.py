@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-# What training keeps beside the model: momentum twins, feature queues, index buffers, the contrastive and the hand-stepped temperature. A text
-# decoder is built with a map to the alignment tokens, too, and never uses it. CLIP's files have three sizes among the weights.
+# What training keeps beside the model: momentum twins, feature queues, index buffers, the contrastive and the
+# hand-stepped temperature. A text decoder is built with a map to the alignment tokens, too, and never uses it. CLIP's
+# files have three sizes among the weights.
 _TRAINING_ONLY = re.compile(
     r"(^|\.)position_ids$|^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.|_queue$"
     r"|^queue_ptr$|^ptr_queue$|^temperature$|^temp$|^text_decoder\.bert\.encoder\.txt_query_model\."
@@ -25,7 +26,8 @@ def read_checkpoint(path) -> dict:
     """What an original checkpoint's file holds: a `.safetensors` file, or a `.pth` one, read with `weights_only=True`.
 
     Returns:
-        The state dict; or, where the file has it under `"model"`, a dictionary of that and what training has stored beside it.
+        The state dict; or, where the file has it under `"model"`, a dictionary of that and what training has stored
+        beside it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -42,16 +44,19 @@ def read_checkpoint(path) -> dict:
     except Exception as error:  # a hostile or damaged pickle makes the unpickler raise whatever it likes
         if "TorchScript" in str(error):
             raise ValueError(
-                f"{path} is a TorchScript archive, a program, as OpenAI publishes CLIP: expected weights alone. The same weights are on the Hub,"
+                f"{path} is a TorchScript archive, a program, as OpenAI publishes CLIP: expected weights alone. The"
+                " same weights are on the Hub,"
                 ' MadtpClipModel.from_clip("openai/clip-vit-base-patch32") takes them.'
             ) from None
         known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
         if known and "weights_only" not in str(error):
             raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
-        # torch's own message says how to read it all the same, code and all: not what to do with a file that was just found to hold code.
+        # torch's own message says how to read it all the same, code and all: not what to do with a file that was just
+        # found to hold code.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} was refused: it is damaged, or holds more than tensors and plain values{f' ({found[1]})' if found else ''}, which could"
+            f"{path} was refused: it is damaged, or holds more than tensors and plain"
+            f" values{f' ({found[1]})' if found else ''}, which could"
             " run code; expected the file as its authors published it, or its weights alone as .safetensors."
         ) from None
     own_tensors(content, path)
@@ -103,11 +108,13 @@ def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: st
 def resize_positions(
     state_dict: dict[str, torch.Tensor], kernel: str, positions: str, image_size: int
 ) -> torch.Tensor:
-    """Position embeddings (..., 1 + patches, D) for images of another size, bicubic as in BLIP; the class token's stays."""
+    """Position embeddings (..., 1 + patches, D) for images of another size, bicubic as in BLIP; the class token's
+    stays."""
     _, patch_size, grid = read_patches(state_dict, kernel, positions)
     if not isinstance(image_size, int) or image_size <= 0 or image_size % patch_size:
         raise ValueError(
-            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, as {grid * patch_size}, its"
+            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, as"
+            f" {grid * patch_size}, its"
             " own size, is."
         )
     given = state_dict[positions]
@@ -123,7 +130,8 @@ def resize_positions(
 def count_heads(width: int, tower: str) -> int:
     if width % HEAD_WIDTH:
         raise ValueError(
-            f"The checkpoint's {tower} tower is {width} wide, no multiple of {HEAD_WIDTH}, the width of the original's attention heads: pass a"
+            f"The checkpoint's {tower} tower is {width} wide, no multiple of {HEAD_WIDTH}, the width of the original's"
+            " attention heads: pass a"
             f" config with {tower}_config.num_attention_heads."
         )
     return width // HEAD_WIDTH

@@ -15,7 +15,8 @@ NOT_LISTED = -100.0  # the score of a pair that is on no shortlist: below every 
 
 @torch.no_grad()
 def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Batches of pixel_values (B, 3, H, W) -> features (I, E) and, for each of the I images, its tokens' states (L, D), no padding."""
+    """Batches of pixel_values (B, 3, H, W) -> features (I, E) and, for each of the I images, its tokens' states (L,
+    D), no padding."""
     features, states = [], []
     for pixel_values in pixel_batches:
         images = model._encode_images(pixel_values.to(model.device))
@@ -28,9 +29,11 @@ def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor
 def score_images_and_texts(
     model, pixel_batches, input_ids, attention_mask, k: int = 128, batch_size: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score every image with its k most similar texts and every text with its k most similar images, as BLIP evaluates retrieval.
+    """Score every image with its k most similar texts and every text with its k most similar images, as BLIP evaluates
+    retrieval.
 
-    A score is the matching head's logit and the similarity, added. With several processes each scores its share; all get the whole.
+    A score is the matching head's logit and the similarity, added. With several processes each scores its share; all
+    get the whole.
 
     Args:
         model (`MadtpBlipForImageTextRetrieval`):
@@ -45,8 +48,8 @@ def score_images_and_texts(
             How many pairs to match at a time.
 
     Returns:
-        Two float tensors on the CPU, image_to_text `(num_images, num_texts)` and text_to_image `(num_texts, num_images)`; -100 off the
-        shortlist.
+        Two float tensors on the CPU, image_to_text `(num_images, num_texts)` and text_to_image `(num_texts,
+        num_images)`; -100 off the shortlist.
     """
     if k < 1:
         raise ValueError(f"k={k}: expected the length of a shortlist, at least 1.")
@@ -126,7 +129,8 @@ class CaptionedImages:
         max_length (`int`, *optional*): cut captions to so many tokens.
         batch_size (`int`, *optional*, defaults to 64): of the images.
 
-    Attributes: `texts`, all captions; `input_ids` and `attention_mask`, the same, encoded; `pixel_batches`, the images.
+    Attributes: `texts`, all captions; `input_ids` and `attention_mask`, the same, encoded; `pixel_batches`, the
+    images.
     """
 
     def __init__(self, rows, processor, max_length: int | None = None, batch_size: int = 64):

@@ -1,4 +1,4 @@
-"""The package's version; its home is beside the modeling files, which say in every checkpoint which version they are."""
+"""The package's version; its home is beside the modeling files, which say in every checkpoint which they are."""
 
 from .modeling.versions import VERSION as __version__
 

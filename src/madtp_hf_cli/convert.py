@@ -27,14 +27,16 @@ def _load_tokenizer(source: str, family: str):
     try:
         tokenizer = load(local_files_only=True)
         if tokenizer is None and not Path(source).is_dir():
-            # Ask once whether the Hub has it: each file of a tokenizer by itself would be asked for again and again, for minutes.
+            # Ask once whether the Hub has it: each file of a tokenizer by itself would be asked for again and again,
+            # for minutes.
             HfApi().model_info(source, timeout=10)
             tokenizer = load()
     except Exception as error:  # of the tokenizers library, which raises bare ones, and of the network
         reason = str(error).strip().partition("\n")[0].rstrip(".")
     if tokenizer is None:
         raise ValueError(
-            f"The tokenizer {source!r} could not be loaded ({reason}): pass --tokenizer FOLDER, one with the vocab.txt or"
+            f"The tokenizer {source!r} could not be loaded ({reason}): pass --tokenizer FOLDER, one with the vocab.txt"
+            " or"
             f" tokenizer.json of {_TOKENIZERS[family]}."
         )
     if family == "CLIP":
@@ -45,13 +47,15 @@ def _load_tokenizer(source: str, family: str):
 
 
 def _take_special_tokens(model, tokenizer, source: str) -> None:
-    """Set the special tokens of the model's configuration to the tokenizer's, once it is sure to be the model's own."""
+    """Set the special tokens of the model's configuration to the tokenizer's, once it is sure to be the
+    model's own."""
     config, text_config = model.config, model.config.text_config
     found = len(tokenizer), *tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
     expected = text_config.vocab_size, text_config.bos_token_id, config.encoder_token_id
     if found != expected:
         raise ValueError(
-            "The tokenizer {!r} has {} tokens, [DEC] is {} and [ENC] {}; the checkpoint has {}, {} and {}: pass the tokenizer that it was"
+            "The tokenizer {!r} has {} tokens, [DEC] is {} and [ENC] {}; the checkpoint has {}, {} and {}: pass the"
+            " tokenizer that it was"
             " trained with, for BLIP bert-base-uncased, with --tokenizer.".format(source, *found, *expected)
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -68,7 +72,8 @@ def _take_clip_tokens(model, tokenizer, source: str) -> None:
     expected = text_config.vocab_size, text_config.bos_token_id, text_config.eos_token_id
     if found != expected:
         raise ValueError(
-            "The tokenizer {!r} has {} tokens, a text starts with {} and ends with {}; in the checkpoint these are {}, {} and {}: pass the"
+            "The tokenizer {!r} has {} tokens, a text starts with {} and ends with {}; in the checkpoint these are {},"
+            " {} and {}: pass the"
             " tokenizer that it was trained with, CLIP's own, with --tokenizer.".format(source, *found, *expected)
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -92,13 +97,13 @@ def _notes(source: str, config, is_aligned: bool) -> str:
     """What the model card says of a conversion."""
     temperature = getattr(config, "original_temperature", None)
     if temperature is not None:
-        alignment = f"""Its alignment tokens are the checkpoint's own, trained at a pruning temperature of {temperature:g}: the last of the lines
-below prunes as in that training."""
+        alignment = f"""Its alignment tokens are the checkpoint's own, trained at a pruning temperature of
+{temperature:g}: the last of the lines below prunes as in that training."""
     elif is_aligned:
         alignment = "Its alignment tokens are the checkpoint's own."
     else:
-        alignment = """The checkpoint was a dense one: its alignment tokens are new. Train with pruning on to keep the accuracy at larger
-reductions."""
+        alignment = """The checkpoint was a dense one: its alignment tokens are new. Train with pruning on to keep the
+accuracy at larger reductions."""
     return f"Converted from `{source}` by `madtp-hf convert`. {alignment}"
 
 
@@ -117,7 +122,10 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME|FOLDER",
-            help="The tokenizer that it was trained with: on the Hub, or a folder. bert-base-uncased, or CLIP's, if not given.",
+            help=(
+                "The tokenizer that it was trained with: on the Hub, or a folder. bert-base-uncased, or CLIP's, if not"
+                " given."
+            ),
         ),
     ] = None,
     image_size: Annotated[
@@ -131,7 +139,8 @@ def convert(
 ) -> None:
     """Turn an original checkpoint of BLIP, CLIP or MADTP into a folder that transformers loads.
 
-    OUT gets configuration, weights, modeling files, processor, tokenizer and a model card, and appears only when it is complete.
+    OUT gets configuration, weights, modeling files, processor, tokenizer and a model card, and appears only when it is
+    complete.
 
     Example: madtp-hf convert model_base_vqa_capfilt_large.pth blip-vqa --task vqa
     """
@@ -159,5 +168,6 @@ def convert(
             processor.save_pretrained(folder)
             card.save(folder / "README.md")
     typer.echo(
-        f"{out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, images of {side} x {side} pixels."
+        f"{out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, images of {side} x {side}"
+        " pixels."
     )

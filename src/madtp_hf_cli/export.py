@@ -25,7 +25,8 @@ def export(
 ) -> None:
     """Write a checkpoint as ONNX graphs, with onnx.json, processor files and a runner.
 
-    The token counts of a pruned model have to be frozen: `calibrate(..., freeze=True)`. The runner answers with onnxruntime, without torch.
+    The token counts of a pruned model have to be frozen: `calibrate(..., freeze=True)`. The runner answers with
+    onnxruntime, without torch.
 
     Example: madtp-hf export blip-vqa blip-vqa-onnx --onnx --reduction 0.5
     """

@@ -73,7 +73,8 @@ def fit(stream, place, values):
 
 
 def encode(stream, weights, start: int | None = None) -> tuple[dict, dict]:
-    """(recipe, arrays) of a task's weights; start: where the first was drawn, that of the alignment tokens if not given."""
+    """(recipe, arrays) of a task's weights; start: where the first was drawn, that of the alignment tokens if not
+    given."""
     names = {name for name, values in weights.items() if values.dtype == np.float32 and values.size >= COMPARED}
     names -= {name for name in names if np.ptp(weights[name]) == 0}  # ones, of norms
     recipe = {"drawn": [], "same": {}, "stored": []}

@@ -5,7 +5,8 @@ alike.
     hub.start()
     HfApi(endpoint=hub.url, token="hf_alice").create_repo("org/model")
 
-Repositories are held in memory, models by their names and Spaces as "spaces/name"; a commit is a snapshot of all files. What is large goes through LFS; Xet is not
+Repositories are held in memory, models by their names and Spaces as "spaces/name"; a commit is a snapshot of all
+files. What is large goes through LFS; Xet is not
 spoken: set HF_HUB_DISABLE_XET.
 """
 

@@ -1,8 +1,9 @@
-"""Digit scenes: real scans of handwritten digits on a cluttered canvas; questions, statements about two of them, captions.
+"""Digit scenes: real scans of handwritten digits on a cluttered canvas; questions, statements about two of them,
+captions.
 
 scikit-learn ships 1,797 scans of handwritten digits, 8x8 pixels each. A scene lays four or five of them, in colour,
-on a canvas of 80x80 pixels among strokes and blobs that are no digits. Every digit has a row and a column of its own, so
-"leftmost" and "below" have one answer. Nothing is downloaded: a seed gives the same scenes on every machine.
+on a canvas of 80x80 pixels among strokes and blobs that are no digits. Every digit has a row and a column of its own,
+so "leftmost" and "below" have one answer. Nothing is downloaded: a seed gives the same scenes on every machine.
 
 The splits are by scan: a digit seen in the test split was never seen, in any scene, in training.
 """
@@ -50,8 +51,8 @@ _DIRECTIONS = {
 class Scenes:
     """A batch of S scenes with up to K = `MAX_DIGITS` digits each; missing digits are -1 in `digits`.
 
-    images (S, 80, 80, 3) uint8; digits, colors, rows, columns (S, K) int64; targets, counts (S,) int64: the one digit that may
-    occur several times (or not at all) in its scene, and how often it does.
+    images (S, 80, 80, 3) uint8; digits, colors, rows, columns (S, K) int64; targets, counts (S,) int64: the one digit
+    that may occur several times (or not at all) in its scene, and how often it does.
     """
 
     images: np.ndarray
@@ -103,7 +104,8 @@ def _clutter_patterns(count: int = 512) -> np.ndarray:
 
 
 def _stamp(canvas, patterns, colors, top, left) -> None:
-    """Blend `patterns` (S, K, 8, 8), each in its colour (S, K, 3), into `canvas` (S, 80, 80, 3) at `top`, `left` (S, K)."""
+    """Blend `patterns` (S, K, 8, 8), each in its colour (S, K, 3), into `canvas` (S, 80, 80, 3) at `top`, `left` (S,
+    K)."""
     offset = np.arange(CELL_SIZE)
     scene = np.arange(len(canvas))[:, None, None, None]
     y = (top[:, :, None] + offset)[:, :, :, None]
@@ -115,7 +117,8 @@ def _stamp(canvas, patterns, colors, top, left) -> None:
 def draw_scenes(
     num_scenes: int, split: str, rng: np.random.Generator, targets: np.ndarray | None = None, counts=None
 ) -> Scenes:
-    """Draw `num_scenes` scenes from the scans of `split`, all at once; `targets` and `counts` (S,) are drawn as well if not given."""
+    """Draw `num_scenes` scenes from the scans of `split`, all at once; `targets` and `counts` (S,) are drawn as well
+    if not given."""
     scans, scan_digits = digit_scans(split)
     palette = np.array(list(COLORS.values()), dtype=np.float32)
     shape = (num_scenes, MAX_DIGITS)
@@ -186,8 +189,8 @@ def _in_order(scenes: Scenes, index: int, direction: str) -> np.ndarray:
 def ask(scenes: Scenes, index: int, kind: str, rng: np.random.Generator) -> tuple[str, str]:
     """A question of `kind` about scene `index`, and its answer.
 
-    Balanced so that the question's words don't give the answer away: "exists" is yes half of the time, "count" is each of zero
-    to three a quarter of the time, colours and digits are uniform.
+    Balanced so that the question's words don't give the answer away: "exists" is yes half of the time, "count" is each
+    of zero to three a quarter of the time, colours and digits are uniform.
     """
     digits = scenes.digits[index]
     if kind == "exists":
@@ -248,7 +251,8 @@ def describe_from_all_sides(scenes: Scenes, index: int) -> list[str]:
 
 
 def draw_pairs(num_pairs: int, split: str, rng: np.random.Generator) -> tuple[Scenes, Scenes]:
-    """Draw a left and a right scene for each of `num_pairs`; the digit that may occur several times is the same in both.
+    """Draw a left and a right scene for each of `num_pairs`; the digit that may occur several times is the same in
+    both.
 
     It occurs equally often in both in about two thirds of them, so that there is something to say of that.
     """
@@ -267,7 +271,8 @@ def _a(digit: int) -> str:
 
 
 def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Generator) -> tuple[str, bool]:
-    """A statement of `kind` about pair `index` of two scenes, and whether it is true; either is tried for equally often."""
+    """A statement of `kind` about pair `index` of two scenes, and whether it is true; either is tried for equally
+    often."""
     truth = bool(rng.integers(2))
     pair = (left, right)
     if kind in ("extreme", "color"):
@@ -370,7 +375,8 @@ def _caption_rows(split: str, num_images: int, seed: int, source: str):
 
 
 def _load(rows, features: dict, split: str, seed: int, **number):
-    """A `datasets.Dataset` of what the generator `rows` yields, made once and then read from the cache of `datasets`."""
+    """A `datasets.Dataset` of what the generator `rows` yields, made once and then read from the cache of
+    `datasets`."""
     from datasets import Dataset, Features
 
     ((name, count),) = number.items()
@@ -388,7 +394,8 @@ def _load(rows, features: dict, split: str, seed: int, **number):
 
 
 def load_digit_questions(split: str, num_questions: int, seed: int = 0):
-    """Questions about digit scenes, a scene each: a `datasets.Dataset`, made once and then read from the cache of `datasets`.
+    """Questions about digit scenes, a scene each: a `datasets.Dataset`, made once and then read from the cache of
+    `datasets`.
 
     Args:
         split (`str`):
@@ -411,7 +418,8 @@ def load_digit_statements(split: str, num_statements: int, seed: int = 0):
     """Statements about two digit scenes, true or false, a pair of scenes each; arguments as of `load_digit_questions`.
 
     Returns:
-        `datasets.Dataset` with the columns `left_image`, `right_image` (80x80 RGB), `sentence`, `label` (1 is true) and `kind`.
+        `datasets.Dataset` with the columns `left_image`, `right_image` (80x80 RGB), `sentence`, `label` (1 is true)
+        and `kind`.
     """
     from datasets import ClassLabel, Image, Value
 
@@ -438,7 +446,8 @@ def load_digit_captions(split: str, num_images: int, seed: int = 0):
 
 
 def question_only_accuracy(train, test, question: str = "question", answer: str = "answer") -> float:
-    """How often a model that sees no image is right: it answers each question of `test` as the same words were answered most in `train`.
+    """How often a model that sees no image is right: it answers each question of `test` as the same words were
+    answered most in `train`.
 
     `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
 

@@ -1,6 +1,7 @@
 """Attention over the sequences of a batch, fused, or collecting what a method needs to know of its maps.
 
-Shapes: R rows of all sequences; in a part of the batch n sequences of up to L tokens, N of which can go; H heads, d head width.
+Shapes: R rows of all sequences; in a part of the batch n sequences of up to L tokens, N of which can go; H heads, d
+head width.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,8 @@ ATTENTION_BLOCK = 3 * 2**19  # attention probabilities at a time on a CPU: 6 MB,
 class TokenRoles(NamedTuple):
     """What a host says of its tokens: the first of a sequence is protected and never goes; the others may, except
 
-    protects_last: the last is protected, too, and is the one that reads the sequence, as CLIP's end of text; else the first reads;
+    protects_last: the last is protected, too, and is the one that reads the sequence, as CLIP's end of text; else the
+    first reads;
     is_causal: tokens attend to themselves and what is before them.
     """
 
@@ -67,7 +69,8 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Attention of query (R, H, d) in `sequences` to key and value (S, H, d) in `context`, or in the same -> (R, H * d).
+    """Attention of query (R, H, d) in `sequences` to key and value (S, H, d) in `context`, or in the same -> (R, H *
+    d).
 
     implementation: "eager", "sdpa", or a flash attention of transformers', which takes varlen rows as they are.
     """
@@ -131,7 +134,8 @@ def padded_attention(implementation: str, query, key, value, mask=None, dropout:
 
 
 def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tensor:
-    """The probabilities (B, H, L, M) of (B, H, L, d) attending to (B, H, M, d) where mask, which broadcasts to them, is True."""
+    """The probabilities (B, H, L, M) of (B, H, L, d) attending to (B, H, M, d) where mask, which broadcasts to them,
+    is True."""
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if is_causal:
         causal = causal_mask(logits.shape[-1], logits.device)
@@ -165,10 +169,11 @@ def attend_with_evidence(
     dropout: float = 0.0,
     all_maps: list | None = None,
 ) -> tuple[torch.Tensor, AttentionEvidence]:
-    """Self-attention of query_key_value (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its evidence.
+    """Self-attention of query_key_value (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its
+    evidence.
 
-    all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose maps stay in
-    cache, and which share their memory; maps are kept only for a backward pass.
+    all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose
+    maps stay in cache, and which share their memory; maps are kept only for a backward pass.
     """
     query, key, value = _split_and_pad(query_key_value, part)
     num_heads, length = query.shape[0], part.max_seqlen
@@ -211,13 +216,15 @@ def attend_with_evidence(
 
 
 def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
-    """(R, 3, H, d) -> query, key and value of a part, (H, n, L, d) each: heads first, so that they multiply as one batch."""
+    """(R, 3, H, d) -> query, key and value of a part, (H, n, L, d) each: heads first, so that they multiply as one
+    batch."""
     states = part.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
     return (states if part.batch_size == 1 else states.contiguous()).unbind()
 
 
 def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in float32.
+    """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in
+    float32.
 
     space: memory (H * n or more, L, L) for the maps, if there is some.
     """

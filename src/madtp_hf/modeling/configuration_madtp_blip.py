@@ -20,22 +20,25 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
         pruning_temperature (`float`, *optional*, defaults to 0.0):
             The temperature of the pruning threshold; 0 is off, larger prunes more. Set it with `model.set_pruning`.
         pruning_threshold_factor (`float`, *optional*, defaults to 1.0):
-            What the pruning threshold is multiplied by, in (0, 1]: below 1 it prunes less than at any temperature. Set it with
-            `model.set_pruning`.
+            What the pruning threshold is multiplied by, in (0, 1]: below 1 it prunes less than at any temperature. Set
+            it with `model.set_pruning`.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
             The encoders that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
-            `"instance"`: every sample keeps a number of tokens of its own, so an output doesn't depend on its batch. `"batch"`, for
-            comparison: all samples keep as many as the neediest of the batch. `"frozen"`: each layer leaves a number of tokens that
-            `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the input, as CUDA graphs and exported models need.
+            `"instance"`: every sample keeps a number of tokens of its own, so an output doesn't depend on its batch.
+            `"batch"`, for comparison: all samples keep as many as the neediest of the batch. `"frozen"`: each layer
+            leaves a number of tokens that `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the
+            input, as CUDA graphs and exported models need.
         pruning_schedule (`list[list[float]]`, *optional*):
-            `[reduction, temperature]` or `[reduction, temperature, factor]`: a reduction of FLOPs and what reaches it, as `calibrate`
-            measures them. Without a factor, it is 1.
+            `[reduction, temperature]` or `[reduction, temperature, factor]`: a reduction of FLOPs and what reaches it,
+            as `calibrate` measures them. Without a factor, it is 1.
         pruning_token_counts (`list`, *optional*):
-            For `"frozen"`: `[temperature, vision, text]` for each temperature of the schedule, where `vision` and `text` are how many tokens
-            each layer of the branch leaves, class token included; the factor stands behind them where it isn't 1.
+            For `"frozen"`: `[temperature, vision, text]` for each temperature of the schedule, where `vision` and
+            `text` are how many tokens each layer of the branch leaves, class token included; the factor stands behind
+            them where it isn't 1.
         encoder_token_id (`int`, *optional*):
-            If given, the model puts this token in the place of a text's first where the text meets an image, as the original BLIP does.
+            If given, the model puts this token in the place of a text's first where the text meets an image, as the
+            original BLIP does.
         madtp_version (`str`, *optional*):
             Which version of this code a saved configuration is of; set to the present one.
 

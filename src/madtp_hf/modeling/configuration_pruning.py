@@ -6,7 +6,8 @@ import math
 from .versions import VERSION, warn_if_untested
 
 
-# Here, as a checkpoint's configuration is the first of its code that is imported: before what another transformers may not have.
+# Here, as a checkpoint's configuration is the first of its code that is imported: before what another transformers may
+# not have.
 warn_if_untested()
 
 MODALITIES = ("vision", "text")
@@ -78,7 +79,8 @@ _CHECKS = {
     "pruning_granularity": (lambda value: value in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}"),
     "pruning_schedule": (
         lambda value: value is None or _is_schedule(value),
-        "None or entries [reduction, temperature] or [reduction, temperature, factor] in order of reduction, 0 < reduction < 1,"
+        "None or entries [reduction, temperature] or [reduction, temperature, factor] in order of reduction, 0 <"
+        " reduction < 1,"
         " temperature > 0, 0 < factor <= 1",
     ),
 }
@@ -87,10 +89,12 @@ _CHECKS = {
 class PruningConfigMixin:
     """Fields of token pruning, checked when they are set, so that no forward pass has to.
 
-    For a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields` after its base's.
+    For a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields` after
+    its base's.
     """
 
-    # How few tokens a layer of the vision and of the text branch can leave: those that are protected, those that have to stay, the merged one.
+    # How few tokens a layer of the vision and of the text branch can leave: those that are protected, those that have
+    # to stay, the merged one.
     _least_token_counts = (3, 3)
 
     def set_pruning_fields(
@@ -131,14 +135,17 @@ class PruningConfigMixin:
             least = self._least_token_counts
             if not _are_token_counts(value, layers, least):
                 raise ValueError(
-                    f"pruning_token_counts={value!r}: expected None or entries [temperature, {layers[0]} vision counts, {layers[1]} text"
-                    f" counts], each count at least {least[0]} for vision and {least[1]} for text, with the threshold's factor behind where"
+                    f"pruning_token_counts={value!r}: expected None or entries [temperature, {layers[0]} vision"
+                    f" counts, {layers[1]} text"
+                    f" counts], each count at least {least[0]} for vision and {least[1]} for text, with the"
+                    " threshold's factor behind where"
                     " that isn't 1."
                 )
         super().__setattr__(name, value)
 
     def token_counts(self) -> dict[str, tuple[int, ...]] | None:
-        """How many tokens each layer of either branch leaves at the present threshold, where that is fixed; None where it isn't.
+        """How many tokens each layer of either branch leaves at the present threshold, where that is fixed; None where
+        it isn't.
 
         Raises:
             ValueError: if granularity is "frozen" and no counts belong to this temperature and factor.
@@ -165,7 +172,8 @@ class PruningConfigMixin:
         return self.threshold_for(reduction)[0]
 
     def threshold_for(self, reduction: float) -> tuple[float, float]:
-        """The temperature and the factor that reach a reduction of FLOPs, by the calibrated schedule; geometric in between its entries.
+        """The temperature and the factor that reach a reduction of FLOPs, by the calibrated schedule; geometric in
+        between its entries.
 
         Raises:
             ValueError: for a reduction outside [0, 1), one that the schedule does not cover, or without a schedule.
@@ -182,7 +190,8 @@ class PruningConfigMixin:
         lowest, highest = self.pruning_schedule[0][0], self.pruning_schedule[-1][0]
         if not lowest <= reduction <= highest:
             raise ValueError(
-                f"reduction={reduction} is outside what this model's schedule covers, {lowest} to {highest} (and 0, off):"
+                f"reduction={reduction} is outside what this model's schedule covers, {lowest} to {highest} (and 0,"
+                " off):"
                 f" ask for one in there, or run `madtp_hf.calibrate` with {reduction} among its reductions."
             )
         for low, high in zip(self.pruning_schedule, self.pruning_schedule[1:] or self.pruning_schedule):

@@ -36,8 +36,9 @@ from .triton_kernels import KERNEL_ERRORS, disable, gate, is_available, scored_v
 class AlignmentTokens(NamedTuple):
     """What a layer's tokens are compared with.
 
-    tokens (T, E): the alignment tokens, and projection: the map from a token's width D to theirs, if it has one; or, folded for
-    inference, weight (T, D) and bias (T,), which give the scores of the tokens as they are: (x W^T + b) S^T = x (S W)^T + b S^T.
+    tokens (T, E): the alignment tokens, and projection: the map from a token's width D to theirs, if it has one; or,
+    folded for inference, weight (T, D) and bias (T,), which give the scores of the tokens as they are: (x W^T + b) S^T
+    = x (S W)^T + b S^T.
     """
 
     tokens: torch.Tensor
@@ -49,16 +50,18 @@ class AlignmentTokens(NamedTuple):
 class TokenReduction:
     """How the tokens of one branch become fewer in one forward pass: what a method fills in to be one.
 
-    A method answers `choose`; what it needs for that, it collects in `attend_part`, or from a layer's input in `read_input`. It may
-    keep what it learns from layer to layer, as an object of it serves one pass: by the layer's number, as gradient checkpointing
-    runs a layer once more. `PrunedModelMixin.set_reduction_method` lets a model use it.
+    A method answers `choose`; what it needs for that, it collects in `attend_part`, or from a layer's input in
+    `read_input`. It may keep what it learns from layer to layer, as an object of it serves one pass: by the layer's
+    number, as gradient checkpointing runs a layer once more. `PrunedModelMixin.set_reduction_method` lets a model use
+    it.
     """
 
     roles = FIRST_PROTECTED
     with_feature = False  # whether each layer's alignment feature is wanted, for the loss
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Whether a sequence could lose a token in this layer, or its attention is the method's; else the layer's is plain."""
+        """Whether a sequence could lose a token in this layer, or its attention is the method's; else the layer's is
+        plain."""
         return True
 
     def divide(self, sequences: Sequences, width: int) -> Division:
@@ -66,11 +69,13 @@ class TokenReduction:
         return sequences.divide(width)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """From a layer's input (R, D): scores (R, T) of its tokens, if the method has some, and the alignment feature (B, T, E)."""
+        """From a layer's input (R, D): scores (R, T) of its tokens, if the method has some, and the alignment feature
+        (B, T, E)."""
         return None, None
 
     def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float, all_maps=None):
-        """Self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and the evidence that it leaves.
+        """Self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and the evidence that
+        it leaves.
 
         all_maps: if given, a list that the part's attention maps (n, H, L, L) are appended to.
         """
@@ -83,7 +88,8 @@ class TokenReduction:
     def attend(
         self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
     ):
-        """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to reduce."""
+        """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to
+        reduce."""
         division = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
         parts = sequences.parts(division)
         outputs, reductions = [], []
@@ -104,7 +110,8 @@ class MadtpReduction(TokenReduction):
     Args:
         alignment (`AlignmentTokens` or a list, one for each layer).
         temperature (`float`): 0 leaves the tokens alone, but gathers their alignment feature.
-        granularity (`str`): "instance", "batch", or "frozen", which leaves `token_counts`, how many tokens each layer leaves.
+        granularity (`str`): "instance", "batch", or "frozen", which leaves `token_counts`, how many tokens each layer
+        leaves.
         with_feature (`bool`): whether the alignment loss is wanted.
         min_kept (`int`): a layer prunes a sample only if as many of its tokens would stay.
         factor (`float`): what the threshold is multiplied by.
@@ -128,7 +135,8 @@ class MadtpReduction(TokenReduction):
         return sequences.divide(width) if self.granularity == "instance" else sequences.whole
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """From a layer's input (R, D): its alignment scores (R, T), and its alignment feature (B, T, E) where the loss is wanted."""
+        """From a layer's input (R, D): its alignment scores (R, T), and its alignment feature (B, T, E) where the loss
+        is wanted."""
         alignment = self.alignment[layer] if isinstance(self.alignment, list) else self.alignment
         if alignment.weight is not None:
             return F.linear(states, alignment.weight, alignment.bias), None
@@ -215,9 +223,11 @@ class MadtpReduction(TokenReduction):
 
 
 class LayerPlan(NamedTuple):
-    """What a layer is told of the forward pass that it is part of: resolved once a pass, so that no layer reads a configuration.
+    """What a layer is told of the forward pass that it is part of: resolved once a pass, so that no layer reads a
+    configuration.
 
-    attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become fewer, if they do;
+    attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become
+    fewer, if they do;
     with_maps: whether the maps of self-attention are wanted.
     """
 
@@ -228,16 +238,19 @@ class LayerPlan(NamedTuple):
     with_maps: bool = False
 
 
-# A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment feature (B, T, E) or
-# None, where the layer's rows went, None if nowhere else, and the maps of self-attention (B, H, L, L) or None.
+# A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment
+# feature (B, T, E) or None, where the layer's rows went, None if nowhere else, and the maps of self-attention (B, H,
+# L, L) or None.
 LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None, torch.Tensor | None]
 
 
 class ReducibleLayer:
-    """A transformer layer whose tokens become fewer between self-attention and what follows. A host says what these are:
+    """A transformer layer whose tokens become fewer between self-attention and what follows. A host says what these
+    are:
 
     project(states) -> query_key_value (R, 3, H, d); add_attention(output (R, H * d), states) -> states;
-    feed_forward(states, sequences, plan, *context) -> states, cross-attention included; attention_dropout, a probability.
+    feed_forward(states, sequences, plan, *context) -> states, cross-attention included; attention_dropout, a
+    probability.
     """
 
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
@@ -247,7 +260,8 @@ class ReducibleLayer:
         return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved, maps
 
     def attend(self, states, sequences: Sequences, plan: LayerPlan):
-        """Self-attention's output (R, H * d), what is to be reduced, and on request the alignment feature and the maps."""
+        """Self-attention's output (R, H * d), what is to be reduced, and on request the alignment feature and the
+        maps."""
         reduction, query_key_value = plan.reduction, self.project(states)
         dropout = self.attention_dropout if self.training else 0.0
         reduces = reduction is not None and reduction.reduces(plan.index, sequences)
@@ -280,9 +294,10 @@ def join_maps(maps: list[torch.Tensor], sequences: Sequences, division: Division
 class BranchOutput(NamedTuple):
     """states (R, D) that lie as `sequences` say, feature (B, T, E) or None, num_tokens (layers + 1, B) int64.
 
-    On request, all_hidden_states, what enters the branch and leaves each layer, padded, None where it isn't asked for; positions,
-    layers + 1 tensors (B, L) that say where in the branch's input each token was, -1 for merged ones and padding; and attentions, each
-    layer's maps (B, H, L, L) of the tokens that enter it. pooled (B, D): what stands for the whole, where the host says so.
+    On request, all_hidden_states, what enters the branch and leaves each layer, padded, None where it isn't asked for;
+    positions, layers + 1 tensors (B, L) that say where in the branch's input each token was, -1 for merged ones and
+    padding; and attentions, each layer's maps (B, H, L, L) of the tokens that enter it. pooled (B, D): what stands for
+    the whole, where the host says so.
     """
 
     states: torch.Tensor
@@ -330,7 +345,8 @@ def run_layers(
     output_attentions: bool = False,
     context: tuple = (),
 ) -> BranchOutput:
-    """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at besides."""
+    """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at
+    besides."""
     history, feature = [sequences], None
     wanted = _wanted_hidden_states(output_hidden_states, len(layers) + 1)
     all_hidden_states = []
@@ -369,7 +385,8 @@ def run_layers(
 
 
 def _wanted_hidden_states(output_hidden_states, number: int) -> set[int]:
-    """Which of `number` hidden states are asked for: all or none, or, as transformers has it, those of some indices."""
+    """Which of `number` hidden states are asked for: all or none, or, as transformers has it, those of some
+    indices."""
     if isinstance(output_hidden_states, bool) or output_hidden_states is None:
         return set(range(number)) if output_hidden_states else set()
     indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states

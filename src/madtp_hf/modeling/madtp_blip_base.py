@@ -63,8 +63,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, config=None, **kwargs):
-        # `AutoModel` remembers one model class for a configuration's class. Of two local checkpoints with the same folder name it would
-        # load the second, of another task, with the first one's class.
+        # `AutoModel` remembers one model class for a configuration's class. Of two local checkpoints with the same
+        # folder name it would load the second, of another task, with the first one's class.
         named = (getattr(config, "architectures", None) or [None])[0]
         for other in MadtpBlipPreTrainedModel.__subclasses__():
             if other.__name__ == named and other is not cls:
@@ -75,15 +75,16 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
     def from_blip(cls, source, **config_overrides):
         """Make a model of this class from transformers' BLIP for the same task; only alignment parameters are new.
 
-        For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and what only NLVR2 has is
-        new as well.
+        For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and
+        what only NLVR2 has is new as well.
 
         Args:
             source (`PreTrainedModel` or `str`):
-                The BLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class will do, too.
+                The BLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class
+                will do, too.
             config_overrides:
-                Fields of [`MadtpBlipConfig`] to set; with a path or Hub id also what `from_pretrained` takes: `dtype`, `revision`,
-                `token`, ...
+                Fields of [`MadtpBlipConfig`] to set; with a path or Hub id also what `from_pretrained` takes: `dtype`,
+                `revision`, `token`, ...
 
         Raises:
             TypeError: if the source is another model than this task's BLIP, or an override is neither of these.
@@ -91,7 +92,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
 
     def as_pipeline(self, processor, **kwargs):
-        """The model, as it is, behind the pipeline that its checkpoints carry: `model.as_pipeline(processor)(image=..., question=...)`."""
+        """The model, as it is, behind the pipeline that its checkpoints carry:
+        `model.as_pipeline(processor)(image=..., question=...)`."""
         from .pipeline_madtp_blip import PIPELINES
 
         task, _ = self._task_pipeline
@@ -112,7 +114,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         self.text_decoder.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """As transformers has it; the decoder's words and its head follow, where there is an encoder with words of its own."""
+        """As transformers has it; the decoder's words and its head follow, where there is an encoder with words of its
+        own."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         decoder = getattr(self, "text_decoder", None)
         if decoder is not None:
@@ -144,7 +147,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
-        """What `generate` goes by: a configuration that it is given, or the model's own, which ends at [SEP] unless it says otherwise."""
+        """What `generate` goes by: a configuration that it is given, or the model's own, which ends at [SEP] unless it
+        says otherwise."""
         text_config = self.config.text_config
         config = copy.deepcopy(self.generation_config if given is None else given)
         if (given is None and config.eos_token_id in (None, text_config.eos_token_id)) or config.eos_token_id is None:
@@ -153,7 +157,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return config
 
     def _generate(self, input_ids, encoded: BranchOutput, masked: bool, **generate_kwargs) -> torch.LongTensor:
-        """Generate from input_ids (B, L) on, conditioned on the encoder's hidden states, at padding as well unless `masked`."""
+        """Generate from input_ids (B, L) on, conditioned on the encoder's hidden states, at padding as well unless
+        `masked`."""
         generation_config = self._generation_config(generate_kwargs.pop("generation_config", None))
 
         def setting(name):
@@ -168,13 +173,15 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         kind = setting("cache_implementation")
         if kind not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind. Expected None, which caches as it grows."
+                f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind. Expected None, which"
+                " caches as it grows."
             )
         states = None
         if setting("use_cache") is not False and generate_kwargs.get(CACHE_ARGUMENT) is None:
             generate_kwargs["use_cache"] = True
             if TAKES_FINISHED_MASKS:
-                # With keys and values cached, nobody reads states: one each, or `generate` would repeat them all for each beam.
+                # With keys and values cached, nobody reads states: one each, or `generate` would repeat them all for
+                # each beam.
                 states = encoded.class_states.unsqueeze(1)
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.sequences

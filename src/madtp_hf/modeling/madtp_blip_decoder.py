@@ -1,4 +1,5 @@
-"""BLIP's text decoder: transformers' own, with fused attention that applies masks, and keys and values computed once a sample."""
+"""BLIP's text decoder: transformers' own, with fused attention that applies masks, and keys and values computed once a
+sample."""
 
 import inspect
 
@@ -22,11 +23,13 @@ from .madtp_blip_encoders import split_heads
 from .sequences import Sequences
 
 
-# What transformers calls the keys and values of earlier steps: since 5.24 `cache`. Under a name that it doesn't pass, they would be ignored unseen.
+# What transformers calls the keys and values of earlier steps: since 5.24 `cache`. Under a name that it doesn't pass,
+# they would be ignored unseen.
 CACHE_ARGUMENT = (
     "cache" if "cache" in inspect.signature(BlipTextSelfAttention.forward).parameters else "past_key_values"
 )
-# Newer versions take a mask of four dimensions as it is; of others they look at the values, which waits for the device.
+# Newer versions take a mask of four dimensions as it is; of others they look at the values, which waits for the
+# device.
 TAKES_FINISHED_MASKS = hasattr(modeling_blip_text, "create_causal_mask")
 
 
@@ -43,7 +46,8 @@ def self_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class DecoderAttention(BlipTextSelfAttention):
-    """transformers' attention of the text decoder, fused; it applies `encoder_attention_mask`, which transformers' BLIP drops."""
+    """transformers' attention of the text decoder, fused; it applies `encoder_attention_mask`, which transformers'
+    BLIP drops."""
 
     def __init__(self, config, is_cross_attention: bool, layer_idx: int, encoder_width: int | None = None):
         super().__init__(config, is_cross_attention, layer_idx=layer_idx)
@@ -136,14 +140,16 @@ class TextDecoder(BlipTextLMHeadModel):
         return inputs
 
     def resize_head(self, vocab_size: int) -> None:
-        """Let the head give scores of as many words, by weights that are tied to the words' embeddings; new ones have no bias."""
+        """Let the head give scores of as many words, by weights that are tied to the words' embeddings; new ones have
+        no bias."""
         head = self.cls.predictions
         missing = vocab_size - head.bias.shape[0]
         head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, missing)), requires_grad=head.bias.requires_grad)
         head.decoder.bias, head.decoder.out_features = head.bias, vocab_size
 
     def loss_of(self, output, shift_labels: torch.Tensor | None) -> torch.Tensor:
-        """The loss of an output that has one; of targets (B, L) that are aligned with its logits already, where they are given."""
+        """The loss of an output that has one; of targets (B, L) that are aligned with its logits already, where they
+        are given."""
         if shift_labels is None:
             return output.loss
         targets = shift_labels.to(output.logits.device).flatten()
@@ -151,14 +157,16 @@ class TextDecoder(BlipTextLMHeadModel):
 
 
 class SampleCache(DynamicCache):
-    """Keys and values of samples, shared by the sequences that are generated for each: nothing moves when beams change places."""
+    """Keys and values of samples, shared by the sequences that are generated for each: nothing moves when beams change
+    places."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         pass
 
 
 def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences: Sequences) -> EncoderDecoderCache:
-    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on no padding."""
+    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on
+    no padding."""
     cache = SampleCache()
     for index, layer in enumerate(decoder.bert.encoder.layer):
         attention = layer.crossattention.self

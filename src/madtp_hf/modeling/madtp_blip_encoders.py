@@ -1,6 +1,7 @@
 """BLIP's encoders: transformers' layers with their parameter names, for tokens that become fewer.
 
-What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and feed-forward are.
+What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and
+feed-forward are.
 """
 
 import torch
@@ -40,7 +41,8 @@ def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
-    """`context`: the states and the layout of each image that a text meets, one after the other; nothing for text only."""
+    """`context`: the states and the layout of each image that a text meets, one after the other; nothing for text
+    only."""
 
     @property
     def attention_dropout(self) -> float:
@@ -76,7 +78,8 @@ def attend_to_image(
 
 
 class MergeLayer(nn.Linear):
-    """A learned mixture of two states (..., width): of their concatenation (..., 2 * width). It begins as their mean."""
+    """A learned mixture of two states (..., width): of their concatenation (..., 2 * width). It begins as
+    their mean."""
 
 
 class PairCrossAttentionOutput(nn.Module):
@@ -167,7 +170,8 @@ class MadtpBlipTextEncoder(nn.Module):
 
 
 class MadtpBlipTextModel(nn.Module):
-    """The text branch: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it is about -> `BranchOutput`."""
+    """The text branch: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it is about ->
+    `BranchOutput`."""
 
     def __init__(self, config, layer_class=MadtpBlipTextLayer):
         super().__init__()
@@ -184,7 +188,8 @@ class MadtpBlipTextModel(nn.Module):
         reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
-        """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not attended to."""
+        """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not
+        attended to."""
         if varlen:
             input_ids, sequences = unpad(input_ids, mask)
             check_no_empty_text(sequences.row_counts)

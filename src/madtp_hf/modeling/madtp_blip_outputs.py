@@ -52,7 +52,8 @@ class MadtpBlipForConditionalGenerationOutput(PruningOutput, BlipForConditionalG
 @dataclass
 class MadtpBlipForImageTextRetrievalOutput(PruningOutput, BlipImageTextMatchingModelOutput):
     r"""
-    itm_score (`torch.Tensor` of shape `(batch_size, 2)`, or `(image_batch_size, text_batch_size)` with `use_itm_head=False`):
+    itm_score (`torch.Tensor` of shape `(batch_size, 2)`, or `(image_batch_size, text_batch_size)` with
+        `use_itm_head=False`):
         The logits of "doesn't match" and "matches"; or the cosine similarity of each image and each text.
     loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
         `task_loss`, the sum of the contrastive and the matching loss, and the alignment loss.
@@ -87,8 +88,8 @@ class MadtpBlipForImagesAndTextClassificationOutput(PruningOutput, SequenceClass
     image_embeds (`torch.Tensor` of shape `(batch_size, 2, image_length, hidden_size)`):
         The states of the image tokens that are left, the left image first, the class token first.
     hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
-        The states that enter the vision encoder, then those that leave each of its layers, `(2 * batch_size, length, hidden_size)`, the left
-        and the right image of each sample in turn.
+        The states that enter the vision encoder, then those that leave each of its layers, `(2 * batch_size, length,
+        hidden_size)`, the left and the right image of each sample in turn.
     text_states (`torch.Tensor` of shape `(batch_size, text_length, hidden_size)`):
         The states of the text tokens that are left, the class token first.
     """

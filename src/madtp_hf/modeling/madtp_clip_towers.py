@@ -1,6 +1,7 @@
 """CLIP's two towers: transformers' layers with their parameter names, for tokens that become fewer.
 
-What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and feed-forward are.
+What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and
+feed-forward are.
 """
 
 import torch
@@ -15,7 +16,8 @@ from .sequences import Sequences, take_slots, unpad
 
 # A text's first token and its end always stay; the end, which sees all of it, reads it.
 TEXT_ROLES = TokenRoles(protects_last=True, is_causal=True)
-# transformers' configurations of before its 4.31 have this id instead of the end of text's, which then is a text's highest.
+# transformers' configurations of before its 4.31 have this id instead of the end of text's, which then is a text's
+# highest.
 LEGACY_EOS_TOKEN_ID = 2
 
 
@@ -80,7 +82,8 @@ class MadtpClipTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def find_ends(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B, 1): where texts end, at their first `eos_token_id` or, by the legacy rule, at their highest id.
+        """(B, L) -> (B, 1): where texts end, at their first `eos_token_id` or, by the legacy rule, at their highest
+        id.
 
         A text without its end is read at the first token, as transformers does.
         """
@@ -96,8 +99,9 @@ class MadtpClipTextModel(nn.Module):
         reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
-        """What lies behind the end of text is padding. layout: "as it is", computed as if it were text, as transformers does; "varlen",
-        left out; "restored", left out and 0 in the output; "padded", behind the texts and not attended to: shapes follow from shapes.
+        """What lies behind the end of text is padding. layout: "as it is", computed as if it were text, as
+        transformers does; "varlen", left out; "restored", left out and 0 in the output; "padded", behind the texts and
+        not attended to: shapes follow from shapes.
         """
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)

@@ -1,7 +1,7 @@
 """BLIP with MADTP token pruning: the four tasks.
 
-Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The encoders are in
-`madtp_blip_encoders.py`, the text decoder is transformers' own but for its attention.
+Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The
+encoders are in `madtp_blip_encoders.py`, the text decoder is transformers' own but for its attention.
 """
 
 from typing import TYPE_CHECKING
@@ -104,18 +104,21 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The questions; padding on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images, one for each question; one image may be asked several questions, or one question of several images.
-            decoder_input_ids, decoder_attention_mask (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
-                What the answer decoder reads; `labels` if not given.
+                The images, one for each question; one image may be asked several questions, or one question of several
+                images.
+            decoder_input_ids, decoder_attention_mask (`torch.LongTensor` of shape `(batch_size, answer_length)`,
+                *optional*): What the answer decoder reads; `labels` if not given.
             labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
                 The answers, the decoder's start token first; tokens at -100 count in no loss.
             shift_labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
-                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has them.
+                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has
+                them.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
-            ValueError: for inputs of another shape, a question that is all padding or too long, or neither labels nor decoder inputs.
+            ValueError: for inputs of another shape, a question that is all padding or too long, or neither labels nor
+            decoder inputs.
         """
         shift_labels = kwargs.pop(
             "shift_labels", None
@@ -123,7 +126,8 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         self._check_arguments(kwargs)
         if labels is None and decoder_input_ids is None:
             raise ValueError(
-                "Neither labels nor decoder_input_ids were given: expected labels to train, decoder_input_ids to score an answer;"
+                "Neither labels nor decoder_input_ids were given: expected labels to train, decoder_input_ids to score"
+                " an answer;"
                 " to get an answer, call generate."
             )
         if decoder_input_ids is None:
@@ -212,7 +216,8 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
 
 
 class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
-    """BLIP for image captioning that drops the image tokens that matter least. There is no text encoder: only the image is pruned."""
+    """BLIP for image captioning that drops the image tokens that matter least. There is no text encoder: only the
+    image is pruned."""
 
     main_input_name = "pixel_values"
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
@@ -256,7 +261,8 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The captions; tokens at -100, as those of a prompt, count in no loss.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has them.
+                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has
+                them.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
@@ -270,8 +276,10 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         if input_ids is None:
             if labels is None or (labels[:, 0] == -100).any():
                 raise ValueError(
-                    "input_ids is missing: expected the captions that the decoder reads, and labels beside them to train (labels alone will"
-                    " do if none of their first tokens is at -100, as a prompt's are); to get a caption, call generate."
+                    "input_ids is missing: expected the captions that the decoder reads, and labels beside them to"
+                    " train (labels alone will"
+                    " do if none of their first tokens is at -100, as a prompt's are); to get a caption, call"
+                    " generate."
                 )
             input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)
         longest = self.config.text_config.max_position_embeddings
@@ -337,13 +345,14 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
                 The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                A prompt to go on from, as the tokenizer gives it: the first token becomes the decoder's start token, the last one, `[SEP]`,
-                goes. One for each image, or one for all; padding on either side.
+                A prompt to go on from, as the tokenizer gives it: the first token becomes the decoder's start token,
+                the last one, `[SEP]`, goes. One for each image, or one for all; padding on either side.
             generate_kwargs:
                 What the decoder's `generate` takes: `max_new_tokens`, `num_beams`, ...
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, caption_length)`, start token and prompt first, a shorter prompt's padding before.
+            `torch.LongTensor` of shape `(batch_size, caption_length)`, start token and prompt first, a shorter
+            prompt's padding before.
         """
         vision = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if input_ids is None:
@@ -360,11 +369,12 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
 
 
 class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
-    """BLIP for visual reasoning over two images (NLVR2): is a sentence about them true? Drops the tokens of either image and of the
-    sentence that matter to neither modality.
+    """BLIP for visual reasoning over two images (NLVR2): is a sentence about them true? Drops the tokens of either
+    image and of the sentence that matter to neither modality.
 
-    transformers has no such BLIP. The text encoder has two cross-attentions a layer, one for each image: what it sees of the two is averaged, from
-    layer 6 on concatenated and projected by a merge layer. Parameters that transformers doesn't have are named as in the original BLIP.
+    transformers has no such BLIP. The text encoder has two cross-attentions a layer, one for each image: what it sees
+    of the two is averaged, from layer 6 on concatenated and projected by a merge layer. Parameters that transformers
+    doesn't have are named as in the original BLIP.
     """
 
     task = "nlvr2"
@@ -387,7 +397,8 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
 
     @classmethod
     def _from_dense_weights(cls, state_dict):
-        """Both cross-attentions of a layer start as BLIP's one, as the original's fine-tuning does; its other heads stay behind."""
+        """Both cross-attentions of a layer start as BLIP's one, as the original's fine-tuning does; its other heads
+        stay behind."""
         weights = {}
         for name, tensor in state_dict.items():
             if not name.startswith(("vision_model.", "text_encoder.")):
@@ -423,15 +434,18 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 1 where the sentence is true, 0 where it is false.
             output_positions (`bool`, *optional*, defaults to `False`):
-                Whether to say where the image tokens that each layer leaves come from, `(2 * batch_size, length)`, left and right in turn.
+                Whether to say where the image tokens that each layer leaves come from, `(2 * batch_size, length)`,
+                left and right in turn.
 
         Raises:
-            ValueError: for inputs of another shape, labels that are neither 0 nor 1, or a sentence that is all padding or too long.
+            ValueError: for inputs of another shape, labels that are neither 0 nor 1, or a sentence that is all padding
+            or too long.
         """
         self._check_arguments(kwargs)
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 2, 3, height, width), the left and the right"
+                f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 2, 3, height, width), the"
+                " left and the right"
                 " image of each sentence."
             )
         check_same_number(pixel_values, input_ids, "sentences")
@@ -441,7 +455,8 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             )
         if labels is not None and ((labels != 0) & (labels != 1)).any():
             raise ValueError(
-                f"labels holds {labels.unique().tolist()}: expected 1 where a sentence is true and 0 where it is false."
+                f"labels holds {labels.unique().tolist()}: expected 1 where a sentence is true and 0 where it is"
+                " false."
             )
         with_feature = labels is not None
         vision = self._encode_images(
@@ -480,9 +495,10 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
 class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     """BLIP for image-text retrieval that drops the image and text tokens that matter to neither modality.
 
-    Three passes: images alone and texts alone, for features whose products are similarities, and a text that looks at an image, for a
-    matching score. With `return_loss=True` the three train together, on contrast within the batch and hard negatives from it;
-    `madtp_hf.RetrievalTrainer` adds what BLIP was trained with besides, a momentum twin and queues of its features.
+    Three passes: images alone and texts alone, for features whose products are similarities, and a text that looks at
+    an image, for a matching score. With `return_loss=True` the three train together, on contrast within the batch and
+    hard negatives from it; `madtp_hf.RetrievalTrainer` adds what BLIP was trained with besides, a momentum twin and
+    queues of its features.
     """
 
     task = "retrieval"
@@ -515,8 +531,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     ) -> torch.Tensor | BaseModelOutputWithPooling:
         """L2-normalised features of images.
 
-        pixel_values (B, 3, H, W) -> (B, image_text_hidden_size); with `return_dict=True` they are the `pooler_output` of a
-        `BaseModelOutputWithPooling`, beside the last and, on request, all hidden states and attentions.
+        pixel_values (B, 3, H, W) -> (B, image_text_hidden_size); with `return_dict=True` they are the `pooler_output`
+        of a `BaseModelOutputWithPooling`, beside the last and, on request, all hidden states and attentions.
         """
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
         images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
@@ -533,8 +549,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     ) -> torch.Tensor | BaseModelOutputWithPooling:
         """L2-normalised features of texts.
 
-        input_ids, attention_mask (B, L) -> (B, image_text_hidden_size), or as `get_image_features` has it; `token_type_ids`, which
-        tokenizers make, are ignored, as BLIP knows none.
+        input_ids, attention_mask (B, L) -> (B, image_text_hidden_size), or as `get_image_features` has it;
+        `token_type_ids`, which tokenizers make, are ignored, as BLIP knows none.
         """
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
         texts = self._encode_text(input_ids, attention_mask, **outputs)
@@ -561,23 +577,28 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The texts; padding on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images, one for each text, or one for several texts, or several for one; similarities (`use_itm_head=False`) are of
-                each with each.
+                The images, one for each text, or one for several texts, or several for one; similarities
+                (`use_itm_head=False`) are of each with each.
             use_itm_head (`bool`, *optional*, defaults to `True`):
-                Whether to let each text look at its image and say whether they match; else, the similarities of all images and all texts.
+                Whether to let each text look at its image and say whether they match; else, the similarities of all
+                images and all texts.
             return_loss (`bool`, *optional*):
-                Whether to train: images and texts are taken as pairs, every other pair of the batch, on all processes, as no match.
+                Whether to train: images and texts are taken as pairs, every other pair of the batch, on all processes,
+                as no match.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Which image each is, so that other texts of the same image are no negatives; all different if not given.
+                Which image each is, so that other texts of the same image are no negatives; all different if not
+                given.
             contrastive_keys (`ContrastiveKeys`, *optional*):
-                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum twin's features.
+                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum twin's
+                features.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 1 where a text matches its image, 0 where it doesn't: the matching head's loss alone.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
-            ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch of one image alone.
+            ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch
+            of one image alone.
         """
         labels = kwargs.pop(
             "labels", None
@@ -589,7 +610,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             )
         if image_ids is not None and image_ids.shape != input_ids.shape[:1]:
             raise ValueError(
-                f"image_ids has shape {tuple(image_ids.shape)}: expected ({len(input_ids)},), one number for each image."
+                f"image_ids has shape {tuple(image_ids.shape)}: expected ({len(input_ids)},), one number for each"
+                " image."
             )
         if return_loss:
             check_same_number(pixel_values, input_ids, "texts")
@@ -643,7 +665,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         )
 
     def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """The contrastive and the matching loss, the latter with hard negatives, and their sum; itm_score (B, 2) of the pairs."""
+        """The contrastive and the matching loss, the latter with hard negatives, and their sum; itm_score (B, 2) of
+        the pairs."""
         if image_ids is None:
             image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
         contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
@@ -655,14 +678,16 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
-        """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask (B, M)."""
+        """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask
+        (B, M)."""
         text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
         return self.itm_head(text.class_states)
 
     def _score_hard_negatives(
         self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
     ) -> torch.Tensor:
-        """Matching logits (up to 2 * B, 2) of each text with a wrong image and of each image with a wrong text, of all processes'."""
+        """Matching logits (up to 2 * B, 2) of each text with a wrong image and of each image with a wrong text, of all
+        processes'."""
         rank = process_rank()
         text_ids, text_mask = input_ids, None
         if attention_mask is not None:

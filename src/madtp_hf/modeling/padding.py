@@ -16,7 +16,8 @@ def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -
 def check_same_number(images: torch.Tensor, texts: torch.Tensor, kind: str) -> None:
     if images.shape[0] != texts.shape[0]:
         raise ValueError(
-            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of the other."
+            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of"
+            " the other."
         )
 
 
@@ -24,7 +25,8 @@ def check_images(pixel_values: torch.Tensor, size: int, any_size: bool) -> None:
     """Raise a `ValueError` for anything but images (B, 3, size, size), or of any size."""
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the model's"
+            f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the"
+            " model's"
             " image processor makes it."
         )
     if pixel_values.shape[0] == 0:
@@ -32,7 +34,8 @@ def check_images(pixel_values: torch.Tensor, size: int, any_size: bool) -> None:
     if not any_size and tuple(pixel_values.shape[2:]) != (size, size):
         height, width = pixel_values.shape[2:]
         raise ValueError(
-            f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with its"
+            f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with"
+            " its"
             " image processor, or pass interpolate_pos_encoding=True."
         )
 
@@ -73,7 +76,8 @@ def left_align(input_ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tenso
 
 
 def put_back(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The first states (B, M, D) of what `left_align` has put in this order (B, L), where they were: (B, L, D), 0 elsewhere."""
+    """The first states (B, M, D) of what `left_align` has put in this order (B, L), where they were: (B, L, D), 0
+    elsewhere."""
     places = order[:, : states.shape[1]].unsqueeze(-1).expand_as(states)
     return states.new_zeros(*order.shape, states.shape[2]).scatter(1, places, states)
 
@@ -81,11 +85,11 @@ def put_back(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def read_prompts(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, text_config
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts (B, L) as a tokenizer gives them, padding on either side -> what a decoder goes on from (B, L - 1), and its mask,
-    None without padding.
+    """Prompts (B, L) as a tokenizer gives them, padding on either side -> what a decoder goes on from (B, L - 1), and
+    its mask, None without padding.
 
-    The first token becomes the decoder's start token, the last one goes, and padding moves in front, so that all go on at
-    the same place.
+    The first token becomes the decoder's start token, the last one goes, and padding moves in front, so that all go on
+    at the same place.
     """
     start = text_config.bos_token_id
     if attention_mask is None or min(text_lengths(input_ids, attention_mask)) == input_ids.shape[1]:

@@ -1,7 +1,8 @@
-"""The pipelines of BLIP's tasks, none of which transformers 5 has any more or ever had; a checkpoint brings them along.
+"""The pipelines of BLIP's tasks, none of which transformers 5 has any more or ever had; a checkpoint brings them
+along.
 
-Each takes an image, or a pair of images, and a text about it, and is called alike: with one of each, with lists, or with
-dicts of both.
+Each takes an image, or a pair of images, and a text about it, and is called alike: with one of each, with lists, or
+with dicts of both.
 """
 
 import os
@@ -75,7 +76,8 @@ def read_image(image, timeout: float | None = None) -> Image.Image:
 class MadtpBlipPipeline(Pipeline):
     """What the pipelines share: how they are called, and what they say to what can't be.
 
-    parts: of each of the two parts of an input, the image's first: whether a value is a single one, and what is expected.
+    parts: of each of the two parts of an input, the image's first: whether a value is a single one, and what is
+    expected.
     """
 
     parts: dict = {}
@@ -166,15 +168,18 @@ class MadtpBlipPipeline(Pipeline):
         if len(set(lengths.values())) > 1:
             image, text = self.parts
             raise ValueError(
-                f"The dict has {lengths[image]} {image}(s) and {lengths[text]} {text}(s): expected one of each or lists of"
-                f" one length, paired in order; for every {text} with every {image}, pass {image}=[...] and {text}=[...]."
+                f"The dict has {lengths[image]} {image}(s) and {lengths[text]} {text}(s): expected one of each or"
+                " lists of"
+                f" one length, paired in order; for every {text} with every {image}, pass {image}=[...] and"
+                f" {text}=[...]."
             )
         for name in self.parts:
             self._as_list(name, inputs[name])
         return [dict(zip(self.parts, pair)) for pair in zip(*(inputs[name] for name in self.parts))]
 
     def _is_several(self, name: str, value) -> bool:
-        """Whether a value is a list of several; one that is a single value as well, such as texts of one image, may be."""
+        """Whether a value is a list of several; one that is a single value as well, such as texts of one image, may
+        be."""
         if not isinstance(value, (list, tuple)):
             return False
         return not self._is_one(name, value) or all(self._is_one(name, item) for item in value)
@@ -194,7 +199,8 @@ class MadtpBlipPipeline(Pipeline):
             return inputs
         if not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
             raise TypeError(
-                f"The pipeline got a {type(inputs).__name__}: expected {image}=... and {text}=..., or {self._shape} or a list"
+                f"The pipeline got a {type(inputs).__name__}: expected {image}=... and {text}=..., or {self._shape} or"
+                " a list"
                 " of such."
             )
         return (pair for pair in inputs)  # such as `datasets.Dataset`, which is no torch dataset
@@ -257,8 +263,8 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
 
         Raises:
             TypeError: for an image, a question or a pair of another type.
-            ValueError: if image or question is missing or an empty list, for a dict with lists of unequal lengths, and for
-                what holds no image.
+            ValueError: if image or question is missing or an empty list, for a dict with lists of unequal lengths, and
+                for what holds no image.
         """
         return self._ask(image, question, **kwargs)
 
@@ -297,8 +303,8 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
 
     It is called as the pipeline of this name in transformers 4; transformers 5's `"image-text-to-text"` takes these
     checkpoints as well, and wants a text beside each image. Parameters of a call, or of `pipeline(...)` for all calls:
-    `max_new_tokens` (20 if not given, and no more than the decoder has room for) and what else the model's `generate` takes, as `generate_kwargs`; `padding`,
-    `truncation` and `timeout` (seconds, to fetch an image) as elsewhere.
+    `max_new_tokens` (20 if not given, and no more than the decoder has room for) and what else the model's `generate`
+    takes, as `generate_kwargs`; `padding`, `truncation` and `timeout` (seconds, to fetch an image) as elsewhere.
     """
 
     parts = {"image": (_is_image, _IMAGE), "prompt": (_is_string, _STRING)}
@@ -314,13 +320,13 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
                 What each caption begins with; several for as many images, one for each.
 
         Returns:
-            A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks for;
-            for several images a list of such lists.
+            A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks
+            for; for several images a list of such lists.
 
         Raises:
             TypeError: for an image or a prompt of another type.
-            ValueError: if image is missing or an empty list, for another number of prompts than images, and for what holds
-                no image.
+            ValueError: if image is missing or an empty list, for another number of prompts than images, and for what
+                holds no image.
         """
         if image is None:
             raise ValueError("image is missing: expected an image or a list of images.")
@@ -334,7 +340,8 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
         images, prompts = self._as_list("image", image), self._as_list("prompt", prompt)
         if len(images) != len(prompts):
             raise ValueError(
-                f"{len(images)} image(s) and {len(prompts)} prompt(s): expected one prompt for all, or one for each image."
+                f"{len(images)} image(s) and {len(prompts)} prompt(s): expected one prompt for all, or one for each"
+                " image."
             )
         return self._ask([{"image": i, "prompt": p} for i, p in zip(images, prompts)], None, **kwargs)
 
@@ -371,9 +378,9 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
     [{"label": "True", "score": 0.97}, {"label": "False", "score": 0.03}]
     ```
 
-    Labels are called as the configuration's `id2label` has it. Parameters of a call, or of `pipeline(...)` for all calls:
-    `top_k` (labels a sentence, the likeliest first; all if not given); `padding`, `truncation` and `timeout` (seconds, to
-    fetch an image) as elsewhere.
+    Labels are called as the configuration's `id2label` has it. Parameters of a call, or of `pipeline(...)` for all
+    calls: `top_k` (labels a sentence, the likeliest first; all if not given); `padding`, `truncation` and `timeout`
+    (seconds, to fetch an image) as elsewhere.
     """
 
     parts = {
@@ -386,21 +393,21 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         r"""
         Args:
             images (a pair of images, `dict` or a list of them):
-                A pair `[left, right]`, each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
-                string. Or several pairs. Without a text, dicts: `{"images": [left, right], "text": ...}`, or a list,
-                generator or dataset of such.
+                A pair `[left, right]`, each a PIL image, an array (height, width, 3) of uint8, or a path, URL or
+                base64 string. Or several pairs. Without a text, dicts: `{"images": [left, right], "text": ...}`, or a
+                list, generator or dataset of such.
             text (`str` or `list[str]`, *optional*):
-                One sentence or several. Two lists mean every sentence about every pair: the first sentence about each pair,
-                then the second. For a sentence of its own with each pair, pass a list of dicts.
+                One sentence or several. Two lists mean every sentence about every pair: the first sentence about each
+                pair, then the second. For a sentence of its own with each pair, pass a list of dicts.
 
         Returns:
-            A list of `{"label": str, "score": float}`, the likeliest first; for several sentences or pairs a list of such
-            lists.
+            A list of `{"label": str, "score": float}`, the likeliest first; for several sentences or pairs a list of
+            such lists.
 
         Raises:
             TypeError: for images, a sentence or a dict of another type.
-            ValueError: if images or text is missing or an empty list, for a dict with lists of unequal lengths, and for what
-                holds no image.
+            ValueError: if images or text is missing or an empty list, for a dict with lists of unequal lengths, and
+                for what holds no image.
         """
         return self._ask(images, text, **kwargs)
 
@@ -427,12 +434,13 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
 
     >>> match = pipeline("image-text-retrieval", model=checkpoint, trust_remote_code=True)
     >>> match(image="scene.png", text=["a red seven", "two blue ones"])
-    [{"text": "a red seven", "score": 0.98, "similarity": 0.61}, {"text": "two blue ones", "score": 0.02, "similarity": 0.13}]
+    [{"text": "a red seven", "score": 0.98, "similarity": 0.61}, {"text": "two blue ones", "score": 0.02, "similarity":
+    0.13}]
     ```
 
-    `score` is the matching head's, which lets the text look at the image: the probability that they match. `similarity` is
-    the cosine of the two features, which are computed apart, as for a search index. Parameters of a call, or of
-    `pipeline(...)` for all calls: `truncation` and `timeout` (seconds, to fetch an image).
+    `score` is the matching head's, which lets the text look at the image: the probability that they match.
+    `similarity` is the cosine of the two features, which are computed apart, as for a search index. Parameters of a
+    call, or of `pipeline(...)` for all calls: `truncation` and `timeout` (seconds, to fetch an image).
     """
 
     parts = {
@@ -445,14 +453,14 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         r"""
         Args:
             image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or several.
-                Without a text, dicts: `{"image": ..., "text": ...}`, or a list, generator or dataset of such.
+                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or
+                several. Without a text, dicts: `{"image": ..., "text": ...}`, or a list, generator or dataset of such.
             text (`str` or `list[str]`, *optional*):
                 One text or several, which are all compared with each image; an image is encoded once for all.
 
         Returns:
-            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in their order; for several
-            images a list of such lists.
+            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in their order; for
+            several images a list of such lists.
 
         Raises:
             TypeError: for an image, a text or a dict of another type.

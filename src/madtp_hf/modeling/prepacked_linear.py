@@ -1,8 +1,9 @@
 """Linear maps with their weights prepacked for oneDNN, for inference on a CPU.
 
-A pruned model multiplies few rows at a time, where an ordinary matrix product spends its time on fetching weights. Prepacked, in the
-order in which they are used, they are fetched up to twice as fast. The copy costs as much memory as the weights. The activation
-behind a wide map is applied while its result is still in cache, which spares a copy of the widest states there are.
+A pruned model multiplies few rows at a time, where an ordinary matrix product spends its time on fetching weights.
+Prepacked, in the order in which they are used, they are fetched up to twice as fast. The copy costs as much memory as
+the weights. The activation behind a wide map is applied while its result is still in cache, which spares a copy of the
+widest states there are.
 """
 
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 
-# Numbers in a weight from which on prepacking surely pays: smaller ones stay in cache as they are, and oneDNN prepares anew for each
-# number of rows that it meets, which a small map doesn't make up for.
+# Numbers in a weight from which on prepacking surely pays: smaller ones stay in cache as they are, and oneDNN prepares
+# anew for each number of rows that it meets, which a small map doesn't make up for.
 LARGE = 2**18
 
 
@@ -33,8 +34,8 @@ def _same_map(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
 class PrepackedLinear(nn.Linear):
     """A linear map that uses a prepacked copy of its weight where it serves: float32 on a CPU, without gradients.
 
-    The weight is prepacked lazily, and repacked when it changes, be it in place; what is written past autograd, through `weight.data`,
-    goes unseen until the model is moved, set to train or prepacked again.
+    The weight is prepacked lazily, and repacked when it changes, be it in place; what is written past autograd,
+    through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
     """
 
     plain_class: type[nn.Linear] = nn.Linear
@@ -43,7 +44,8 @@ class PrepackedLinear(nn.Linear):
     def forward(self, states: torch.Tensor, activation: nn.Module | None = None) -> torch.Tensor:
         """activation: the exact GELU behind the map, to be applied along."""
         weight = self.weight
-        # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to give the same.
+        # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to
+        # give the same.
         if (
             self.training
             or torch.is_grad_enabled()
@@ -94,14 +96,16 @@ def _has_hooks(module: nn.Module) -> bool:
 class FusedFeedForward(nn.Module):
     """Stands where a `plain` module was that is a map, the exact GELU behind it and, if it has one, a second map.
 
-    It has the same children. The first map applies the activation, unless something else has taken its place since, as an adapter does.
+    It has the same children. The first map applies the activation, unless something else has taken its place since, as
+    an adapter does.
     """
 
     def __init__(self, plain: nn.Module, linear: str, activation: str):
         super().__init__()
         self.training, self.linear, self.activation = plain.training, linear, activation
         self.second = next((name for name in plain._modules if name not in (linear, activation)), None)
-        # Past nn.Module's own bookkeeping: what is replaced in one is replaced in the other, and parameters have one name.
+        # Past nn.Module's own bookkeeping: what is replaced in one is replaced in the other, and parameters have one
+        # name.
         self.__dict__["plain"] = plain
         self.__dict__["_modules"] = plain._modules
 
@@ -121,10 +125,11 @@ def _can_fuse(activation: nn.Module) -> bool:
 def prepack_linear_maps(
     model: nn.Module, classes: tuple[type, ...], activations: dict[type, tuple[str, str]], min_size: int = 0
 ) -> int:
-    """Put a `PrepackedLinear` in the place of each linear map of one of these `classes`; maps with hooks stay as they are.
+    """Put a `PrepackedLinear` in the place of each linear map of one of these `classes`; maps with hooks stay as they
+    are.
 
-    activations: classes of modules that are a map, an activation and, if they have one, a second map: the names of the first two, to be
-        applied together. min_size: maps whose weights hold fewer numbers stay as they are as well.
+    activations: classes of modules that are a map, an activation and, if they have one, a second map: the names of the
+        first two, to be applied together. min_size: maps whose weights hold fewer numbers stay as they are as well.
 
     Returns how many bytes the copies will take.
     """

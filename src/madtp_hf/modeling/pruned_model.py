@@ -1,4 +1,5 @@
-"""What models that prune share, whatever their family: the alignment tokens, the switch for pruning, the way in from a dense model."""
+"""What models that prune share, whatever their family: the alignment tokens, the switch for pruning, the way in from a
+dense model."""
 
 import copy
 from collections.abc import Callable
@@ -27,15 +28,16 @@ class PruningOutput:
     task_loss (`torch.Tensor`, *optional*):
         The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
     alignment_loss (`torch.Tensor`, *optional*):
-        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no text is encoded.
+        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no
+        text is encoded.
     vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
-        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding not. For two images a
-        sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
+        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding
+        not. For two images a sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
     image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
         True at the real tokens of `image_embeds`; everywhere, where nothing is padded.
     vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
-        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in the input, 0 the
-        class token and n the n-th patch; -1 for merged tokens and padding.
+        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in
+        the input, 0 the class token and n the n-th patch; -1 for merged tokens and padding.
     """
 
     task_loss: torch.Tensor | None = None
@@ -47,18 +49,19 @@ class PruningOutput:
 
 
 class AlignmentProjection(nn.Linear):
-    """The map of a branch's tokens to the alignment tokens' width, which folds into the alignment tokens for inference.
+    """The map of a branch's tokens to the alignment tokens' width, which folds into the alignment tokens for
+    inference.
 
-    keeps_folded: whether what is folded is kept until a parameter changes, as a prepacked weight is; what is written past autograd,
-        through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
+    keeps_folded: whether what is folded is kept until a parameter changes, as a prepacked weight is; what is written
+        past autograd, through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
     """
 
     keeps_folded = False
     _folded = None
 
     def forward(self, states: torch.Tensor | None = None, alignment_tokens: torch.Tensor | None = None):
-        """states (..., D) -> (..., E); or, given alignment tokens (T, E) instead, the weight (T, D) and the bias (T,) of the map that
-        gives the scores at once: (x W^T + b) S^T = x (S W)^T + b S^T."""
+        """states (..., D) -> (..., E); or, given alignment tokens (T, E) instead, the weight (T, D) and the bias (T,)
+        of the map that gives the scores at once: (x W^T + b) S^T = x (S W)^T + b S^T."""
         if alignment_tokens is None:
             return super().forward(states)
         keeps = self.keeps_folded and not self.training
@@ -85,7 +88,8 @@ class AlignmentProjection(nn.Linear):
 class MadtpAlignment(nn.Module):
     """The alignment tokens (T, E) that both branches share, and the maps to their width for branches of another.
 
-    A family whose layers have maps of their own overrides `make_projection`; `forward` then answers a list, one for each layer.
+    A family whose layers have maps of their own overrides `make_projection`; `forward` then answers a list, one for
+    each layer.
     """
 
     def __init__(self, config):
@@ -96,13 +100,15 @@ class MadtpAlignment(nn.Module):
         self.text_projection = self.make_projection(config.text_config, width)
 
     def make_projection(self, branch, width: int) -> nn.Module | None:
-        """The map of a branch, of which this is the configuration, to the alignment tokens' width; a `ModuleList` is of its layers."""
+        """The map of a branch, of which this is the configuration, to the alignment tokens' width; a `ModuleList` is
+        of its layers."""
         return None if branch.hidden_size == width else AlignmentProjection(branch.hidden_size, width)
 
     def forward(
         self, modality: str | None, folded: bool = False
     ) -> AlignmentTokens | list[AlignmentTokens] | torch.Tensor:
-        """What the layers of a branch, "vision" or "text", compare their tokens with; without one, 0 with a gradient for each parameter.
+        """What the layers of a branch, "vision" or "text", compare their tokens with; without one, 0 with a gradient
+        for each parameter.
 
         Parameters are read by calling their modules, whose hooks bring in what is offloaded.
         """
@@ -131,7 +137,8 @@ class MadtpAlignment(nn.Module):
 
 
 class PrunedModelMixin:
-    """For a `PreTrainedModel` whose configuration is a `PruningConfigMixin`, and whose alignment tokens are in `alignment`."""
+    """For a `PreTrainedModel` whose configuration is a `PruningConfigMixin`, and whose alignment tokens are in
+    `alignment`."""
 
     task = None  # as `madtp_hf.count_flops` names it
     _dense_classes = ()  # transformers' models that a model of this class is made from
@@ -142,7 +149,8 @@ class PrunedModelMixin:
     _min_kept = 1
     _reduction_method = None  # instead of MADTP
     _alignment_class = MadtpAlignment
-    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there is one.
+    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there
+    # is one.
     _auto_class = "AutoModel"
     _task_auto_class = None
     _task_pipeline = None
@@ -179,7 +187,8 @@ class PrunedModelMixin:
     def set_pruning(
         self, *args, temperature: float | None = None, reduction: float | None = None, factor: float | None = None
     ) -> None:
-        """Set how much the model prunes, from the next forward pass on; the configuration keeps it. `set_pruning(None)` is off.
+        """Set how much the model prunes, from the next forward pass on; the configuration keeps it.
+        `set_pruning(None)` is off.
 
         Args:
             temperature (`float`, *optional*):
@@ -187,7 +196,8 @@ class PrunedModelMixin:
             reduction (`float`, *optional*):
                 The share of FLOPs to save, in [0, 1), by the schedule that `madtp_hf.calibrate` has measured.
             factor (`float`, *optional*):
-                With a temperature, what the threshold is multiplied by, in (0, 1]: smaller prunes less. 1 if not given, as in the paper.
+                With a temperature, what the threshold is multiplied by, in (0, 1]: smaller prunes less. 1 if not
+                given, as in the paper.
 
         Raises:
             TypeError: for a number without its name.
@@ -195,8 +205,10 @@ class PrunedModelMixin:
         """
         if args and args != (None,):
             raise TypeError(
-                f"set_pruning got {', '.join(map(repr, args))} without a name: expected set_pruning(reduction={args[0]!r}), a share of the"
-                f" FLOPs to save, or set_pruning(temperature={args[0]!r}), a threshold's temperature; set_pruning(None) is off."
+                f"set_pruning got {', '.join(map(repr, args))} without a name: expected"
+                f" set_pruning(reduction={args[0]!r}), a share of the"
+                f" FLOPs to save, or set_pruning(temperature={args[0]!r}), a threshold's temperature;"
+                " set_pruning(None) is off."
             )
         if temperature is not None and reduction is not None:
             raise ValueError(f"Both {temperature=} and {reduction=} were given: expected one of them.")
@@ -220,23 +232,26 @@ class PrunedModelMixin:
         return self.config.pruning_temperature > 0
 
     def set_reduction_method(self, method: Callable[..., TokenReduction | None] | None) -> None:
-        """Reduce tokens by another method than MADTP, from the next forward pass on; `None` is MADTP again. It is not saved.
+        """Reduce tokens by another method than MADTP, from the next forward pass on; `None` is MADTP again. It is not
+        saved.
 
-        To add a method, derive from `encoder.TokenReduction`, whose `choose` answers for each layer which tokens stay, where each of
-        the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction` and is made by `madtp_reduction`.
+        To add a method, derive from `encoder.TokenReduction`, whose `choose` answers for each layer which tokens stay,
+        where each of the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction`
+        and is made by `madtp_reduction`.
 
         Args:
             method (`Callable` or `None`):
-                `method(model, modality, with_feature)`, called once for each branch, "vision" or "text", and forward pass, returns the
-                branch's `TokenReduction`, a new one in each pass, or `None` for a branch that stays dense. `with_feature` tells
-                whether the loss takes an alignment feature, should the method have one.
+                `method(model, modality, with_feature)`, called once for each branch, "vision" or "text", and forward
+                pass, returns the branch's `TokenReduction`, a new one in each pass, or `None` for a branch that stays
+                dense. `with_feature` tells whether the loss takes an alignment feature, should the method have one.
 
-        The temperature remains what decides how the text is computed: at 0 with its padding, as transformers does, above 0 without. A
-        method that reduces the text needs a temperature above 0.
+        The temperature remains what decides how the text is computed: at 0 with its padding, as transformers does,
+        above 0 without. A method that reduces the text needs a temperature above 0.
         """
         if method is not None and not callable(method):
             raise TypeError(
-                f"set_reduction_method got {method!r}: expected a function of (model, modality, with_feature) that returns a TokenReduction"
+                f"set_reduction_method got {method!r}: expected a function of (model, modality, with_feature) that"
+                " returns a TokenReduction"
                 " or None, or None for MADTP."
             )
         self._reduction_method = method
@@ -244,8 +259,8 @@ class PrunedModelMixin:
     def madtp_reduction(
         self, modality: str, with_feature: bool, reduction_class: Callable[..., TokenReduction] = MadtpReduction
     ) -> TokenReduction | None:
-        """MADTP, or the variant of it that `reduction_class` is, as the configuration says: for one branch and forward pass; `None`
-        where the branch stays dense."""
+        """MADTP, or the variant of it that `reduction_class` is, as the configuration says: for one branch and forward
+        pass; `None` where the branch stays dense."""
         config = self.config
         prunes = modality in config.pruning_modalities
         if not self.is_pruning or not (prunes or with_feature):
@@ -263,8 +278,8 @@ class PrunedModelMixin:
         )
 
     def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:
-        """How the tokens of a branch become fewer in the pass that begins, None if they don't: the configuration is read here, and in no
-        layer."""
+        """How the tokens of a branch become fewer in the pass that begins, None if they don't: the configuration is
+        read here, and in no layer."""
         if self._reduction_method is not None:
             reduction = self._reduction_method(self, modality, with_feature)
             if reduction is not None:
@@ -273,8 +288,8 @@ class PrunedModelMixin:
         return self.madtp_reduction(modality, with_feature)
 
     def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
-        """0 where a branch has no feature, as with pruning off: the alignment parameters still get a gradient, as distributed training
-        waits for one from each."""
+        """0 where a branch has no feature, as with pruning off: the alignment parameters still get a gradient, as
+        distributed training waits for one from each."""
         if image_feature is None or text_feature is None:
             return self.alignment(None)
         return alignment_loss(image_feature, text_feature)
@@ -282,7 +297,8 @@ class PrunedModelMixin:
     # Arguments of `forward`
 
     def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """What the vision encoder is asked for: arguments of `forward`, or the configuration's where they are not given."""
+        """What the vision encoder is asked for: arguments of `forward`, or the configuration's where they are not
+        given."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -299,28 +315,31 @@ class PrunedModelMixin:
         used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
         if used != {"eager"}:
             raise ValueError(
-                f'output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by "eager" attention alone. Call'
-                ' model.set_attn_implementation("eager") first.'
+                f"output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by"
+                ' "eager" attention alone. Call model.set_attn_implementation("eager") first.'
             )
 
     def _check_arguments(self, unknown: dict) -> None:
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists; see its documentation."
+                f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists;"
+                " see its documentation."
             )
         if self.training and self.dtype in (torch.float16, torch.bfloat16):
             logger.warning_once(
-                f"This model trains with weights of {self.dtype}, in which small updates are lost: load it with dtype=torch.float32 and let"
+                f"This model trains with weights of {self.dtype}, in which small updates are lost: load it with"
+                " dtype=torch.float32 and let"
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
 
     # Inference on a CPU
 
     def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
-        """Prepack the weights of linear maps for fast inference on a CPU in float32, or, with `prepacked=False`, no longer.
+        """Prepack the weights of linear maps for fast inference on a CPU in float32, or, with `prepacked=False`, no
+        longer.
 
-        Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights. Training, other
-        devices and other types go on with the weights as they are.
+        Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights.
+        Training, other devices and other types go on with the weights as they are.
 
         Args:
             min_size (`int`, *optional*, defaults to 0):
@@ -334,7 +353,8 @@ class PrunedModelMixin:
         """
         if prepacked and not can_prepack():
             raise RuntimeError(
-                "prepack_weights needs torch with oneDNN, and this one has none: expected a build where torch.backends.mkldnn.is_available();"
+                "prepack_weights needs torch with oneDNN, and this one has none: expected a build where"
+                " torch.backends.mkldnn.is_available();"
                 " go on without, the model runs as it is."
             )
         for module in self.modules():
@@ -352,7 +372,8 @@ class PrunedModelMixin:
         return self.prepack_weights(packed)
 
     def prepack_for_inference(self):
-        """Prepack the weights that are large enough for it to pay, where it helps at all: what pipelines and commands call."""
+        """Prepack the weights that are large enough for it to pay, where it helps at all: what pipelines and commands
+        call."""
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
         return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
 
@@ -360,7 +381,8 @@ class PrunedModelMixin:
 
     @classmethod
     def _from_dense(cls, source, config_overrides: dict, config_class, method: str):
-        """A model of this class from transformers' model for the same task, or a path or Hub id of one; only alignment is new."""
+        """A model of this class from transformers' model for the same task, or a path or Hub id of one; only alignment
+        is new."""
         classes = (*cls._dense_classes, cls)
         expected = " or a ".join(dense_class.__name__ for dense_class in classes)
         defaults = config_class()
@@ -373,12 +395,14 @@ class PrunedModelMixin:
             source = cls._load_dense(source, classes, expected, loading, method)
         elif loading:
             raise TypeError(
-                f"{cls.__name__}.{method} got {', '.join(loading)}: no such field in {config_class.__name__}; options of loading go with a path"
+                f"{cls.__name__}.{method} got {', '.join(loading)}: no such field in {config_class.__name__}; options"
+                " of loading go with a path"
                 " or Hub id, and this is a model already."
             )
         if not isinstance(source, classes):
             raise TypeError(
-                f"{cls.__name__}.{method} got a {type(source).__name__}: expected a {expected}, or a path or Hub id of one."
+                f"{cls.__name__}.{method} got a {type(source).__name__}: expected a {expected}, or a path or Hub id of"
+                " one."
             )
         fields = source.config.to_dict()
         fields.pop("model_type", None)
@@ -408,7 +432,8 @@ class PrunedModelMixin:
             if not any(name in str(error) for name in loading):
                 raise
             raise TypeError(
-                f"{cls.__name__}.{method} got {', '.join(loading)}: expected fields of the configuration or what `from_pretrained` takes."
+                f"{cls.__name__}.{method} got {', '.join(loading)}: expected fields of the configuration or what"
+                " `from_pretrained` takes."
             ) from error
         amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
         if amiss:
@@ -441,9 +466,9 @@ def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
 def init_alignment(module: MadtpAlignment) -> None:
     """Random alignment tokens of graded norms, from large to a hundredth of that.
 
-    At a temperature, alignment tokens of small norm look at all tokens alike and those of large norm at their likeliest alone: graded
-    norms let the threshold, the least of what they see, move smoothly from the lowest importance to the mean, so that an untrained
-    model reaches small reductions and large ones.
+    At a temperature, alignment tokens of small norm look at all tokens alike and those of large norm at their
+    likeliest alone: graded norms let the threshold, the least of what they see, move smoothly from the lowest
+    importance to the mean, so that an untrained model reaches small reductions and large ones.
     """
     scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
     init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))

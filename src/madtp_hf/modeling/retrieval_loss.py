@@ -1,7 +1,7 @@
 """The losses that teach images and texts to find each other: contrastive over a batch, matching with hard negatives.
 
-Shapes: B samples on this process, W on all of them together, K keys to contrast with, E the width of the common space. As in BLIP
-(arXiv 2201.12086) after ALBEF (arXiv 2107.07651).
+Shapes: B samples on this process, W on all of them together, K keys to contrast with, E the width of the common space.
+As in BLIP (arXiv 2201.12086) after ALBEF (arXiv 2107.07651).
 """
 
 from typing import NamedTuple
@@ -15,10 +15,12 @@ TEMPERATURE = 0.07
 
 
 class ContrastiveKeys(NamedTuple):
-    """What a batch is contrasted with, beyond itself: features of a slowly moving twin, from this batch and from earlier ones.
+    """What a batch is contrasted with, beyond itself: features of a slowly moving twin, from this batch and from
+    earlier ones.
 
-    image, text (K, E): L2-normalised; image_targets, text_targets (B, K): how much of each sample's likelihood is each text's, and each
-    image's; temperature: of the similarities, a scalar tensor, or None for one that is the model's own, as CLIP's.
+    image, text (K, E): L2-normalised; image_targets, text_targets (B, K): how much of each sample's likelihood is each
+    text's, and each image's; temperature: of the similarities, a scalar tensor, or None for one that is the model's
+    own, as CLIP's.
     """
 
     image: torch.Tensor
@@ -29,7 +31,8 @@ class ContrastiveKeys(NamedTuple):
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All processes' rows, with a gradient for this one's from each of them; torch's own needs a collective that gloo lacks."""
+    """All processes' rows, with a gradient for this one's from each of them; torch's own needs a collective that gloo
+    lacks."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -53,12 +56,14 @@ def process_rank() -> int:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(B, ...) -> (W, ...): the rows of all processes in order of rank, with their gradients; each must have as many."""
+    """(B, ...) -> (W, ...): the rows of all processes in order of rank, with their gradients; each must have
+    as many."""
     return _GatherWithGradient.apply(rows) if is_distributed() else rows
 
 
 def gather_padded(rows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences (B, L, ...) and their mask (B, L) or None -> those of all processes, (W, M, ...) and (W, M), M the longest's length."""
+    """Sequences (B, L, ...) and their mask (B, L) or None -> those of all processes, (W, M, ...) and (W, M), M the
+    longest's length."""
     if mask is None:
         mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
     if not is_distributed():
@@ -83,9 +88,11 @@ def contrastive_loss(
     keys: ContrastiveKeys | None,
     temperature: torch.Tensor | float = TEMPERATURE,
 ) -> torch.Tensor:
-    """Mean over both directions of the cross-entropy of a sample's similarities (B, K), features (B, E), image_ids (B,).
+    """Mean over both directions of the cross-entropy of a sample's similarities (B, K), features (B, E), image_ids
+    (B,).
 
-    Without `keys`, the batches of all processes are contrasted with one another. `temperature` counts where the keys have none.
+    Without `keys`, the batches of all processes are contrasted with one another. `temperature` counts where the keys
+    have none.
     """
     if keys is None:
         targets = same_image_targets(image_ids, gather_rows(image_ids))
@@ -100,7 +107,8 @@ def contrastive_loss(
 def draw_hard_negatives(
     feature: torch.Tensor, other_features: torch.Tensor, ids: torch.Tensor, other_ids: torch.Tensor, temperature
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each sample, feature (B, E), another image's counterpart among other_features (W, E), the likelier the more similar it is.
+    """For each sample, feature (B, E), another image's counterpart among other_features (W, E), the likelier the more
+    similar it is.
 
     Returns which samples have one, (N,), and which it is, (N,).
     """
@@ -109,7 +117,8 @@ def draw_hard_negatives(
     has_one = (likelihood > 0).any(dim=1).nonzero().squeeze(1)
     if len(has_one) == 0:
         raise ValueError(
-            f"All {len(other_ids)} samples of the batch are of one image: expected at least two different image_ids, for a sample to"
+            f"All {len(other_ids)} samples of the batch are of one image: expected at least two different image_ids,"
+            " for a sample to"
             " be held against. Use larger batches, or drop the last, smaller one."
         )
     return has_one, torch.multinomial(likelihood[has_one], 1).squeeze(1)

@@ -1,7 +1,7 @@
 """How the sequences of a batch lie in memory.
 
-States are (R, ...): R rows, the tokens of one sequence after those of the other. Linear maps, norms and feed-forward need to know
-no more. What needs to know which rows are whose, attention above all, asks the batch's `Sequences`.
+States are (R, ...): R rows, the tokens of one sequence after those of the other. Linear maps, norms and feed-forward
+need to know no more. What needs to know which rows are whose, attention above all, asks the batch's `Sequences`.
 """
 
 import itertools
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 
-# On a CPU, where a call costs little beside the work, attention takes some consecutive sequences of a batch at a time. Beyond so
-# many numbers in their states they are taken one by one; of their rows, this share or so many numbers may be padding.
+# On a CPU, where a call costs little beside the work, attention takes some consecutive sequences of a batch at a time.
+# Beyond so many numbers in their states they are taken one by one; of their rows, this share or so many numbers may be
+# padding.
 PART_SIZE = 2**18
 PART_PADDING_SHARE = 1 / 8
 PART_PADDING = 2**16
@@ -23,7 +24,8 @@ CPU_TAKES_PARTS = True
 
 
 def takes_parts(device: torch.device) -> bool:
-    """Whether attention takes a batch part by part and values are looked at for free, as on a CPU, or all at once, without a wait."""
+    """Whether attention takes a batch part by part and values are looked at for free, as on a CPU, or all at once,
+    without a wait."""
     return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -43,7 +45,8 @@ class cached_property:
 
 
 class Division(NamedTuple):
-    """A batch in parts: at which sequences, in this order, each part begins, and the number of sequences; None: as they lie."""
+    """A batch in parts: at which sequences, in this order, each part begins, and the number of sequences; None: as
+    they lie."""
 
     bounds: tuple[int, ...]
     order: tuple[int, ...] | None = None
@@ -52,11 +55,13 @@ class Division(NamedTuple):
 class Sequences:
     """Which rows are whose, in one of two cases.
 
-    *padded*: each of the `batch_size` sequences has `max_seqlen` rows. `mask` (batch_size, max_seqlen) is True at real tokens;
+    *padded*: each of the `batch_size` sequences has `max_seqlen` rows. `mask` (batch_size, max_seqlen) is True at real
+    tokens;
     None: all are.
     *varlen*: the sequences have rows of their real tokens alone, from `offsets[i]` to `offsets[i + 1]`.
 
-    `num_rows`: all rows; `first_row`: where they begin, if this is a part of a batch, or `batch_rows`, which they are, padded.
+    `num_rows`: all rows; `first_row`: where they begin, if this is a part of a batch, or `batch_rows`, which they are,
+    padded.
     """
 
     def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):
@@ -82,7 +87,8 @@ class Sequences:
     def varlen(cls, lengths: list[int], device, device_lengths=None, first_row: int = 0, before=None):
         """Rows of sequences of these lengths; padded ones without padding where all are alike.
 
-        device_lengths: the same lengths (B,) on the device, if they are there already; before: the `Sequences` that these come from.
+        device_lengths: the same lengths (B,) on the device, if they are there already; before: the `Sequences` that
+        these come from.
         """
         longest = max(lengths, default=0)
         if min(lengths, default=0) == longest:
@@ -144,7 +150,8 @@ class Sequences:
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
-        """(B * max_seqlen,): the number of the row at each slot of padded states, counted from 1; at padding, of the one before."""
+        """(B * max_seqlen,): the number of the row at each slot of padded states, counted from 1; at padding, of the
+        one before."""
         return self.mask.flatten().cumsum(0)
 
     @cached_property
@@ -164,8 +171,8 @@ class Sequences:
     # Rows to padded states and back
 
     def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """(R, ...), of the batch that this is or is a part of, -> (B, max_seqlen, ...), with copies of a sequence's last row at padding,
-        where there is any. dim: which dimension the rows are."""
+        """(R, ...), of the batch that this is or is a part of, -> (B, max_seqlen, ...), with copies of a sequence's
+        last row at padding, where there is any. dim: which dimension the rows are."""
         if self.batch_rows is not None:
             states = states.index_select(dim, self.batch_rows)
         else:
@@ -268,7 +275,8 @@ class Sequences:
         return (starts.unsqueeze(1) + torch.minimum(slots, last.unsqueeze(1))).flatten()
 
     def join_rows(self, outputs: list[torch.Tensor], division: Division, row_counts: list[int] | None = None):
-        """What was computed for the rows of each part, as rows of the batch; row_counts: how many each sequence has, if others."""
+        """What was computed for the rows of each part, as rows of the batch; row_counts: how many each sequence has,
+        if others."""
         rows = join(outputs)
         if division.order is None:
             return rows
@@ -287,7 +295,8 @@ class Sequences:
         return samples.index_select(0, torch.tensor(division.order, device="cpu").argsort().to(samples.device))
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
-        """The sequences first, first + 2, ... : their rows and how they lie. First the left, then the right image of each pair."""
+        """The sequences first, first + 2, ... : their rows and how they lie. First the left, then the right image of
+        each pair."""
         if not self.is_varlen:
             padded = states.unflatten(0, (-1, 2, self.max_seqlen))[:, first]
             mask = None if self.mask is None else self.mask[first::2]
@@ -309,7 +318,8 @@ class Sequences:
 
 
 def take_slots(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Padded states (n, L, D) at slots (n, M) -> (n, M, D). By `gather`, as `take_along_dim` fixes the batch size of exported models."""
+    """Padded states (n, L, D) at slots (n, M) -> (n, M, D). By `gather`, as `take_along_dim` fixes the batch size of
+    exported models."""
     return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
 
 
@@ -340,7 +350,8 @@ def join(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def unpad(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Sequences]:
-    """Padded states (B, L, ...) with mask (B, L), whose real tokens come first, -> their rows (R, ...), and how they lie.
+    """Padded states (B, L, ...) with mask (B, L), whose real tokens come first, -> their rows (R, ...), and how they
+    lie.
 
     Waits for the device once, if there is a mask.
     """

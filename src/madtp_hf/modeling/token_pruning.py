@@ -1,8 +1,8 @@
 """MADTP's token pruning (arXiv 2403.02991), as functions of tensors that know nothing of the network that calls them.
 
-Shapes: B batch, N tokens that can go (protected tokens, such as the class token, are left out by the caller), T alignment
-tokens, D width, H heads, d head width. `mask` (B, N) says which are real; None says that there is no padding. Padding takes
-part in no score, threshold or mean. Scores are computed in float32.
+Shapes: B batch, N tokens that can go (protected tokens, such as the class token, are left out by the caller), T
+alignment tokens, D width, H heads, d head width. `mask` (B, N) says which are real; None says that there is no
+padding. Padding takes part in no score, threshold or mean. Scores are computed in float32.
 
 A pruned layer, step by step:
 
@@ -95,14 +95,16 @@ def importance_threshold(
     mask: torch.Tensor | None = None,
     factor: float = 1.0,
 ) -> torch.Tensor:
-    """Step 5: theta (B, 1), the smallest importance that an alignment token sees, looking at the tokens with `temperature`,
-    times `factor`, which is 1 in the paper and less where fewer tokens than at any temperature are to go.
+    """Step 5: theta (B, 1), the smallest importance that an alignment token sees, looking at the tokens with
+    `temperature`, times `factor`, which is 1 in the paper and less where fewer tokens than at any temperature are to
+    go.
 
     scores (B, N, T) at padding are to be those of a real token of the same sample; importance (B, N) is 0 there.
     """
     gate = scores.float() / temperature
-    # The softmax's division comes last. At small temperatures an alignment token sees one token alone, theta is the importance
-    # of a token to the last bit, and rounding decides: this order decides as the published implementation does.
+    # The softmax's division comes last. At small temperatures an alignment token sees one token alone, theta is the
+    # importance of a token to the last bit, and rounding decides: this order decides as the published implementation
+    # does.
     gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
     with torch.autocast(gate.device.type, enabled=False):
         seen = importance.float().unsqueeze(1) @ gate
@@ -120,8 +122,8 @@ def select_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 6: which tokens stay (B, N), False at padding, and which samples merge the others (B, 1).
 
-    Where fewer than `min_kept` would stay, or one token or none would go, all stay. mask (B, N): boolean; num_tokens (B, 1): how many
-    tokens can go, N if not given.
+    Where fewer than `min_kept` would stay, or one token or none would go, all stay. mask (B, N): boolean; num_tokens
+    (B, 1): how many tokens can go, N if not given.
     """
     keep = importance > threshold
     return keep_all_or_enough(keep if mask is None else keep & mask, mask, num_tokens, min_kept)

@@ -1,7 +1,7 @@
 """How a batch's tokens become fewer: what a method answers for a layer, and the one place that turns it into new rows.
 
-Shapes: in a part of the batch n sequences of up to L tokens; N tokens of each can go (its first token, and where the host says so
-its last, are protected).
+Shapes: in a part of the batch n sequences of up to L tokens; N tokens of each can go (its first token, and where the
+host says so its last, are protected).
 """
 
 import itertools
@@ -22,8 +22,8 @@ class Reduction(NamedTuple):
     stays (n, N) bool: the tokens that stay, False at padding.
     merges (n, 1) bool: the sequences that get a new token, behind those that stay, for those that go.
     weight (n, N): the weight of each token that goes in the token that it enters; 0 at those that stay and at padding.
-    into (n, N) int64, optional: instead of a new token, the slot of the staying token that each enters, whose own weight is then 1
-        less what enters it.
+    into (n, N) int64, optional: instead of a new token, the slot of the staying token that each enters, whose own
+        weight is then 1 less what enters it.
     length: how many rows each sequence gets, if that is fixed: those that need fewer are padded.
     """
 
@@ -37,9 +37,9 @@ class Reduction(NamedTuple):
 class Repacking(NamedTuple):
     """Where the tokens of a part of the batch go.
 
-    numbers (n, C): of each column's new row, counted from 1, or 0 for none, among `num_rows`; columns are the first token, those that
-        can go, the merged one and, where it is protected, the last. For a fixed length instead `order` (n, length): the columns that
-        are taken.
+    numbers (n, C): of each column's new row, counted from 1, or 0 for none, among `num_rows`; columns are the first
+        token, those that can go, the merged one and, where it is protected, the last. For a fixed length instead
+        `order` (n, length): the columns that are taken.
     """
 
     part: Sequences
@@ -88,7 +88,8 @@ def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tens
 
 
 class KernelReduction(NamedTuple):
-    """What Triton's gate answers for a layer: see `triton_kernels.gate`. importance (R,), destination (R,), new_cu_seqlens (B + 1,)."""
+    """What Triton's gate answers for a layer: see `triton_kernels.gate`. importance (R,), destination (R,),
+    new_cu_seqlens (B + 1,)."""
 
     importance: torch.Tensor
     destination: torch.Tensor
@@ -102,9 +103,11 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 def reduce(
     states: torch.Tensor, sequences: Sequences, division: Division, reductions: list[Reduction], roles: TokenRoles
 ) -> tuple[torch.Tensor, Sequences, Move | None]:
-    """Apply what a method answered for each part of a batch: states (R, D) -> (R', D), how they lie, and where rows went.
+    """Apply what a method answered for each part of a batch: states (R, D) -> (R', D), how they lie, and where rows
+    went.
 
-    Waits for the device once, to learn how many rows there are; not where lengths are fixed. The last is None where nothing changed.
+    Waits for the device once, to learn how many rows there are; not where lengths are fixed. The last is None where
+    nothing changed.
     """
     if isinstance(reductions[0], KernelReduction):
         return _reduce_by_kernel(states, sequences, reductions[0])

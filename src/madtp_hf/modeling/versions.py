@@ -1,6 +1,7 @@
 """Which version of madtp_hf this code is, and with which versions of transformers it was tested.
 
-It travels with every checkpoint: years later, with another transformers around it, the code says at once what it was made for.
+It travels with every checkpoint: years later, with another transformers around it, the code says at once what it was
+made for.
 """
 
 import re
@@ -32,6 +33,7 @@ def warn_if_untested() -> None:
         )
     elif _release(installed) > _release(newest):
         logger.warning_once(
-            f"The code of madtp_hf {VERSION} was tested with transformers up to {newest} and this is {installed}: if something breaks, install"
+            f"The code of madtp_hf {VERSION} was tested with transformers up to {newest} and this is {installed}: if"
+            " something breaks, install"
             f' "transformers<={newest}", or take a newer version of this code, with the checkpoint or as madtp_hf.'
         )

@@ -31,7 +31,8 @@ class PruningArguments:
             self.reductions = []
 
     def load_model(self, model_class, source: str):
-        """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub id."""
+        """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub
+        id."""
         if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
             model = model_class.from_pretrained(source)
         else:

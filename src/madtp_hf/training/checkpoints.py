@@ -5,10 +5,12 @@ from pathlib import Path
 
 
 def last_checkpoint(output_dir) -> str | None:
-    """The newest complete checkpoint in a `Trainer`'s output folder, for `trainer.train(resume_from_checkpoint=...)`; None without one.
+    """The newest complete checkpoint in a `Trainer`'s output folder, for `trainer.train(resume_from_checkpoint=...)`;
+    None without one.
 
-    `resume_from_checkpoint=True` takes the newest folder, complete or not, and fails on one that was being written when the process was
-    killed. `Trainer` writes `trainer_state.json` last; a folder without a whole one is passed over here.
+    `resume_from_checkpoint=True` takes the newest folder, complete or not, and fails on one that was being written
+    when the process was killed. `Trainer` writes `trainer_state.json` last; a folder without a whole one is passed
+    over here.
     """
     folders = [
         path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()

@@ -12,19 +12,22 @@ from ..calibration import FACTORS, SCAN, measure, threshold_at
 class ReductionCallback(TrainerCallback, ExportableState):
     """A `Trainer` callback that holds a model at a reduction of FLOPs as it learns.
 
-    After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured reduction is from the
-    target: an integral controller, so that it settles where the mean reduction is the target, whatever the model, data or learning
-    rate, and follows as the model changes. Below a low temperature it is the threshold's factor that moves, on the path that
-    `calibrate` searches. While the reduction stays on one side of the target the steps grow, so that a start far off, where the
-    temperature hardly matters, is left quickly. `calibrate` afterwards finds the exact thresholds.
+    After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured
+    reduction is from the
+    target: an integral controller, so that it settles where the mean reduction is the target, whatever the model, data
+    or learning rate, and follows as the model changes. Below a low temperature it is the threshold's factor that
+    moves, on the path that `calibrate` searches. While the reduction stays on one side of the target the steps grow,
+    so that a start far off, where the temperature hardly matters, is left quickly. `calibrate` afterwards finds the
+    exact thresholds.
 
-    Between steps, when `Trainer` evaluates and saves, the model is at the threshold of the largest target: evaluations compare, and a
-    checkpoint's configuration has it. Training that is resumed goes on with the thresholds of its checkpoint. The model may be one of peft's.
+    Between steps, when `Trainer` evaluates and saves, the model is at the threshold of the largest target: evaluations
+    compare, and a checkpoint's configuration has it. Training that is resumed goes on with the thresholds of its
+    checkpoint. The model may be one of peft's.
 
     Args:
         target_reduction (`float` or `tuple[float, float]`):
-            The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced targets between the two,
-            each with a threshold of its own, so that one checkpoint learns them all.
+            The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced
+            targets between the two, each with a threshold of its own, so that one checkpoint learns them all.
         num_targets (`int`, *optional*, defaults to 5):
             How many, with a pair.
         gain (`float`, *optional*, defaults to 1.5):
@@ -37,7 +40,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         low, high = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,) * 2
         if not 0 < low <= high < 1:
             raise ValueError(
-                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of them, the smaller first."
+                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of them, the smaller"
+                " first."
             )
         if num_targets < 2:
             raise ValueError(f"num_targets={num_targets}: expected at least 2.")
@@ -80,8 +84,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
             self._measured.append(measure(model, kwargs, output).mean())
 
     def _begin(self, config) -> None:
-        """Choose the path and where to begin on it: by the calibrated schedule where there is one, or where the model is, or at a
-        moderate temperature."""
+        """Choose the path and where to begin on it: by the calibrated schedule where there is one, or where the model
+        is, or at a moderate temperature."""
         moderate, schedule = config.text_config.hidden_size**0.5 / 4, config.pruning_schedule or ()
         present = config.pruning_temperature or moderate
         with_factor = [entry[1] for entry in schedule if len(entry) > 2 and entry[2] < 1]
@@ -107,7 +111,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         if model.config.pruning_granularity == "frozen":
             raise ValueError(
                 "ReductionCallback moves the temperature, and this model's token counts are frozen: expected"
-                ' model.config.pruning_granularity = "instance" (or "batch") while it trains; calibrate with freeze=True afterwards.'
+                ' model.config.pruning_granularity = "instance" (or "batch") while it trains; calibrate with'
+                " freeze=True afterwards."
             )
         # A resumed training's state holds the callback's, whether or not `Trainer` restores callbacks by itself.
         saved = state.stateful_callbacks.get(type(self).__name__)

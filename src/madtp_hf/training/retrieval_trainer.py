@@ -1,6 +1,8 @@
-"""Training for image-text retrieval as BLIP's: contrast with a momentum twin's features, of this batch and of queues of earlier ones.
+"""Training for image-text retrieval as BLIP's: contrast with a momentum twin's features, of this batch and of queues
+of earlier ones.
 
-All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval` or `MadtpClipModel`.
+All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval`
+or `MadtpClipModel`.
 """
 
 import copy
@@ -22,7 +24,8 @@ MEMORY_FILE = "contrastive_memory.safetensors"
 
 
 class ContrastiveMemory(nn.Module):
-    """A momentum twin of a retrieval model, queues of its features, and BLIP's learned temperature of the similarities; CLIP has its own.
+    """A momentum twin of a retrieval model, queues of its features, and BLIP's learned temperature of the
+    similarities; CLIP has its own.
 
     Args:
         model (`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`):
@@ -32,7 +35,8 @@ class ContrastiveMemory(nn.Module):
         momentum (`float`):
             How much of the twin stays at a step; the rest comes from the model.
         distillation (`float`):
-            How much of the targets, at most, are the twin's own similarities instead of which image belongs to which text.
+            How much of the targets, at most, are the twin's own similarities instead of which image belongs to which
+            text.
     """
 
     def __init__(self, model, queue_size: int = 57600, momentum: float = 0.995, distillation: float = 0.4):
@@ -119,14 +123,15 @@ def _normalised(features) -> torch.Tensor:
 class RetrievalTrainer(Trainer):
     """A `Trainer` for `MadtpBlipForImageTextRetrieval` or `MadtpClipModel` with a `ContrastiveMemory`.
 
-    Batches are those of `RetrievalCollator`. Queues and hard negatives span all processes, whose batches must be of one size
-    (`dataloader_drop_last` is switched on). A checkpoint of the training holds the memory beside the model, so that training resumes where it
-    stopped.
+    Batches are those of `RetrievalCollator`. Queues and hard negatives span all processes, whose batches must be of
+    one size (`dataloader_drop_last` is switched on). A checkpoint of the training holds the memory beside the model,
+    so that training resumes where it stopped.
 
     Args:
-        queue_size (`int`, *optional*, defaults to 57600), momentum (`float`, *optional*, defaults to 0.995), distillation (`float`, *optional*, defaults to 0.4):
-            See `ContrastiveMemory`; the defaults are BLIP's for COCO. A queue must be small beside the data set, or its features are stale
-            and its positives outnumber the batch's.
+        queue_size (`int`, *optional*, defaults to 57600), momentum (`float`, *optional*, defaults to 0.995),
+            distillation (`float`, *optional*, defaults to 0.4):
+            See `ContrastiveMemory`; the defaults are BLIP's for COCO. A queue must be small beside the data set, or
+            its features are stale and its positives outnumber the batch's.
         distillation_warmup_steps (`int`, *optional*):
             Over how many steps distillation is faded in; two epochs, as in BLIP, if not given.
         kwargs:
@@ -149,7 +154,8 @@ class RetrievalTrainer(Trainer):
             )
         if not isinstance(self.model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
             raise TypeError(
-                f"RetrievalTrainer got a {type(self.model).__name__}: expected a MadtpBlipForImageTextRetrieval or a MadtpClipModel."
+                f"RetrievalTrainer got a {type(self.model).__name__}: expected a MadtpBlipForImageTextRetrieval or a"
+                " MadtpClipModel."
             )
         self.args.dataloader_drop_last = True
         self.memory = ContrastiveMemory(self.model.to(self.args.device), queue_size, momentum, distillation)
@@ -157,7 +163,8 @@ class RetrievalTrainer(Trainer):
         self._begins_step = True
         if self.lr_scheduler is not None:
             raise ValueError(
-                "RetrievalTrainer got a scheduler, which does not know the learned temperature that joins the optimizer: expected"
+                "RetrievalTrainer got a scheduler, which does not know the learned temperature that joins the"
+                " optimizer: expected"
                 " optimizers=(optimizer, None), and the schedule's settings in the training arguments."
             )
         if self.optimizer is not None:

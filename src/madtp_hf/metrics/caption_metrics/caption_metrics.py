@@ -15,34 +15,38 @@ import evaluate
 
 
 _DESCRIPTION = """\
-The metrics of COCO captioning: BLEU-1 to 4, CIDEr (the CIDEr-D of the COCO evaluation), ROUGE-L, METEOR and SPICE, all by the
-library pycocoevalcap (`pip install pycocoevalcap`), on captions split into words by the Penn Treebank tokenizer.
+The metrics of COCO captioning: BLEU-1 to 4, CIDEr (the CIDEr-D of the COCO evaluation), ROUGE-L, METEOR and SPICE, all
+by the library pycocoevalcap (`pip install pycocoevalcap`), on captions split into words by the Penn Treebank
+tokenizer.
 
 METEOR, SPICE and that tokenizer are Java programs. Without Java, METEOR and SPICE are left out and a simple tokenizer
-takes over, which may move the other scores a little; a warning says so. SPICE, computed only if asked for, needs Java 8 or 11
-and 8 GB of memory, and downloads 400 MB of Stanford models the first time.
+takes over, which may move the other scores a little; a warning says so. SPICE, computed only if asked for, needs Java
+8 or 11 and 8 GB of memory, and downloads 400 MB of Stanford models the first time.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `str`): one caption an image.
     references (`list` of `list` of `str`): each image's captions by people, one at least.
-    metrics (`tuple` of `str`, *optional*, defaults to `("bleu", "cider", "rouge", "meteor")`): which to compute, of "bleu",
-        "cider", "rouge", "meteor" (needs Java) and "spice" (needs Java and, the first time, a network).
-    tokenizer (`str`, *optional*, defaults to `"auto"`): "ptb", the Penn Treebank tokenizer of published numbers (needs Java);
-        "simple", ours; or "auto", the first if it works and otherwise, with a warning, the second.
+    metrics (`tuple` of `str`, *optional*, defaults to `("bleu", "cider", "rouge", "meteor")`): which to compute, of
+        "bleu", "cider", "rouge", "meteor" (needs Java) and "spice" (needs Java and, the first time, a network).
+    tokenizer (`str`, *optional*, defaults to `"auto"`): "ptb", the Penn Treebank tokenizer of published numbers (needs
+        Java); "simple", ours; or "auto", the first if it works and otherwise, with a warning, the second.
 Returns:
     bleu_1, bleu_2, bleu_3, bleu_4, rouge_l, meteor, spice (`float`): in [0, 1].
-    cider (`float`): in [0, 10]. Words are weighted by how few images' references have them, so with a single image it is 0.
+    cider (`float`): in [0, 10]. Words are weighted by how few images' references have them, so with a single image it
+        is 0.
 Raises:
     ImportError: pycocoevalcap is not installed.
-    ValueError: there are no captions, an image has no reference, no reference has a word, or a metric or tokenizer is unknown.
+    ValueError: there are no captions, an image has no reference, no reference has a word, or a metric or tokenizer is
+    unknown.
     RuntimeError: `tokenizer="ptb"` and the tokenizer does not run.
 Examples:
     >>> from madtp_hf.metrics import load_metric
     >>> metric = load_metric("caption_metrics")
     >>> captions = ["two dogs on a beach", "a red bus"]
-    >>> result = metric.compute(predictions=captions, references=[[caption] for caption in captions], metrics=("bleu", "rouge"))
+    >>> result = metric.compute(predictions=captions, references=[[caption] for caption in captions], metrics=("bleu",
+    "rouge"))
     >>> round(result["bleu_1"], 6), round(result["rouge_l"], 6)
     (1.0, 1.0)
 """
@@ -64,12 +68,14 @@ TOKENIZERS = ("auto", "ptb", "simple")
 _JAVA_METRICS = {"meteor": "METEOR", "spice": "SPICE (it needs Java 8 or 11 and, the first time, a network)"}
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
-# An abbreviation (p.m.), what a contraction leaves ('s), a word or number with marks inside (black-and-white, 1,000.5), a sign.
+# An abbreviation (p.m.), what a contraction leaves ('s), a word or number with marks inside (black-and-white,
+# 1,000.5), a sign.
 _TOKEN = re.compile(r"(?:[^\W\d_]\.){2,}|'(?:s|re|ve|ll|d|m)(?!\w)|\w+(?:(?:[-./'@]|(?<=\d)[,:](?=\d))\w+)*|[$%&#]")
 
 
 def simple_tokenize(captions: list[str]) -> list[str]:
-    """Captions in lower case, words separated by spaces, punctuation dropped: close to the Penn Treebank's way, in one line.
+    """Captions in lower case, words separated by spaces, punctuation dropped: close to the Penn Treebank's way, in one
+    line.
 
     Contractions are split as there: "dog's" -> "dog 's", "don't" -> "do n't".
     """
@@ -78,10 +84,11 @@ def simple_tokenize(captions: list[str]) -> list[str]:
 
 
 def ptb_tokenize(captions: list[str]) -> list[str]:
-    """Captions as the COCO evaluation splits them: Stanford's Penn Treebank tokenizer, lower case, punctuation dropped.
+    """Captions as the COCO evaluation splits them: Stanford's Penn Treebank tokenizer, lower case, punctuation
+    dropped.
 
-    The library's own wrapper of the same program writes into the library's folder, depends on the locale's encoding and
-    prints to the terminal; its jar and its list of punctuation marks are used here without it.
+    The library's own wrapper of the same program writes into the library's folder, depends on the locale's encoding
+    and prints to the terminal; its jar and its list of punctuation marks are used here without it.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -214,7 +221,8 @@ class CaptionMetrics(evaluate.Metric):
                 raise RuntimeError(f"the Penn Treebank tokenizer does not run: {problem}")
             if problem:
                 differences[problem] = [
-                    "captions were split by a simple tokenizer, not the Penn Treebank's, and scores may differ slightly from "
+                    "captions were split by a simple tokenizer, not the Penn Treebank's, and scores may differ"
+                    " slightly from "
                     "published ones"
                 ]
         rows = iter(simple_tokenize(captions) if words is None else words)

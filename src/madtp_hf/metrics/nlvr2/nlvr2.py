@@ -14,13 +14,14 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `int`): 1 where the sentence is taken to be true of the two images, 0 otherwise.
     references (`list` of `int`): the same, in truth.
-    identifiers (`list` of `str`, *optional*): the data set's identifiers, in the order of the predictions. Without them there
-        is no consistency.
+    identifiers (`list` of `str`, *optional*): the data set's identifiers, in the order of the predictions. Without
+        them there is no consistency.
 Returns:
     accuracy (`float`): in [0, 1].
     consistency (`float`): in [0, 1]; only with `identifiers`.
 Raises:
-    ValueError: there are no examples, a label is neither 0 nor 1, or the identifiers are too many or too few, malformed or not unique.
+    ValueError: there are no examples, a label is neither 0 nor 1, or the identifiers are too many or too few,
+    malformed or not unique.
 Examples:
     >>> from madtp_hf.metrics import load_metric
     >>> metric = load_metric("nlvr2")

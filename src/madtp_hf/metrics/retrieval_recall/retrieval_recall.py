@@ -6,17 +6,17 @@ import numpy as np
 
 
 _DESCRIPTION = """\
-Recall@k of image-text retrieval, for k = 1, 5 and 10 and in both directions: the share of images with at least one of their
-texts among the k texts that score highest for them, and the share of texts with (one of) their image among the k
+Recall@k of image-text retrieval, for k = 1, 5 and 10 and in both directions: the share of images with at least one of
+their texts among the k texts that score highest for them, and the share of texts with (one of) their image among the k
 images that score highest. Of equal scores, that of the lower index ranks first.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list` of `list` of `float`, or array of shape (I, T)): the scores of each of I images with all T texts,
-        higher is better; kept as float32. Rows may be added image by image or in batches.
-    references (`list` of `list` of `int`): the indices, from 0 to T - 1, of the texts that belong to each image. Several an
-        image are usual.
+    predictions (`list` of `list` of `float`, or array of shape (I, T)): the scores of each of I images with all T
+        texts, higher is better; kept as float32. Rows may be added image by image or in batches.
+    references (`list` of `list` of `int`): the indices, from 0 to T - 1, of the texts that belong to each image.
+        Several an image are usual.
     text_to_image (array of shape (T, I), *optional*): the scores of each text with all images, where retrieval in that
         direction scores pairs differently, as re-ranking the best few of each query does. Defaults to the transpose.
 Returns:
@@ -24,8 +24,8 @@ Returns:
     text_to_image_recall@1, text_to_image_recall@5, text_to_image_recall@10 (`float`): each in [0, 1].
     mean_recall (`float`): the mean of the six.
 Raises:
-    ValueError: there are no images; rows of scores differ in length; a score is missing or not a number; an image has no text or
-        one out of range; a text belongs to no image; or `text_to_image` has the wrong shape.
+    ValueError: there are no images; rows of scores differ in length; a score is missing or not a number; an image has
+        no text or one out of range; a text belongs to no image; or `text_to_image` has the wrong shape.
 Examples:
     >>> from madtp_hf.metrics import load_metric
     >>> metric = load_metric("retrieval_recall")
@@ -109,8 +109,8 @@ class RetrievalRecall(evaluate.Metric):
                 }
             ),
         )
-        # Rows come back as arrays: as Python floats, 5,000 images by 25,000 texts would take gigabytes. Set here, for the
-        # constructor allows a format with scalar features only, although rows work just as well.
+        # Rows come back as arrays: as Python floats, 5,000 images by 25,000 texts would take gigabytes. Set here, for
+        # the constructor allows a format with scalar features only, although rows work just as well.
         info.format = "numpy"
         return info
 
@@ -125,7 +125,8 @@ class RetrievalRecall(evaluate.Metric):
             text_to_image = _score_matrix(text_to_image, "text_to_image")
         if text_to_image.shape != relevant.T.shape:
             raise ValueError(
-                f"text_to_image has shape {text_to_image.shape}: expected {relevant.T.shape}, a row a text and a column an image"
+                f"text_to_image has shape {text_to_image.shape}: expected {relevant.T.shape}, a row a text and a"
+                " column an image"
             )
         ranks = {
             "image_to_text": _ranks(image_to_text, relevant),

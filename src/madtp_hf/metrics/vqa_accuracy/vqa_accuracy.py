@@ -8,18 +8,19 @@ import evaluate
 
 
 _DESCRIPTION = """\
-The accuracy of the VQA challenges. An answer is worth min(1, m / 3) where m annotators out of nine gave it; a question has
-ten annotators, and its accuracy is the mean over the ten ways to leave one out: 0, 0.3, 0.6, 0.9 and 1 for an answer
-that 0, 1, 2, 3 and at least 4 of the ten gave. Answers are compared after the official normalisation (punctuation,
-articles, number words, contractions), which the official tool applies only where the annotators disagree: where they
-all gave the same answer, only an equal one will do, letter case included.
+The accuracy of the VQA challenges. An answer is worth min(1, m / 3) where m annotators out of nine gave it; a question
+has ten annotators, and its accuracy is the mean over the ten ways to leave one out: 0, 0.3, 0.6, 0.9 and 1 for an
+answer that 0, 1, 2, 3 and at least 4 of the ten gave. Answers are compared after the official normalisation
+(punctuation, articles, number words, contractions), which the official tool applies only where the annotators
+disagree: where they all gave the same answer, only an equal one will do, letter case included.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `str`): one answer a question.
-    references (`list` of `list` of `str`): each question's answers, one an annotator. Ten of them in VQA; at least four, for
-        with fewer the rule can give no answer full marks. With a single true answer, repeat it: `[answer] * 10`.
+    references (`list` of `list` of `str`): each question's answers, one an annotator. Ten of them in VQA; at least
+        four, for with fewer the rule can give no answer full marks. With a single true answer, repeat it: `[answer] *
+        10`.
     per_question (`bool`, *optional*, defaults to `False`): also return each question's accuracy.
 Returns:
     accuracy (`float`): mean over questions, in [0, 1].
@@ -53,13 +54,13 @@ _NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".spli
 _ARTICLES = {"a", "an", "the"}
 
 _CONTRACTIONS_IN_FULL = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-    how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
-    oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-    where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-    y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 
 
@@ -73,8 +74,8 @@ _CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the
 
 
 def _remove_punctuation(text: str) -> str:
-    # As in the official tool, the text as it came decides what becomes of a mark: beside a space anywhere it goes, otherwise
-    # it becomes a space; and where a comma stands between digits ("1,000"), all marks go.
+    # As in the official tool, the text as it came decides what becomes of a mark: beside a space anywhere it goes,
+    # otherwise it becomes a space; and where a comma stands between digits ("1,000"), all marks go.
     digit_comma = _DIGIT_COMMA.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
@@ -122,8 +123,10 @@ class VqaAccuracy(evaluate.Metric):
         for index, answers in enumerate(references):
             if len(answers) < MIN_ANSWERS:
                 raise ValueError(
-                    f"question {index} has {len(answers)} answers, and the VQA rule needs at least {MIN_ANSWERS} to give "
-                    "full marks (VQA has ten a question). With a single true answer, pass references=[[answer] * 10, ...]"
+                    f"question {index} has {len(answers)} answers, and the VQA rule needs at least {MIN_ANSWERS} to"
+                    " give "
+                    "full marks (VQA has ten a question). With a single true answer, pass references=[[answer] * 10,"
+                    " ...]"
                 )
         accuracies = [_question_accuracy(prediction, answers) for prediction, answers in zip(predictions, references)]
         result = {"accuracy": sum(accuracies) / len(accuracies)}
