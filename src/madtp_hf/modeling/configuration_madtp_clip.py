@@ -12,23 +12,17 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
 
     Args:
         num_alignment_tokens (`int`, *optional*, defaults to 100): How many alignment tokens the towers share.
-        alignment_dim (`int`, *optional*): Their width; the text tower's if not given. Every layer of both towers has a
-        map to it.
-        alignment_loss_weight (`float`, *optional*, defaults to 0.1): The weight of the alignment loss beside the
-        contrastive one.
-        pruning_temperature (`float`, *optional*, defaults to 0.0): Of the threshold; 0 is off, larger prunes more; see
-        `model.set_pruning`.
+        alignment_dim (`int`, *optional*): Their width, to which every layer has a map; the text tower's if not given.
+        alignment_loss_weight (`float`, *optional*, defaults to 0.1): The weight of the alignment loss.
+        pruning_temperature (`float`, *optional*, defaults to 0.0): Of the threshold; 0 is off, larger prunes more.
+        pruning_threshold_factor (`float`, *optional*, defaults to 1.0): Of the threshold; less than 1 prunes less.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`): The towers that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: an image or a text keeps a number of tokens of its own; `"batch"`, for comparison: the
-            largest in the batch; `"frozen"`: what `calibrate(..., freeze=True)` has fixed, so that shapes don't depend
-            on the input.
-        pruning_schedule (`list[list[float]]`, *optional*): Pairs of a reduction and its temperature, as `calibrate`
-        measures them.
-        pruning_token_counts (`list`, *optional*): For `"frozen"`: `[temperature, vision, text]`, how many tokens each
-        layer leaves.
-        madtp_version (`str`, *optional*): Which version of this code a saved configuration is of; set to the present
-            one.
+            largest in the batch; `"frozen"`: what `calibrate(..., freeze=True)` has fixed.
+        pruning_schedule (`list[list[float]]`, *optional*): Reductions and what reaches them, as `calibrate` finds.
+        pruning_token_counts (`list`, *optional*): For `"frozen"`: how many tokens each layer leaves.
+        madtp_version (`str`, *optional*): Which version of this code a saved configuration is of.
 
     Raises:
         ValueError: where a value is not one of the above.

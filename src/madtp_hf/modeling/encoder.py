@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention import (
     FIRST_PROTECTED,
@@ -331,6 +332,16 @@ def real_tokens(branch: BranchOutput) -> torch.Tensor:
         return branch.mask
     shape = (branch.sequences.batch_size, branch.sequences.max_seqlen)
     return torch.ones(shape, dtype=torch.bool, device=branch.states.device)
+
+
+def as_model_output(branch: BranchOutput) -> BaseModelOutputWithPooling:
+    """What transformers' encoders return."""
+    return BaseModelOutputWithPooling(
+        last_hidden_state=branch.hidden_states,
+        pooler_output=branch.pooled,
+        hidden_states=branch.all_hidden_states,
+        attentions=branch.attentions,
+    )
 
 
 def run_layers(

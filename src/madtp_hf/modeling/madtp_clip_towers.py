@@ -16,8 +16,7 @@ from .sequences import Sequences, take_slots, unpad
 
 # A text's first token and its end always stay; the end, which sees all of it, reads it.
 TEXT_ROLES = TokenRoles(protects_last=True, is_causal=True)
-# transformers' configurations of before its 4.31 have this id instead of the end of text's, which then is a text's
-# highest.
+# Configurations of before transformers 4.31 have this id instead of the end of text's, then a text's highest.
 LEGACY_EOS_TOKEN_ID = 2
 
 
@@ -82,8 +81,7 @@ class MadtpClipTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def find_ends(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B, 1): where texts end, at their first `eos_token_id` or, by the legacy rule, at their highest
-        id.
+        """(B, L) -> (B, 1): where texts end: at the first `eos_token_id` or, by the legacy rule, the highest id.
 
         A text without its end is read at the first token, as transformers does.
         """

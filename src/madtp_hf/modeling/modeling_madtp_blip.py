@@ -104,15 +104,13 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The questions; padding on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images, one for each question; one image may be asked several questions, or one question of several
-                images.
+                The images, one for each question; or one image for several questions, or several for one.
             decoder_input_ids, decoder_attention_mask (`torch.LongTensor` of shape `(batch_size, answer_length)`,
                 *optional*): What the answer decoder reads; `labels` if not given.
             labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
                 The answers, the decoder's start token first; tokens at -100 count in no loss.
             shift_labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
-                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has
-                them.
+                Beside `labels`: targets that are aligned with the logits already.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
@@ -120,9 +118,8 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
             ValueError: for inputs of another shape, a question that is all padding or too long, or neither labels nor
             decoder inputs.
         """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # no argument by name: `Trainer` would wait for them in evaluation
+        # No argument by name: `Trainer` would wait for them in evaluation.
+        shift_labels = kwargs.pop("shift_labels", None)
         self._check_arguments(kwargs)
         if labels is None and decoder_input_ids is None:
             raise ValueError(
@@ -261,17 +258,14 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The captions; tokens at -100, as those of a prompt, count in no loss.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Beside `labels`: targets that are aligned with the logits already, as sequence-parallel training has
-                them.
+                Beside `labels`: targets that are aligned with the logits already.
             output_positions (`bool`, *optional*, defaults to `False`):
                 Whether to say where the image tokens that each layer leaves come from.
 
         Raises:
             ValueError: for inputs of another shape, a caption that is all padding or too long, or no input_ids.
         """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # no argument by name: `Trainer` would wait for them in evaluation
+        shift_labels = kwargs.pop("shift_labels", None)
         self._check_arguments(kwargs)
         if input_ids is None:
             if labels is None or (labels[:, 0] == -100).any():
@@ -397,8 +391,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
 
     @classmethod
     def _from_dense_weights(cls, state_dict):
-        """Both cross-attentions of a layer start as BLIP's one, as the original's fine-tuning does; its other heads
-        stay behind."""
+        """Both cross-attentions of a layer start as BLIP's one, as in the original; its other heads stay behind."""
         weights = {}
         for name, tensor in state_dict.items():
             if not name.startswith(("vision_model.", "text_encoder.")):
@@ -583,14 +576,11 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
                 Whether to let each text look at its image and say whether they match; else, the similarities of all
                 images and all texts.
             return_loss (`bool`, *optional*):
-                Whether to train: images and texts are taken as pairs, every other pair of the batch, on all processes,
-                as no match.
+                Whether to train: images and texts are taken as pairs, every other pair, on all processes, as no match.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Which image each is, so that other texts of the same image are no negatives; all different if not
-                given.
+                Which image each is, so that its other texts are no negatives; all different if not given.
             contrastive_keys (`ContrastiveKeys`, *optional*):
-                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum twin's
-                features.
+                What to contrast with instead of the batch, as `madtp_hf.RetrievalTrainer` gives it.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 1 where a text matches its image, 0 where it doesn't: the matching head's loss alone.
             output_positions (`bool`, *optional*, defaults to `False`):
@@ -600,9 +590,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch
             of one image alone.
         """
-        labels = kwargs.pop(
-            "labels", None
-        )  # no argument by name: `Trainer` would wait for them instead of for the loss
+        # No argument by name: `Trainer` would wait for them instead of for the loss.
+        labels = kwargs.pop("labels", None)
         self._check_arguments(kwargs)
         if labels is not None and (return_loss or not use_itm_head):
             raise ValueError(
@@ -665,8 +654,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         )
 
     def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """The contrastive and the matching loss, the latter with hard negatives, and their sum; itm_score (B, 2) of
-        the pairs."""
+        """The contrastive and the matching loss, with hard negatives, their sum, and itm_score (B, 2) of the pairs."""
         if image_ids is None:
             image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
         contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
@@ -678,16 +666,14 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
-        """Matching logits (B, 2) of texts (B, L) with images that were encoded before, their states (B, M, D) and mask
-        (B, M)."""
+        """Matching logits (B, 2) of texts (B, L) with encoded images, their states (B, M, D) and mask (B, M)."""
         text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
         return self.itm_head(text.class_states)
 
     def _score_hard_negatives(
         self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
     ) -> torch.Tensor:
-        """Matching logits (up to 2 * B, 2) of each text with a wrong image and of each image with a wrong text, of all
-        processes'."""
+        """Matching logits (up to 2 * B, 2) of each text with a wrong image, each image with a wrong text."""
         rank = process_rank()
         text_ids, text_mask = input_ids, None
         if attention_mask is not None:

@@ -1,7 +1,6 @@
 """CLIP with MADTP token pruning.
 
-Parameters' names are those of transformers' CLIP and so are, with pruning off, its outputs. The towers are in
-`madtp_clip_towers.py`.
+Parameters' names are those of transformers' CLIP and so are, with pruning off, its outputs.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers.utils import can_return_tuple
 from .attention import FIRST_PROTECTED
 from .configuration_madtp_clip import MadtpClipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
-from .encoder import BranchOutput, real_tokens
+from .encoder import as_model_output, real_tokens
 from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
 from .padding import check_same_number
 from .prepacked_linear import PrepackedLinear  # noqa: F401
@@ -103,11 +102,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
 
         Args:
             source (`CLIPModel` or `str`):
-                The CLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class
-                will do, too.
+                The CLIP model, whose weights are copied, or a path or Hub id to load it from; or one of this class.
             config_overrides:
-                Fields of [`MadtpClipConfig`] to set; with a path or Hub id also what `from_pretrained` takes, such as
-                `dtype`.
+                Fields of [`MadtpClipConfig`]; with a path or Hub id also what `from_pretrained` takes, such as `dtype`.
 
         Raises:
             TypeError: if the source is another model than CLIP, or an override is neither of these.
@@ -121,8 +118,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         self.text_model.embeddings.token_embedding = value
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """pixel_values (B, 3, H, W) -> `BranchOutput`, pooled the features (B, E); `outputs`: what `run_layers` is
-        asked for besides."""
+        """pixel_values (B, 3, H, W) -> `BranchOutput`, pooled the features (B, E); `outputs`: of `run_layers`."""
         reduction = self._reduction("vision", with_feature)
         images = self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
         return images._replace(pooled=self.visual_projection(images.pooled))
@@ -149,11 +145,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Features of texts (B, projection_dim), not normalised, as `pooler_output`; beside them the states of the
-        tokens that are left.
+        """Features of texts (B, projection_dim), not normalised, as `pooler_output`, and the states that are left.
 
-        input_ids, attention_mask, position_ids (B, L). Without pruning, what `CLIPModel.get_text_features` returns, 0
-        at padding.
+        input_ids, attention_mask, position_ids (B, L). Without pruning as `CLIPModel`'s, with 0 at padding.
         """
         self._check_arguments(kwargs)
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
@@ -168,10 +162,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Features of images (B, projection_dim), not normalised, as `pooler_output`; beside them the states of the
-        tokens that are left.
+        """Features of images (B, projection_dim), not normalised, as `pooler_output`, and the states that are left.
 
-        pixel_values (B, 3, H, W). Without pruning, what `CLIPModel.get_image_features` returns.
+        pixel_values (B, 3, H, W). Without pruning as `CLIPModel`'s.
         """
         self._check_arguments(kwargs)
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
@@ -204,13 +197,10 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             return_loss (`bool`, *optional*):
                 Whether to train: images and texts are taken as pairs, every other pair of the batch as no match.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Which image each is: texts of the same image are no negatives, and batches of all processes are
-                contrasted.
+                Which image each is: texts of one image are no negatives; batches of all processes are contrasted.
             contrastive_keys (`ContrastiveKeys`, *optional*):
-                What to contrast with instead of the batch: `madtp_hf.RetrievalTrainer` gives a momentum encoder's
-                features.
-            output_positions (`bool`, *optional*): Whether to say where the image tokens that each layer leaves come
-                from.
+                What to contrast with instead of the batch, as `madtp_hf.RetrievalTrainer` gives it.
+            output_positions (`bool`, *optional*): Whether to say where each layer's image tokens come from.
         """
         self._check_arguments(kwargs)
         with_feature = bool(return_loss)
@@ -247,15 +237,6 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             image_mask=real_tokens(images),
             vision_positions=images.positions,
         )
-
-
-def as_model_output(branch: BranchOutput) -> BaseModelOutputWithPooling:
-    return BaseModelOutputWithPooling(
-        last_hidden_state=branch.hidden_states,
-        pooler_output=branch.pooled,
-        hidden_states=branch.all_hidden_states,
-        attentions=branch.attentions,
-    )
 
 
 __all__ = ["MadtpClipModel", "MadtpClipOutput"]
