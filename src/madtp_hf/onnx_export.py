@@ -19,7 +19,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from . import onnx_runner
-from .modeling.madtp_blip_base import real_tokens
+from .modeling.encoder import real_tokens
 from .modeling.madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache
 from .modeling.sequences import Sequences
 from .version import __version__

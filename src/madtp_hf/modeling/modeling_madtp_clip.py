@@ -104,7 +104,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             source (`CLIPModel` or `str`):
                 The CLIP model, whose weights are copied, or a path or Hub id to load it from; or one of this class.
             config_overrides:
-                Fields of [`MadtpClipConfig`]; with a path or Hub id also what `from_pretrained` takes, such as `dtype`.
+                Fields of [`MadtpClipConfig`]; with a path or Hub id also arguments of `from_pretrained`.
 
         Raises:
             TypeError: if the source is another model than CLIP, or an override is neither of these.
