@@ -31,6 +31,7 @@ if not transformers_tests.is_fetched():
 common, configuration = transformers_tests.load()
 pytest_plugins = ["tests.helpers.transformers_summary"]
 
+pytestmark = pytest.mark.slow  # `make test-mixins` runs it, and `make test-all`
 MODES = ("dense", "pruned") + (("stock",) if os.environ.get("MADTP_HF_STOCK") == "1" else ())
 TEMPERATURE = 1.0  # both branches of these models drop tokens
 LENGTHS = (9, 5, 7, 9, 6, 8, 4)

@@ -10,7 +10,7 @@ import transformers
 from transformers.utils import logging
 
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 # The oldest and the newest that `make test-matrix` has passed with.
 TESTED_TRANSFORMERS = ("5.0.0", "5.24.0")
 
