@@ -81,7 +81,8 @@ def main():
     # Blocks arrive in any order: a part is written as soon as all its rows are there.
     waiting: dict[int, list] = {}
     for row in captions.iter_rows():
-        row = {name: value for name, value in row.items() if value is not None}
+        # In the command's order of columns, which Ray does not keep.
+        row = {name: row[name] for name in ("row", "key", "caption", "error") if row[name] is not None}
         part = row["row"] // output.rows_per_part
         waiting.setdefault(part, []).append(row)
         first, stop = output.part_rows(part)
