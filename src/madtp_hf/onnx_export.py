@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
 # All different, and none 1, so that no two dimensions are taken for one.
 TRACED = Sizes(3, 7, 2, 5)
 # What graphs are compared with the model on: the first step and a later one, short texts and the longest.
-COMPARED = (Sizes(1, 3, 3, 0), Sizes(2, 10**6, 1, 4))
+COMPARED = (Sizes(1, 3, 1, 0), Sizes(2, 10**6, 2, 0), Sizes(2, 6, 1, 4))
 
 
 @dataclass
@@ -202,7 +202,8 @@ def _states(model, sizes: Sizes, *names: str) -> dict:
     """Image states, as the vision encoder gives them: their number of tokens is fixed."""
     with torch.no_grad():
         states = _encode_images(model, _images(model, sizes)["pixel_values"][0])
-    return {name: (states, {0: BATCH}) for name in names}
+    # Tensors of their own, and not alike: the exporter takes inputs that are one tensor for one input.
+    return {name: (states.roll(index, dims=1), {0: BATCH}) for index, name in enumerate(names)}
 
 
 def _cache_names(model, kind: str, what: str) -> list[str]:
@@ -214,7 +215,6 @@ def _decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
     """varies: whether the number of the encoder's states does."""
     config = model.config.text_config
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    past, cross = (torch.randn(sizes.batch, heads, number, width) for number in (sizes.past, num_states))
     ids = torch.randint(4, config.vocab_size - 2, (sizes.batch, sizes.step))
     mask = torch.ones(sizes.batch, sizes.past + sizes.step, dtype=torch.long)
     mask[-1, 0] = 0  # padding in front
@@ -225,8 +225,10 @@ def _decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
         "encoder_attention_mask": (states_mask, {0: BATCH, 1: KEPT} if varies else {0: BATCH}),
     }
     cross_dims = {0: BATCH, 2: KEPT} if varies else {0: BATCH}
-    inputs |= dict.fromkeys(_cache_names(model, "decoder", "past_key_values"), (past, {0: BATCH, 2: PAST}))
-    inputs |= dict.fromkeys(_cache_names(model, "encoder", "past_key_values"), (cross, cross_dims))
+    for kind, number, dims in (("decoder", sizes.past, {0: BATCH, 2: PAST}), ("encoder", num_states, cross_dims)):
+        # Tensors of their own: the exporter takes inputs that are one tensor for one input.
+        for name in _cache_names(model, kind, "past_key_values"):
+            inputs[name] = (torch.randn(sizes.batch, heads, number, width), dims)
     outputs = ["logits", *_cache_names(model, "decoder", "present")]
     what = "One step of the decoder: scores of the next token, behind those whose keys and values are given."
     return Graph(what, _decode, inputs, outputs)
@@ -248,7 +250,7 @@ def _question_answering(model, sizes: Sizes) -> dict[str, Graph]:
             {**_texts(model, sizes), **_states(model, sizes, "image_states")},
             ["encoder_attention_mask", *_cache_names(model, "encoder", "present")],
         ),
-        "decoder": _decoder(model, sizes, 9, varies=True),
+        "decoder": _decoder(model, sizes, 4 + 5 * sizes.batch, varies=True),
     }
 
 
