@@ -78,7 +78,7 @@ def test_what_cannot_be_read_is_a_short_value_error(tmp_path):
         (encoded(noise)[:2000], "."),
         (encoded(noise, "JPEG")[:1000], "truncated"),
         (tmp_path / "missing.png", "no such file"),
-        (tmp_path, "directory"),
+        (tmp_path, "a folder"),
     ):
         with pytest.raises(ValueError, match=reason) as caught:
             open_image(source)

@@ -1,13 +1,21 @@
 """Decode an image as people have it, whatever its format, to 8-bit RGB, upright."""
 
 import os
+import warnings
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-def open_image(source) -> Image.Image:
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+
+
+class UnreadableImage(ValueError):
+    """An image that can't be read; its message is the reason alone, short, without the path."""
+
+
+def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file and return it as 8-bit RGB, turned upright by its EXIF orientation.
 
     Of an animation it is the first frame. 16-bit images are scaled to 8 bits, transparent pixels are shown on white.
@@ -15,52 +23,72 @@ def open_image(source) -> Image.Image:
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
             A path, the content of an image file, or an image that is open already.
+        max_pixels (`int`, *optional*): The largest image to decode; larger ones may be decompression bombs.
 
     Returns:
         `PIL.Image.Image` in mode `"RGB"`, which holds no file open.
 
     Raises:
-        ValueError: if there is no readable image. The message is the reason alone, short, without the path.
+        UnreadableImage: a `ValueError`, if there is no readable image, whatever the reason.
         TypeError: for a source of another type.
     """
     if isinstance(source, Image.Image):
-        return _decode(source)
+        return _decode(source, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
-            raise ValueError("the file is empty")
-        return _open(BytesIO(source))
+            raise UnreadableImage("an empty file")
+        return _open(BytesIO(source), max_pixels)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"The image is a {type(source).__name__}: expected a path, bytes or a PIL image.")
+    _check_file(source)
     try:
-        if not os.stat(source).st_size:
-            raise ValueError("the file is empty")
         with open(source, "rb") as file:
-            return _open(file)
+            return _open(file, max_pixels)
     except OSError as error:
-        raise ValueError((error.strerror or str(error)).lower()) from error
+        raise UnreadableImage((error.strerror or str(error)).lower()) from error
 
 
-def _open(file) -> Image.Image:
+def _check_file(path) -> None:
+    """What the operating system says less clearly."""
+    if not os.path.exists(path):
+        raise UnreadableImage("a link to nowhere" if os.path.islink(path) else "no such file or directory")
+    if os.path.isdir(path):
+        raise UnreadableImage("a folder")
+    if not os.path.isfile(path):
+        raise UnreadableImage("not a regular file")
+    if os.path.getsize(path) == 0:
+        raise UnreadableImage("an empty file")
+
+
+def _open(file, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked below
+            with Image.open(file) as image:
+                return _decode(image, max_pixels)
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError as error:
-        raise ValueError("not an image, or of an unknown format") from error
+        raise UnreadableImage("not an image, or of an unknown format") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"more pixels than --max_pixels {max_pixels}") from error
     except Exception as error:  # broken files make Pillow's plugins raise nearly anything
-        raise ValueError(_reason(error)) from error
-    with image:
-        return _decode(image)
+        raise UnreadableImage(_reason(error)) from error
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise UnreadableImage(f"{width} x {height} pixels, more than --max_pixels {max_pixels}")
     try:
         image.load()  # of an animation, the frame that it stands at: the first
         return _to_rgb(_upright(image))
     except Exception as error:
-        raise ValueError(_reason(error)) from error
+        raise UnreadableImage(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -72,13 +100,14 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """As RGB; Pillow's own conversion cuts 16-bit levels off at 255 and shows what transparency hides."""
     if image.mode.startswith(("I", "F")):
-        # Pillow would cut off what is above 255.
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-        if image.mode == "F" and values.max() <= 1:
+        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # Of 16 bits, or of 8 bits in a wider mode, or floats from 0 to 1.
+        top = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
+        if image.mode == "F" and levels.max() <= 1:
             top = 1
-        return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((levels / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,7 +1,7 @@
 """Captions and answers in bulk: what `madtp-hf caption` and `madtp-hf ask` are made of."""
 
+from ..images import UnreadableImage, open_image
 from .image_to_text import Generation, ImageToText, parse_memory, prepare
-from .images import UnreadableImage, read_rgb
 from .output import Counts, Output
 from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
 from .sources import Columns, Row, open_source
@@ -19,10 +19,10 @@ __all__ = [
     "Summary",
     "UnreadableImage",
     "finish_batch",
+    "open_image",
     "open_source",
     "parse_memory",
     "places",
     "prepare",
-    "read_rgb",
     "run_job",
 ]

@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..images import MAX_PIXELS, UnreadableImage, open_image
 from .image_to_text import prepare
-from .images import MAX_PIXELS, UnreadableImage, read_rgb
 from .output import Output
 from .sources import Row
 
@@ -86,7 +86,9 @@ class PreparedBatches(Dataset):
             raise UnreadableImage(self.refused[row.index])
         if self.asks and not (isinstance(question, str) and question.strip()):
             raise UnreadableImage("there is no question in this row")
-        image = read_rgb(row.image, self.max_pixels)
+        if row.image is None:
+            raise UnreadableImage("there is no image in this row")
+        image = open_image(row.image, self.max_pixels)
         try:
             return prepare(image, self.image_processor)
         except (ValueError, MemoryError) as error:
