@@ -5,8 +5,8 @@ Writes the accuracy of both at the trained reduction and with pruning off, the s
 the size of what is saved.
 
     python benchmarks/lora.py                                              # as in benchmarks/results/lora_digits.json
-    python benchmarks/lora.py --split validation --train_questions 3200 --methods lora --rank 8 --output
-    outputs/lora.json   # to choose settings
+    python benchmarks/lora.py --split validation --train_questions 3200 --methods lora --rank 8 \\
+        --output outputs/lora.json   # to choose settings
 """
 
 import argparse

@@ -6,11 +6,12 @@ all of them, and transformers' time in a round is compared with the run's in the
 BLIP-base's size; images are crops of real photographs.
 
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
-    python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 --output
-    benchmarks/results/speed_cuda.json python benchmarks/speed.py --tasks --training_step --output
-    benchmarks/results/speed_cpu.json python benchmarks/speed.py --tasks clip clip-large --baselines tome --output
-    benchmarks/results/speed_clip_cpu.json python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes
-    4   # does it run?
+    python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 \\
+        --output benchmarks/results/speed_cuda.json
+    python benchmarks/speed.py --tasks --training_step --output benchmarks/results/speed_cpu.json
+    python benchmarks/speed.py --tasks clip clip-large --baselines tome \\
+        --output benchmarks/results/speed_clip_cpu.json
+    python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # does it run?
 
 Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning;
 `instance` and `batch`, pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is timed

@@ -1,8 +1,9 @@
 """Prune BLIP for image captioning: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
 
     python examples/run_captioning.py                                          # on the digit scenes
-    python examples/run_captioning.py --dataset coco/ --model Salesforce/blip-image-captioning-base --output_dir
-    outputs/captioning accelerate launch --num_processes 2 examples/run_captioning.py --per_device_train_batch_size 32
+    python examples/run_captioning.py --dataset coco/ --model Salesforce/blip-image-captioning-base \\
+        --output_dir outputs/captioning
+    accelerate launch --num_processes 2 examples/run_captioning.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """

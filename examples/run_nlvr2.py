@@ -2,8 +2,9 @@
 several budgets, save it.
 
     python examples/run_nlvr2.py                                               # on the digit scenes
-    python examples/run_nlvr2.py --dataset nlvr2/ --image_dir nlvr2/images --model blip-nlvr2 --output_dir
-    outputs/nlvr2 accelerate launch --num_processes 2 examples/run_nlvr2.py --per_device_train_batch_size 32
+    python examples/run_nlvr2.py --dataset nlvr2/ --image_dir nlvr2/images --model blip-nlvr2 \\
+        --output_dir outputs/nlvr2
+    accelerate launch --num_processes 2 examples/run_nlvr2.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """

@@ -1,9 +1,9 @@
 """Prune BLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
 
     python examples/run_retrieval.py                                           # on the digit scenes
-    python examples/run_retrieval.py --dataset flickr30k/ --model Salesforce/blip-itm-base-flickr --queue_size 57600
-    --output_dir outputs/retrieval accelerate launch --num_processes 2 examples/run_retrieval.py
-    --per_device_train_batch_size 32
+    python examples/run_retrieval.py --dataset flickr30k/ --model Salesforce/blip-itm-base-flickr \\
+        --queue_size 57600 --output_dir outputs/retrieval
+    accelerate launch --num_processes 2 examples/run_retrieval.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """

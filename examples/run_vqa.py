@@ -2,9 +2,9 @@
 it.
 
     python examples/run_vqa.py                                                 # on the digit scenes
-    python examples/run_vqa.py --dataset vqav2/ --image_dir coco/ --model Salesforce/blip-vqa-base --test_split
-    validation --output_dir outputs/vqa accelerate launch --num_processes 2 examples/run_vqa.py
-    --per_device_train_batch_size 32
+    python examples/run_vqa.py --dataset vqav2/ --image_dir coco/ --model Salesforce/blip-vqa-base \\
+        --test_split validation --output_dir outputs/vqa
+    accelerate launch --num_processes 2 examples/run_vqa.py --per_device_train_batch_size 32
 
 All of `TrainingArguments` are options as well.
 """
