@@ -57,11 +57,11 @@ SEEDS = {
     "smaller_image": 1,
     "random": 5,
     "madtp": 5,
-    "class_attention": 3,
+    "class_attention": 5,
     "without_self": 3,
     "without_class": 3,
     "without_alignment": 3,
-    "madtp_data": 3,
+    "madtp_data": 5,
 }
 INIT_SAMPLES = 640  # training texts that alignment tokens are made of
 
