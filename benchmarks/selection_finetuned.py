@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from methods import FIXED, VARIANTS, make_method
-from selection import calibrate_all, fixed_methods, fixed_points, init_from_training_texts
+from selection import calibrate_all, fixed_methods, fixed_points, init_from_training_data
 from selection_tasks import (
     BATCH_SIZE,
     LOADERS,
@@ -115,7 +115,7 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
     if method.startswith("dense"):
         return []
     if TASKS[task].text_encoder is not None:
-        init_from_training_texts(model, task, collator, seed)
+        init_from_training_data(model, task, collator, seed)
     if method in VARIANTS:
         model.set_reduction_method(make_method(method))
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS

@@ -41,7 +41,8 @@ def draw_panel(axes, task: str, model: str, rows: list[dict]) -> None:
         label = LABELS[method]
         axes.plot(reached, means, color=color, marker=marker, linestyle=line, markersize=4, linewidth=1.2, label=label)
         low, high = ([mean + sign * by for mean, by in zip(means, spread)] for sign in (-1, 1))
-        axes.fill_between(reached, low, high, color=color, alpha=0.18, linewidth=0)
+        if line != ":":  # bands of MADTP's variants would hide the rest
+            axes.fill_between(reached, low, high, color=color, alpha=0.18, linewidth=0)
     for method, line in (("dense", ":"), ("dense_finetuned", "--")):
         if method in summaries:
             level = 100 * summaries[method][0.0]["mean"]
