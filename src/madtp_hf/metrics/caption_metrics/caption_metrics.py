@@ -45,8 +45,8 @@ Examples:
     >>> from madtp_hf.metrics import load_metric
     >>> metric = load_metric("caption_metrics")
     >>> captions = ["two dogs on a beach", "a red bus"]
-    >>> result = metric.compute(predictions=captions, references=[[caption] for caption in captions], metrics=("bleu",
-    "rouge"))
+    >>> references = [[caption] for caption in captions]
+    >>> result = metric.compute(predictions=captions, references=references, metrics=("bleu", "rouge"))
     >>> round(result["bleu_1"], 6), round(result["rouge_l"], 6)
     (1.0, 1.0)
 """
