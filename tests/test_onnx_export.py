@@ -107,6 +107,7 @@ def test_captions_are_written_as_by_the_model(exported, batch_size):
     assert graphs(IMAGES[0], max_new_tokens=8) == generate(model, processor, IMAGES[:1], [""], max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_sentences_are_judged_as_by_the_model(exported):
     model, processor, graphs = exported("nlvr2")
     pairs = [IMAGES[:2], IMAGES[2:4], IMAGES[4:6]]
@@ -117,6 +118,7 @@ def test_sentences_are_judged_as_by_the_model(exported):
     assert graphs(pairs[0], TEXTS[1]).tolist() == pytest.approx(expected[:1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_images_and_texts_are_matched_as_by_the_model(exported):
     model, processor, graphs = exported("retrieval")
     expected = model.as_pipeline(processor)(image=IMAGES[:3], text=TEXTS)

@@ -55,8 +55,16 @@ def _load(folder: Path, tasks):
     import json
 
     from transformers import BlipProcessor, CLIPProcessor
+    from transformers.utils import logging
 
     named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     task = next(task for task in tasks.values() if task.model_class.__name__ == named)
     processor_class = CLIPProcessor if task.family == "CLIP" else BlipProcessor
-    return task.model_class.from_pretrained(folder).float().eval(), processor_class.from_pretrained(folder)
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = task.model_class.from_pretrained(folder).float().eval()
+    finally:
+        if shows:
+            logging.enable_progress_bar()
+    return model, processor_class.from_pretrained(folder)
