@@ -262,9 +262,9 @@ def test_without_trust_remote_code_the_loader_refuses(checkpoint, tmp_path):
     message = run(
         """
 messages = []
-for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained,
-    AutoModelForVisualQuestionAnswering.from_pretrained): try:
-        load(folder, trust_remote_code=False)
+for loader in (AutoConfig, AutoModel, AutoModelForVisualQuestionAnswering):
+    try:
+        loader.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         messages.append(str(error))
 try:
