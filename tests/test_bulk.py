@@ -379,6 +379,7 @@ COMMAND = ("-m", "madtp_hf_cli", "caption")
 OPTIONS = ("--reduction", 0.5, "--max_new_tokens", 6)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_with_other_processes_too(models, many, tmp_path):
     """Killed by one process after its first part, gone on with by two, each with parts of its own."""
     images, whole = many

@@ -15,6 +15,9 @@ sys.modules.update(dict.fromkeys(["datasets", "evaluate", "rich", "typer", "pyte
 """
 
 
+pytestmark = pytest.mark.slow  # a benchmark, whole
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The printed report and the JSON file of a run."""

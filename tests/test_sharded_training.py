@@ -7,6 +7,9 @@ from .helpers import sharded_training as sharded
 from .test_distributed import close, torchrun
 
 
+pytestmark = pytest.mark.slow  # distributed training without shards is in test_distributed.py
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")

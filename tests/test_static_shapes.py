@@ -142,6 +142,7 @@ def test_onnx_runtime_gives_what_torch_gives(tmp_path):
     torch.testing.assert_close(outputs[expected.logits.shape], expected.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compilation_stops_when_token_counts_go_on_changing():
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -202,7 +203,10 @@ def test_training_with_the_callback_asks_for_what_is_not_frozen():
         ReductionCallback(0.5).on_train_begin(None, None, None, model=frozen("vqa"))
 
 
-@pytest.mark.parametrize("name", TASKS)
+# What is exported to answer is tested for every task in test_onnx_export.py.
+@pytest.mark.parametrize(
+    "name", [name if name == "captioning" else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
+)
 def test_onnx_takes_other_batches_and_lengths(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")
