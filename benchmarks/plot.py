@@ -29,6 +29,10 @@ TASKS = {
     "captioning": "captioning, reading",
     "captioning-generate": "captioning, writing",
     "retrieval": "retrieval",
+    "clip": "CLIP ViT-B/16",
+    "clip-text": "CLIP ViT-B/16, texts alone",
+    "clip-large": "CLIP ViT-L/14",
+    "clip-large-text": "CLIP ViT-L/14, texts alone",
     "vqa-training": "question answering, a training step",
 }
 
