@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import BlipProcessor, TrainingArguments, set_seed
 
 from madtp_hf import (
     MadtpBlipForImageTextRetrieval,
@@ -26,7 +26,7 @@ from madtp_hf.data import RetrievalCollator
 from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.model_card import write_model_card
 from madtp_hf.retrieval import CaptionedImages, retrieval_rows, score_images_and_texts
-from madtp_hf.training.arguments import PruningArguments, RetrievalArguments
+from madtp_hf.training.arguments import PruningArguments, RetrievalArguments, ScriptParser
 
 
 @dataclass
@@ -41,8 +41,9 @@ class Arguments(RetrievalArguments):
 
 
 def main():
-    parser = HfArgumentParser((Arguments, PruningArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
+    parser = ScriptParser(
+        (Arguments, PruningArguments, TrainingArguments),
+        description=__doc__,
         output_dir="outputs/retrieval",
         do_train=True,
         per_device_train_batch_size=64,
@@ -134,6 +135,7 @@ def main():
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
+        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
 
 from madtp_hf import (
     MadtpBlipForQuestionAnswering,
@@ -26,7 +26,7 @@ from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, load_
 from madtp_hf.evaluation import evaluate_budgets, report
 from madtp_hf.metrics import load_metric
 from madtp_hf.model_card import public_name, write_model_card
-from madtp_hf.training.arguments import PruningArguments
+from madtp_hf.training.arguments import PruningArguments, ScriptParser
 
 
 @dataclass
@@ -70,8 +70,9 @@ def load_data(args, part):
 
 
 def main():
-    parser = HfArgumentParser((Arguments, PruningArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
+    parser = ScriptParser(
+        (Arguments, PruningArguments, TrainingArguments),
+        description=__doc__,
         output_dir="outputs/vqa",
         do_train=True,
         per_device_train_batch_size=64,
@@ -177,6 +178,7 @@ def main():
         model.save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)
         write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
+        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

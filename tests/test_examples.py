@@ -3,6 +3,7 @@ random weights."""
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,12 @@ def test_a_script_runs_from_start_to_end(task, tmp_path, capsys):
     rows = check_output(output)
     assert any(name.endswith("%") for name in rows[0])
     assert "reduction asked" in capsys.readouterr().out
+
+
+def test_help_shows_a_scripts_own_options_and_help_all_the_trainers():
+    shown = {}
+    for option in ("--help", "--help-all"):
+        command = [sys.executable, str(EXAMPLES / "run_nlvr2.py"), option]
+        shown[option] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--target_reduction" in shown["--help"] and "--weight_decay" not in shown["--help"]
+    assert "--weight_decay" in shown["--help-all"] and len(shown["--help"].splitlines()) < 80

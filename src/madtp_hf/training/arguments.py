@@ -1,13 +1,57 @@
 """What the example scripts are told about pruning, and what follows from it."""
 
+import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from transformers import PreTrainedConfig
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from ..data import load_coco_captions, load_digit_captions, load_flickr30k
 from ..model_card import public_name
 from .reduction_callback import ReductionCallback
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_all_help()
+        parser.exit()
+
+
+class ScriptParser(HfArgumentParser):
+    """`HfArgumentParser` whose `--help` shows a script's own options; `--help-all` shows all of them.
+
+    dataclass_types: as of `HfArgumentParser`; defaults (`dict`): of any option, in place of the classes' own.
+    """
+
+    def __init__(self, dataclass_types, description: str, **defaults):
+        super().__init__(
+            dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        own = [cls for cls in dataclass_types if not issubclass(cls, TrainingArguments)]
+        self._own = {"help", "help_all", "output_dir", *(name.name for cls in own for name in fields(cls))}
+        self.add_argument(
+            "--help-all",
+            action=_HelpAll,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="show the options of `TrainingArguments` as well",
+        )
+        self.set_defaults(**defaults)
+
+    def print_all_help(self) -> None:
+        """Print the help of all options."""
+        print(super().format_help())
+
+    def format_help(self) -> str:
+        hidden = [action for action in self._actions if action.dest not in self._own]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts):
+                action.help = text
 
 
 @dataclass
