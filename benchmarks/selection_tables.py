@@ -1,8 +1,8 @@
 """Tables and pictures of what selection.py and selection_finetuned.py have measured.
 
-    python benchmarks/selection.py --table          # docs/accuracy.md's tables, in Markdown
-    python benchmarks/selection.py --table docs     # writes them into docs/accuracy.md, and draws the pictures
-    python benchmarks/selection.py --table readme   # the short one
+python benchmarks/selection.py --table          # docs/accuracy.md's tables, in Markdown
+python benchmarks/selection.py --table docs     # writes them into docs/accuracy.md, and draws the pictures
+python benchmarks/selection.py --table readme   # the short one
 """
 
 import json
