@@ -221,6 +221,80 @@ def _eval_results(results: dict, task: Task) -> list[EvalResult]:
     ]
 
 
+def _loading(config, task, model_class: str, name: str) -> dict:
+    """How a checkpoint is loaded."""
+    is_ours = model_class.startswith("Madtp")
+    with_code = is_ours and bool(getattr(config, "auto_map", None))
+    on_hub = with_code and name.count("/") == 1 and not name.startswith(".")
+    pin = ', revision="..."' if on_hub else ""
+    # Weights stored in half precision would load so, and images come in full precision.
+    half = ', dtype="float32"' if str(getattr(config, "dtype", None)) in ("float16", "torch.float16") else ""
+    if with_code:
+        loader = task.auto_class
+        imports = f"from transformers import {', '.join(sorted([loader, 'AutoProcessor']))}"
+    elif is_ours:
+        loader, imports = model_class, f"from transformers import AutoProcessor\n\nfrom madtp_hf import {model_class}"
+    else:
+        loader, imports = model_class, f"from transformers import AutoProcessor, {model_class}"
+    return {
+        "with_code": with_code,
+        "on_hub": on_hub,
+        "half": bool(half),
+        "loader": loader,
+        "imports": imports,
+        "options": f"{pin}, trust_remote_code=True{half}" if with_code else half,
+        # Its tokenizer asks for the configuration, which is code: without, the loader stops and asks a person.
+        "processor_options": f"{pin}, trust_remote_code=True" if with_code else "",
+    }
+
+
+def _pruning(config) -> dict:
+    """What a checkpoint's budgets are, and at which of them it loads."""
+    schedule = getattr(config, "pruning_schedule", None) or []
+    temperature = getattr(config, "pruning_temperature", 0.0)
+    factor = getattr(config, "pruning_threshold_factor", 1.0)
+    if schedule:
+        budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
+    else:
+        original = getattr(config, "original_temperature", None)
+        budget = "temperature=1.0" if original is None else f"temperature={original:g}"
+    reached = [
+        reduction
+        for reduction, of_schedule, *others in schedule
+        if math.isclose(of_schedule, temperature) and math.isclose(others[0] if others else 1.0, factor)
+    ]
+    if not temperature:
+        as_loaded = "pruning is off"
+    elif reached:
+        as_loaded = f"it prunes at reduction {reached[0]:g}"
+    else:
+        as_loaded = f"it prunes at temperature {temperature:g}" + (f" and factor {factor:g}" if factor != 1 else "")
+    return {
+        "budget": budget,
+        "reductions": ", ".join(f"{reduction:g}" for reduction, *_ in schedule),
+        "several": len(schedule) > 1,
+        "frozen": getattr(config, "pruning_granularity", None) == "frozen",
+        "as_loaded": as_loaded,
+    }
+
+
+def _measured(results: dict, task) -> dict:
+    """What was measured, on what and with what settings."""
+    dataset, settings = _dataset(results), results.get("settings") or {}
+    where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
+    where += f", {dataset['split']} split" if dataset.get("split") else ""
+    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {_value(v)} |" for k, v in settings.items())]
+    return {
+        "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
+        "table": _table(results["results"]) if results else None,
+        "measured": where + (f": {results['title']}." if results.get("title") else "."),
+        "metric": _bare(_main_metric(results)) if results else None,
+        "remarks": _remarks(results, task) if results else [],
+        "settings": "\n".join(rows) if settings else None,
+        "versions": ", ".join(f"{package} {version}" for package, version in (results.get("versions") or {}).items()),
+    }
+
+
 def create_model_card(
     config, name, *, metrics=None, base_model=None, license=None, datasets=None, notes=None, plot=None
 ) -> ModelCard:
@@ -258,49 +332,12 @@ def create_model_card(
     """
     task, model_class = task_of(config)
     results = _read_metrics(metrics)
-    is_ours = model_class.startswith("Madtp")
-    with_code = is_ours and bool(getattr(config, "auto_map", None))
+    loading = _loading(config, task, model_class, name)
     dense = (
-        not with_code
+        not loading["with_code"]
         and not getattr(config, "pruning_schedule", None)
         and not getattr(config, "pruning_temperature", 0)
     )
-    on_hub = with_code and name.count("/") == 1 and not name.startswith(".")
-    pin = ', revision="..."' if on_hub else ""
-    # Weights stored in half precision would load so, and images come in full precision.
-    half = ', dtype="float32"' if str(getattr(config, "dtype", None)) in ("float16", "torch.float16") else ""
-    if with_code:
-        loader = task.auto_class
-        imports = f"from transformers import {', '.join(sorted([loader, 'AutoProcessor']))}"
-    elif is_ours:
-        loader, imports = model_class, f"from transformers import AutoProcessor\n\nfrom madtp_hf import {model_class}"
-    else:
-        loader, imports = model_class, f"from transformers import AutoProcessor, {model_class}"
-
-    schedule = getattr(config, "pruning_schedule", None) or []
-    temperature = getattr(config, "pruning_temperature", 0.0)
-    factor = getattr(config, "pruning_threshold_factor", 1.0)
-    if schedule:
-        budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
-    else:
-        original = getattr(config, "original_temperature", None)
-        budget = "temperature=1.0" if original is None else f"temperature={original:g}"
-    reached = [
-        reduction
-        for reduction, of_schedule, *others in schedule
-        if math.isclose(of_schedule, temperature) and math.isclose(others[0] if others else 1.0, factor)
-    ]
-    if not temperature:
-        as_loaded = "pruning is off"
-    else:
-        as_loaded = (
-            f"it prunes at reduction {reached[0]:g}"
-            if reached
-            else f"it prunes at temperature {temperature:g}" + (f" and factor {factor:g}" if factor != 1 else "")
-        )
-
-    settings = results.get("settings") or {}
-    dataset = _dataset(results)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
@@ -311,50 +348,27 @@ def create_model_card(
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=_eval_results(results, task) if results else None,
     )
-    text = json.dumps(dataset.get("example") or task.text)
-    where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
-    where += f", {dataset['split']} split" if dataset.get("split") else ""
+    text = json.dumps(_dataset(results).get("example") or task.text)
     return ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
         title=name.rpartition("/")[2],
         what=task.what,
         dense=dense,
-        with_code=with_code,
-        pipeline=task.pipeline if with_code else None,
+        pipeline=task.pipeline if loading["with_code"] else None,
         pipeline_call=(task.pipeline_call or "").format(text=text),
-        on_hub=on_hub,
         quoted_name=json.dumps(name),
         usage=task.usage.format(text=text),
-        loader=loader,
-        imports=imports,
-        options=f"{pin}, trust_remote_code=True{half}" if with_code else half,
-        # Its tokenizer asks for the configuration, which is code: without, the loader stops and asks a person.
-        processor_options=f"{pin}, trust_remote_code=True" if with_code else "",
         family=task.family,
         pruned_class=task.model_class.__name__,
         image_size=config.vision_config.image_size,
         made_from=public_name(base_model) if base_model else None,
         notes=notes.strip() if notes else None,
-        half=bool(half),
-        has_flops=bool(results) and "GFLOPs" in _columns(results["results"]),
-        budget=budget,
-        reductions=", ".join(f"{reduction:g}" for reduction, *_ in schedule),
-        several=len(schedule) > 1,
-        frozen=getattr(config, "pruning_granularity", None) == "frozen",
-        as_loaded=as_loaded,
-        table=_table(results["results"]) if results else None,
-        measured=where + (f": {results['title']}." if results.get("title") else "."),
-        metric=_bare(_main_metric(results)) if results else None,
         plot=plot,
-        remarks=_remarks(results, task) if results else [],
-        settings="\n".join(
-            ["| setting | value |", "|---|---|", *(f"| {k} | {_value(v)} |" for k, v in settings.items())]
-        )
-        if settings
-        else None,
-        versions=", ".join(f"{package} {version}" for package, version in (results.get("versions") or {}).items()),
         license=license,
+        **loading,
+        **_pruning(config),
+        **_measured(results, task),
     )
 
 
