@@ -174,6 +174,11 @@ def test_what_is_no_image_is_named_and_no_path_is_read(given, tmp_path, monkeypa
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_a_handler_loads_a_folder_and_nothing_from_the_hub():
+    with pytest.raises(FileNotFoundError, match=r"org/name/config.json: expected the folder of a checkpoint"):
+        endpoint_handler.EndpointHandler("org/name")
+
+
 def test_bad_requests_are_named(checkpoints):
     handler = endpoint_handler.EndpointHandler(str(checkpoints / "vqa"))
     asked = with_images(ASKED["vqa"], as_base64)

@@ -76,14 +76,17 @@ class EndpointHandler:
 
     Args:
         path (`str`):
-            The checkpoint's folder.
+            The checkpoint's folder, in which this file lies. A name on the Hub is refused, whose code could be any by then.
     """
 
     def __init__(self, path: str = ""):
-        config = json.loads(Path(path or ".", "config.json").read_text(encoding="utf-8"))
+        folder = Path(path or ".").resolve()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"There is no {folder / 'config.json'}: expected the folder of a checkpoint.")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.task = next(iter(config.get("custom_pipelines") or {}), ZERO_SHOT)
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.pipeline = pipeline(self.task, model=str(path or "."), trust_remote_code=True, device=device)
+        self.pipeline = pipeline(self.task, model=str(folder), trust_remote_code=True, device=device)
         self.lock = threading.Lock()  # a model prunes as it was told last
 
     def __call__(self, data: dict) -> list:
