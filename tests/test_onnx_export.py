@@ -240,11 +240,10 @@ def digits(tmp_path_factory):
     """The shipped model of a task, frozen at 0.5 and exported: `digits(task)` -> model, processor, runner."""
 
     def export(task: str):
-        folder, load = (
-            EXAMPLES / f"blip-{task}-digits",
-            {"vqa": load_digit_questions, "captioning": load_digit_captions},
-        )
-        model, processor = TASKS[task].model_class.from_blip(str(folder)).float().eval(), AutoProcessor.from_pretrained(folder)
+        folder = EXAMPLES / f"blip-{task}-digits"
+        load = {"vqa": load_digit_questions, "captioning": load_digit_captions}
+        model = TASKS[task].model_class.from_blip(str(folder)).float().eval()
+        processor = AutoProcessor.from_pretrained(folder)
         collator = TASKS[task].collator(processor, model.config.text_config.bos_token_id)
         calibrate(model, DataLoader(load[task]("validation", 64, 1), 16, collate_fn=collator), [0.5], freeze=True)
         model.set_pruning(reduction=0.5)

@@ -76,7 +76,8 @@ class EndpointHandler:
 
     Args:
         path (`str`):
-            The checkpoint's folder, in which this file lies. A name on the Hub is refused, whose code could be any by then.
+            The checkpoint's folder, in which this file lies. A name on the Hub is refused, whose code could be any by
+            then.
     """
 
     def __init__(self, path: str = ""):
