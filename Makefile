@@ -23,12 +23,13 @@ demo: install
 demo-all: install
 	$(BIN)/python examples/demo_all.py --output_dir outputs/demo-all
 
+# A process for each core; the tests of a file share what they set up.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Those marked slow as well.
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "slow or not slow"
 
 # The documentation's site, into outputs/site; warnings are errors.
 docs: install
