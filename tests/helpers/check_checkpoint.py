@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,25 +27,29 @@ def _forward(model, inputs: dict, *names: str) -> dict:
     return {name: output[name] for name in names}
 
 
+@contextmanager
+def _at_another_budget(model):
+    """Leave the model at the threshold that it had; version 0.1.0 knew no factor on it."""
+    temperature, factor = model.config.pruning_temperature, getattr(model.config, "pruning_threshold_factor", 1.0)
+    yield
+    model.set_pruning(temperature=temperature, **({"factor": factor} if factor != 1 else {}))
+
+
 def pruned(model, inputs: dict) -> dict:
     """As the checkpoint comes."""
     return _forward(model, inputs, "logits", "loss", "vision_tokens", "text_tokens")
 
 
 def pruned_more(model, inputs: dict) -> dict:
-    before = model.config.pruning_temperature
-    model.set_pruning(reduction=0.4)
-    outputs = _forward(model, inputs, "logits", "vision_tokens", "text_tokens")
-    model.set_pruning(temperature=before)
-    return outputs
+    with _at_another_budget(model):
+        model.set_pruning(reduction=0.4)
+        return _forward(model, inputs, "logits", "vision_tokens", "text_tokens")
 
 
 def pruning_off(model, inputs: dict) -> dict:
-    before = model.config.pruning_temperature
-    model.set_pruning(None)
-    outputs = _forward(model, inputs, "logits", "vision_tokens")
-    model.set_pruning(temperature=before)
-    return outputs
+    with _at_another_budget(model):
+        model.set_pruning(None)
+        return _forward(model, inputs, "logits", "vision_tokens")
 
 
 def generate(model, inputs: dict) -> dict:
