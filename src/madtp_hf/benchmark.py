@@ -114,7 +114,7 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     Args:
         model: One of this package's models, calibrated.
         processor: Its processor.
-        rows (`list[dict]`): As `madtp_hf.data.load_rows` gives them; repeated where a batch is larger.
+        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` gives them; repeated where a batch is larger.
         reductions (`list[float]`, *optional*): By default those of the schedule.
         batch_sizes (`list[int]`): How many samples at a time.
         rounds (`int`): How often each run is timed, after one pass to warm up, in which memory is measured.

@@ -11,14 +11,13 @@ from .calibration import restored
 from .evaluation import evaluate_budgets, prepacked
 from .loading import make_batches, make_collator
 from .metrics import load_metric
-from .retrieval import score_images_and_texts
+from .retrieval import score_by_features, score_images_and_texts
 from .tasks import TASKS
 
 
 ANSWER_TOKENS, CAPTION_TOKENS, CAPTION_BEAMS = 10, 20, 3
 CAPTION_METRICS = ("bleu", "cider", "rouge")  # what needs no Java
 SHORTLIST = 128
-TEXT_BATCH = 64  # CLIP encodes texts so many at a time
 
 
 def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_size: int = 16) -> list[dict]:
@@ -27,7 +26,7 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
     Args:
         model: One of this package's models, calibrated unless `reductions` is `[0]`.
         processor: Its processor.
-        rows (`list[dict]`): As `madtp_hf.data.load_rows` gives them, with what the metric compares with.
+        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` gives them, with what the metric compares with.
         reductions (`list[float]`, *optional*): By default 0 and those of the model's schedule.
         batch_size (`int`, *optional*, defaults to 16): Samples at a time.
 
@@ -121,18 +120,6 @@ def _captions(model, processor, rows, reductions, batch_size):
     return _evaluate_predictions(model, make_batches(model, processor, rows, batch_size), reductions, predict, score)
 
 
-def _clip_scores(model, pixel_batches, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosine similarity of all images and texts, (I, T) and (T, I)."""
-
-    def normalised(features):
-        return torch.nn.functional.normalize(torch.cat([part.pooler_output.float() for part in features]), dim=-1)
-
-    images = normalised([model.get_image_features(pixels.to(model.device)) for pixels in pixel_batches])
-    texts = [part.to(model.device).split(TEXT_BATCH) for part in (input_ids, attention_mask)]
-    similarity = images @ normalised([model.get_text_features(*part) for part in zip(*texts)]).T
-    return similarity.cpu(), similarity.T.cpu()
-
-
 @torch.no_grad()
 def _retrieval(model, processor, rows, reductions, batch_size):
     """All images against all captions; what a sample costs is that of an image and one of its captions."""
@@ -158,7 +145,7 @@ def _retrieval(model, processor, rows, reductions, batch_size):
             model.set_pruning(reduction=cost.reduction_asked)
             started = time.perf_counter()
             if is_clip:
-                scores = _clip_scores(model, loader, encoded.input_ids, encoded.attention_mask)
+                scores = score_by_features(model, loader, encoded.input_ids, encoded.attention_mask)
             else:
                 scores = score_images_and_texts(model, loader, encoded.input_ids, encoded.attention_mask, SHORTLIST)
             seconds = time.perf_counter() - started

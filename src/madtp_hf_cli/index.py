@@ -1,7 +1,6 @@
 """`madtp-hf index`: a folder of images becomes an index that `madtp-hf search` asks."""
 
 import os
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,17 +8,6 @@ from typing import Annotated
 import typer
 
 from .common import one_message_of_errors
-
-
-@contextmanager
-def extra_named():
-    """Turn the error of a missing optional library, which names the extra to install, into one of one line."""
-    try:
-        yield
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        raise ValueError(str(error)) from None
 
 
 class Kind(str, Enum):
@@ -64,7 +52,7 @@ def index(
 
     Example: madtp-hf index org/blip-madtp-retrieval photos photos-index
     """
-    with one_message_of_errors(), extra_named():
+    with one_message_of_errors():
         from transformers.utils import logging
 
         from madtp_hf.search import index_images, load_model

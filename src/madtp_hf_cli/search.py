@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from .common import one_message_of_errors
-from .index import extra_named
 
 
 def search(
@@ -35,7 +34,7 @@ def search(
 
     Example: madtp-hf search photos-index "a dog on a beach"
     """
-    with one_message_of_errors(), extra_named():
+    with one_message_of_errors():
         from transformers.utils import logging
 
         from madtp_hf.search import load_index, load_model
