@@ -1,4 +1,4 @@
-"""Is one checkpoint for every budget as good as one a budget? Digit scenes, the same number of training steps for
+"""Is one checkpoint for every budget as good as one per budget? Digit scenes, the same number of training steps for
 each.
 
     python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json

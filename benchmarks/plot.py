@@ -26,8 +26,8 @@ SERIES = {
 TASKS = {
     "vqa": "question answering",
     "nlvr2": "NLVR2",
-    "captioning": "captioning, reading",
-    "captioning-generate": "captioning, writing",
+    "captioning": "captioning, teacher-forced",
+    "captioning-generate": "captioning, generation",
     "retrieval": "retrieval",
     "clip": "CLIP ViT-B/16",
     "clip-text": "CLIP ViT-B/16, texts alone",

@@ -119,7 +119,7 @@ def fine_tuned_tables(content: dict) -> list[str]:
 
 
 def own_table(content: dict) -> list[str]:
-    """One checkpoint for all budgets beside one a budget, over the seeds that both have."""
+    """One checkpoint for all budgets beside one per budget, over the seeds that both have."""
     lines = ["| task | metric | reduction | seeds | one checkpoint | its own |", "|---|---|---:|---:|---:|---:|"]
     for (task, _), rows in by_model(content).items():
         for budget in (0.5, 0.8):
@@ -155,7 +155,7 @@ def all_tables(path: Path) -> list[str]:
         own = own_table(tuned)
         if own:
             lines += [
-                "### One checkpoint for all budgets, or one a budget",
+                "### One checkpoint for all budgets, or one per budget",
                 "",
                 f"{settings_line(tuned)}.",
                 "",

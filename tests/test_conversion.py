@@ -43,7 +43,7 @@ def to_original(model, alignment=True):
 
 
 def with_training_state(state_dict):
-    """What the original's training keeps in its checkpoints: momentum twins, queues, temperatures, an
+    """What the original's training keeps in its checkpoints: momentum encoders, queues, temperatures, an
     optimizer, ..."""
     twins = {}
     for name, tensor in state_dict.items():

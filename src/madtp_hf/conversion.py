@@ -149,7 +149,7 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `dict`):
             A `.pth` file (read with `weights_only=True`), a `.safetensors` file, or the state dict itself, by itself
-            or under `"model"`. What training keeps beside the model (momentum twins, feature queues, an optimizer's
+            or under `"model"`. What training keeps beside the model (momentum encoders, feature queues, an optimizer's
             state, ...) is left out.
         task (`str`):
             The task that it was trained for: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` of BLIP, or `"clip"`.

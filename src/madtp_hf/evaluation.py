@@ -145,7 +145,7 @@ def report(title: str, rows: list[dict], folder, **facts) -> None:
     """Print the rows as a table and write them, with the facts and the versions of what made them, to
     `folder`/results.json.
 
-    rows: one a budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever
+    rows: one per budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever
     else is to be kept; `madtp_hf.model_card.create_model_card` says which of them a model card shows. Numbers and
     dictionaries of them are printed as well.
     """

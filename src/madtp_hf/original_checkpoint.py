@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-# What training keeps beside the model: momentum twins, feature queues, index buffers, the contrastive and the
+# What training keeps beside the model: momentum encoders, feature queues, index buffers, the contrastive and the
 # hand-stepped temperature. A text decoder is built with a map to the alignment tokens, too, and never uses it. CLIP's
 # files have three sizes among the weights.
 _TRAINING_ONLY = re.compile(

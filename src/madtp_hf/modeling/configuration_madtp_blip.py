@@ -26,8 +26,8 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             The encoders that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every sample keeps a number of tokens of its own, so an output doesn't depend on its batch.
-            `"batch"`, for comparison: all samples keep as many as the neediest of the batch. `"frozen"`: each layer
-            leaves a number of tokens that `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the
+            `"batch"`, for comparison: all samples keep as many as the largest count in the batch. `"frozen"`: each
+            layer leaves a number of tokens that `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the
             input, as CUDA graphs and exported models need.
         pruning_schedule (`list[list[float]]`, *optional*):
             `[reduction, temperature]` or `[reduction, temperature, factor]`: a reduction of FLOPs and what reaches it,

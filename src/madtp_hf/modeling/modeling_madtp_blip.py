@@ -490,7 +490,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
 
     Three passes: images alone and texts alone, for features whose products are similarities, and a text that looks at
     an image, for a matching score. With `return_loss=True` the three train together, on contrast within the batch and
-    hard negatives from it; `madtp_hf.RetrievalTrainer` adds what BLIP was trained with besides, a momentum twin and
+    hard negatives from it; `madtp_hf.RetrievalTrainer` adds what BLIP was trained with besides, a momentum encoder and
     queues of its features.
     """
 

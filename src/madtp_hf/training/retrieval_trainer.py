@@ -1,5 +1,5 @@
-"""Training for image-text retrieval as BLIP's: contrast with a momentum twin's features, of this batch and of queues
-of earlier ones.
+"""Training for image-text retrieval as BLIP's: contrast with a momentum encoder's features, of this batch and of
+queues of earlier ones.
 
 All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval`
 or `MadtpClipModel`.
@@ -24,7 +24,7 @@ MEMORY_FILE = "contrastive_memory.safetensors"
 
 
 class ContrastiveMemory(nn.Module):
-    """A momentum twin of a retrieval model, queues of its features, and BLIP's learned temperature of the
+    """A momentum encoder of a retrieval model, queues of its features, and BLIP's learned temperature of the
     similarities; CLIP has its own.
 
     Args:
@@ -150,7 +150,7 @@ class RetrievalTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.model_init is not None:
             raise ValueError(
-                "RetrievalTrainer got a model_init: expected a model, for its momentum twin to start from."
+                "RetrievalTrainer got a model_init: expected a model, for its momentum encoder to start from."
             )
         if not isinstance(self.model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
             raise TypeError(
