@@ -28,8 +28,8 @@ from madtp_hf import (
     init_alignment_from,
 )
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, question_only_accuracy
-from madtp_hf.evaluation import evaluate_budgets, report
-from madtp_hf.model_card import write_model_card
+from madtp_hf.evaluation import budget_rows, evaluate_budgets
+from madtp_hf.training.script_outputs import save_run
 from madtp_hf.visualization import draw_surviving_patches
 
 
@@ -43,21 +43,60 @@ def evaluate(model, processor, dataset, collator, reductions, batch_size):
         written = model.generate(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], max_new_tokens=3)
         return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
+    def accuracy(predictions):
+        return {"accuracy %": sum(map(str.__eq__, predictions, dataset["answer"])) / len(dataset)}
+
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
     results = evaluate_budgets(model, loader, reductions, predict)
-    return [
-        {
-            "reduction asked": result.reduction_asked,
-            "reached": result.reduction_reached,
-            "accuracy %": sum(map(str.__eq__, result.predictions, dataset["answer"])) / len(dataset),
-            "GFLOPs": result.gflops,
-            "time / dense": result.seconds / results[0].seconds,
-        }
-        for result in results
-    ]
+    return budget_rows(results, [accuracy(result.predictions) for result in results])
 
 
-def main():
+def fine_tune(model, dataset, collator, args) -> int:
+    """Train under pruning for one epoch; the number of steps."""
+    # The callback steers the temperature; the alignment parameters learn slowly.
+    target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
+    optimizer = create_optimizer(model, args.learning_rate)
+    steps = math.ceil(len(dataset) / args.batch_size)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output_dir / "trainer"),
+            per_device_train_batch_size=args.batch_size,
+            num_train_epochs=1,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+            seed=args.seed,
+        ),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[ReductionCallback(target, num_targets=args.num_targets)],
+        optimizers=(optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)),
+    )
+    trainer.train()
+    return trainer.state.global_step
+
+
+def draw_and_ask(model, processor, scenes, folder) -> None:
+    """Draw which patches survive, and ask the saved checkpoint where this package can't be imported."""
+    layers = [layer for layer in (1, 2, 3, 4, 6, 8, 10, 12) if layer <= model.config.vision_config.num_hidden_layers]
+    images, questions = [row["image"] for row in scenes], [row["question"] for row in scenes]
+    draw_surviving_patches(model, processor, images, questions, layers=layers).save(folder / "surviving_patches.png")
+    asked = []
+    for index, row in enumerate(scenes):
+        row["image"].save(folder / f"scene_{index}.png")
+        asked.append((str(folder / f"scene_{index}.png"), row["question"]))
+    subprocess.run(
+        [sys.executable, str(HERE / "ask_checkpoint.py"), str(folder / "checkpoint"), json.dumps(asked)],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    print("The scenes' own answers: " + ", ".join(row["answer"] for row in scenes))
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE / "blip-vqa-digits"), help="dense BLIP: a folder or Hub id")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
@@ -71,7 +110,11 @@ def main():
     parser.add_argument("--alignment_dim", type=int, help="default: the width of the text encoder")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     started = time.time()
     set_seed(args.seed)
 
@@ -92,85 +135,43 @@ def main():
     schedule = calibrate(model, validation_batches, args.reductions)
     untrained = evaluate(model, processor, test, collator, [0.0, schedule[-1][0]], args.batch_size)
 
-    # 3. Fine-tune it under pruning: the callback steers the temperature. The alignment parameters learn slowly.
-    optimizer = create_optimizer(model, args.learning_rate)
-    steps = math.ceil(len(train) / args.batch_size)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output_dir / "trainer"),
-            per_device_train_batch_size=args.batch_size,
-            num_train_epochs=1,
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-            seed=args.seed,
-        ),
-        train_dataset=train,
-        data_collator=collator,
-        callbacks=[ReductionCallback(target, num_targets=args.num_targets)],
-        optimizers=(optimizer, scheduler),
-    )
-    trainer.train()
+    # 3. Fine-tune it under pruning.
+    steps = fine_tune(model, train, collator, args)
 
-    # 4. One checkpoint, every budget.
+    # 4. One checkpoint, every budget. It is saved at the largest that costs at most a point on validation data.
     schedule = calibrate(model, validation_batches, args.reductions)
     budgets = [0.0, *(entry[0] for entry in schedule)]
     results = evaluate(model, processor, test, collator, budgets, args.batch_size)
+    on_validation = evaluate(model, processor, validation, collator, budgets, args.batch_size)
     floor = question_only_accuracy(train, test)
-    checkpoint = args.output_dir / "checkpoint"
     not_of_training = ("model", "output_dir", "test_questions", "reductions")
-    report(
+    save_run(
+        model,
+        processor,
+        args.output_dir / "checkpoint",
         f"{len(test)} questions about unseen scans",
         results,
-        checkpoint,
         metric="accuracy %",
+        validation=(len(validation), {row["reduction asked"]: row["accuracy %"] for row in on_validation}),
         before_fine_tuning=untrained,
-        floor=floor,
+        floor={"accuracy %": floor},
         seconds=round(time.time() - started),
         dataset={"name": "digit scenes", "split": "test", "example": test[0]["question"]},
         settings={
-            "steps": trainer.state.global_step,
+            "steps": steps,
             **{name: value for name, value in vars(args).items() if name not in not_of_training},
         },
+        base_model=args.model,
     )
     print(
         f"Before fine-tuning: dense {untrained[0]['accuracy %']:.1%}, at {untrained[-1]['reduction asked']} reduction"
         f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {floor:.1%}."
     )
 
-    # 5. What a user of the model loads, with its card, and a picture.
+    # 5. What it looks at, and its answers through a pipeline.
     model.set_pruning(reduction=budgets[-1])
-    model.save_pretrained(checkpoint)
-    processor.save_pretrained(checkpoint)
-    write_model_card(checkpoint, base_model=args.model)
-    scenes = [test[index] for index in range(3)]
-    picture = draw_surviving_patches(
-        model,
-        processor,
-        [row["image"] for row in scenes],
-        [row["question"] for row in scenes],
-        layers=[
-            layer for layer in (1, 2, 3, 4, 6, 8, 10, 12) if layer <= model.config.vision_config.num_hidden_layers
-        ],
-    )
-    picture.save(args.output_dir / "surviving_patches.png")
-
-    # 6. Ask it, where this package can't be imported.
-    for index, row in enumerate(scenes):
-        row["image"].save(args.output_dir / f"scene_{index}.png")
-    asked = [(str(args.output_dir / f"scene_{index}.png"), row["question"]) for index, row in enumerate(scenes)]
-    subprocess.run(
-        [sys.executable, str(HERE / "ask_checkpoint.py"), str(checkpoint), json.dumps(asked)],
-        check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    print("The scenes' own answers: " + ", ".join(row["answer"] for row in scenes))
-    print(f"Wrote {checkpoint} and {args.output_dir / 'surviving_patches.png'} in {time.time() - started:.0f} s.")
+    draw_and_ask(model, processor, [test[index] for index in range(3)], args.output_dir)
+    print(f"Wrote {args.output_dir / 'surviving_patches.png'}; {time.time() - started:.0f} s in all.")
 
 
 if __name__ == "__main__":

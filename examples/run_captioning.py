@@ -8,11 +8,11 @@
 All of `TrainingArguments` are options as well.
 """
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
 
@@ -22,10 +22,11 @@ from madtp_hf import (
     create_optimizer,
 )
 from madtp_hf.data import CaptioningCollator, load_coco_captions, load_digit_captions
-from madtp_hf.evaluation import evaluate_budgets, report
+from madtp_hf.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.metrics import load_metric
-from madtp_hf.model_card import public_name, write_model_card
+from madtp_hf.model_card import public_name
 from madtp_hf.training.arguments import PruningArguments, ScriptParser
+from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
@@ -64,7 +65,32 @@ def load_data(args, split):
     return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
-def main():
+def make_predict(model, processor, collator, args):
+    """The function that captions a batch of images."""
+    room = model.config.text_config.max_position_embeddings - collator.prompt_ids(1).shape[1]
+
+    def predict(batch):
+        written = model.generate(
+            pixel_values=batch["pixel_values"],
+            input_ids=collator.prompt_ids(len(batch["pixel_values"])),
+            num_beams=args.num_beams,
+            max_new_tokens=min(args.max_new_tokens, room),
+        )
+        captions = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [caption.removeprefix(args.prompt).strip() for caption in captions]
+
+    return predict
+
+
+def score_captions(predictions, rows, metrics: tuple[str, ...]) -> dict[str, float]:
+    scores = load_metric("caption_metrics").compute(
+        predictions=predictions, references=rows["captions"], metrics=metrics
+    )
+    shown = {name: value for name, value in scores.items() if name not in ("bleu_1", "bleu_2", "bleu_3")}
+    return {f"{name} %" if name == "bleu_4" else name: value for name, value in shown.items()}
+
+
+def parse_arguments():
     parser = ScriptParser(
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
@@ -80,7 +106,11 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
+    return parser.parse_args_into_dataclasses()
+
+
+def main():
+    args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
     # 1. Model and data.
@@ -89,17 +119,13 @@ def main():
     collator = CaptioningCollator(processor, model.config.text_config.bos_token_id, args.prompt, args.max_length)
     with training_args.main_process_first():
         train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
-    validation_batches = DataLoader(
-        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    train_batches, validation_batches, test_batches = (
+        DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+        for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    if not pruning_args.dense:
-        calibrate(
-            model,
-            validation_batches,
-            pruning_args.target_reduction if training_args.do_train else pruning_args.reductions,
-        )
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -109,31 +135,12 @@ def main():
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
     # 3. Predictions and their score, before any training.
-    room = model.config.text_config.max_position_embeddings - collator.prompt_ids(1).shape[1]
-
-    def predict(batch):
-        written = model.generate(
-            pixel_values=batch["pixel_values"],
-            input_ids=collator.prompt_ids(len(batch["pixel_values"])),
-            num_beams=args.num_beams,
-            max_new_tokens=min(args.max_new_tokens, room),
-        )
-        captions = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [caption.removeprefix(args.prompt).strip() for caption in captions]
-
-    metric = load_metric("caption_metrics")
-
-    def score(predictions):
-        scores = metric.compute(predictions=predictions, references=test["captions"], metrics=tuple(args.metrics))
-        shown = {name: value for name, value in scores.items() if name not in ("bleu_1", "bleu_2", "bleu_3")}
-        return {f"{name} %" if name == "bleu_4" else name: value for name, value in shown.items()}
-
-    loader = trainer.accelerator.prepare(
-        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
-    )
-    before = score(evaluate_budgets(model, loader, [0.0], predict, trainer.accelerator)[0].predictions)
+    predict = make_predict(model, processor, collator, args)
+    score = functools.partial(score_captions, metrics=tuple(args.metrics))
+    test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
+    before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
     # What a writer who never sees the image gets: captions of other images.
-    floor = score([train[index % len(train)]["captions"][0] for index in range(len(test))])
+    floor = score([train[index % len(train)]["captions"][0] for index in range(len(test))], test)
 
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
@@ -141,26 +148,21 @@ def main():
         if not pruning_args.dense:
             calibrate(model, validation_batches, pruning_args.reductions)
     budgets = pruning_args.budgets(model)
-    results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
+    results = evaluate_budgets(model, test_batches, budgets, predict, trainer.accelerator)
+    validated = evaluate_budgets(model, validation_shards, budgets, predict, trainer.accelerator)
+    on_validation = {r.reduction_asked: score(r.predictions, validation)["bleu_4 %"] for r in validated}
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        rows = [
-            {
-                "reduction asked": result.reduction_asked,
-                "reached": result.reduction_reached,
-                **score(result.predictions),
-                "GFLOPs": result.gflops,
-                "time / dense": result.seconds / results[0].seconds,
-            }
-            for result in results
-        ]
-        report(
-            f"{len(test)} images",
-            rows,
+        save_run(
+            model,
+            processor,
             training_args.output_dir,
+            f"{len(test)} images",
+            budget_rows(results, [score(result.predictions, test) for result in results]),
             metric="bleu_4 %",
+            validation=(len(validation), on_validation),
             dense_before_training=before,
             floor=floor,
             dataset={
@@ -169,14 +171,10 @@ def main():
                 "example": args.prompt,
             },
             settings=pruning_args.settings(args, trainer),
+            base_model=args.model,
+            datasets=args.dataset,
         )
-        model.set_pruning(reduction=max(budgets))
-        model.save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
-        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
-        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

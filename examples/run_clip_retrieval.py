@@ -12,16 +12,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import CLIPProcessor, TrainingArguments, set_seed
 
 from madtp_hf import MadtpClipModel, RetrievalTrainer, calibrate, create_optimizer
 from madtp_hf.data import RetrievalCollator
-from madtp_hf.evaluation import evaluate_budgets, report
-from madtp_hf.model_card import write_model_card
+from madtp_hf.evaluation import evaluate_budgets
 from madtp_hf.retrieval import CaptionedImages, retrieval_rows, score_by_features
 from madtp_hf.training.arguments import PruningArguments, RetrievalArguments, ScriptParser
+from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Arguments(RetrievalArguments):
     )
 
 
-def main():
+def parse_arguments():
     parser = ScriptParser(
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
@@ -52,7 +51,11 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
+    return parser.parse_args_into_dataclasses()
+
+
+def main():
+    args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
     # 1. Model and data.
@@ -61,15 +64,17 @@ def main():
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
         train, validation, test = args.load_data()
-    validation_batches = DataLoader(
-        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    train_batches, validation_batches, test_batches = (
+        DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+        for rows in (train, validation, test)
     )
-    queries = CaptionedImages(test, processor, args.max_length, training_args.per_device_eval_batch_size)
+    queries, validation_queries = (
+        CaptionedImages(rows, processor, args.max_length, training_args.per_device_eval_batch_size)
+        for rows in (test, validation.select(range(min(len(validation), len(test)))))
+    )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    if not pruning_args.dense:
-        reductions = pruning_args.target_reduction if training_args.do_train else pruning_args.reductions
-        calibrate(model, validation_batches, reductions)
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,
@@ -82,7 +87,7 @@ def main():
         distillation=args.distillation,
     )
 
-    def score_at(reduction):
+    def score_at(reduction, queries=queries):
         model.eval()
         model.set_pruning(reduction=reduction)
         started = time.perf_counter()
@@ -96,37 +101,35 @@ def main():
             calibrate(model, validation_batches, pruning_args.reductions)
 
     # 3. Every budget, from the one model. FLOPs are those of an image and one of its captions.
-    loader = trainer.accelerator.prepare(
-        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
-    )
+    test_batches = trainer.accelerator.prepare(test_batches)
 
     def similarities(batch):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         return model(**inputs).logits_per_image.diag().tolist()
 
     budgets = pruning_args.budgets(model)
-    costs = evaluate_budgets(model, loader, budgets, similarities, trainer.accelerator)
+    costs = evaluate_budgets(model, test_batches, budgets, similarities, trainer.accelerator)
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
+    on_validation = {reduction: score_at(reduction, validation_queries)[0]["mean %"] for reduction in budgets}
 
     # 4. What is saved is a whole checkpoint with its card, ready to publish.
     if trainer.is_world_process_zero():
-        report(
+        save_run(
+            model,
+            processor,
+            training_args.output_dir,
             f"{len(test)} images, {len(queries.texts)} captions",
             retrieval_rows(results),
-            training_args.output_dir,
             metric="mean %",
+            validation=(len(validation_queries), on_validation),
             dense_before_training=before,
             floor=queries.by_chance(),
             dataset=args.dataset_facts(queries.texts[0]),
             settings=pruning_args.settings(args, trainer),
+            base_model=args.model,
+            datasets=args.dataset,
         )
-        model.set_pruning(reduction=max(budgets))
-        model.save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
-        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
-        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
 
@@ -23,10 +22,11 @@ from madtp_hf import (
     create_optimizer,
 )
 from madtp_hf.data import VisualReasoningCollator, load_digit_statements, load_nlvr2, question_only_accuracy
-from madtp_hf.evaluation import evaluate_budgets, report
+from madtp_hf.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.metrics import load_metric
-from madtp_hf.model_card import public_name, write_model_card
+from madtp_hf.model_card import public_name
 from madtp_hf.training.arguments import PruningArguments, ScriptParser
+from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
@@ -64,7 +64,13 @@ def load_data(args, split):
     return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
-def main():
+def score(predictions, rows) -> dict[str, float]:
+    known = {"identifiers": rows["identifier"]} if "identifier" in rows.column_names else {}
+    scores = load_metric("nlvr2").compute(predictions=predictions, references=rows["label"], **known)
+    return {f"{name} %": value for name, value in scores.items()}
+
+
+def parse_arguments():
     parser = ScriptParser(
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
@@ -80,7 +86,11 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
+    return parser.parse_args_into_dataclasses()
+
+
+def main():
+    args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
     # 1. Model and data.
@@ -89,17 +99,13 @@ def main():
     collator = VisualReasoningCollator(processor, args.max_length)
     with training_args.main_process_first():
         train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
-    validation_batches = DataLoader(
-        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    train_batches, validation_batches, test_batches = (
+        DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+        for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    if not pruning_args.dense:
-        calibrate(
-            model,
-            validation_batches,
-            pruning_args.target_reduction if training_args.do_train else pruning_args.reductions,
-        )
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -114,18 +120,9 @@ def main():
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs).logits.argmax(dim=-1).tolist()
 
-    metric = load_metric("nlvr2")
-    known = {"identifiers": test["identifier"]} if "identifier" in test.column_names else {}
-
-    def score(predictions):
-        scores = metric.compute(predictions=predictions, references=test["label"], **known)
-        return {f"{name} %": value for name, value in scores.items()}
-
-    loader = trainer.accelerator.prepare(
-        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
-    )
-    before = score(evaluate_budgets(model, loader, [0.0], predict, trainer.accelerator)[0].predictions)
-    floor = question_only_accuracy(train, test, "sentence", "label")  # from the words alone
+    test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
+    before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
+    floor = {"accuracy %": question_only_accuracy(train, test, "sentence", "label")}  # from the words alone
 
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
@@ -133,26 +130,21 @@ def main():
         if not pruning_args.dense:
             calibrate(model, validation_batches, pruning_args.reductions)
     budgets = pruning_args.budgets(model)
-    results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
+    results = evaluate_budgets(model, test_batches, budgets, predict, trainer.accelerator)
+    validated = evaluate_budgets(model, validation_shards, budgets, predict, trainer.accelerator)
+    on_validation = {r.reduction_asked: score(r.predictions, validation)["accuracy %"] for r in validated}
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        rows = [
-            {
-                "reduction asked": result.reduction_asked,
-                "reached": result.reduction_reached,
-                **score(result.predictions),
-                "GFLOPs": result.gflops,
-                "time / dense": result.seconds / results[0].seconds,
-            }
-            for result in results
-        ]
-        report(
-            f"{len(test)} statements",
-            rows,
+        save_run(
+            model,
+            processor,
             training_args.output_dir,
+            f"{len(test)} statements",
+            budget_rows(results, [score(result.predictions, test) for result in results]),
             metric="accuracy %",
+            validation=(len(validation), on_validation),
             dense_before_training=before,
             floor=floor,
             dataset={
@@ -161,14 +153,10 @@ def main():
                 "example": test[0]["sentence"],
             },
             settings=pruning_args.settings(args, trainer),
+            base_model=args.model,
+            datasets=args.dataset,
         )
-        model.set_pruning(reduction=max(budgets))
-        model.save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
-        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
-        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor, TrainingArguments, set_seed
 
@@ -23,10 +22,10 @@ from madtp_hf import (
     create_optimizer,
 )
 from madtp_hf.data import RetrievalCollator
-from madtp_hf.evaluation import evaluate_budgets, report
-from madtp_hf.model_card import write_model_card
+from madtp_hf.evaluation import evaluate_budgets
 from madtp_hf.retrieval import CaptionedImages, retrieval_rows, score_images_and_texts
 from madtp_hf.training.arguments import PruningArguments, RetrievalArguments, ScriptParser
+from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Arguments(RetrievalArguments):
     )
 
 
-def main():
+def parse_arguments():
     parser = ScriptParser(
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
@@ -56,7 +55,11 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
+    return parser.parse_args_into_dataclasses()
+
+
+def main():
+    args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
     # 1. Model and data.
@@ -65,17 +68,13 @@ def main():
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
         train, validation, test = args.load_data()
-    validation_batches = DataLoader(
-        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    train_batches, validation_batches, test_batches = (
+        DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+        for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    if not pruning_args.dense:
-        calibrate(
-            model,
-            validation_batches,
-            pruning_args.target_reduction if training_args.do_train else pruning_args.reductions,
-        )
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,
@@ -88,9 +87,12 @@ def main():
         distillation=args.distillation,
     )
     # 3. All images against all captions, and the score of that, before any training.
-    queries = CaptionedImages(test, processor, args.max_length, training_args.per_device_eval_batch_size)
+    queries, validation_queries = (
+        CaptionedImages(rows, processor, args.max_length, training_args.per_device_eval_batch_size)
+        for rows in (test, validation.select(range(min(len(validation), len(test)))))
+    )
 
-    def score_at(reduction):
+    def score_at(reduction, queries=queries):
         model.eval()
         model.set_pruning(reduction=reduction)
         started = time.perf_counter()
@@ -106,38 +108,36 @@ def main():
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if not pruning_args.dense:
             calibrate(model, validation_batches, pruning_args.reductions)
-    loader = trainer.accelerator.prepare(
-        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
-    )
+    test_batches = trainer.accelerator.prepare(test_batches)
 
     def match(batch):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         return model(**inputs).itm_score[:, 1].tolist()
 
     budgets = pruning_args.budgets(model)
-    costs = evaluate_budgets(model, loader, budgets, match, trainer.accelerator)
+    costs = evaluate_budgets(model, test_batches, budgets, match, trainer.accelerator)
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
+    on_validation = {reduction: score_at(reduction, validation_queries)[0]["mean %"] for reduction in budgets}
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        report(
+        save_run(
+            model,
+            processor,
+            training_args.output_dir,
             f"{len(test)} images, {len(queries.texts)} captions",
             retrieval_rows(results),
-            training_args.output_dir,
             metric="mean %",
+            validation=(len(validation_queries), on_validation),
             dense_before_training=before,
             floor=queries.by_chance(),
             dataset=args.dataset_facts(queries.texts[0]),
             settings=pruning_args.settings(args, trainer),
+            base_model=args.model,
+            datasets=args.dataset,
         )
-        model.set_pruning(reduction=max(budgets))
-        model.save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
-        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
-        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
 
@@ -23,10 +22,11 @@ from madtp_hf import (
     create_optimizer,
 )
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, load_vqav2, question_only_accuracy
-from madtp_hf.evaluation import evaluate_budgets, report
+from madtp_hf.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.metrics import load_metric
-from madtp_hf.model_card import public_name, write_model_card
+from madtp_hf.model_card import public_name
 from madtp_hf.training.arguments import PruningArguments, ScriptParser
+from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
@@ -69,7 +69,31 @@ def load_data(args, part):
     return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
-def main():
+def make_predict(model, processor, answers: list[str] | None):
+    """The function that answers a batch of questions: the best of `answers`, or written ones without."""
+    if answers:
+        candidates = processor.tokenizer(answers, padding=True, return_tensors="pt").to(model.device)
+
+    def predict(batch):
+        inputs = [batch["input_ids"], batch["pixel_values"], batch["attention_mask"]]
+        if answers:
+            chosen = model.rank_answers(*inputs, candidates.input_ids, candidates.attention_mask)
+            return [answers[index] for index in chosen.tolist()]
+        written = model.generate(*inputs, max_new_tokens=10)
+        return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    return predict
+
+
+def score(predictions, rows) -> dict[str, float]:
+    # Of a digit scene there is one answer: all ten annotators agree on it.
+    references = rows["answers"] if "answers" in rows.column_names else [[answer] * 10 for answer in rows["answer"]]
+    return {
+        "accuracy %": load_metric("vqa_accuracy").compute(predictions=predictions, references=references)["accuracy"]
+    }
+
+
+def parse_arguments():
     parser = ScriptParser(
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
@@ -85,7 +109,11 @@ def main():
         report_to="none",
         remove_unused_columns=False,
     )
-    args, pruning_args, training_args = parser.parse_args_into_dataclasses()
+    return parser.parse_args_into_dataclasses()
+
+
+def main():
+    args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
     # 1. Model and data.
@@ -94,17 +122,13 @@ def main():
     collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id, args.max_length)
     with training_args.main_process_first():
         train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
-    validation_batches = DataLoader(
-        validation, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+    train_batches, validation_batches, test_batches = (
+        DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
+        for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature; calibration tells it where to begin.
-    if not pruning_args.dense:
-        calibrate(
-            model,
-            validation_batches,
-            pruning_args.target_reduction if training_args.do_train else pruning_args.reductions,
-        )
+    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -115,29 +139,11 @@ def main():
     )
     # 3. Predictions and their score, before any training.
     answers = json.loads(Path(args.answer_list).read_text()) if args.answer_list else None
-    if answers:
-        candidates = processor.tokenizer(answers, padding=True, return_tensors="pt").to(model.device)
-
-    def predict(batch):
-        inputs = [batch["input_ids"], batch["pixel_values"], batch["attention_mask"]]
-        if answers:
-            chosen = model.rank_answers(*inputs, candidates.input_ids, candidates.attention_mask)
-            return [answers[index] for index in chosen.tolist()]
-        written = model.generate(*inputs, max_new_tokens=10)
-        return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-
-    metric = load_metric("vqa_accuracy")
-    # Of a digit scene there is one answer: all ten annotators agree on it.
-    references = test["answers"] if "answers" in test.column_names else [[answer] * 10 for answer in test["answer"]]
-
-    def score(predictions):
-        return {"accuracy %": metric.compute(predictions=predictions, references=references)["accuracy"]}
-
-    loader = trainer.accelerator.prepare(
-        DataLoader(test, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
-    )
-    before = score(evaluate_budgets(model, loader, [0.0], predict, trainer.accelerator)[0].predictions)
-    floor = question_only_accuracy(train, test) if args.dataset is None else None  # from the words alone
+    predict = make_predict(model, processor, answers)
+    test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
+    before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
+    # From the words alone.
+    floor = None if args.dataset else {"accuracy %": question_only_accuracy(train, test)}
 
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
@@ -145,26 +151,21 @@ def main():
         if not pruning_args.dense:
             calibrate(model, validation_batches, pruning_args.reductions)
     budgets = pruning_args.budgets(model)
-    results = evaluate_budgets(model, loader, budgets, predict, trainer.accelerator)
+    results = evaluate_budgets(model, test_batches, budgets, predict, trainer.accelerator)
+    validated = evaluate_budgets(model, validation_shards, budgets, predict, trainer.accelerator)
+    on_validation = {r.reduction_asked: score(r.predictions, validation)["accuracy %"] for r in validated}
 
     # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
-        rows = [
-            {
-                "reduction asked": result.reduction_asked,
-                "reached": result.reduction_reached,
-                **score(result.predictions),
-                "GFLOPs": result.gflops,
-                "time / dense": result.seconds / results[0].seconds,
-            }
-            for result in results
-        ]
-        report(
-            f"{len(test)} questions",
-            rows,
+        save_run(
+            model,
+            processor,
             training_args.output_dir,
+            f"{len(test)} questions",
+            budget_rows(results, [score(result.predictions, test) for result in results]),
             metric="accuracy %",
+            validation=(len(validation), on_validation),
             dense_before_training=before,
             floor=floor,
             dataset={
@@ -173,14 +174,10 @@ def main():
                 "example": test[0]["question"],
             },
             settings=pruning_args.settings(args, trainer),
+            base_model=args.model,
+            datasets=args.dataset,
         )
-        model.set_pruning(reduction=max(budgets))
-        model.save_pretrained(training_args.output_dir)
-        processor.save_pretrained(training_args.output_dir)
-        write_model_card(training_args.output_dir, base_model=args.model, datasets=args.dataset)
-        print(f"Wrote the checkpoint, its card and results.json to {training_args.output_dir}.")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

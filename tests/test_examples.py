@@ -75,7 +75,8 @@ def run_example(task: str, folder: Path, output: Path) -> None:
 
 
 def check_output(output: Path, steps: int = 4) -> list[dict]:
-    rows = json.loads((output / "results.json").read_text())["results"]
+    results = json.loads((output / "results.json").read_text())
+    rows, default = results["results"], results["default_budget"]
     assert [row["reduction asked"] for row in rows] == [0, 0.6]
     assert rows[0]["reached"] == 0 and 0.4 < rows[1]["reached"] < 0.8
     assert rows[1]["GFLOPs"] < 0.6 * rows[0]["GFLOPs"]
@@ -83,9 +84,13 @@ def check_output(output: Path, steps: int = 4) -> list[dict]:
     model, info = AutoModel.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.pruning_schedule[0][0] == 0.6
-    assert model.config.pruning_temperature == model.config.pruning_schedule[0][1]
+    # The largest reduction that costs at most a point on validation data, which the card says.
+    lossless = default["scores"]["0.6"] >= default["scores"]["0"] - 0.01
+    assert default["reduction"] == (0.6 if lossless else 0)
+    assert model.config.pruning_temperature == (model.config.pruning_schedule[0][1] if lossless else 0)
     card = ModelCard.load(output / "README.md")  # what is saved is ready to publish
     assert {result.metric_args["reduction"] for result in card.data.eval_results} == {0, 0.6}
+    assert f"saved at reduction {default['reduction']:g}" in card.text
     assert "dense" in card.text and f"| steps | {steps} |" in card.text and "set_pruning(reduction=0.6)" in card.text
     assert str(output.parent) not in card.content + (output / "results.json").read_text()
     return rows

@@ -85,7 +85,7 @@ def test_a_card_shows_every_budget_to_people_and_to_the_hub(tmp_path):
 
     for row in results["results"]:
         shown = (
-            f"| {row['reduction asked']:g} | {row['reached']:.3f} | {row['accuracy %']:.1%} | {row['GFLOPs']:.4g} |"
+            f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['accuracy %']:.1%} | {row['GFLOPs']:.4g} |"
         )
         assert shown in card.text
     dense, pruned = results["before_fine_tuning"]

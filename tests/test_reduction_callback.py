@@ -1,12 +1,18 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from madtp_hf import ReductionCallback
+from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, calibrate, init_alignment_from
+from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions
 
 from .conftest import make_inputs
+
+
+DIGITS = Path(__file__).parents[1] / "examples" / "blip-vqa-digits"
 
 
 class Rows(torch.utils.data.Dataset):
@@ -124,3 +130,35 @@ def test_a_target_out_of_reach_does_not_wind_up(model, tmp_path):
 def test_bad_targets_are_named(target):
     with pytest.raises(ValueError, match="target_reduction="):
         ReductionCallback(target)
+
+
+def test_it_holds_the_target_where_the_reduction_answers_steeply(tmp_path):
+    """With alignment tokens fitted to its data, a hundredth of the threshold's factor is 0.05 of the reduction."""
+    processor = AutoProcessor.from_pretrained(DIGITS)
+    model = MadtpBlipForQuestionAnswering.from_blip(DIGITS, num_alignment_tokens=64)
+    collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id)
+    rows = load_digit_questions("train", 288)
+    batches = DataLoader(rows, 64, collate_fn=collator)
+    init_alignment_from(model, batches)
+    calibrate(model, list(batches)[:1], [0.5])
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=12,
+            per_device_train_batch_size=24,
+            learning_rate=1e-5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[ReductionCallback(0.5)],
+    )
+    trainer.train()
+    reductions = [entry["reduction"] for entry in trainer.state.log_history if "reduction" in entry]
+    assert sum(abs(reduction - 0.5) for reduction in reductions) / 12 < 0.05

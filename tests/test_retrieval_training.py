@@ -584,5 +584,5 @@ def test_a_report_is_printed_and_written(tmp_path, capsys):
     assert set(written.pop("versions")) == {"madtp_hf", "transformers", "torch", "python"}
     assert written == {"title": "7 questions", "results": rows, "floor": 0.41, "chance": {"mean %": 0.1}, "raw": [1]}
     printed = capsys.readouterr().out
-    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "floor: 0.41", "chance: mean % 0.1"):
+    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "floor: 0.41", "chance: mean 10.0%"):
         assert text in printed

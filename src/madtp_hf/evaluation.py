@@ -141,6 +141,63 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
     ]
 
 
+def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[float] | None = None) -> list[dict]:
+    """The rows of a results table, one for each budget.
+
+    Args:
+        results (`list[BudgetResult]`): What [`evaluate_budgets`] gave; times are relative to the first.
+        scores (`list[dict]`): The metric's numbers by name, one dictionary for each result.
+        seconds (`list[float]`, *optional*): Times to show instead of the results' own.
+
+    Returns:
+        `list[dict]`: `reduction asked`, `reached`, the scores, `GFLOPs` of a sample and `time / dense`.
+    """
+    seconds = seconds or [result.seconds for result in results]
+    return [
+        {
+            "reduction asked": result.reduction_asked,
+            "reached": result.reduction_reached,
+            **score,
+            "GFLOPs": result.gflops,
+            "time / dense": time / seconds[0],
+        }
+        for result, score, time in zip(results, scores, seconds)
+    ]
+
+
+def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float:
+    """The largest reduction that costs little on validation data: the budget to save a checkpoint at.
+
+    Args:
+        scores (`dict[float, float]`): A metric by reduction, larger is better, on data that nothing is reported of;
+            0 is pruning off.
+        loss (`float`, *optional*, defaults to 0.01): How far below that of pruning off the metric may be; 0.01 is one
+            point of a metric that is a share.
+
+    Returns:
+        `float`: one of the reductions; 0 if none but it is good enough.
+
+    Raises:
+        ValueError: if `scores` has no 0.
+
+    Example:
+
+    ```python
+    >>> conservative_budget({0.0: 0.934, 0.5: 0.931, 0.7: 0.926, 0.8: 0.908})
+    0.7
+
+    ```
+    """
+    if 0.0 not in scores:
+        raise ValueError(f"scores at reductions {sorted(scores)}: expected one at 0, pruning off, to compare with.")
+    return max(reduction for reduction, score in scores.items() if score >= scores[0.0] - loss - 1e-9)
+
+
+def show_number(name: str, value: float) -> str:
+    """A number of a results table for people: a percentage where it is a share, by the name of its column."""
+    return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
+
+
 def report(title: str, rows: list[dict], folder, **facts) -> None:
     """Print the rows as a table and write them, with the facts and the versions of what made them, to
     `folder`/results.json.
@@ -156,13 +213,14 @@ def report(title: str, rows: list[dict], folder, **facts) -> None:
     for name in rows[0]:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*(f"{value:.1%}" if name.endswith("%") else f"{value:.4g}" for name, value in row.items()))
+        table.add_row(*(show_number(name, value) for name, value in row.items()))
     Console(width=max(80, 16 * len(rows[0]))).print(table)
     for name, fact in facts.items():
         if isinstance(fact, dict) and all(isinstance(value, (int, float)) for value in fact.values()):
-            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in fact.items()))
+            shown = (f"{key.removesuffix('%').strip()} {show_number(key, value)}" for key, value in fact.items())
+            print(f"{name.replace('_', ' ')}: " + ", ".join(shown))
         elif isinstance(fact, (int, float)):
-            print(f"{name}: {fact:.4g}")
+            print(f"{name.replace('_', ' ')}: {fact:.4g}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     versions = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BlipConfig, CLIPConfig
 
+from .evaluation import show_number
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 from .modeling.configuration_madtp_clip import MadtpClipConfig
 from .tasks import Task, task_of
@@ -146,9 +147,7 @@ def _main_metric(results: dict) -> str:
 def _show(name: str, value) -> str:
     if value is None:
         return ""
-    if name.endswith("%"):
-        return f"{value:.1%}"
-    return f"{value:.3f}" if name == "reached" else f"{value:.4g}"
+    return show_number(name, value)
 
 
 def _bare(name: str) -> str:
@@ -183,6 +182,13 @@ def _remarks(results: dict, task: Task) -> list[str]:
     if results.get("before_fine_tuning"):
         before = "; ".join(f"{_sentence(row)}{_at(row)}" for row in results["before_fine_tuning"])
         remarks.append(f"Before fine-tuning: {before}.")
+    default = results.get("default_budget")
+    if default:
+        remarks.append(
+            f"It is saved at reduction {default['reduction']:g}, the largest of the calibrated whose"
+            f" {_bare(default['metric'])} on {default['samples']} validation samples is at most"
+            f" {100 * default['loss']:g} point below that of pruning off."
+        )
     floor = results.get("floor")
     if floor is not None:
         floor = floor if isinstance(floor, dict) else {_main_metric(results): floor}

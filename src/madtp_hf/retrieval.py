@@ -6,6 +6,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .evaluation import budget_rows
 from .metrics import load_metric
 from .modeling.retrieval_loss import is_distributed, process_rank
 
@@ -151,6 +152,9 @@ class CaptionedImages:
 
         self.pixel_batches = DataLoader(rows.select_columns("image"), batch_size=batch_size, collate_fn=to_pixels)
 
+    def __len__(self) -> int:
+        return len(self._own)
+
     def recalls(self, image_to_text: torch.Tensor, text_to_image: torch.Tensor) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways and their mean, `"mean %"`, from scores (images, texts), (texts, images)."""
         recalls = load_metric("retrieval_recall").compute(
@@ -166,14 +170,6 @@ class CaptionedImages:
 
 def retrieval_rows(results: list[tuple]) -> list[dict]:
     """A results table's rows from (`BudgetResult`, recalls, seconds of scoring) of each budget, the dense first."""
+    costs, recalls, seconds = zip(*results)
     shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
-    return [
-        {
-            "reduction asked": cost.reduction_asked,
-            "reached": cost.reduction_reached,
-            **{name: recalls[name] for name in shown},
-            "GFLOPs": cost.gflops,
-            "time / dense": seconds / results[0][2],
-        }
-        for cost, recalls, seconds in results
-    ]
+    return budget_rows(costs, [{name: found[name] for name in shown} for found in recalls], seconds)

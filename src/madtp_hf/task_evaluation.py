@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .calibration import restored
-from .evaluation import evaluate_budgets, prepacked
+from .evaluation import budget_rows, evaluate_budgets, prepacked
 from .loading import make_batches, make_collator
 from .metrics import load_metric
 from .retrieval import score_by_features, score_images_and_texts
@@ -48,18 +48,7 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
         reductions = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]
     for reduction in reductions:  # before minutes of prediction
         model.config.threshold_for(reduction)
-    results = _EVALUATE[task.metric](model, processor, rows, list(reductions), batch_size)
-    first = results[0][2]
-    return [
-        {
-            "reduction asked": cost.reduction_asked,
-            "reached": cost.reduction_reached,
-            **scores,
-            "GFLOPs": cost.gflops,
-            "time / dense": seconds / first,
-        }
-        for cost, scores, seconds in results
-    ]
+    return budget_rows(*zip(*_EVALUATE[task.metric](model, processor, rows, list(reductions), batch_size)))
 
 
 def _evaluate_predictions(model, batches, reductions, predict: Callable, score: Callable) -> list[tuple]:

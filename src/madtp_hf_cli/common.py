@@ -113,16 +113,14 @@ def written_in_one_step(out: Path):
 
 
 def print_table(title: str, rows: list[dict]) -> None:
-    """Print rows as a table, columns by name; numbers whose column ends in "%" are shares."""
+    """Print rows as a table, columns by name; shares as percentages."""
     from rich.console import Console
     from rich.table import Table
 
+    from madtp_hf.evaluation import show_number
+
     def show(name, value):
-        if value is None or isinstance(value, str):
-            return value or "-"
-        if name.endswith("%"):
-            return f"{value:.1%}"
-        return f"{value:.3f}" if name == "reached" else f"{value:.4g}"
+        return (value or "-") if value is None or isinstance(value, str) else show_number(name, value)
 
     table = Table(title=title)
     for name in rows[0]:

@@ -15,7 +15,7 @@ def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
     """What the model card says of pruning without training."""
     start = "fitted to what it reads in those" if fitted else "as they were, random if they were new"
     lines = ["| reduction asked | reached | GFLOPs of a sample |", "|---:|---:|---:|"]
-    lines += [f"| {row['reduction asked']:g} | {row['reached']:.3f} | {row['GFLOPs']:.4g} |" for row in rows]
+    lines += [f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['GFLOPs']:.4g} |" for row in rows]
     return f"""Pruned from `{source}` by `madtp-hf prune`, without training: the weights are the dense model's,
 thresholds were calibrated on {samples} samples without labels, and the alignment tokens are {start}. No accuracy
 was measured: measure it before you rely on a budget.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
+from ..alignment import init_alignment_from
+from ..calibration import calibrate
 from ..data import load_coco_captions, load_digit_captions, load_flickr30k
 from ..model_card import public_name
 from .reduction_callback import ReductionCallback
@@ -67,8 +69,11 @@ class PruningArguments:
     reductions: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
     )
-    num_alignment_tokens: int = field(default=256, metadata={"help": "How many alignment tokens."})
-    alignment_dim: int = field(default=24, metadata={"help": "Their width; 0 for the text's."})
+    num_alignment_tokens: int = field(default=64, metadata={"help": "How many alignment tokens."})
+    alignment_dim: int = field(default=0, metadata={"help": "Their width; 0 for the text's."})
+    random_alignment: bool = field(
+        default=False, metadata={"help": "Start from random alignment tokens, not from what the model reads."}
+    )
 
     def __post_init__(self):
         if self.dense:
@@ -85,6 +90,14 @@ class PruningArguments:
                 source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
             )
         return model.float()  # whatever it was stored in: weights in half precision don't train
+
+    def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
+        """Fit new alignment tokens to training batches, and calibrate for where training, or evaluation, begins."""
+        if self.dense:
+            return
+        if not model.config.pruning_schedule and not self.random_alignment:
+            init_alignment_from(model, train_batches)
+        calibrate(model, validation_batches, self.target_reduction if do_train else self.reductions)
 
     def budgets(self, model) -> list[float]:
         """The reductions to evaluate: 0, and those to calibrate that the model was found to reach."""

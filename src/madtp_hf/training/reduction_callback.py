@@ -9,16 +9,19 @@ from transformers.trainer_callback import ExportableState
 from ..calibration import FACTORS, SCAN, measure, threshold_at
 
 
+NOISE = 0.02  # how far batches differ in their reduction: the gain does not adapt to that
+GAINS = (0.02, 12.0)  # the smallest and the largest
+
+
 class ReductionCallback(TrainerCallback, ExportableState):
     """A `Trainer` callback that holds a model at a reduction of FLOPs as it learns.
 
     After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured
-    reduction is from the
-    target: an integral controller, so that it settles where the mean reduction is the target, whatever the model, data
-    or learning rate, and follows as the model changes. Below a low temperature it is the threshold's factor that
-    moves, on the path that `calibrate` searches. While the reduction stays on one side of the target the steps grow,
-    so that a start far off, where the temperature hardly matters, is left quickly. `calibrate` afterwards finds the
-    exact thresholds.
+    reduction is from the target: an integral controller, so that it settles where the mean reduction is the target,
+    whatever the model, data or learning rate, and follows as the model changes. Below a low temperature it is the
+    threshold's factor that moves, on the path that `calibrate` searches. How much the reduction answers to a move
+    differs a hundredfold along this path, so each target's gain adapts: it grows while the reduction stays on one side
+    of the target, and is halved when a move has gone past it. `calibrate` afterwards finds the exact thresholds.
 
     Between steps, when `Trainer` evaluates and saves, the model is at the threshold of the largest target: evaluations
     compare, and a checkpoint's configuration has it. Training that is resumed goes on with the thresholds of its
@@ -30,13 +33,14 @@ class ReductionCallback(TrainerCallback, ExportableState):
             targets between the two, each with a threshold of its own, so that one checkpoint learns them all.
         num_targets (`int`, *optional*, defaults to 5):
             How many, with a pair.
-        gain (`float`, *optional*, defaults to 1.5):
-            By how much the logarithm of the temperature, or of the factor, moves for a distance of 1 from the target.
+        gain (`float`, *optional*):
+            By how much the logarithm of the temperature, or of the factor, moves at first for a distance of 1 from the
+            target. Defaults to 0.3 where a calibrated schedule says where to begin, else to 1.5.
         seed (`int`, *optional*, defaults to 0):
             Of the draw.
     """
 
-    def __init__(self, target_reduction, num_targets: int = 5, gain: float = 1.5, seed: int = 0):
+    def __init__(self, target_reduction, num_targets: int = 5, gain: float | None = None, seed: int = 0):
         low, high = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,) * 2
         if not 0 < low <= high < 1:
             raise ValueError(
@@ -52,7 +56,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
         self.first_temperature = None  # of the path, see `threshold_at`
         self.log_temperatures = None  # the points on it: where the factor is below 1, of temperature times factor
-        self.boosts = [1.0] * len(self.targets)
+        self.gains = None  # one for each target
         self.errors = [0.0] * len(self.targets)
         self._measured = []
         self._hook = None
@@ -69,7 +73,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
             "attributes": {
                 "first_temperature": self.first_temperature,
                 "log_temperatures": self.log_temperatures,
-                "boosts": self.boosts,
+                "gains": self.gains,
                 "errors": self.errors,
             },
         }
@@ -94,13 +98,18 @@ class ReductionCallback(TrainerCallback, ExportableState):
         temperatures = [entry[1] for entry in schedule]
         self.first_temperature = min(with_factor or (moderate / 100, present, *temperatures))
 
+        def is_calibrated(target):
+            return bool(schedule) and schedule[0][0] <= target <= schedule[-1][0]
+
         def point(target):
-            if schedule and schedule[0][0] <= target <= schedule[-1][0]:
+            if is_calibrated(target):
                 return sum(map(math.log, config.threshold_for(target)))
             return math.log(present * config.pruning_threshold_factor)
 
         if self.log_temperatures is None:
             self.log_temperatures = [point(target) for target in self.targets]
+        if self.gains is None:
+            self.gains = [self.gain or (0.3 if is_calibrated(target) else 1.5) for target in self.targets]
 
     def _set(self, model, index: int) -> tuple[float, float]:
         threshold = threshold_at(self.log_temperatures[index], self.first_temperature)
@@ -120,7 +129,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
         if begins and isinstance(saved, dict) and type(self)(**saved["args"]).targets == self.targets:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
-        if self.first_temperature is None:  # also in the state of a version without
+        if self.first_temperature is None or self.gains is None:  # also in the state of a version without
             self._begin(model.config)
         if self._hook is not None:  # of a run that was interrupted
             self._hook.remove()
@@ -138,10 +147,12 @@ class ReductionCallback(TrainerCallback, ExportableState):
         # `global_step` has been advanced since the step began.
         current = self._current(state.global_step - 1)
         self.reduction = reduction.item()
-        error = self.targets[current] - self.reduction
-        self.boosts[current] = min(self.boosts[current] * 1.3, 8.0) if error * self.errors[current] > 0 else 1.0
+        error, before = self.targets[current] - self.reduction, self.errors[current]
+        if min(abs(error), abs(before)) > NOISE:
+            adapted = self.gains[current] * (1.3 if error * before > 0 else 0.5)
+            self.gains[current] = min(max(adapted, GAINS[0]), GAINS[1])
         self.errors[current] = error
-        moved = self.log_temperatures[current] + min(max(self.gain * self.boosts[current] * error, -0.5), 0.5)
+        moved = self.log_temperatures[current] + min(max(self.gains[current] * error, -0.5), 0.5)
         # A target out of reach must not wind the temperature up or the factor down without end.
         lowest = math.log(self.first_temperature * FACTORS[0])
         self.log_temperatures[current] = min(max(moved, lowest), math.log(SCAN[-1]))

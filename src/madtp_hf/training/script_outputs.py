@@ -1,0 +1,47 @@
+"""What a training script leaves behind: results, and a checkpoint that is ready to publish."""
+
+import torch
+
+from ..evaluation import conservative_budget, report
+from ..model_card import write_model_card
+
+
+MAX_LOSS = 0.01  # of the metric on validation data, at the budget that a checkpoint is saved at
+
+
+def save_run(
+    model, processor, folder, title: str, rows: list[dict], metric: str, validation: tuple[int, dict], **facts
+) -> None:
+    """Write results.json, the checkpoint at a conservative budget, and its card to a folder, and say so.
+
+    Args:
+        model, processor: What was trained, and its processor.
+        folder (`str` or `Path`): Where to.
+        title (`str`): What was evaluated, the heading of the table.
+        rows (`list[dict]`): One for each budget, as [`~madtp_hf.evaluation.budget_rows`] gives them.
+        metric (`str`): The column that counts.
+        validation (`tuple[int, dict]`): How many validation samples, and by reduction the metric on them. The
+            checkpoint is saved at [`~madtp_hf.evaluation.conservative_budget`] of them.
+        facts: What else results.json keeps; of them `base_model` and `datasets` are for the card alone.
+    """
+    base_model, datasets = facts.pop("base_model"), facts.pop("datasets", None)
+    samples, scores = validation
+    reduction = conservative_budget(scores, MAX_LOSS)
+    default = {"reduction": reduction, "metric": metric, "samples": samples, "loss": MAX_LOSS}
+    default["scores"] = {f"{budget:g}": score for budget, score in scores.items()}
+    report(title, rows, folder, metric=metric, default_budget=default, **facts)
+    model.set_pruning(reduction=reduction)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_model_card(folder, base_model=base_model, datasets=datasets)
+    print(
+        f"Wrote the checkpoint, its card and results.json to {folder}. It loads at reduction {reduction:g}, the largest"
+        f" whose validation {metric.removesuffix('%').strip()} is at most {100 * MAX_LOSS:g} point below that of"
+        " pruning off."
+    )
+
+
+def end_process_group() -> None:
+    """End what `accelerate launch` began, where it did."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
