@@ -36,6 +36,7 @@ def test_the_quick_start_runs(tmp_path):
         command = [sys.executable, "-W", "error::UserWarning:madtp_hf", "-c", code]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+        assert "UserWarning" not in result.stderr  # nothing that a reader would have to look up
         return result.stdout
 
     run(prune)

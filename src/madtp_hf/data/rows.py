@@ -183,7 +183,8 @@ def _with_text(task, row: dict, texts, index: int) -> dict:
     if not texts:
         raise ValueError(
             f"{row[task.image_columns[0]]} has no {column.removesuffix('s')}: {task.title} reads a text with each"
-            f" image; expected a table with a column {column!r}, or a text for all."
+            f" image; expected a table with a column {column!r}, or texts for all (`texts`; on the command line --text"
+            " TEXT)."
         )
     text = texts[index % len(texts)]
     return {**row, column: [text] if column == "captions" else text}
