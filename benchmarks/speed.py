@@ -499,7 +499,7 @@ def print_table(title: str, rows: list[dict]) -> None:
     Console(width=120).print(table)
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     blip_tasks = [task for task in MODELS if MODELS[task] is not CLIPModel]
     parser.add_argument("--tasks", nargs="*", choices=MODELS, default=blip_tasks, help="default: BLIP's four")
@@ -550,6 +550,11 @@ def main():
     )
     args = parser.parse_args()
     args.torch_dtype = getattr(torch, args.dtype)
+    return args
+
+
+def main():
+    args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
 

@@ -102,7 +102,7 @@ def parse_arguments():
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         num_train_epochs=1,
-        learning_rate=1e-4,
+        learning_rate=5e-5,
         lr_scheduler_type="cosine",
         logging_steps=20,
         save_strategy="no",

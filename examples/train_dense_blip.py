@@ -205,7 +205,7 @@ def schedule(optimizer, steps):
     )
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/blip-vqa-digits"))
     parser.add_argument("--width", type=int, default=64)
@@ -234,7 +234,64 @@ def main():
     args = parser.parse_args()
     if args.plain:
         args.settle_steps = args.thin_steps = 0
+    return args
 
+
+def train(stage: str, parameters: list, steps: int, args, step_loss, say) -> None:
+    """Train for some steps; `step_loss()` gives the loss and what else is logged."""
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    scheduler = schedule(optimizer, max(steps, 1))
+    for step in range(1, steps + 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, facts = step_loss()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 50 == 0 or step < 4:
+            say(stage=stage, step=step, loss=round(loss.item(), 3), **facts())
+
+
+def train_captioner(config, processor, args, rng, say) -> BlipForConditionalGeneration:
+    """The first two stages: a vision tower that names what is in its patches, then captions."""
+    captioner = BlipForConditionalGeneration(config)
+    say(stage="caption", parameters=sum(p.numel() for p in captioner.parameters()))
+    init_position_embeddings(captioner, config)
+    captioner.train()
+    head = torch.nn.Linear(args.width, len(ds.DIGIT_NAMES) * len(ds.COLORS) + 1 + 2 * ds.MAX_DIGITS)
+
+    def patch():
+        loss, right = patch_loss(
+            captioner.vision_model, head, processor, ds.draw_scenes(args.batch_size, "train", rng)
+        )
+        return loss, lambda: {"accuracy": [round(r, 3) for r in right.tolist()]}
+
+    def caption():
+        return caption_step(captioner, processor, ds.draw_scenes(args.batch_size, "train", rng), rng).loss, dict
+
+    parameters = [*captioner.vision_model.parameters(), *head.parameters()]
+    train("patch", parameters, args.patch_steps, args, patch, say)
+    train("caption", list(captioner.parameters()), args.caption_steps, args, caption, say)
+    return captioner
+
+
+def train_questions(model, stage: str, steps: int, processor, args, rng, say) -> None:
+    """One of the later stages, on questions."""
+    average = None
+
+    def question():
+        nonlocal average
+        loss, right = question_loss(model, processor, ds.draw_scenes(args.batch_size, "train", rng), rng, stage)
+        average = right if average is None else 0.95 * average + 0.05 * right
+        return loss, lambda: {"accuracy": {k: round(a, 3) for k, a in zip(ds.QUESTION_KINDS, average.tolist())}}
+
+    model.train()
+    train(stage, list(model.parameters()), steps, args, question, say)
+
+
+def main():
+    args = parse_arguments()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(args.seed)
@@ -250,48 +307,8 @@ def main():
     say(args={key: value for key, value in vars(args).items() if key != "output_dir"})
     processor = build_processor()
     config = build_config(processor.tokenizer, args)
-
     if args.start_from == "patch":
-        captioner = BlipForConditionalGeneration(config)
-        say(stage="caption", parameters=sum(p.numel() for p in captioner.parameters()))
-        init_position_embeddings(captioner, config)
-        captioner.train()
-        head = torch.nn.Linear(args.width, len(ds.DIGIT_NAMES) * len(ds.COLORS) + 1 + 2 * ds.MAX_DIGITS)
-        parameters = [*captioner.vision_model.parameters(), *head.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-        scheduler = schedule(optimizer, max(args.patch_steps, 1))
-        for step in range(1, args.patch_steps + 1):
-            scenes = ds.draw_scenes(args.batch_size, "train", rng)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, right = patch_loss(captioner.vision_model, head, processor, scenes)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            scheduler.step()
-            if step % 50 == 0 or step < 4:
-                say(
-                    stage="patch",
-                    step=step,
-                    loss=round(loss.item(), 3),
-                    accuracy=[round(r, 3) for r in right.tolist()],
-                )
-
-        optimizer = torch.optim.AdamW(
-            captioner.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98)
-        )
-        scheduler = schedule(optimizer, max(args.caption_steps, 1))
-        for step in range(1, args.caption_steps + 1):
-            scenes = ds.draw_scenes(args.batch_size, "train", rng)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = caption_step(captioner, processor, scenes, rng).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            if step % 50 == 0 or step < 4:
-                say(stage="caption", step=step, loss=round(loss.item(), 3))
+        captioner = train_captioner(config, processor, args, rng, say)
         model = BlipForQuestionAnswering(config)
         model.vision_model.load_state_dict(captioner.vision_model.state_dict())
         model.text_decoder.load_state_dict(captioner.text_decoder.state_dict())
@@ -303,26 +320,9 @@ def main():
     if args.start_from in stages:
         stages = dict(list(stages.items())[list(stages).index(args.start_from) :])
     for stage, steps in stages.items():
-        if not steps:
-            continue
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-        scheduler = schedule(optimizer, steps)
-        average = None
-        for step in range(1, steps + 1):
-            scenes = ds.draw_scenes(args.batch_size, "train", rng)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, right = question_loss(model, processor, scenes, rng, stage)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            average = right if average is None else 0.95 * average + 0.05 * right
-            if step % 50 == 0 or step < 4:
-                accuracy = {kind: round(a, 3) for kind, a in zip(ds.QUESTION_KINDS, average.tolist())}
-                say(stage=stage, step=step, loss=round(loss.item(), 3), accuracy=accuracy)
-        model.save_pretrained(args.output_dir)
+        if steps:
+            train_questions(model, stage, steps, processor, args, rng, say)
+            model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 
     model.eval()

@@ -32,11 +32,11 @@ def check_contents(wheel: Path) -> None:
     stray = {
         name
         for name in ours
-        if not name.startswith(("madtp_hf/", "madtp_hf_cli/")) or not name.endswith((".py", ".md"))
+        if not name.startswith(("madtp_hf/", "madtp_hf_cli/")) or not name.endswith((".py", ".md", "/py.typed"))
     }
     source = ROOT / "src"
     expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
-    expected.add("madtp_hf/model_card_template.md")
+    expected |= {"madtp_hf/model_card_template.md", "madtp_hf/py.typed"}
     if stray or expected - ours:
         sys.exit(f"{wheel.name} has what it shouldn't, {sorted(stray)}, or lacks {sorted(expected - ours)}.")
     print(f"{wheel.name}: {len(names)} files, the package alone")
