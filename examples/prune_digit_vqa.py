@@ -68,6 +68,7 @@ def fine_tune(model, dataset, collator, args) -> int:
             report_to="none",
             remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
         ),
         train_dataset=dataset,

@@ -184,9 +184,10 @@ def _remarks(results: dict, task: Task) -> list[str]:
         remarks.append(f"Before fine-tuning: {before}.")
     default = results.get("default_budget")
     if default:
+        name, samples = _bare(default["metric"]), default["samples"]
+        saved = f"at reduction {default['reduction']:g}, the largest" if default["reduction"] else "with pruning off"
         remarks.append(
-            f"It is saved at reduction {default['reduction']:g}, the largest of the calibrated whose"
-            f" {_bare(default['metric'])} on {default['samples']} validation samples is at most"
+            f"It is saved {saved}, for {name} on {samples} validation samples is to be at most"
             f" {100 * default['loss']:g} point below that of pruning off."
         )
     floor = results.get("floor")

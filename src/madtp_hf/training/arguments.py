@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import dataclass, field, fields
 
+import torch
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from ..alignment import init_alignment_from
@@ -38,7 +39,8 @@ class ScriptParser(HfArgumentParser):
             default=argparse.SUPPRESS,
             help="show the options of `TrainingArguments` as well",
         )
-        self.set_defaults(**defaults)
+        # Without a GPU, torch warns of pinned memory with every loader.
+        self.set_defaults(dataloader_pin_memory=torch.cuda.is_available(), **defaults)
 
     def print_all_help(self) -> None:
         """Print the help of all options."""

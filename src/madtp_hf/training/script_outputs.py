@@ -34,11 +34,12 @@ def save_run(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_model_card(folder, base_model=base_model, datasets=datasets)
-    print(
-        f"Wrote the checkpoint, its card and results.json to {folder}. It loads at reduction {reduction:g}, the largest"
-        f" whose validation {metric.removesuffix('%').strip()} is at most {100 * MAX_LOSS:g} point below that of"
-        " pruning off."
-    )
+    name, points = metric.removesuffix("%").strip(), f"{100 * MAX_LOSS:g} point below that of pruning off"
+    if reduction:
+        loads = f"at reduction {reduction:g}, the largest whose validation {name} is at most {points}"
+    else:
+        loads = f"with pruning off: at every budget, the validation {name} is more than {points}"
+    print(f"Wrote the checkpoint, its card and results.json to {folder}. It loads {loads}.")
 
 
 def end_process_group() -> None:
