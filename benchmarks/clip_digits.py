@@ -80,7 +80,7 @@ class Benchmark:
         queries = self.queries
         scores = score_by_features(self.model(), queries.pixel_batches, queries.input_ids, queries.attention_mask)
         title = f"{self.args.images} images, {len(queries.texts)} captions"
-        return {"title": title, "recalls": queries.recalls(*scores), "floor": queries.by_chance()}
+        return {"title": title, "recalls": queries.recalls(*scores), "baseline": queries.by_chance()}
 
     def tome(self, seed) -> dict:
         return {reduction: self.score(self.with_tome(self.model(), reduction)) for reduction in self.args.reductions}

@@ -37,16 +37,16 @@ def main():
 
     table = Table(title="Digit scenes: the metric, and GFLOPs of a sample")
     budgets = [row["reduction asked"] for row in summary[args.tasks[0]]["results"]]
-    for name in ("task", "metric", "floor", "dense checkpoint", "pruning off", *budgets[1:]):
+    for name in ("task", "metric", "baseline", "dense checkpoint", "pruning off", *budgets[1:]):
         table.add_column(str(name), justify="left" if name in ("task", "metric") else "right")
     for name, outcome in summary.items():
         task = TASKS[name]
         column = task.headline
-        floor = outcome["floor"][column] if isinstance(outcome["floor"], dict) else outcome["floor"]
+        baseline = outcome["baseline"][column] if isinstance(outcome["baseline"], dict) else outcome["baseline"]
         table.add_row(
             task.title,
             task.headline_title,
-            f"{floor:.1%}",
+            f"{baseline:.1%}",
             f"{outcome['dense_before_training'][column]:.1%}",
             *(f"{row[column]:.1%}\n{row['GFLOPs']:.4f}" for row in outcome["results"]),
         )

@@ -144,7 +144,7 @@ def main():
     budgets = [0.0, *(entry[0] for entry in schedule)]
     results = evaluate(model, processor, test, collator, budgets, args.batch_size)
     on_validation = evaluate(model, processor, validation, collator, budgets, args.batch_size)
-    floor = question_only_accuracy(train, test)
+    baseline = question_only_accuracy(train, test)
     not_of_training = ("model", "output_dir", "test_questions", "reductions")
     save_run(
         model,
@@ -155,7 +155,7 @@ def main():
         metric="accuracy %",
         validation=(len(validation), {row["reduction asked"]: row["accuracy %"] for row in on_validation}),
         before_fine_tuning=untrained,
-        floor={"accuracy %": floor},
+        baseline={"accuracy %": baseline},
         seconds=round(time.time() - started),
         dataset={"name": "digit scenes", "split": "test", "example": test[0]["question"]},
         settings={
@@ -166,7 +166,7 @@ def main():
     )
     print(
         f"Before fine-tuning: dense {untrained[0]['accuracy %']:.1%}, at {untrained[-1]['reduction asked']} reduction"
-        f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {floor:.1%}."
+        f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {baseline:.1%}."
     )
 
     # 5. What it looks at, and its answers through a pipeline.

@@ -140,7 +140,7 @@ def main():
     test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
     before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
     # What a writer who never sees the image gets: captions of other images.
-    floor = score([train[index % len(train)]["captions"][0] for index in range(len(test))], test)
+    baseline = score([train[index % len(train)]["captions"][0] for index in range(len(test))], test)
 
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
@@ -164,7 +164,7 @@ def main():
             metric="bleu_4 %",
             validation=(len(validation), on_validation),
             dense_before_training=before,
-            floor=floor,
+            baseline=baseline,
             dataset={
                 "name": public_name(args.dataset) if args.dataset else "digit scenes",
                 "split": "test",

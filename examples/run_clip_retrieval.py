@@ -123,7 +123,7 @@ def main():
             metric="mean %",
             validation=(len(validation_queries), on_validation),
             dense_before_training=before,
-            floor=queries.by_chance(),
+            baseline=queries.by_chance(),
             dataset=args.dataset_facts(queries.texts[0]),
             settings=pruning_args.settings(args, trainer),
             base_model=args.model,

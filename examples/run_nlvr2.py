@@ -122,7 +122,7 @@ def main():
 
     test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
     before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
-    floor = {"accuracy %": question_only_accuracy(train, test, "sentence", "label")}  # from the words alone
+    baseline = {"accuracy %": question_only_accuracy(train, test, "sentence", "label")}  # from the words alone
 
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
@@ -146,7 +146,7 @@ def main():
             metric="accuracy %",
             validation=(len(validation), on_validation),
             dense_before_training=before,
-            floor=floor,
+            baseline=baseline,
             dataset={
                 "name": public_name(args.dataset) if args.dataset else "digit scenes",
                 "split": "test",

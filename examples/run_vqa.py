@@ -143,7 +143,7 @@ def main():
     test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
     before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
     # From the words alone.
-    floor = None if args.dataset else {"accuracy %": question_only_accuracy(train, test)}
+    baseline = None if args.dataset else {"accuracy %": question_only_accuracy(train, test)}
 
     # 4. Training; then every budget, from the one model.
     if training_args.do_train:
@@ -167,7 +167,7 @@ def main():
             metric="accuracy %",
             validation=(len(validation), on_validation),
             dense_before_training=before,
-            floor=floor,
+            baseline=baseline,
             dataset={
                 "name": public_name(args.dataset) if args.dataset else "digit scenes",
                 "split": args.test_split,

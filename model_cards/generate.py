@@ -55,7 +55,7 @@ def demo_metrics(task: str) -> dict:
     return {
         "title": outcome["title"],
         "results": [outcome["dense_before_training"]],
-        "floor": outcome["floor"],
+        "baseline": outcome["baseline"],
         "metric": TASKS[task].headline,
         "source": f"`make demo-all`, before its training; [`{path.name}`](../../benchmarks/results/{path.name})",
     }
@@ -68,7 +68,7 @@ def clip_metrics() -> dict:
     return {
         "title": dense["title"],
         "results": [dense["recalls"]],
-        "floor": dense["floor"],
+        "baseline": dense["baseline"],
         "metric": TASKS["clip"].headline,
         "source": f"`python benchmarks/clip_digits.py`; [`{path.name}`](../../benchmarks/results/{path.name})",
     }

@@ -579,10 +579,16 @@ def test_a_report_is_printed_and_written(tmp_path, capsys):
         {"reduction asked": 0.0, "accuracy %": 0.915, "GFLOPs": 12.3456},
         {"reduction asked": 0.5, "accuracy %": 0.9, "GFLOPs": 6.1},
     ]
-    report("7 questions", rows, tmp_path / "deep" / "folder", floor=0.41, chance={"mean %": 0.1}, raw=[1])
+    report("7 questions", rows, tmp_path / "deep" / "folder", baseline=0.41, chance={"mean %": 0.1}, raw=[1])
     written = json.loads((tmp_path / "deep" / "folder" / "results.json").read_text())
     assert set(written.pop("versions")) == {"madtp_hf", "transformers", "torch", "python"}
-    assert written == {"title": "7 questions", "results": rows, "floor": 0.41, "chance": {"mean %": 0.1}, "raw": [1]}
+    assert written == {
+        "title": "7 questions",
+        "results": rows,
+        "baseline": 0.41,
+        "chance": {"mean %": 0.1},
+        "raw": [1],
+    }
     printed = capsys.readouterr().out
-    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "floor: 0.41", "chance: mean 10.0%"):
+    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "baseline: 0.41", "chance: mean 10.0%"):
         assert text in printed

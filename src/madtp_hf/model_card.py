@@ -190,10 +190,10 @@ def _remarks(results: dict, task: Task) -> list[str]:
             f"It is saved {saved}, for {name} on {samples} validation samples is to be at most"
             f" {100 * default['loss']:g} point below that of pruning off."
         )
-    floor = results.get("floor")
-    if floor is not None:
-        floor = floor if isinstance(floor, dict) else {_main_metric(results): floor}
-        remarks.append(f"{task.floor}: {_sentence(floor)}.")
+    baseline = results.get("baseline")
+    if baseline is not None:
+        baseline = baseline if isinstance(baseline, dict) else {_main_metric(results): baseline}
+        remarks.append(f"{task.baseline}: {_sentence(baseline)}.")
     if _is_number(results.get("seconds")):
         machine = f" ({results['machine']})" if results.get("machine") else ""
         remarks.append(f"Training and evaluation took {results['seconds']:.0f} s{machine}.")
@@ -319,7 +319,7 @@ def create_model_card(
             a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" has shares.
             Of a dictionary's facts, the card takes `metric` (the column that counts), `dataset` (a name, or a
             dictionary of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`,
-            `before_fine_tuning`, `dense_before_training`, `floor`, `seconds`, `machine` and `source`.
+            `before_fine_tuning`, `dense_before_training`, `baseline`, `seconds`, `machine` and `source`.
         base_model (`str`, *optional*):
             What it was made from: an id of the Hub, or a folder, which is named in the text and not in the metadata.
         license (`str`, *optional*):

@@ -35,12 +35,12 @@ class Task:
     # Checkpoints: what loads one, and the parts of an original BLIP checkpoint besides the vision tower.
     auto_class: str
     original_parts: tuple[str, ...]
-    # The model card: how to ask the model, with {text} in place of a text; a text; how the blind baseline is got.
+    # The model card: how to ask the model, with {text} in place of a text; a text; what the baseline knows.
     title: str
     what: str
     usage: str
     text: str
-    floor: str
+    baseline: str
     pipeline_tag: str | None = None  # the Hub's name for the task
     tags: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ _ENTRIES = (
         what="answers questions about images",
         usage=_INPUTS + "print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
         text="how many dogs are there?",
-        floor="From the words of the questions alone",
+        baseline="Language-only baseline, from the words of the questions",
         pipeline_tag="visual-question-answering",
     ),
     Task(
@@ -107,7 +107,7 @@ _ENTRIES = (
         + "print(processor.decode(model.generate(**inputs, num_beams=3, max_new_tokens=20)[0],"
         + " skip_special_tokens=True))",
         text="a picture of",
-        floor="With captions of other images",
+        baseline="Baseline, with captions of other images",
         pipeline_tag="image-to-text",
         tags=("image-captioning",),
     ),
@@ -134,7 +134,7 @@ inputs = processor(images=images, text=text, return_tensors="pt")
 inputs["pixel_values"] = inputs["pixel_values"].unsqueeze(0)  # one pair
 print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is true""",
         text="there are two dogs in the left image",
-        floor="From the words of the sentences alone",
+        baseline="Language-only baseline, from the words of the sentences",
         tags=("visual-reasoning", "nlvr2"),
     ),
     Task(
@@ -156,7 +156,7 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
         + """print(model(**inputs).itm_score.softmax(dim=-1)[0, 1].item())  # how likely they match
 print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine similarity""",
         text="two dogs on a beach",
-        floor="By chance",
+        baseline="Chance",
         tags=("image-text-retrieval", "image-text-matching"),
     ),
     Task(
@@ -180,7 +180,7 @@ texts = [{text}, "a photo of something else"]
 inputs = processor(images=image, text=texts, padding=True, return_tensors="pt")
 print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well each text fits""",
         text="two dogs on a beach",
-        floor="By chance",
+        baseline="Chance",
         pipeline_tag="zero-shot-image-classification",
         tags=("image-text-retrieval",),
     ),
