@@ -20,7 +20,7 @@ ATTENTION_BLOCK = 3 * 2**19  # attention probabilities at a time on a CPU: 6 MB,
 
 
 class TokenRoles(NamedTuple):
-    """What a host says of its tokens: the first of a sequence is protected and never goes; the others may, except
+    """Which tokens of a sequence may be dropped. The first token is protected; so is the last one on request.
 
     protects_last: the last is protected, too, and is the one that reads the sequence, as CLIP's end of text; else the
     first reads;
@@ -31,22 +31,23 @@ class TokenRoles(NamedTuple):
     is_causal: bool = False
 
     def num_removable(self, sequences: Sequences) -> int:
-        """N: the slots of tokens that can go, the first of a sequence's padded states left out."""
+        """Return N, the number of slots for removable tokens: all of a sequence's padded states but the first."""
         return sequences.max_seqlen - 1 - self.protects_last
 
     def removable(self, sequences: Sequences) -> torch.Tensor | None:
-        """(n, N) bool: the tokens that can go at these slots; None: all."""
+        """Return a mask (n, N) that is True at the slots of removable tokens, or None if all are."""
         if sequences.mask is None:
             return None
         # Where the last is protected, a slot holds a token that can go if there is one behind it.
         return sequences.mask[:, 1 + self.protects_last :]
 
     def removable_weights(self, sequences: Sequences) -> torch.Tensor | None:
-        """`removable` as numbers."""
+        """Return `removable` as floats, 1.0 and 0.0."""
         return None if sequences.mask is None else sequences.real[:, 1 + self.protects_last :]
 
     def removable_counts(self, sequences: Sequences) -> torch.Tensor | int:
-        """(n, 1), or N where it is the same for all: how many tokens can go."""
+        """Return how many tokens of each sequence are removable: (n, 1), or the integer N where it is the same for
+        all."""
         if sequences.mask is None:
             return self.num_removable(sequences)
         return sequences.lengths.unsqueeze(1) - (1 + self.protects_last)
@@ -69,8 +70,8 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Attention of query (R, H, d) in `sequences` to key and value (S, H, d) in `context`, or in the same -> (R, H *
-    d).
+    """Compute attention of query (R, H, d) in `sequences` to key and value (S, H, d) in `context`, by default the
+    same sequences -> (R, H * d).
 
     implementation: "eager", "sdpa", or a flash attention of transformers', which takes varlen rows as they are.
     """
@@ -103,7 +104,7 @@ def attend(
 
 
 def has_only_real_rows(*batches: Sequences) -> bool:
-    """Whether no row is padding."""
+    """Return whether no row is padding."""
     return all(sequences.is_varlen or sequences.mask is None for sequences in batches)
 
 
@@ -123,7 +124,8 @@ def _flash_attention(attention, implementation, query, key, value, sequences, co
 
 
 def padded_attention(implementation: str, query, key, value, mask=None, dropout: float = 0.0, is_causal: bool = False):
-    """Attention of (B, H, L, d) to (B, H, M, d) with mask (B, M), True at real tokens, or None -> (B, H, L, d)."""
+    """Compute attention of (B, H, L, d) to (B, H, M, d) -> (B, H, L, d); mask (B, M) is True at real tokens, or
+    None."""
     if mask is not None:
         mask = mask[:, None, None, :]
     if implementation != "eager":
@@ -134,8 +136,8 @@ def padded_attention(implementation: str, query, key, value, mask=None, dropout:
 
 
 def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tensor:
-    """The probabilities (B, H, L, M) of (B, H, L, d) attending to (B, H, M, d) where mask, which broadcasts to them,
-    is True."""
+    """Compute the attention probabilities (B, H, L, M) of queries (B, H, L, d) and keys (B, H, M, d), where the
+    (broadcast) mask is True."""
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if is_causal:
         causal = causal_mask(logits.shape[-1], logits.device)
@@ -146,7 +148,7 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
 
 
 def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles, dropout: float = 0.0):
-    """Self-attention of (R, 3, H, d): its output (R, H * d) and its maps (B, H, L, L)."""
+    """Compute self-attention of (R, 3, H, d) -> its output (R, H * d) and its maps (B, H, L, L)."""
     query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
     mask = None if sequences.mask is None else sequences.mask[:, None, None, :]
     maps = attention_maps(query, key, mask, roles.is_causal)
@@ -155,7 +157,7 @@ def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, ro
 
 
 def causal_mask(length: int, device) -> torch.Tensor:
-    """(length, length) bool: True where the row's token sees the column's."""
+    """Return a mask (length, length) that is True where a row's token attends to a column's."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
@@ -169,8 +171,8 @@ def attend_with_evidence(
     dropout: float = 0.0,
     all_maps: list | None = None,
 ) -> tuple[torch.Tensor, AttentionEvidence]:
-    """Self-attention of query_key_value (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its
-    evidence.
+    """Compute self-attention of query_key_value (R, 3, H, d) within a part of the batch -> (rows of the part, H *
+    d), and the evidence for token importance.
 
     all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose
     maps stay in cache, and which share their memory; maps are kept only for a backward pass.
@@ -216,14 +218,14 @@ def attend_with_evidence(
 
 
 def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
-    """(R, 3, H, d) -> query, key and value of a part, (H, n, L, d) each: heads first, so that they multiply as one
-    batch."""
+    """Split (R, 3, H, d) into padded query, key and value of a part, (H, n, L, d) each. Heads come first, so that
+    they are multiplied as one batch."""
     states = part.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
     return (states if part.batch_size == 1 else states.contiguous()).unbind()
 
 
 def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (H, n, L, d) of some heads -> their outputs (H, n, L, d) and maps (H, n, L, L) in
+    """Compute attention of queries, keys and values (H, n, L, d) -> outputs (H, n, L, d) and maps (H, n, L, L) in
     float32.
 
     space: memory (H * n or more, L, L) for the maps, if there is some.
@@ -243,7 +245,7 @@ def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> 
 
 
 def _row_of_reader(maps: torch.Tensor, part: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """maps (H, n, L, L) -> (H, n, N): how the reader attends to the tokens that can go."""
+    """Return the attention of the reading token to the removable tokens: maps (H, n, L, L) -> (H, n, N)."""
     tokens = slice(1, 1 + roles.num_removable(part))
     if not roles.protects_last:
         return maps[:, :, 0, tokens]

@@ -29,7 +29,7 @@ def _is_factor(value) -> bool:
 
 
 def _factor(entry, place: int) -> float:
-    """The factor that stands at a place of an entry, 1 in entries that end before."""
+    """Return the threshold's factor of a schedule entry; 1 if the entry has none."""
     return entry[place] if len(entry) > place else 1.0
 
 
@@ -87,7 +87,7 @@ _CHECKS = {
 
 
 class PruningConfigMixin:
-    """Fields of token pruning, checked when they are set, so that no forward pass has to.
+    """Fields of token pruning, validated when they are set, so that no forward pass has to validate them.
 
     For a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields` after
     its base's.

@@ -35,7 +35,7 @@ from .triton_kernels import KERNEL_ERRORS, disable, gate, is_available, scored_v
 
 
 class AlignmentTokens(NamedTuple):
-    """What a layer's tokens are compared with.
+    """What the tokens of a layer are scored against.
 
     tokens (T, E): the alignment tokens, and projection: the map from a token's width D to theirs, if it has one; or,
     folded for inference, weight (T, D) and bias (T,), which give the scores of the tokens as they are: (x W^T + b) S^T
@@ -49,7 +49,7 @@ class AlignmentTokens(NamedTuple):
 
 
 class TokenReduction:
-    """How the tokens of one branch become fewer in one forward pass: what a method fills in to be one.
+    """Interface of a token reduction method: one instance serves one branch in one forward pass.
 
     A method answers `choose`; what it needs for that, it collects in `attend_part`, or from a layer's input in
     `read_input`. It may keep what it learns from layer to layer, as an object of it serves one pass: by the layer's
@@ -61,36 +61,36 @@ class TokenReduction:
     with_feature = False  # whether each layer's alignment feature is wanted, for the loss
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Whether a sequence could lose a token in this layer, or its attention is the method's; else the layer's is
-        plain."""
+        """Return whether this layer needs the method: a sequence could lose a token, or the method computes
+        attention itself."""
         return True
 
     def divide(self, sequences: Sequences, width: int) -> Division:
-        """The parts that the batch is taken in, states having this width."""
+        """Divide the batch into the parts that attention processes one by one, for states of this width."""
         return sequences.divide(width)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """From a layer's input (R, D): scores (R, T) of its tokens, if the method has some, and the alignment feature
-        (B, T, E)."""
+        """Read a layer's input (R, D): return the scores (R, T) of its tokens, if the method has any, and the
+        alignment feature (B, T, E)."""
         return None, None
 
     def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float, all_maps=None):
-        """Self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and the evidence that
-        it leaves.
+        """Compute self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its
+        evidence.
 
         all_maps: if given, a list that the part's attention maps (n, H, L, L) are appended to.
         """
         return attend_with_evidence(query_key_value, part, self.roles, dropout, all_maps)
 
     def choose(self, layer: int, evidence, scores: torch.Tensor | None, part: Sequences) -> Reduction:
-        """What stays of a part of the batch, from its attention's evidence and its scores (R, T)."""
+        """Choose which tokens of a part stay, from the attention's evidence and the scores (R, T)."""
         raise NotImplementedError
 
     def attend(
         self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
     ):
-        """Self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what the layer is to
-        reduce."""
+        """Compute self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what is to
+        be reduced."""
         division = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
         parts = sequences.parts(division)
         outputs, reductions = [], []
@@ -101,12 +101,12 @@ class TokenReduction:
         return sequences.join_rows(outputs, division), (division, reductions)
 
     def to(self, device, non_blocking: bool = False) -> "TokenReduction":
-        """For models whose layers lie on several devices."""
+        """Move the method's tensors to a device, for models whose layers are on several devices."""
         return self
 
 
 class MadtpReduction(TokenReduction):
-    """MADTP.
+    """MADTP's token reduction.
 
     Args:
         alignment (`AlignmentTokens` or a list, one for each layer).
@@ -128,16 +128,17 @@ class MadtpReduction(TokenReduction):
         self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Beside those that are protected, some tokens have to stay and two to go."""
+        """Return whether a sequence has enough tokens to lose some: two at least go, and some stay beside the
+        protected ones."""
         return self.temperature > 0 and self.roles.num_removable(sequences) >= self.min_kept + 2
 
     def divide(self, sequences: Sequences, width: int) -> Division:
-        """All of the batch where samples have to know of one another."""
+        """Divide the batch into parts; with granularity "batch" it is one part, as the samples share one count."""
         return sequences.divide(width) if self.granularity == "instance" else sequences.whole
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """From a layer's input (R, D): its alignment scores (R, T), and its alignment feature (B, T, E) where the loss
-        is wanted."""
+        """Compute the alignment scores (R, T) of a layer's input (R, D), and for the loss the alignment feature (B,
+        T, E)."""
         alignment = self.alignment[layer] if isinstance(self.alignment, list) else self.alignment
         if alignment.weight is not None:
             return F.linear(states, alignment.weight, alignment.bias), None
@@ -182,11 +183,11 @@ class MadtpReduction(TokenReduction):
         return output.flatten(1), (sequences.whole, [KernelReduction(*chosen)])
 
     def importance(self, evidence, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """(n, N): from attention and alignment scores (n, N, T); mask (n, N), as numbers."""
+        """Compute the importance (n, N) from attention and alignment scores (n, N, T); mask (n, N) holds floats."""
         return token_importance(evidence, scores, mask)
 
     def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
-        """What stays of a part of the batch, from its attention and its alignment scores (R, T)."""
+        """Choose which tokens of a part stay, from its attention and its alignment scores (R, T)."""
         roles, num_removable = self.roles, self.roles.num_removable(part)
         mask, weights, counts = roles.removable(part), roles.removable_weights(part), roles.removable_counts(part)
         scores = part.pad(scores)[:, 1 : 1 + num_removable]
@@ -224,7 +225,7 @@ class MadtpReduction(TokenReduction):
 
 
 class LayerPlan(NamedTuple):
-    """What a layer is told of the forward pass that it is part of: resolved once a pass, so that no layer reads a
+    """What a layer needs to know of the forward pass. It is resolved once per pass, so that no layer reads the
     configuration.
 
     attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become
@@ -246,8 +247,7 @@ LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None, t
 
 
 class ReducibleLayer:
-    """A transformer layer whose tokens become fewer between self-attention and what follows. A host says what these
-    are:
+    """A transformer layer that reduces tokens between self-attention and the rest of the layer. A host defines:
 
     project(states) -> query_key_value (R, 3, H, d); add_attention(output (R, H * d), states) -> states;
     feed_forward(states, sequences, plan, *context) -> states, cross-attention included; attention_dropout, a
@@ -255,13 +255,13 @@ class ReducibleLayer:
     """
 
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
-        """states (R, D) that lie as `sequences` say; `context`: what the layer looks at besides."""
+        """Run the layer on states (R, D) laid out as `sequences`; `context` is what it cross-attends to."""
         output, chosen, feature, maps = self.attend(states, sequences, plan)
         states, sequences, moved = self.reduce(self.add_attention(output, states), sequences, chosen)
         return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved, maps
 
     def attend(self, states, sequences: Sequences, plan: LayerPlan):
-        """Self-attention's output (R, H * d), what is to be reduced, and on request the alignment feature and the
+        """Compute self-attention (R, H * d), what is to be reduced and, on request, the alignment feature and the
         maps."""
         reduction, query_key_value = plan.reduction, self.project(states)
         dropout = self.attention_dropout if self.training else 0.0
@@ -286,14 +286,15 @@ class ReducibleLayer:
 
 
 def join_maps(maps: list[torch.Tensor], sequences: Sequences, division: Division) -> torch.Tensor:
-    """The maps (n, H, L, L) of the parts of a batch -> (B, H, max_seqlen, max_seqlen)."""
+    """Join the maps (n, H, L, L) of the parts of a batch -> (B, H, max_seqlen, max_seqlen)."""
     missing = [sequences.max_seqlen - of_part.shape[-1] for of_part in maps]
     maps = [F.pad(of_part, (0, more, 0, more)) if more else of_part for of_part, more in zip(maps, missing)]
     return sequences.join_samples(maps, division)
 
 
 class BranchOutput(NamedTuple):
-    """states (R, D) that lie as `sequences` say, feature (B, T, E) or None, num_tokens (layers + 1, B) int64.
+    """Output of an encoder: states (R, D) laid out as `sequences`, feature (B, T, E) or None, num_tokens (layers +
+    1, B) int64.
 
     On request, all_hidden_states, what enters the branch and leaves each layer, padded, None where it isn't asked for;
     positions, layers + 1 tensors (B, L) that say where in the branch's input each token was, -1 for merged ones and
@@ -312,22 +313,22 @@ class BranchOutput(NamedTuple):
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        """(B, L, D), padding behind the real tokens."""
+        """The states as (B, L, D), with padding behind the real tokens."""
         return self.sequences.pad_zeros(self.states)
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """(B, L) bool: the real tokens of `hidden_states`, None without padding."""
+        """A mask (B, L) that is True at the real tokens of `hidden_states`, or None without padding."""
         return self.sequences.mask
 
     @property
     def class_states(self) -> torch.Tensor:
-        """(B, D): the first tokens."""
+        """The states (B, D) of the first tokens."""
         return self.sequences.first(self.states)
 
 
 def real_tokens(branch: BranchOutput) -> torch.Tensor:
-    """(B, L) bool: the real tokens of a branch's hidden states, whether or not any is padding."""
+    """Return a mask (B, L) of the real tokens of a branch's hidden states, whether or not any is padding."""
     if branch.mask is not None:
         return branch.mask
     shape = (branch.sequences.batch_size, branch.sequences.max_seqlen)
@@ -335,7 +336,7 @@ def real_tokens(branch: BranchOutput) -> torch.Tensor:
 
 
 def as_model_output(branch: BranchOutput) -> BaseModelOutputWithPooling:
-    """What transformers' encoders return."""
+    """Convert a branch's output to what transformers' encoders return."""
     return BaseModelOutputWithPooling(
         last_hidden_state=branch.hidden_states,
         pooler_output=branch.pooled,
@@ -356,8 +357,8 @@ def run_layers(
     output_attentions: bool = False,
     context: tuple = (),
 ) -> BranchOutput:
-    """An encoder: layer after layer on the tokens that the one before has left; `context` is what each layer looks at
-    besides."""
+    """Run an encoder's layers one after the other, each on the tokens that the previous one left; `context` is what
+    each layer cross-attends to."""
     history, feature = [sequences], None
     wanted = _wanted_hidden_states(output_hidden_states, len(layers) + 1)
     all_hidden_states = []
@@ -396,8 +397,8 @@ def run_layers(
 
 
 def _wanted_hidden_states(output_hidden_states, number: int) -> set[int]:
-    """Which of `number` hidden states are asked for: all or none, or, as transformers has it, those of some
-    indices."""
+    """Resolve which of `number` hidden states are requested: all, none, or those at some indices, as in
+    transformers."""
     if isinstance(output_hidden_states, bool) or output_hidden_states is None:
         return set(range(number)) if output_hidden_states else set()
     indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
