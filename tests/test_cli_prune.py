@@ -15,7 +15,7 @@ from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, C
 pytest.importorskip("typer", reason="the command needs typer: pip install 'madtp_hf[cli]'")
 from typer.testing import CliRunner
 
-from madtp_hf.benchmark import dense_twin
+from madtp_hf.benchmark import stock_model
 from madtp_hf.cli import app
 from madtp_hf.data.rows import load_rows
 from madtp_hf.hub import find_checkpoint_files
@@ -202,9 +202,9 @@ def test_benchmark_calibrates_what_is_not_and_does_without_images(dense, tmp_pat
 
 
 @pytest.mark.parametrize("task", [task for task in TEST_TASKS if task != "nlvr2"])
-def test_the_dense_twin_is_transformers_model_with_the_same_outputs(task):
+def test_the_stock_model_is_transformers_model_with_the_same_outputs(task):
     model = make_task_model(task).eval()
-    twin = dense_twin(model)
+    twin = stock_model(model)
     assert type(twin).__module__.startswith("transformers.")
     inputs, name = TEST_TASKS[task].make_inputs(), TEST_TASKS[task].scores
     if task == "vqa":

@@ -163,11 +163,11 @@ def test_retrieval_trainer_trains_clip_and_resumes(tmp_path):
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trainer.train(resume_from_checkpoint=resume)
         assert (trainer.memory.id_queue >= 0).all()
-        twin = trainer.memory.twin.state_dict()
+        slow = trainer.memory.momentum_encoder.state_dict()
         moved = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
         assert not torch.equal(model.state_dict()[moved], start[moved])
-        assert not torch.equal(twin[moved], model.state_dict()[moved])
-        weights.append((model.state_dict(), twin))
+        assert not torch.equal(slow[moved], model.state_dict()[moved])
+        weights.append((model.state_dict(), slow))
     for mine, theirs in zip(*weights):
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name])

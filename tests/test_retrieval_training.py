@@ -107,13 +107,13 @@ def test_the_twin_is_a_moving_average_of_the_model(model, tmp_path):
     # Once a step, however many batches it accumulates.
     for weights in watch.begun:
         expected = {name: 0.8 * expected[name] + 0.2 * weights[name] for name in expected}
-    twin = dict(trainer.memory.twin.named_parameters())
+    twin = dict(trainer.memory.momentum_encoder.named_parameters())
     assert len(watch.begun) == 4 and twin.keys() == expected.keys()
     for name, value in twin.items():
         torch.testing.assert_close(value, expected[name])
         assert not value.requires_grad
     assert not torch.allclose(twin["vision_proj.weight"], model.vision_proj.weight, atol=1e-4)
-    assert not trainer.memory.twin.training
+    assert not trainer.memory.momentum_encoder.training
 
 
 @pytest.mark.parametrize("size", (0, 1, 5, 7, 100))

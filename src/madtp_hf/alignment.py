@@ -1,4 +1,4 @@
-"""Alignment tokens from data: a start, without training, that loses less than random ones.
+"""Alignment tokens from data: an initialisation that loses less than random tokens do, without training.
 
 The importance of an image's token is s = (s_self + s_cls + s_tok) / 3, of which only the last hangs on the alignment
 tokens. It would equal what the model reads in an image,
@@ -36,7 +36,7 @@ LARGEST_SHARE = 5.0  # times the mean: beyond, a single patch would make up the 
 
 
 class _Recorder(TokenReduction):
-    """Leaves all tokens, and keeps what each layer sees.
+    """Token reduction that keeps all tokens and records what each layer sees.
 
     states[layer]: its input (R, D) and how it lies; attention[layer]: (s_self, s_cls), each (B, N), of sequences of
     one length.
@@ -60,7 +60,7 @@ class _Recorder(TokenReduction):
         return Reduction(stays, torch.zeros_like(stays[:, :1]), torch.zeros_like(received))
 
     def removable_states(self, layer) -> torch.Tensor:
-        """The rows (R', D) of the tokens that can go."""
+        """Return the rows (R', D) of the removable tokens."""
         states, sequences = self.states[layer]
         tokens = sequences.pad(states)[:, 1 : 1 + self.roles.num_removable(sequences)]
         mask = self.roles.removable(sequences)
@@ -68,7 +68,7 @@ class _Recorder(TokenReduction):
 
 
 class _Recording:
-    """What forward passes show of the two branches while pruning leaves everything.
+    """What the forward passes of a model without pruning show of its two branches.
 
     patches: by layer, states (b, N, D); attention: by layer, s_self and s_cls (2, b, N); cross: s_cross (b, N), in all
     a list of batches; words: by layer, states (n, D).
@@ -86,8 +86,7 @@ class _Recording:
         return recorder
 
     def _hook_cross_attention(self) -> list:
-        """Follow the products of queries and keys where a text looks at an image; NLVR2's text has two such places in
-        a layer."""
+        """Record the products of queries and keys of cross-attention; NLVR2's text layers have two of them."""
         hooks = []
         encoder = getattr(self.model, self.task.text_encoder).encoder if self.task.text_encoder else None
         for index, layer in enumerate(getattr(encoder, "layer", ())):  # CLIP's layers have no such place
@@ -117,7 +116,7 @@ class _Recording:
         return add
 
     def run(self, dataloader) -> None:
-        """Look at batches until there is enough."""
+        """Run batches until there are enough samples."""
         hooks, method = self._hook_cross_attention(), self.model._reduction_method
         try:
             with restored(self.model):
@@ -134,7 +133,7 @@ class _Recording:
                 hook.remove()
 
     def _take(self) -> None:
-        """What the last batch has shown."""
+        """Store what the last batch has shown."""
         vision, texts = self._recorders["vision"][0], self._recorders["text"]
         for text in texts:
             for layer in text.states:
@@ -163,7 +162,7 @@ class _Recording:
         return self._has_images() and (self.num_words >= MAX_WORDS or not self.words)
 
     def target(self) -> torch.Tensor:
-        """What s_tok of the images' patches is to be in proportion to, (layers, B, N), with a mean of 1 over
+        """Compute the target that the image patches' s_tok is fitted to, (layers, B, N), with a mean of 1 over
         tokens."""
         by_self, by_class = torch.cat(self.attention, dim=2).unbind(1)
         by_class = by_class / sum_over_tokens(by_class)
@@ -174,7 +173,7 @@ class _Recording:
 
 
 def _centres(states: torch.Tensor, number: int) -> torch.Tensor:
-    """The centres (number, D) of clusters of states (n, D), by k-means from the states that are farthest from one
+    """Compute k-means centres (number, D) of states (n, D), starting from the states that are farthest from one
     another."""
     first = (states - states.mean(dim=0)).norm(dim=1).argmax()
     centres = [states[first]]
@@ -192,18 +191,18 @@ def _centres(states: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _thinned(states: torch.Tensor) -> torch.Tensor:
-    """At most MAX_WORDS of the states (n, D), evenly taken."""
+    """Subsample the states (n, D) evenly, to at most MAX_WORDS."""
     return states[:: -(-len(states) // MAX_WORDS)]
 
 
 def _projected(projection, layer: int, states: torch.Tensor) -> torch.Tensor:
-    """A layer's states (..., D) as the alignment tokens (T, E) are compared with them, (..., E) in float32."""
+    """Project a layer's states (..., D) to the width of the alignment tokens (T, E) -> (..., E) in float32."""
     projection = projection[layer] if isinstance(projection, nn.ModuleList) else projection
     return (states if projection is None else projection(states)).float()
 
 
 def _miss(strongest: torch.Tensor, target) -> torch.Tensor:
-    """How far the strongest scores (..., N) are from being in proportion to the target, over all of the last
+    """Measure how far the strongest scores (..., N) are from being proportional to the target, over the last
     dimension."""
     return (strongest / strongest.abs().mean(dim=-1, keepdim=True) - target).pow(2).mean()
 
@@ -211,7 +210,7 @@ def _miss(strongest: torch.Tensor, target) -> torch.Tensor:
 def _fit(
     tokens: torch.Tensor, patches: torch.Tensor, target: torch.Tensor, words: torch.Tensor | None
 ) -> torch.Tensor:
-    """Alignment tokens (T, E) near to `tokens` whose strongest scores are in proportion to the target.
+    """Fit alignment tokens (T, E), starting from `tokens`, whose strongest scores are proportional to the target.
 
     patches (B, N, E), of all layers; target (B, N); words (n, E), whose target is the same for all.
     """
@@ -238,8 +237,8 @@ def _fit(
 
 @torch.no_grad()
 def init_alignment_from(model, dataloader) -> None:
-    """Replace a model's alignment tokens by ones that say what it reads in images, the same for the same data, in
-    seconds.
+    """Initialise a model's alignment tokens from unlabelled data: tokens that score high what the model reads in
+    images. It is deterministic and takes seconds.
 
     They start as the centres of clusters of the words' states, or of the patches' for a model without a text encoder,
     and are fitted on some images so that the importance of a patch comes nearer to the attention that class token and

@@ -33,15 +33,16 @@ CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
 
 class Run(NamedTuple):
-    """What a round times: its name in the table, its model, and the reduction to set; None for transformers' model."""
+    """What is timed in a round: its name in the table, its model, and the reduction to set; None for transformers'
+    model."""
 
     name: str
     model: torch.nn.Module
     reduction: float | None
 
 
-def dense_twin(model):
-    """transformers' model for the task with the same weights; None for NLVR2, which transformers doesn't have."""
+def stock_model(model):
+    """Make transformers' model for the task with the same weights; None for NLVR2, which transformers doesn't have."""
     if TASKS[model.task].num_images > 1:
         return None
     dense_class = model._dense_classes[0]
@@ -65,7 +66,8 @@ def synthetic_images(number: int, size: int, seed: int = 0) -> list:
 
 
 def peak_memory(device: torch.device, function: Callable) -> tuple[float | None, object]:
-    """The most memory in MB that `function` takes beyond what was taken before, and its result.
+    """Measure how much memory in MB `function` takes at most, beyond what was in use; return it and the function's
+    result.
 
     On CUDA: allocated tensors. On a CPU: the process's resident memory, whose peak only Linux lets a process reset;
     None elsewhere.
@@ -99,7 +101,7 @@ def _resident(name: str) -> float:
 
 @torch.no_grad()
 def _call(run: Run, inputs: dict, task: str):
-    """What a user calls: an answer or a caption is written, other tasks' scores are computed."""
+    """Run what a user would: `generate` for answers and captions, `forward` for other tasks."""
     if task not in NEW_TOKENS:
         return run.model(**inputs)
     lengths = {"max_new_tokens": NEW_TOKENS[task], "min_new_tokens": NEW_TOKENS[task]}
@@ -109,7 +111,7 @@ def _call(run: Run, inputs: dict, task: str):
 
 
 def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=BATCH_SIZES, rounds: int = ROUNDS):
-    """Time a model's budgets and transformers' dense model on rows of data, in turn within each round.
+    """Time a model's budgets and transformers' dense model on rows of data, alternating within each round.
 
     Args:
         model: One of this package's models, calibrated.
@@ -130,7 +132,7 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
         reductions = [entry[0] for entry in model.config.pruning_schedule or ()]
     for reduction in reductions:
         model.config.threshold_for(reduction)
-    dense = dense_twin(model)
+    dense = stock_model(model)
     runs = [Run("pruning off", model, 0.0), *(Run(f"{reduction:g}", model, reduction) for reduction in reductions)]
     if dense is not None:
         runs.insert(0, Run("transformers", dense, None))
@@ -182,7 +184,7 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
 
 
 def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, task=None, device=None):
-    """Load a checkpoint, calibrate it where it isn't, time it and write `out`; returns the table's title and its rows.
+    """Load a checkpoint, calibrate it if needed, time it and write `out`; return the table's title and rows.
 
     Args:
         source, task, device: As [`~madtp_hf.loading.load_model`] takes them.

@@ -1,4 +1,4 @@
-"""Calibration: which threshold, a temperature and a factor, saves which share of a model's FLOPs."""
+"""Calibration: find which threshold, a temperature and a factor, saves which share of a model's FLOPs."""
 
 import inspect
 import itertools
@@ -23,8 +23,8 @@ SCAN_SAMPLES = 4
 
 
 def threshold_at(point: float, start: float) -> tuple[float, float]:
-    """The temperature and the factor at a point of the path from off to the largest reduction: the logarithm of their
-    product.
+    """Return the temperature and the factor at a point of the search path from no pruning to the largest reduction;
+    the point is the logarithm of their product.
 
     From the temperature `start` on the path is that of rising temperature, with factor 1. Before, it is that of a
     rising factor at this
@@ -37,8 +37,8 @@ def threshold_at(point: float, start: float) -> tuple[float, float]:
 
 
 def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
-    """How many tokens the decoder of an answer or a caption reads for each sample of a batch (B,), padding not
-    counted; 0 without one."""
+    """Count the tokens (B,) that the decoder reads for each sample of a batch, without padding; 0 for a task
+    without a decoder."""
     name = TASKS[task].decoder_inputs
     if name is None:
         return 0
@@ -53,13 +53,13 @@ def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
 
 
 def measure(model, batch, output) -> torch.Tensor:
-    """The reduction of FLOPs of each sample (B,) of a batch, from what the model has put out."""
+    """Compute the reduction of FLOPs of each sample (B,) from a model's output."""
     tokens = decoder_tokens(batch, model.task, model.config)
     return reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
 
 
 def complete(model, batch) -> dict[str, torch.Tensor]:
-    """A batch's tensors, on the model's device; where a decoder has nothing to read, its start token."""
+    """Move a batch's tensors to the model's device; add the decoder's start token if the decoder has no input."""
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     name = TASKS[model.task].decoder_inputs
     if name is None or name in batch or "labels" in batch:
@@ -73,8 +73,8 @@ def _start_tokens(model, batch) -> torch.Tensor:
 
 
 def encode(model, batch):
-    """The model's output where only its encoders matter: no labels, no columns that it doesn't know, and a decoder
-    reads its start token alone."""
+    """Run a forward pass for its encoders only: without labels and unknown columns, with the start token as the
+    decoder's input."""
     name = TASKS[model.task].decoder_inputs
     left_out = {"labels"}
     if name is not None:
@@ -88,8 +88,7 @@ def encode(model, batch):
 
 @contextmanager
 def restored(model):
-    """Leave a model in the mode, at the temperature and factor, with the granularity and with the frozen counts that
-    it had."""
+    """Context manager that restores a model's mode, threshold, granularity and fixed token counts."""
     config = model.config
     names = ("pruning_temperature", "pruning_threshold_factor", "pruning_granularity", "pruning_token_counts")
     training, before = model.training, {name: getattr(config, name) for name in names}
@@ -103,14 +102,14 @@ def restored(model):
 
 @torch.no_grad()
 def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -> float:
-    """The mean reduction of FLOPs over the samples of `batches` (dicts of what `forward` takes) at a temperature and a
-    factor."""
+    """Measure the mean reduction of FLOPs over the samples of `batches` (dicts of `forward`'s arguments) at a
+    temperature and a factor."""
     return _run(model, batches, temperature, factor)[0].mean().item()
 
 
 @torch.no_grad()
 def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One pass over the data.
+    """Run the model over the data once.
 
     Returns each sample's reduction, and each branch's token counts as in the model's outputs, of all samples, on the
     CPU.
@@ -129,8 +128,7 @@ def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tenso
 
 
 class _Curve:
-    """The reduction as a function of the point on the path, on all of the data; what was measured once is
-    remembered."""
+    """The reduction as a function of the point on the search path, measured on all of the data and cached."""
 
     def __init__(self, model, batches, start, progress):
         self.model, self.batches, self.start, self.progress = model, batches, start, progress
@@ -161,7 +159,8 @@ class _Curve:
 
 
 def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float, float]], float]:
-    """(point, reduction) on a few samples, along the path to where it reaches most, and the path's first temperature.
+    """Measure (point, reduction) on a few samples along the path up to the largest reduction, and find the path's
+    first temperature.
 
     start: that temperature, if it is known; else from where the reduction is smallest the first at which a factor a
     little below 1 changes it little. At lower ones an alignment token sees one token alone, the threshold is the
@@ -188,7 +187,7 @@ def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float
 
 
 def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> None:
-    """Measure the curve nearer and nearer to where it reaches a target."""
+    """Search the point where the curve reaches a target, by bracketing."""
 
     def reached():
         return abs(curve.reductions[curve.nearest(target)] - target) <= TOLERANCE
@@ -220,8 +219,8 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
 
 
 def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
-    """How many tokens each layer is to leave, from the numbers (layers + 1, samples) that enter a branch and that each
-    layer leaves.
+    """Convert the token counts that enter a branch and that each layer leaves, (layers + 1, samples), to one fixed
+    count per layer.
 
     The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings.
     `scale` below 1 leaves fewer, down to `least`, what a layer that drops anything leaves at least.
@@ -234,7 +233,7 @@ def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
 
 
 def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[str, torch.Tensor], progress) -> list:
-    """The entry of `pruning_token_counts` whose fixed numbers save the target: those of the threshold, scaled until
+    """Find the entry of `pruning_token_counts` that saves the target: the threshold's mean counts, scaled until
     they do.
 
     threshold: a temperature, and a factor where it isn't 1.
@@ -262,7 +261,8 @@ def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[
 
 
 def read_reductions(reductions) -> list[float]:
-    """The reductions to calibrate, sorted and without 0; an error for anything but a list of numbers in [0, 1)."""
+    """Validate the reductions to calibrate and sort them, without 0; an error for anything but a list of numbers in
+    [0, 1)."""
     try:
         given = None if isinstance(reductions, str) else list(reductions)
     except TypeError:  # a lone number

@@ -90,7 +90,7 @@ class _Pixels(Dataset):
 
 @torch.inference_mode()
 def embed_images(model, processor, images, batch_size: int = 64, num_workers: int = 0):
-    """Embed images batch by batch, as they come.
+    """Embed images batch by batch.
 
     Yields, for each batch, the indices of its readable images, their features (B, E) in float32, and a dict from the
     index of each unreadable one to the reason. Decoding and resizing are done in `num_workers` processes.

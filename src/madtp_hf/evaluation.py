@@ -1,4 +1,4 @@
-"""What a model does at several budgets: its predictions, the FLOPs that they cost and the time that they take."""
+"""Evaluation of a model at several budgets: predictions, FLOPs and time."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ from .version import __version__
 
 @dataclass
 class BudgetResult:
-    """What a model did at one reduction of FLOPs.
+    """The result of one budget.
 
     reduction_asked, reduction_reached: shares of the FLOPs, the latter the mean over samples; gflops: of a sample,
     their mean; seconds: of predicting; predictions: one a sample, in order.
@@ -34,7 +34,7 @@ class BudgetResult:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given; a CPU always has."""
+    """Wait for a device to finish its work; does nothing for a CPU."""
     if device.type == "cpu":
         return
     if hasattr(torch, "accelerator"):  # since torch 2.6
@@ -47,7 +47,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def record_tokens(model):
-    """Record the token counts of a model's encoders, whatever runs them: `forward`, `generate` or another method.
+    """Record the token counts of a model's encoders in any method that runs them, such as `forward` or `generate`.
 
     Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in `forward`'s
     outputs.
@@ -74,7 +74,7 @@ def record_tokens(model):
 
 @contextmanager
 def prepacked(model):
-    """On a CPU, the model with its large weights prepacked for inference; afterwards as it was."""
+    """Context manager that prepacks a model's large weights for inference on a CPU."""
     before = any(isinstance(module, PrepackedLinear) for module in model.modules())
     if not before:
         model.prepack_for_inference()
@@ -87,7 +87,8 @@ def prepacked(model):
 
 @torch.no_grad()
 def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
-    """Run a model over a data set at several reductions, which take turns on each batch, so that their times compare.
+    """Run a model over a data set at several reductions. The reductions take turns on each batch, so that their
+    times compare.
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
@@ -142,7 +143,7 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
 
 
 def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[float] | None = None) -> list[dict]:
-    """The rows of a results table, one for each budget.
+    """Make the rows of a results table, one for each budget.
 
     Args:
         results (`list[BudgetResult]`): What [`evaluate_budgets`] gave; times are relative to the first.
@@ -166,7 +167,7 @@ def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[f
 
 
 def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float:
-    """The largest reduction that costs little on validation data: the budget to save a checkpoint at.
+    """Choose the largest reduction that costs little on validation data: the budget to save a checkpoint at.
 
     Args:
         scores (`dict[float, float]`): A metric by reduction, larger is better, on data that nothing is reported of;
@@ -194,13 +195,13 @@ def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float
 
 
 def show_number(name: str, value: float) -> str:
-    """A number of a results table for people: a percentage where it is a share, by the name of its column."""
+    """Format a number of a results table; shares, by the name of their column, become percentages."""
     return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
 
 
 def report(title: str, rows: list[dict], folder, **facts) -> None:
-    """Print the rows as a table and write them, with the facts and the versions of what made them, to
-    `folder`/results.json.
+    """Print the rows as a table and write them to `folder`/results.json, with the given facts and the versions of
+    the packages.
 
     rows: one per budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever
     else is to be kept; `madtp_hf.model_card.create_model_card` says which of them a model card shows. Numbers and

@@ -14,7 +14,8 @@ LAYER_NORM = 5
 
 
 def alignment_scores(config, tokens, width):
-    """The alignment scores of a layer that `tokens` enter; the class token's row is computed along.
+    """Count the alignment scores of a layer with `tokens` inputs, including the class token's row, which is
+    computed as well.
 
     Where the branch's width is not the alignment tokens', inference folds the projection into the alignment tokens,
     once a pass (not counted): each token is multiplied with T columns of the branch's width.
@@ -23,7 +24,7 @@ def alignment_scores(config, tokens, width):
 
 
 def pre_norm_layers(config, branch, tokens, prunes):
-    """The layers of BLIP's vision encoder, and of CLIP's towers."""
+    """Count the layers of BLIP's vision encoder and of CLIP's towers."""
     width, hidden, total = branch.hidden_size, branch.intermediate_size, 0
     for enter, leave in itertools.pairwise(tokens):
         total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
@@ -48,7 +49,7 @@ def cross_attention(width, queries, context, context_width):
 
 
 def text_encoder(config, tokens, image_tokens, prunes):
-    """`image_tokens`: one (B,) tensor for each image that the text cross-attends to."""
+    """Count the text encoder. `image_tokens`: one tensor (B,) for each image that the text cross-attends to."""
     text = config.text_config
     width, hidden, image_width = text.hidden_size, text.intermediate_size, config.vision_config.hidden_size
     total = tokens[0] * LAYER_NORM * width
@@ -65,7 +66,8 @@ def text_encoder(config, tokens, image_tokens, prunes):
 
 
 def text_decoder(config, tokens, context_tokens, context_width):
-    """`tokens` (B,) read in one pass, cross-attending to `context_tokens` in every layer, and the word logits."""
+    """Count the decoder on `tokens` (B,) in one teacher-forced pass, with cross-attention to `context_tokens` in
+    every layer and the word logits."""
     text = config.text_config
     width, hidden = text.hidden_size, text.intermediate_size
     layer = tokens * (4 * width**2 + 2 * width * hidden + 3 * LAYER_NORM * width) + 2 * tokens**2 * width
@@ -89,7 +91,7 @@ def captioning(config, vision_tokens, text_tokens, answer_tokens, prunes):
 
 
 def visual_reasoning(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """`vision_tokens` (layers + 1, 2, B): two images."""
+    """Count NLVR2's pass over two images: `vision_tokens` (layers + 1, 2, B)."""
     images = vision_tokens.unbind(1)
     total = sum(vision_encoder(config, image, "vision" in prunes) for image in images)
     total = total + text_encoder(config, text_tokens, [image[-1] for image in images], "text" in prunes)
@@ -98,14 +100,14 @@ def visual_reasoning(config, vision_tokens, text_tokens, answer_tokens, prunes):
 
 
 def retrieval(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """The pass that matches an image and a text."""
+    """Count the pass that matches an image and a text."""
     total = vision_encoder(config, vision_tokens, "vision" in prunes)
     total = total + text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
     return total + config.text_config.hidden_size * 2  # the matching head
 
 
 def contrastive_pair(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """CLIP's features of an image and a text, and their product. Causal attention counts in full, as it is
+    """Count CLIP's features of an image and a text and their product. Causal attention counts in full, as it is
     computed."""
     vision, text, width = config.vision_config, config.text_config, config.projection_dim
     total = patch_embedding(vision, vision_tokens) + vision_tokens[0] * LAYER_NORM * vision.hidden_size

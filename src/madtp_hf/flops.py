@@ -32,7 +32,7 @@ def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, pruning
 
 
 def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
-    """Multiply-accumulates of each sample's inference forward pass.
+    """Count the multiply-accumulates of each sample's forward pass at inference.
 
     Args:
         config (`MadtpBlipConfig` or `MadtpClipConfig`):
@@ -58,13 +58,13 @@ def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_token
 
 
 def dense_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
-    """As [`count_flops`], had every token that enters the encoders stayed to the end, with pruning off."""
+    """Count as [`count_flops`] for the dense model, in which all tokens stay to the end."""
     vision_tokens = vision_tokens[:1].expand_as(vision_tokens)
     text_tokens = None if text_tokens is None else text_tokens[:1].expand_as(text_tokens)
     return _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning=False)
 
 
 def reduction_of_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
-    """1 - FLOPs(pruned) / FLOPs(dense) of each sample, (batch_size,)."""
+    """Compute each sample's reduction, 1 - FLOPs(pruned) / FLOPs(dense), (batch_size,)."""
     tokens = (vision_tokens, text_tokens, answer_tokens)
     return 1 - count_flops(config, task, *tokens) / dense_flops(config, task, *tokens)

@@ -200,7 +200,7 @@ def push_folder(
 
 
 def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
-    """The repository's name in full, as the card has it."""
+    """Return the repository's full name, which the card uses."""
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id is {repo_id!r}: expected the name of a repository, `name` or `namespace/name`.")
     validate_repo_id(repo_id)
@@ -242,7 +242,7 @@ def _push(
 
 
 def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
-    """The names of the files that make up the checkpoint in a folder; whatever else is in there isn't among them.
+    """List the files that make up the checkpoint in a folder; other files are not published.
 
     Raises:
         FileNotFoundError: if one is missing; its name, and what to do, is in the message.
@@ -407,7 +407,7 @@ def _find_modules(folder: Path) -> list[str]:
 
 
 def _make_files(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, bytes]:
-    """A model card, and a picture of its numbers where they make one: name -> content."""
+    """Create the model card and, if it has results to draw, their plot: name -> content."""
     with tempfile.TemporaryDirectory(prefix="madtp-hf-") as scratch:
         picture = Path(scratch, PICTURE)
         card = make_card(folder, repo_id, metrics, picture, **metadata)
@@ -416,7 +416,7 @@ def _make_files(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, by
 
 
 def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: bool, revision: str | None) -> str:
-    """What would go up, as a person reads it."""
+    """Describe for people what would be uploaded."""
 
     def row(name, content):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size

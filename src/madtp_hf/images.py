@@ -16,7 +16,7 @@ class UnreadableImage(ValueError):
 
 
 def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image file and return it as 8-bit RGB, turned upright by its EXIF orientation.
+    """Read an image file as 8-bit RGB, turned upright by its EXIF orientation.
 
     Of an animation it is the first frame. 16-bit images are scaled to 8 bits, transparent pixels are shown on white.
 
@@ -49,7 +49,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _check_file(path) -> None:
-    """What the operating system says less clearly."""
+    """Raise clearer errors than the operating system's for files that can't be read."""
     if not os.path.exists(path):
         raise UnreadableImage("a link to nowhere" if os.path.islink(path) else "no such file or directory")
     if os.path.isdir(path):
@@ -92,7 +92,7 @@ def _reason(error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy of the image, turned."""
+    """Return an upright copy of the image."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # the pixels are good, the EXIF data is not: as if there were none
@@ -100,7 +100,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """As RGB; Pillow's own conversion cuts 16-bit levels off at 255 and shows what transparency hides."""
+    """Convert to RGB. Pillow's own conversion clips 16-bit levels at 255 and shows the colours of transparent
+    pixels."""
     if image.mode.startswith(("I", "F")):
         levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
         # Of 16 bits, or of 8 bits in a wider mode, or floats from 0 to 1.

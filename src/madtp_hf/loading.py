@@ -1,4 +1,4 @@
-"""Loading what the commands work with: the model of a checkpoint's task, its processor, and batches of data."""
+"""Load what the commands need: the model of a checkpoint's task, its processor, and batches of data."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,8 @@ IN_MEMORY = 256  # samples whose tensors are kept; of more, each pass reads the 
 
 
 def load_model(source, task: str | None = None, device: str | None = None, **overrides):
-    """Load the model of a checkpoint's task and its processor, whether transformers' or this package's.
+    """Load the model of a checkpoint's task and its processor, from a checkpoint of transformers or of this
+    package.
 
     Args:
         source (`str` or `Path`):
@@ -67,14 +68,14 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
 
 
 def make_collator(model, processor):
-    """The collator of a model's task; texts are cut where the model's positions end."""
+    """Make the collator of a model's task; it truncates texts to the model's number of positions."""
     task, text_config = TASKS[model.task], model.config.text_config
     start = [text_config.bos_token_id] if task.decoder_inputs else []
     return task.collator(processor, *start, max_length=text_config.max_position_embeddings)
 
 
 def make_batches(model, processor, rows: list[dict], batch_size: int):
-    """Make batches that can be read many times: a list for a few samples, a `DataLoader` for many."""
+    """Make batches that can be read repeatedly: a list for few samples, a `DataLoader` for many."""
     if TASKS[model.task].text_column is None:  # captions, which a pass doesn't need
         rows = [{"captions": [""], **row} for row in rows]
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=make_collator(model, processor))

@@ -36,7 +36,7 @@ def _hub_ids(sources) -> list[str] | None:
 
 
 def _plain(value):
-    """Numbers of numpy and torch as Python's own, in whatever they lie; the rest as it is."""
+    """Convert numbers of numpy and torch, in any container, to Python's own."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -89,7 +89,8 @@ def _as_results(content):
 
 
 def _as_row(budget: float, value):
-    """The row of a budget: its metrics by name, or a lone number, which can only be the accuracy as a share."""
+    """Make the row of a budget from its metrics by name, or from a single number, which is taken for the accuracy
+    as a share."""
     if isinstance(value, dict):
         row = {_BUDGET: budget, **_name_budget(value)}
         return row if row[_BUDGET] == budget else None  # it names another budget than the one it stands under
@@ -139,7 +140,7 @@ def _columns(rows) -> list[str]:
 
 
 def _main_metric(results: dict) -> str:
-    """The column that counts: what the results name, or their first metric."""
+    """Return the main metric's column: the one that the results name, or the first."""
     metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
     return results.get("metric") if results.get("metric") in metrics else metrics[0]
 
@@ -175,7 +176,8 @@ def _at(row: dict) -> str:
 
 
 def _remarks(results: dict, task: Task) -> list[str]:
-    """What stood beside the rows: the model before fine-tuning, what can be had blind, how long it took."""
+    """Make the remarks below the results: the model before fine-tuning, the baseline, the default budget, the time
+    taken."""
     remarks = []
     if results.get("dense_before_training"):
         remarks.append(f"Before fine-tuning, pruning off: {_sentence(results['dense_before_training'])}.")
@@ -256,7 +258,7 @@ def _loading(config, task, model_class: str, name: str) -> dict:
 
 
 def _pruning(config) -> dict:
-    """What a checkpoint's budgets are, and at which of them it loads."""
+    """Describe a checkpoint's budgets, and which one it loads at."""
     schedule = getattr(config, "pruning_schedule", None) or []
     temperature = getattr(config, "pruning_temperature", 0.0)
     factor = getattr(config, "pruning_threshold_factor", 1.0)
@@ -286,7 +288,7 @@ def _pruning(config) -> dict:
 
 
 def _measured(results: dict, task) -> dict:
-    """What was measured, on what and with what settings."""
+    """Describe what was measured, on which data and with which settings."""
     dataset, settings = _dataset(results), results.get("settings") or {}
     where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
@@ -305,7 +307,7 @@ def _measured(results: dict, task) -> dict:
 def create_model_card(
     config, name, *, metrics=None, base_model=None, license=None, datasets=None, notes=None, plot=None
 ) -> ModelCard:
-    """The model card of a checkpoint, pruned or dense.
+    """Create the model card of a checkpoint, pruned or dense.
 
     Args:
         config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
@@ -426,8 +428,8 @@ def draw_budgets(metrics, path) -> bool:
 
 
 def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> ModelCard:
-    """The card of the checkpoint in a folder, whose plot is drawn to `picture`; of its results.json if no metrics are
-    given."""
+    """Create the card of the checkpoint in a folder and draw its plot to `picture`; without metrics, the folder's
+    results.json is used."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
     config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)

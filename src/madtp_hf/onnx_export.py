@@ -436,7 +436,7 @@ def _as_traced(model):
 
 
 def export_onnx(model, processor, out, *, force: bool = False) -> Path:
-    """Write a model as ONNX graphs that answer, with its processor and what runs them.
+    """Export a model as ONNX graphs that answer or caption, with its processor and a runner.
 
     The folder gets the task's graphs, `onnx.json`, which says what each takes and gives, the files of tokenizer and
     image processor, and `onnx_runner.py`, which answers with onnxruntime and without torch. Every graph is compared

@@ -29,7 +29,7 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 class OnnxModel:
-    """The graphs of one model, and what is around them: texts and images in, answers out.
+    """Run the exported graphs of a model with onnxruntime: texts and images in, answers out.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -161,7 +161,7 @@ class OnnxModel:
     def generate(
         self, encoded: dict[str, np.ndarray], input_ids: np.ndarray, attention_mask: np.ndarray, max_new_tokens: int
     ) -> np.ndarray:
-        """Write on behind input_ids (B, L), the likeliest token each time, until all have ended.
+        """Generate after input_ids (B, L) greedily, until all sequences have ended.
 
         encoded: what the encoder in front of the decoder has given. Returns (B, L + written), padding behind the ends.
         """

@@ -16,8 +16,8 @@ NOT_LISTED = -100.0  # the score of a pair that is on no shortlist: below every 
 
 @torch.no_grad()
 def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Batches of pixel_values (B, 3, H, W) -> features (I, E) and, for each of the I images, its tokens' states (L,
-    D), no padding."""
+    """Encode batches of pixel_values (B, 3, H, W) -> features (I, E) and the states (L, D) of each of the I images,
+    without padding."""
     features, states = [], []
     for pixel_values in pixel_batches:
         images = model._encode_images(pixel_values.to(model.device))
@@ -95,7 +95,7 @@ def score_images_and_texts(
 def score_by_features(
     model, pixel_batches, input_ids, attention_mask, batch_size: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score every image with every text by the cosine of their features, as CLIP is evaluated.
+    """Score every image with every text by the cosine similarity of their features, as CLIP is evaluated.
 
     Args:
         model (`MadtpClipModel` or `CLIPModel`):
@@ -122,7 +122,7 @@ def score_by_features(
 
 
 class CaptionedImages:
-    """Images and all of their captions, which a model is to find from one another.
+    """Images and all their captions, for retrieval in both directions.
 
     Args:
         rows (`datasets.Dataset`): with the columns `image` and `captions`, a list of strings.
@@ -169,7 +169,8 @@ class CaptionedImages:
 
 
 def retrieval_rows(results: list[tuple]) -> list[dict]:
-    """A results table's rows from (`BudgetResult`, recalls, seconds of scoring) of each budget, the dense first."""
+    """Make the rows of a results table from (`BudgetResult`, recalls, seconds of scoring) of each budget, the dense
+    first."""
     costs, recalls, seconds = zip(*results)
     shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
     return budget_rows(costs, [{name: found[name] for name in shown} for found in recalls], seconds)

@@ -32,7 +32,7 @@ _HINT = "Search again with the index's model, embed all images anew (--force, fo
 
 @dataclass
 class ImageIndex:
-    """An index of images' embeddings.
+    """An index of image embeddings.
 
     vectors (`faiss.Index`): of row i the embedding of the image `names[i]`, a path relative to `info["root"]`. info
     (`dict`): what `index.json` says: `model`, `revision`, `weights` (a fingerprint), `dtype`, `reduction`, ..., and
@@ -69,7 +69,8 @@ def index_images(
     show_progress_bar: bool | None = None,
     save_interval: float = 300.0,
 ) -> ImageIndex:
-    """Embed images into an index on disk, or update it: embed only what is new or has changed, by size and time.
+    """Embed images into an index on disk, or update it: only images that are new or have changed, by size and time,
+    are embedded.
 
     Args:
         model, processor:
@@ -134,7 +135,7 @@ def index_images(
 
 
 def load_index(folder) -> ImageIndex:
-    """Read an index that `index_images` has written.
+    """Load an index that [`index_images`] has written.
 
     Raises:
         FileNotFoundError: if the folder holds none. ValueError: if it is damaged.

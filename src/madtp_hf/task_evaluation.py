@@ -1,4 +1,4 @@
-"""A task's metric at each budget: predictions, score and cost of a model on rows of data."""
+"""Evaluate a model's task metric at each budget: predictions, score and cost on rows of data."""
 
 import itertools
 import time
@@ -111,7 +111,7 @@ def _captions(model, processor, rows, reductions, batch_size):
 
 @torch.no_grad()
 def _retrieval(model, processor, rows, reductions, batch_size):
-    """All images against all captions; what a sample costs is that of an image and one of its captions."""
+    """Score all images against all captions; the cost of a sample is that of one image and one caption."""
     metric, collator = load_metric(TASKS[model.task].metric), make_collator(model, processor)
     texts = [caption for row in rows for caption in row["captions"]]
     starts = itertools.accumulate((len(row["captions"]) for row in rows), initial=0)

@@ -21,7 +21,7 @@ from .modeling.modeling_madtp_clip import MadtpClipModel
 
 @dataclass(frozen=True)
 class Task:
-    """What is true of one task."""
+    """The properties of one task."""
 
     name: str
     # The model.
@@ -189,14 +189,15 @@ TASKS: dict[str, Task] = {task.name: task for task in _ENTRIES}
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; a `ValueError` that lists the names there are for any other."""
+    """Return the task of that name; a `ValueError` lists the known names for any other."""
     if name not in TASKS:
         raise ValueError(f"task={name!r}: expected one of {', '.join(map(repr, TASKS))}.")
     return TASKS[name]
 
 
 def task_of(config) -> tuple[Task, str]:
-    """The task of a configuration, and its model class's name: ours, or that of transformers, without the prefix.
+    """Return the task of a configuration and its model class's name, of this package or, without the prefix, of
+    transformers.
 
     Args:
         config: A configuration, or whatever has its attributes `architectures` and `auto_map`.

@@ -1,4 +1,4 @@
-"""What pruning leaves: which patches and which words stay, layer by layer, as data and as pictures."""
+"""Visualise pruning: which patches and words stay, layer by layer, as data and as pictures."""
 
 import html
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ class Survivors(NamedTuple):
 
 @contextmanager
 def record_branches(model):
-    """Record what a model's encoders put out, positions included, whatever method of the model runs them.
+    """Record the outputs of a model's encoders, with token positions, in any method of the model that runs them.
 
     Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
     each a `BranchOutput` whose `positions` are set.
@@ -135,7 +135,8 @@ def _find(positions: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def collect_survivors(model, processor, batch, pictures, outputs) -> list[Survivors]:
-    """What stays of each sample of a batch from [`preprocess`], by what [`record_branches`] has recorded."""
+    """Collect which tokens of each sample of a [`preprocess`] batch stay, from what [`record_branches`] has
+    recorded."""
     vision, text = outputs["vision"], outputs.get("text")
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     patches = torch.stack(
@@ -181,7 +182,7 @@ def _draw_kept(picture: Image.Image, kept: torch.Tensor) -> Image.Image:
 
 
 def draw_patches(samples: list[Survivors], questions=None, layers=None, size: int = 160) -> Image.Image:
-    """Draw what [`find_survivors`] has found, with the questions above, if given."""
+    """Draw what [`find_survivors`] has found; questions, if given, are written above."""
     layers = _check_layers(layers, samples[0].patches.shape[1] - 1)
     above = _CAPTION if questions is not None else 0
     height = size + above + _CAPTION

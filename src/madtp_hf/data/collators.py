@@ -1,4 +1,4 @@
-"""From rows of a data set to the tensors that a model's `forward` takes: one collator a task.
+"""Collators: rows of a data set -> the tensors that a model's `forward` takes, one collator for each task.
 
 A collator is made with the model's processor; `max_length` cuts longer texts to so many tokens. An image is a PIL
 image, an array (height, width, 3) of uint8, or a path (`str` or `pathlib.Path`); it is turned upright by its EXIF
@@ -141,7 +141,7 @@ def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
 
 @dataclass
 class QuestionAnsweringCollator:
-    """Rows with `image`, `question` and `answer`, or several people's `answers`, -> what question answering takes.
+    """Collate rows with `image`, `question` and `answer`, or several people's `answers`, for question answering.
 
     Of several answers one is drawn, so that each counts as often as people gave it, as BLIP weighs them. Gives
     `pixel_values`, `input_ids`, `attention_mask` and `labels`; no labels if no row has an answer, and a `ValueError`
@@ -178,7 +178,7 @@ class QuestionAnsweringCollator:
 
 @dataclass
 class VisualReasoningCollator:
-    """Rows with `left_image`, `right_image`, `sentence` and `label` -> what NLVR2's model takes.
+    """Collate rows with `left_image`, `right_image`, `sentence` and `label` for NLVR2.
 
     Gives `pixel_values` (B, 2, 3, H, W), `input_ids`, `attention_mask` and `labels` (B,); no labels if no row has one.
     """
@@ -195,7 +195,7 @@ class VisualReasoningCollator:
 
 @dataclass
 class CaptioningCollator:
-    """Rows with `image` and `captions` -> what captioning takes; one caption of each image is drawn.
+    """Collate rows with `image` and `captions` for captioning; one caption of each image is drawn.
 
     Gives `pixel_values`, `input_ids`, `attention_mask` and `labels`, where the tokens of the prompt, which is given
     and not learned, are at -100.
@@ -221,7 +221,7 @@ class CaptioningCollator:
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def prompt_ids(self, batch_size: int) -> torch.Tensor:
-        """The prompt as `generate` takes it, (batch_size, length)."""
+        """Return the prompt for `generate`, (batch_size, length)."""
         return self.processor.tokenizer([self.prompt] * batch_size, return_tensors="pt").input_ids
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -236,7 +236,7 @@ class CaptioningCollator:
 
 @dataclass
 class RetrievalCollator:
-    """Rows with `image`, `captions` and `image_id` -> what retrieval trains on; one caption of each image is drawn.
+    """Collate rows with `image`, `captions` and `image_id` for retrieval; one caption of each image is drawn.
 
     Gives `pixel_values`, `input_ids`, `attention_mask`, `image_ids` (B,) and `return_loss=True`. Rows of one
     `image_id` are no negatives of each other.

@@ -394,8 +394,8 @@ def _load(rows, features: dict, split: str, seed: int, **number):
 
 
 def load_digit_questions(split: str, num_questions: int, seed: int = 0):
-    """Questions about digit scenes, a scene each: a `datasets.Dataset`, made once and then read from the cache of
-    `datasets`.
+    """Load questions about digit scenes, one scene each: a `datasets.Dataset`, generated once and then read from
+    the cache of `datasets`.
 
     Args:
         split (`str`):
@@ -415,7 +415,7 @@ def load_digit_questions(split: str, num_questions: int, seed: int = 0):
 
 
 def load_digit_statements(split: str, num_statements: int, seed: int = 0):
-    """Statements about two digit scenes, true or false, a pair of scenes each; arguments as of `load_digit_questions`.
+    """Load statements about two digit scenes, true or false; arguments as of `load_digit_questions`.
 
     Returns:
         `datasets.Dataset` with the columns `left_image`, `right_image` (80x80 RGB), `sentence`, `label` (1 is true)
@@ -434,7 +434,7 @@ def load_digit_statements(split: str, num_statements: int, seed: int = 0):
 
 
 def load_digit_captions(split: str, num_images: int, seed: int = 0):
-    """Digit scenes with four captions each; arguments as of `load_digit_questions`.
+    """Load digit scenes with four captions each; arguments as of `load_digit_questions`.
 
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `captions` (list of strings) and `image_id`.
@@ -446,8 +446,8 @@ def load_digit_captions(split: str, num_images: int, seed: int = 0):
 
 
 def question_only_accuracy(train, test, question: str = "question", answer: str = "answer") -> float:
-    """How often a model that sees no image is right: it answers each question of `test` as the same words were
-    answered most in `train`.
+    """Compute the language-only baseline: the accuracy of answering each question of `test` with the most frequent
+    answer to the same words in `train`.
 
     `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
 

@@ -1,4 +1,4 @@
-"""NLVR2, VQAv2, COCO and Flickr30k captions, read from the files that their publishers ship, or from the Hub.
+"""Readers of NLVR2, VQAv2, and COCO and Flickr30k captions, from their publishers' files or from the Hub.
 
 Of each data set the readers know the files of its authors (of COCO's and Flickr30k's splits, Karpathy's as well),
 those of BLIP's, who wrote JSON lists of their own, and of Flickr30k Kaggle's. Tables of your own are for `tables.py`.
@@ -52,7 +52,7 @@ _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
 def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None):
-    """NLVR2: is the sentence true of the two images?
+    """Load NLVR2: statements about two images, true or false.
 
     Args:
         path (`str` or `Path`):
@@ -152,7 +152,7 @@ def _blip_pairs(text: str, file: Path):
 
 
 def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict[str, str] | None = None, where=None):
-    """VQAv2: questions about COCO's images, each with the answers of ten people.
+    """Load VQAv2: questions about COCO's images, each with ten people's answers.
 
     Args:
         path (`str` or `Path`):
@@ -258,7 +258,7 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
 def load_coco_captions(
     path, split: str, image_dir=None, include_restval: bool = True, columns: dict[str, str] | None = None, where=None
 ):
-    """COCO's captions, in Karpathy's splits or COCO's own, a row an image.
+    """Load COCO captions in Karpathy's splits or COCO's own, one row per image.
 
     Args:
         path (`str` or `Path`):
@@ -308,7 +308,7 @@ def load_coco_captions(
 def load_flickr30k(
     path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None, on_error: str = "raise"
 ):
-    """Flickr30k's captions, a row an image.
+    """Load Flickr30k captions, one row per image.
 
     Args:
         path (`str` or `Path`):

@@ -44,7 +44,7 @@ def find_images(folder) -> list[Path]:
 def load_rows(
     task, source, texts=(), image_dir=None, split: str = "validation", samples: int | None = None, seed: int = 0
 ) -> list[dict]:
-    """Read rows as a task's collator takes them.
+    """Load rows for a task's collator from a folder of images, a table, or the digit scenes.
 
     Args:
         task (`Task`):

@@ -1,4 +1,4 @@
-"""Your own data as rows for the collators: CSV, JSON lines or Parquet, images as paths or as bytes in the table."""
+"""Read your own tables as rows for the collators: CSV, JSON lines or Parquet, with images as paths or as bytes."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ def load_table(
     where: dict[str, str] | None = None,
     on_error: str = "raise",
 ):
-    """Read a table of your own as rows that a task's collator takes.
+    """Load a table of your own as rows for a task's collator.
 
     Args:
         path (`str`, `Path` or `list` of them):

@@ -22,7 +22,7 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 @dataclass(frozen=True)
 class Generation:
-    """How texts are written; fields as in `GenerationConfig`.
+    """Generation settings; the fields are those of `GenerationConfig`.
 
     reduction: the budget to prune to, by the checkpoint's schedule; as the checkpoint is configured if None. prompt:
         what captions go on from; it is left out of the output.

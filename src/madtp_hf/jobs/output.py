@@ -32,7 +32,7 @@ class Counts:
 
 
 class Output:
-    """Where a job's rows go.
+    """The output of a job.
 
     Args:
         out (`str` or `Path`): `*.jsonl` or `*.parquet`; with `suffix`, the folder of the side files.

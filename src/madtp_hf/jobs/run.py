@@ -101,7 +101,8 @@ class PreparedBatches(Dataset):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job came to: images with a text and without, how many of both this run did, in how many seconds."""
+    """The result of a job: images with a text and without, how many of both this run processed, and the seconds it
+    took."""
 
     images: int
     errors: int
@@ -139,7 +140,7 @@ def run_job(
     force: bool = False,
     show_progress: bool = True,
 ) -> Summary | None:
-    """Write a text for every row of a source, or for those that an earlier run left.
+    """Write a text for every row of a source; rows that an earlier run has finished are skipped.
 
     Processes that `torchrun` or `accelerate launch` started share the parts.
 

@@ -81,7 +81,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_source(images, columns: Columns = Columns(), split: str | None = None, image_root=None):
-    """Find out what `images` is, and open it.
+    """Detect what kind of source `images` is, and open it.
 
     Args:
         images (`str` or `Path`): a folder of images, tars or parquet files, or one that `datasets` saved; a list of

@@ -168,12 +168,12 @@ class PruningConfigMixin:
         )
 
     def temperature_for(self, reduction: float) -> float:
-        """The temperature of `threshold_for`."""
+        """Return the temperature of [`threshold_for`]."""
         return self.threshold_for(reduction)[0]
 
     def threshold_for(self, reduction: float) -> tuple[float, float]:
-        """The temperature and the factor that reach a reduction of FLOPs, by the calibrated schedule; geometric in
-        between its entries.
+        """Return the temperature and the factor that reach a reduction of FLOPs by the calibrated schedule,
+        interpolated geometrically between its entries.
 
         Raises:
             ValueError: for a reduction outside [0, 1), one that the schedule does not cover, or without a schedule.

@@ -14,11 +14,11 @@ from .padding import left_align, text_lengths
 
 
 class AnswerRanking:
-    """For a model with `_encode` and a `text_decoder`."""
+    """Mixin that ranks a list of answers, for a model with `_encode` and a `text_decoder`."""
 
     def _decode(self, answer_ids: torch.Tensor, text: BranchOutput, cache) -> torch.Tensor:
-        """The decoder's last states (B, K, A, D) of K answers (B, K, A) to each of B questions, which share its keys
-        and values."""
+        """Compute the decoder's last states (B, K, A, D) of K answers (B, K, A) to each of B questions; the answers
+        to a question share its keys and values."""
         batch_size, num_answers, _ = answer_ids.shape
         mask = None if text.mask is None else text.mask.repeat_interleave(num_answers, 0)
         states = self.text_decoder.bert(
@@ -41,8 +41,8 @@ class AnswerRanking:
         answer_attention_mask: torch.LongTensor | None = None,
         k: int = 128,
     ) -> torch.LongTensor:
-        """Choose each question's answer from a fixed list, as BLIP evaluates VQA: of the k answers whose first token
-        is the likeliest, the one that is likeliest as a whole.
+        """Choose each question's answer from a fixed list, as BLIP is evaluated on VQAv2: take the k answers with
+        the most likely first token, and of those the one with the highest likelihood.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):

@@ -24,7 +24,7 @@ from .sequences import Sequences, takes_parts
 
 
 class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
-    """What the four tasks share."""
+    """Base class of the four BLIP models."""
 
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
@@ -73,7 +73,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     @classmethod
     def from_blip(cls, source, **config_overrides):
-        """Make a model of this class from transformers' BLIP for the same task; only alignment parameters are new.
+        """Load transformers' BLIP for the same task as a model of this class; only the alignment parameters are
+        new.
 
         For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and
         what only NLVR2 has is new as well.
@@ -92,8 +93,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
 
     def as_pipeline(self, processor, **kwargs):
-        """The model, as it is, behind the pipeline that its checkpoints carry:
-        `model.as_pipeline(processor)(image=..., question=...)`."""
+        """Wrap this model in the pipeline of its task: `model.as_pipeline(processor)(image=..., question=...)`."""
         from .pipeline_madtp_blip import PIPELINES
 
         task, _ = self._task_pipeline
@@ -114,8 +114,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         self.text_decoder.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """As transformers has it; the decoder's words and its head follow, where there is an encoder with words of its
-        own."""
+        """Resize the word embeddings as transformers does; the decoder's embeddings and its head follow if the text
+        encoder has embeddings of its own."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         decoder = getattr(self, "text_decoder", None)
         if decoder is not None:
@@ -126,12 +126,14 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return embeddings
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs`: what the vision model is asked for besides."""
+        """Encode pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs` are further arguments of the vision
+        encoder."""
         reduction = self._reduction("vision", with_feature)
         return self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
 
     def _encode_text(self, input_ids, attention_mask, *images, with_feature=False, **outputs) -> BranchOutput:
-        """Texts (B, L) about `images`, the states and layout of each image that a text meets; none for text only."""
+        """Encode texts (B, L), with cross-attention to `images` (the states and layout of each), or text only
+        without them."""
         frozen = self.config.pruning_granularity == "frozen"
         varlen = self.is_pruning and not frozen
         mask = None
@@ -147,8 +149,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
-        """What `generate` goes by: a configuration that it is given, or the model's own, which ends at [SEP] unless it
-        says otherwise."""
+        """Return the configuration for `generate`: the one that is given, or the model's own, which ends at [SEP]
+        unless it says otherwise."""
         text_config = self.config.text_config
         config = copy.deepcopy(self.generation_config if given is None else given)
         if (given is None and config.eos_token_id in (None, text_config.eos_token_id)) or config.eos_token_id is None:
@@ -157,8 +159,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return config
 
     def _generate(self, input_ids, encoded: BranchOutput, masked: bool, **generate_kwargs) -> torch.LongTensor:
-        """Generate from input_ids (B, L) on, conditioned on the encoder's hidden states, at padding as well unless
-        `masked`."""
+        """Generate after input_ids (B, L), conditioned on the encoder's hidden states; unless `masked`, also on
+        those at padding."""
         generation_config = self._generation_config(generate_kwargs.pop("generation_config", None))
 
         def setting(name):
@@ -198,7 +200,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
 
 def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: str) -> tuple[torch.Tensor, Sequences]:
-    """The states and layout of the image that each text is about: of one image for all texts, or of one each."""
+    """Return the states and the layout of each text's image: one image for all texts, or one image per text."""
     if images.shape[0] != 1 or texts.shape[0] == 1:
         check_same_number(images, texts, kind)
         return vision.states, vision.sequences
@@ -207,7 +209,7 @@ def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: st
 
 
 def one_text_for_all(input_ids, attention_mask, images) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A text by itself, for each of several images; others as they are."""
+    """Repeat a single text for each of several images; return other inputs unchanged."""
     if input_ids.shape[0] != 1 or images.shape[0] == 1:
         return input_ids, attention_mask
     mask = None if attention_mask is None else attention_mask.expand(images.shape[0], -1)
@@ -215,7 +217,7 @@ def one_text_for_all(input_ids, attention_mask, images) -> tuple[torch.Tensor, t
 
 
 def with_states(feature: torch.Tensor, branch: BranchOutput, return_dict: bool | None):
-    """Features as they are, or with the states that they come from, where `return_dict` asks for that."""
+    """Return the features, or with `return_dict` an output that also has the hidden states."""
     if not return_dict:
         return feature
     return BaseModelOutputWithPooling(

@@ -34,20 +34,21 @@ TAKES_FINISHED_MASKS = hasattr(modeling_blip_text, "create_causal_mask")
 
 
 def cross_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """(B, M) bool, True at real tokens -> what transformers' decoder takes as `encoder_attention_mask`."""
+    """Convert a mask (B, M), True at real tokens, to the `encoder_attention_mask` of transformers' decoder."""
     return mask[:, None, None, :] if mask is not None and TAKES_FINISHED_MASKS else mask
 
 
 def self_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """(B, L), not 0 at real tokens -> what transformers' decoder takes as `attention_mask` of a whole text."""
+    """Convert a mask (B, L), not 0 at real tokens, to the `attention_mask` of transformers' decoder for a whole
+    text."""
     if mask is None or not TAKES_FINISHED_MASKS:
         return mask
     return mask.bool()[:, None, None, :] & causal_mask(mask.shape[1], mask.device)
 
 
 class DecoderAttention(BlipTextSelfAttention):
-    """transformers' attention of the text decoder, fused; it applies `encoder_attention_mask`, which transformers'
-    BLIP drops."""
+    """Attention of transformers' text decoder, fused. It applies `encoder_attention_mask`, which transformers' BLIP
+    drops."""
 
     def __init__(self, config, is_cross_attention: bool, layer_idx: int, encoder_width: int | None = None):
         super().__init__(config, is_cross_attention, layer_idx=layer_idx)
@@ -88,7 +89,7 @@ class DecoderAttention(BlipTextSelfAttention):
         return (self.dropout(maps) @ value).transpose(1, 2).flatten(2), maps
 
     def _key_and_value(self, hidden_states, encoder_hidden_states, cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, H, M, d) both, from the cache where they are in there already."""
+        """Compute key and value, (B, H, M, d) each, or take them from the cache."""
         is_cross, given = encoder_hidden_states is not None, cache
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
@@ -110,7 +111,7 @@ class DecoderModel(BlipTextModel):
 
 
 class TextDecoder(BlipTextLMHeadModel):
-    """transformers' decoder on the configuration that the whole model has; it reads states of `encoder_width`."""
+    """Transformers' decoder on the whole model's configuration; it cross-attends to states of `encoder_width`."""
 
     _supports_sdpa = _supports_flash_attn = True
 
@@ -131,7 +132,7 @@ class TextDecoder(BlipTextLMHeadModel):
             init.zeros_(module.bias)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        """As transformers has it; behind a prompt's padding positions begin at 0, whatever the version."""
+        """Prepare inputs as transformers does, with positions that begin at 0 after left padding in every version."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and inputs.get("position_ids") is None:
@@ -140,16 +141,15 @@ class TextDecoder(BlipTextLMHeadModel):
         return inputs
 
     def resize_head(self, vocab_size: int) -> None:
-        """Let the head give scores of as many words, by weights that are tied to the words' embeddings; new ones have
-        no bias."""
+        """Resize the head to a number of words; its weights are tied to the word embeddings, and new words have no
+        bias."""
         head = self.cls.predictions
         missing = vocab_size - head.bias.shape[0]
         head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, missing)), requires_grad=head.bias.requires_grad)
         head.decoder.bias, head.decoder.out_features = head.bias, vocab_size
 
     def loss_of(self, output, shift_labels: torch.Tensor | None) -> torch.Tensor:
-        """The loss of an output that has one; of targets (B, L) that are aligned with its logits already, where they
-        are given."""
+        """Return an output's loss, or compute it from targets (B, L) that are already aligned with the logits."""
         if shift_labels is None:
             return output.loss
         targets = shift_labels.to(output.logits.device).flatten()
@@ -157,16 +157,16 @@ class TextDecoder(BlipTextLMHeadModel):
 
 
 class SampleCache(DynamicCache):
-    """Keys and values of samples, shared by the sequences that are generated for each: nothing moves when beams change
-    places."""
+    """Keys and values of samples that all sequences generated for a sample share, so that nothing is copied when
+    beams are reordered."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         pass
 
 
 def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences: Sequences) -> EncoderDecoderCache:
-    """The keys and values of all the decoder's cross-attentions to states (R, D), computed once before generation, on
-    no padding."""
+    """Compute the keys and values of all the decoder's cross-attentions to states (R, D), once before generation
+    and without padding."""
     cache = SampleCache()
     for index, layer in enumerate(decoder.bert.encoder.layer):
         attention = layer.crossattention.self
@@ -179,5 +179,5 @@ def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences:
 
 
 def with_new_self_attention(cache: EncoderDecoderCache) -> EncoderDecoderCache:
-    """The same keys and values in cross-attention, for other sequences."""
+    """Return a cache with the same cross-attention keys and values and empty self-attention, for other sequences."""
     return EncoderDecoderCache(DynamicCache(), cache.cross_attention_cache)

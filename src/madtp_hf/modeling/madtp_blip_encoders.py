@@ -36,13 +36,13 @@ class MadtpBlipVisionLayer(ReducibleLayer, BlipEncoderLayer):
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(..., D) -> (..., H, d)."""
+    """Split (..., D) into heads (..., H, d)."""
     return states.unflatten(-1, (num_heads, -1))
 
 
 class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
-    """`context`: the states and the layout of each image that a text meets, one after the other; nothing for text
-    only."""
+    """Text layer. `context` holds the states and the layout of each image that the text cross-attends to; it is
+    empty for text only."""
 
     @property
     def attention_dropout(self) -> float:
@@ -69,7 +69,7 @@ class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
 def attend_to_image(
     attention: BlipTextSelfAttention, plan: LayerPlan, states, sequences: Sequences, image_states, images: Sequences
 ) -> torch.Tensor:
-    """Cross-attention of the text's states (R, D) to an image's (S, E) -> (R, D)."""
+    """Compute cross-attention of the text's states (R, D) to an image's states (S, E) -> (R, D)."""
     heads = attention.num_attention_heads
     query, key, value = attention.query(states), attention.key(image_states), attention.value(image_states)
     projected = (split_heads(query, heads), split_heads(key, heads), split_heads(value, heads))
@@ -78,12 +78,12 @@ def attend_to_image(
 
 
 class MergeLayer(nn.Linear):
-    """A learned mixture of two states (..., width): of their concatenation (..., 2 * width). It begins as
-    their mean."""
+    """Learned mixture of two states (..., width): a linear map of their concatenation (..., 2 * width), initialised
+    to their mean."""
 
 
 class PairCrossAttentionOutput(nn.Module):
-    """What a text sees of two images becomes one: the mean of the two, or with a merge layer their learned mixture."""
+    """Combine the cross-attention outputs of two images: their mean or, with a merge layer, a learned mixture."""
 
     def __init__(self, config, merges: bool):
         super().__init__()
@@ -101,7 +101,7 @@ class PairCrossAttentionOutput(nn.Module):
 
 
 class PairCrossAttention(nn.Module):
-    """A text's cross-attention to two images, with a query, key and value of its own for each."""
+    """Cross-attention of a text to two images, with separate query, key and value projections for each."""
 
     def __init__(self, config, merges: bool):
         super().__init__()
@@ -116,7 +116,7 @@ class PairCrossAttention(nn.Module):
 
 
 class MadtpBlipPairTextLayer(MadtpBlipTextLayer):
-    """The text layer of NLVR2: a sentence about two images."""
+    """Text layer of NLVR2: a sentence about two images."""
 
     def __init__(self, config, layer_num: int):
         super().__init__(config, layer_num)
@@ -133,7 +133,7 @@ class MadtpBlipVisionEncoder(nn.Module):
 
 
 class MadtpBlipVisionModel(nn.Module):
-    """The image branch: pixel_values (B, 3, H, W) -> `BranchOutput`."""
+    """Vision encoder: pixel_values (B, 3, H, W) -> `BranchOutput`."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,8 +170,8 @@ class MadtpBlipTextEncoder(nn.Module):
 
 
 class MadtpBlipTextModel(nn.Module):
-    """The text branch: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it is about ->
-    `BranchOutput`."""
+    """Text encoder: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it
+    cross-attends to -> `BranchOutput`."""
 
     def __init__(self, config, layer_class=MadtpBlipTextLayer):
         super().__init__()
@@ -188,8 +188,8 @@ class MadtpBlipTextModel(nn.Module):
         reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
-        """`varlen`: leave padding out; else it is computed as if it were text, as transformers does, and only not
-        attended to."""
+        """Encode the texts. With `varlen`, padding is left out; without, it is computed and only masked in
+        attention, as in transformers."""
         if varlen:
             input_ids, sequences = unpad(input_ids, mask)
             check_no_empty_text(sequences.row_counts)

@@ -44,7 +44,7 @@ class MadtpClipEncoder(nn.Module):
 
 
 class MadtpClipVisionModel(nn.Module):
-    """The image tower: pixel_values (B, 3, H, W) -> `BranchOutput`, pooled the class token's state (B, D)."""
+    """Vision tower: pixel_values (B, 3, H, W) -> `BranchOutput`, pooled to the class token's state (B, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -71,7 +71,7 @@ class MadtpClipVisionModel(nn.Module):
 
 
 class MadtpClipTextModel(nn.Module):
-    """The text tower: input_ids (B, L) -> `BranchOutput`, pooled the state of the end of text (B, D)."""
+    """Text tower: input_ids (B, L) -> `BranchOutput`, pooled to the state at the end of text (B, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -81,7 +81,8 @@ class MadtpClipTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def find_ends(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B, 1): where texts end: at the first `eos_token_id` or, by the legacy rule, the highest id.
+        """Find where texts (B, L) end -> (B, 1): at the first `eos_token_id` or, by the legacy rule, at the highest
+        id.
 
         A text without its end is read at the first token, as transformers does.
         """

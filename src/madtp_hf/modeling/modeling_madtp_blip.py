@@ -77,7 +77,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         self.post_init()
 
     def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
-        """The states of the images and of the questions about them, a `BranchOutput` each."""
+        """Encode the images and the questions about them -> a `BranchOutput` each."""
         input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
         vision = self._encode_images(pixel_values, with_feature, **vision_options)
         images = images_for_texts(vision, pixel_values, input_ids, "questions")
@@ -188,7 +188,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         interpolate_pos_encoding: bool = False,
         **generate_kwargs,
     ) -> torch.LongTensor:
-        """Write an answer to each question, token by token.
+        """Generate an answer to each question.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -333,7 +333,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         interpolate_pos_encoding: bool = False,
         **generate_kwargs,
     ) -> torch.LongTensor:
-        """Write a caption of each image, token by token.
+        """Generate a caption of each image.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
@@ -522,7 +522,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> torch.Tensor | BaseModelOutputWithPooling:
-        """L2-normalised features of images.
+        """Compute L2-normalised features of images.
 
         pixel_values (B, 3, H, W) -> (B, image_text_hidden_size); with `return_dict=True` they are the `pooler_output`
         of a `BaseModelOutputWithPooling`, beside the last and, on request, all hidden states and attentions.
@@ -540,7 +540,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> torch.Tensor | BaseModelOutputWithPooling:
-        """L2-normalised features of texts.
+        """Compute L2-normalised features of texts.
 
         input_ids, attention_mask (B, L) -> (B, image_text_hidden_size), or as `get_image_features` has it;
         `token_type_ids`, which tokenizers make, are ignored, as BLIP knows none.
@@ -654,7 +654,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         )
 
     def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """The contrastive and the matching loss, with hard negatives, their sum, and itm_score (B, 2) of the pairs."""
+        """Compute the contrastive and the matching loss (with hard negatives), their sum, and itm_score (B, 2)."""
         if image_ids is None:
             image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
         contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
@@ -666,14 +666,14 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
-        """Matching logits (B, 2) of texts (B, L) with encoded images, their states (B, M, D) and mask (B, M)."""
+        """Compute matching logits (B, 2) of texts (B, L) and encoded images, with states (B, M, D) and mask (B, M)."""
         text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
         return self.itm_head(text.class_states)
 
     def _score_hard_negatives(
         self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
     ) -> torch.Tensor:
-        """Matching logits (up to 2 * B, 2) of each text with a wrong image, each image with a wrong text."""
+        """Compute matching logits (up to 2 * B, 2) of texts with wrong images and of images with wrong texts."""
         rank = process_rank()
         text_ids, text_mask = input_ids, None
         if attention_mask is not None:

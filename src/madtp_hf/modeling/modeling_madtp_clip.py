@@ -50,7 +50,7 @@ class MadtpClipOutput(PruningOutput, CLIPOutput):
 
 
 class MadtpClipAlignment(MadtpAlignment):
-    """Every layer of both towers has a map of its own to the alignment tokens' width."""
+    """Alignment tokens of CLIP, with one map to their width per layer of both towers."""
 
     def make_projection(self, branch, width):
         layers = [AlignmentProjection(branch.hidden_size, width) for _ in range(branch.num_hidden_layers)]
@@ -98,7 +98,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
 
     @classmethod
     def from_clip(cls, source, **config_overrides):
-        """Make a model of this class from transformers' CLIP; only alignment parameters are new.
+        """Load transformers' CLIP as a model of this class; only the alignment parameters are new.
 
         Args:
             source (`CLIPModel` or `str`):
@@ -118,13 +118,14 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         self.text_model.embeddings.token_embedding = value
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """pixel_values (B, 3, H, W) -> `BranchOutput`, pooled the features (B, E); `outputs`: of `run_layers`."""
+        """Encode pixel_values (B, 3, H, W) -> `BranchOutput`, pooled to the features (B, E); `outputs` are
+        arguments of `run_layers`."""
         reduction = self._reduction("vision", with_feature)
         images = self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
         return images._replace(pooled=self.visual_projection(images.pooled))
 
     def _encode_text(self, input_ids, attention_mask=None, position_ids=None, with_feature=False, **outputs):
-        """input_ids (B, L) -> `BranchOutput`, pooled the features (B, E)."""
+        """Encode input_ids (B, L) -> `BranchOutput`, pooled to the features (B, E)."""
         layout = "as it is"
         if self.is_pruning:
             layout = "padded" if self.config.pruning_granularity == "frozen" else "varlen"
@@ -145,7 +146,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Features of texts (B, projection_dim), not normalised, as `pooler_output`, and the states that are left.
+        """Compute features of texts (B, projection_dim), not normalised, as `pooler_output`, and the states of the
+        tokens that are left.
 
         input_ids, attention_mask, position_ids (B, L). Without pruning as `CLIPModel`'s, with 0 at padding.
         """
@@ -162,7 +164,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Features of images (B, projection_dim), not normalised, as `pooler_output`, and the states that are left.
+        """Compute features of images (B, projection_dim), not normalised, as `pooler_output`, and the states of the
+        tokens that are left.
 
         pixel_values (B, 3, H, W). Without pruning as `CLIPModel`'s.
         """

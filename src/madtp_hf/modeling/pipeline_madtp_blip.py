@@ -74,7 +74,7 @@ def read_image(image, timeout: float | None = None) -> Image.Image:
 
 
 class MadtpBlipPipeline(Pipeline):
-    """What the pipelines share: how they are called, and what they say to what can't be.
+    """Base class of the pipelines: how they are called, and their errors for malformed inputs.
 
     parts: of each of the two parts of an input, the image's first: whether a value is a single one, and what is
     expected.
@@ -111,7 +111,7 @@ class MadtpBlipPipeline(Pipeline):
         return "{" + ", ".join(f'"{name}": ...' for name in self.parts) + "}"
 
     def _ask(self, image, text, **kwargs):
-        """Every text about every image, the first text first; without texts, pairs."""
+        """Pair every text with every image, the first text first; without texts, take the pairs as given."""
         image_name, text_name = self.parts
         if text is None:
             return super().__call__(self._pairs(image), **kwargs)
@@ -291,7 +291,7 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
 
 
 class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
-    """Writes captions of images, from nothing or from a prompt on.
+    """Writes captions of images, with or without a prompt.
 
     ```python
     >>> from transformers import pipeline

@@ -18,12 +18,12 @@ LARGE = 2**18
 
 
 def can_prepack() -> bool:
-    """Whether this build of torch has what it takes."""
+    """Return whether this build of torch can prepack weights."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def _same_map(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
-    """A map of class `cls` that shares the parameters of `linear`."""
+    """Return a linear map of class `cls` that shares the parameters of `linear`."""
     other = cls.__new__(cls)
     nn.Module.__init__(other)
     other.in_features, other.out_features, other.training = linear.in_features, linear.out_features, linear.training
@@ -32,7 +32,7 @@ def _same_map(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear map that uses a prepacked copy of its weight where it serves: float32 on a CPU, without gradients.
+    """Linear map that uses a prepacked copy of its weight where possible: in float32, on a CPU, without gradients.
 
     The weight is prepacked lazily, and repacked when it changes, be it in place; what is written past autograd,
     through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
@@ -42,7 +42,7 @@ class PrepackedLinear(nn.Linear):
     _packed = _packed_from = None
 
     def forward(self, states: torch.Tensor, activation: nn.Module | None = None) -> torch.Tensor:
-        """activation: the exact GELU behind the map, to be applied along."""
+        """Apply the map; `activation`: also apply the exact GELU, fused."""
         weight = self.weight
         # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to
         # give the same.
@@ -94,7 +94,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class FusedFeedForward(nn.Module):
-    """Stands where a `plain` module was that is a map, the exact GELU behind it and, if it has one, a second map.
+    """Replacement of a `plain` module that consists of a linear map, the exact GELU and, optionally, a second
+    linear map.
 
     It has the same children. The first map applies the activation, unless something else has taken its place since, as
     an adapter does.
@@ -125,7 +126,7 @@ def _can_fuse(activation: nn.Module) -> bool:
 def prepack_linear_maps(
     model: nn.Module, classes: tuple[type, ...], activations: dict[type, tuple[str, str]], min_size: int = 0
 ) -> int:
-    """Put a `PrepackedLinear` in the place of each linear map of one of these `classes`; maps with hooks stay as they
+    """Replace each linear map of one of these `classes` by a `PrepackedLinear`; maps with hooks are left as they
     are.
 
     activations: classes of modules that are a map, an activation and, if they have one, a second map: the names of the
@@ -153,7 +154,7 @@ def prepack_linear_maps(
 
 
 def unpack_linear_maps(model: nn.Module) -> None:
-    """Make all maps ordinary ones again."""
+    """Replace all prepacked linear maps by ordinary ones."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is PrepackedLinear:

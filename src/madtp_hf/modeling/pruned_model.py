@@ -22,8 +22,7 @@ logger = logging.get_logger("transformers.models.madtp")
 
 @dataclass
 class PruningOutput:
-    r"""
-    What the outputs of all models add to transformers' own.
+    r"""Fields that the outputs of all models have beside transformers' own.
 
     task_loss (`torch.Tensor`, *optional*):
         The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
@@ -49,8 +48,8 @@ class PruningOutput:
 
 
 class AlignmentProjection(nn.Linear):
-    """The map of a branch's tokens to the alignment tokens' width, which folds into the alignment tokens for
-    inference.
+    """Linear map of a branch's tokens to the width of the alignment tokens; for inference it folds into the
+    alignment tokens.
 
     keeps_folded: whether what is folded is kept until a parameter changes, as a prepacked weight is; what is written
         past autograd, through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
@@ -86,7 +85,8 @@ class AlignmentProjection(nn.Linear):
 
 
 class MadtpAlignment(nn.Module):
-    """The alignment tokens (T, E) that both branches share, and the maps to their width for branches of another.
+    """The alignment tokens (T, E) that both branches share, and the maps to their width for branches of another
+    width.
 
     A family whose layers have maps of their own overrides `make_projection`; `forward` then answers a list, one for
     each layer.
@@ -100,15 +100,15 @@ class MadtpAlignment(nn.Module):
         self.text_projection = self.make_projection(config.text_config, width)
 
     def make_projection(self, branch, width: int) -> nn.Module | None:
-        """The map of a branch, of which this is the configuration, to the alignment tokens' width; a `ModuleList` is
-        of its layers."""
+        """Make the map to the alignment tokens' width for a branch with this configuration; a `ModuleList` has one
+        per layer."""
         return None if branch.hidden_size == width else AlignmentProjection(branch.hidden_size, width)
 
     def forward(
         self, modality: str | None, folded: bool = False
     ) -> AlignmentTokens | list[AlignmentTokens] | torch.Tensor:
-        """What the layers of a branch, "vision" or "text", compare their tokens with; without one, 0 with a gradient
-        for each parameter.
+        """Return what the layers of a branch, "vision" or "text", score their tokens against; without a branch, a 0
+        that has a gradient for each parameter.
 
         Parameters are read by calling their modules, whose hooks bring in what is offloaded.
         """
@@ -137,8 +137,8 @@ class MadtpAlignment(nn.Module):
 
 
 class PrunedModelMixin:
-    """For a `PreTrainedModel` whose configuration is a `PruningConfigMixin`, and whose alignment tokens are in
-    `alignment`."""
+    """Mixin of a `PreTrainedModel` whose configuration is a `PruningConfigMixin` and whose `alignment` holds the
+    alignment tokens."""
 
     task = None  # as `madtp_hf.count_flops` names it
     _dense_classes = ()  # transformers' models that a model of this class is made from
@@ -228,12 +228,12 @@ class PrunedModelMixin:
 
     @property
     def is_pruning(self) -> bool:
-        """Whether pruning is on. Where it is not, the model is transformers'."""
+        """Return whether pruning is on. If it is off, the model computes what transformers' model does."""
         return self.config.pruning_temperature > 0
 
     def set_reduction_method(self, method: Callable[..., TokenReduction | None] | None) -> None:
-        """Reduce tokens by another method than MADTP, from the next forward pass on; `None` is MADTP again. It is not
-        saved.
+        """Replace MADTP by another token reduction method from the next forward pass on; `None` restores MADTP. The
+        method is not saved.
 
         To add a method, derive from `encoder.TokenReduction`, whose `choose` answers for each layer which tokens stay,
         where each of the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction`
@@ -259,8 +259,8 @@ class PrunedModelMixin:
     def madtp_reduction(
         self, modality: str, with_feature: bool, reduction_class: Callable[..., TokenReduction] = MadtpReduction
     ) -> TokenReduction | None:
-        """MADTP, or the variant of it that `reduction_class` is, as the configuration says: for one branch and forward
-        pass; `None` where the branch stays dense."""
+        """Make the `MadtpReduction`, or its subclass `reduction_class`, of one branch and one forward pass, as the
+        configuration says; `None` if the branch stays dense."""
         config = self.config
         prunes = modality in config.pruning_modalities
         if not self.is_pruning or not (prunes or with_feature):
@@ -278,8 +278,8 @@ class PrunedModelMixin:
         )
 
     def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:
-        """How the tokens of a branch become fewer in the pass that begins, None if they don't: the configuration is
-        read here, and in no layer."""
+        """Make the token reduction of a branch for one forward pass, or None. Only this reads the configuration; no
+        layer does."""
         if self._reduction_method is not None:
             reduction = self._reduction_method(self, modality, with_feature)
             if reduction is not None:
@@ -288,8 +288,8 @@ class PrunedModelMixin:
         return self.madtp_reduction(modality, with_feature)
 
     def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
-        """0 where a branch has no feature, as with pruning off: the alignment parameters still get a gradient, as
-        distributed training waits for one from each."""
+        """Compute the alignment loss. It is 0 where a branch has no feature, as with pruning off; the alignment
+        parameters still get a gradient, which distributed training waits for."""
         if image_feature is None or text_feature is None:
             return self.alignment(None)
         return alignment_loss(image_feature, text_feature)
@@ -297,8 +297,8 @@ class PrunedModelMixin:
     # Arguments of `forward`
 
     def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """What the vision encoder is asked for: arguments of `forward`, or the configuration's where they are not
-        given."""
+        """Resolve what the vision encoder returns: the arguments of `forward`, by default the configuration's
+        fields."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -335,8 +335,8 @@ class PrunedModelMixin:
     # Inference on a CPU
 
     def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
-        """Prepack the weights of linear maps for fast inference on a CPU in float32, or, with `prepacked=False`, no
-        longer.
+        """Prepack the weights of linear maps for faster inference on a CPU in float32, or undo it with
+        `prepacked=False`.
 
         Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights.
         Training, other devices and other types go on with the weights as they are.
@@ -372,8 +372,8 @@ class PrunedModelMixin:
         return self.prepack_weights(packed)
 
     def prepack_for_inference(self):
-        """Prepack the weights that are large enough for it to pay, where it helps at all: what pipelines and commands
-        call."""
+        """Prepack the weights that are large enough to gain from it, if the machine supports it. Pipelines and
+        commands call it."""
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
         return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
 
@@ -381,8 +381,8 @@ class PrunedModelMixin:
 
     @classmethod
     def _from_dense(cls, source, config_overrides: dict, config_class, method: str):
-        """A model of this class from transformers' model for the same task, or a path or Hub id of one; only alignment
-        is new."""
+        """Load transformers' model for the same task (a model, a path or a Hub id) as a model of this class; only
+        the alignment parameters are new."""
         classes = (*cls._dense_classes, cls)
         expected = " or a ".join(dense_class.__name__ for dense_class in classes)
         defaults = config_class()
@@ -449,7 +449,7 @@ class PrunedModelMixin:
 
 
 def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
-    """Move a model where a `device_map`, as `from_pretrained` takes it, says."""
+    """Move a model to where a `device_map`, as `from_pretrained` takes it, says."""
     if device_map is None:
         return model
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -464,7 +464,7 @@ def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
 
 @torch.no_grad()
 def init_alignment(module: MadtpAlignment) -> None:
-    """Random alignment tokens of graded norms, from large to a hundredth of that.
+    """Initialise alignment tokens at random, with norms graded down to a hundredth of the largest.
 
     At a temperature, alignment tokens of small norm look at all tokens alike and those of large norm at their
     likeliest alone: graded norms let the threshold, the least of what they see, move smoothly from the lowest

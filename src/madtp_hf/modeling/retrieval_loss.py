@@ -15,7 +15,7 @@ TEMPERATURE = 0.07
 
 
 class ContrastiveKeys(NamedTuple):
-    """What a batch is contrasted with, beyond itself: features of a slowly moving twin, from this batch and from
+    """The keys that a batch is contrasted with: features of a momentum (EMA) encoder, from this batch and from
     earlier ones.
 
     image, text (K, E): L2-normalised; image_targets, text_targets (B, K): how much of each sample's likelihood is each
@@ -31,8 +31,8 @@ class ContrastiveKeys(NamedTuple):
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All processes' rows, with a gradient for this one's from each of them; torch's own needs a collective that gloo
-    lacks."""
+    """Gather the rows of all processes; gradients flow back to each. torch's own function needs a collective that
+    gloo lacks."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -56,14 +56,14 @@ def process_rank() -> int:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(B, ...) -> (W, ...): the rows of all processes in order of rank, with their gradients; each must have
-    as many."""
+    """Gather (B, ...) from all processes -> (W, ...), in order of rank and with gradients; all must have the same
+    B."""
     return _GatherWithGradient.apply(rows) if is_distributed() else rows
 
 
 def gather_padded(rows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences (B, L, ...) and their mask (B, L) or None -> those of all processes, (W, M, ...) and (W, M), M the
-    longest's length."""
+    """Gather sequences (B, L, ...) and their mask (B, L) or None from all processes -> (W, M, ...) and (W, M),
+    padded to the longest M."""
     if mask is None:
         mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
     if not is_distributed():
@@ -76,7 +76,8 @@ def gather_padded(rows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.
 
 
 def same_image_targets(ids: torch.Tensor, key_ids: torch.Tensor) -> torch.Tensor:
-    """ids (B,), key_ids (K,) -> (B, K): 1 shared among the keys of the same image, for it has several texts."""
+    """Compute contrastive targets from ids (B,) and key_ids (K,) -> (B, K): a probability of 1, shared among the
+    keys of the same image."""
     same = (ids.unsqueeze(1) == key_ids).float()
     return same / same.sum(dim=1, keepdim=True)
 
@@ -88,8 +89,8 @@ def contrastive_loss(
     keys: ContrastiveKeys | None,
     temperature: torch.Tensor | float = TEMPERATURE,
 ) -> torch.Tensor:
-    """Mean over both directions of the cross-entropy of a sample's similarities (B, K), features (B, E), image_ids
-    (B,).
+    """Compute the contrastive loss: the cross-entropy of each sample's similarities (B, K), averaged over both
+    directions; features (B, E), image_ids (B,).
 
     Without `keys`, the batches of all processes are contrasted with one another. `temperature` counts where the keys
     have none.
@@ -107,8 +108,8 @@ def contrastive_loss(
 def draw_hard_negatives(
     feature: torch.Tensor, other_features: torch.Tensor, ids: torch.Tensor, other_ids: torch.Tensor, temperature
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each sample, feature (B, E), another image's counterpart among other_features (W, E), the likelier the more
-    similar it is.
+    """Draw a hard negative for each sample, feature (B, E), among other_features (W, E) of other images; more
+    similar ones are more likely.
 
     Returns which samples have one, (N,), and which it is, (N,).
     """

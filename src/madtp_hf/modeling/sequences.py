@@ -24,13 +24,13 @@ CPU_TAKES_PARTS = True
 
 
 def takes_parts(device: torch.device) -> bool:
-    """Whether attention takes a batch part by part and values are looked at for free, as on a CPU, or all at once,
-    without a wait."""
+    """Return whether attention processes a batch part by part, as on a CPU, where reading values costs no
+    synchronisation; on other devices it takes the batch at once."""
     return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class cached_property:
-    """As functools', but without a lock, which torch.compile can't follow (Python dropped it in 3.12)."""
+    """`functools.cached_property` without a lock, which torch.compile can't trace (Python 3.12 dropped it)."""
 
     def __init__(self, function):
         self.function = function
@@ -45,15 +45,15 @@ class cached_property:
 
 
 class Division(NamedTuple):
-    """A batch in parts: at which sequences, in this order, each part begins, and the number of sequences; None: as
-    they lie."""
+    """A division of a batch into parts: the order of the sequences, and where in it each part begins, followed by
+    the number of sequences; None keeps the order."""
 
     bounds: tuple[int, ...]
     order: tuple[int, ...] | None = None
 
 
 class Sequences:
-    """Which rows are whose, in one of two cases.
+    """The layout of a batch's rows: which rows belong to which sequence. There are two cases.
 
     *padded*: each of the `batch_size` sequences has `max_seqlen` rows. `mask` (batch_size, max_seqlen) is True at real
     tokens;
@@ -77,7 +77,7 @@ class Sequences:
 
     @classmethod
     def padded(cls, batch_size: int, max_seqlen: int, device, mask: torch.Tensor | None = None, lengths=None):
-        """Rows of padded states (batch_size, max_seqlen, ...)."""
+        """Make the layout of padded states (batch_size, max_seqlen, ...)."""
         sequences = cls(batch_size, max_seqlen, device, mask, lengths=lengths)
         if mask is None:
             sequences.mask = None
@@ -85,7 +85,8 @@ class Sequences:
 
     @classmethod
     def varlen(cls, lengths: list[int], device, device_lengths=None, first_row: int = 0, before=None):
-        """Rows of sequences of these lengths; padded ones without padding where all are alike.
+        """Make the layout of contiguous (varlen) rows of sequences of these lengths; if all are equal, that of
+        padded states without padding.
 
         device_lengths: the same lengths (B,) on the device, if they are there already; before: the `Sequences` that
         these come from.
@@ -109,7 +110,7 @@ class Sequences:
 
     @property
     def row_counts(self) -> list[int]:
-        """How many rows each sequence has."""
+        """The number of rows of each sequence."""
         if self.is_varlen:
             return [end - start for start, end in itertools.pairwise(self.offsets)]
         return [self.max_seqlen] * self.batch_size
@@ -118,7 +119,7 @@ class Sequences:
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """(B,) int64: the numbers of real tokens."""
+        """The number of real tokens of each sequence, (B,) int64."""
         if self.is_varlen:
             return torch.tensor(self.row_counts, device="cpu").to(self.device, non_blocking=True)
         if self.mask is not None:
@@ -127,7 +128,7 @@ class Sequences:
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
-        """(B + 1,) int32: where the rows of each sequence begin and end, as varlen attention kernels ask for."""
+        """The cumulative sequence lengths (B + 1,) int32 that varlen attention kernels take."""
         if self.is_varlen:
             return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
         step = max(self.max_seqlen, 1)
@@ -135,23 +136,23 @@ class Sequences:
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
-        """(B, max_seqlen) bool: the real tokens of padded states, None without padding."""
+        """A mask (B, max_seqlen) that is True at the real tokens of padded states, or None without padding."""
         return self.slots < self.lengths.unsqueeze(1)
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """(max_seqlen,): 0, 1, 2, ..."""
+        """The indices (max_seqlen,): 0, 1, 2, ..."""
         return torch.arange(self.max_seqlen, device=self.device)
 
     @cached_property
     def real(self) -> torch.Tensor | None:
-        """`mask` as numbers, 1.0 at real tokens."""
+        """`mask` as floats, 1.0 at real tokens."""
         return None if self.mask is None else self.mask.float()
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
-        """(B * max_seqlen,): the number of the row at each slot of padded states, counted from 1; at padding, of the
-        one before."""
+        """The number of the row, counted from 1, at each slot of padded states, (B * max_seqlen,); at padding, that
+        of the last row before it."""
         return self.mask.flatten().cumsum(0)
 
     @cached_property
@@ -160,19 +161,19 @@ class Sequences:
 
     @cached_property
     def _slot_to_row(self) -> torch.Tensor:
-        """As `_row_number`, with 0 at padding."""
+        """`_row_number` with 0 at padding."""
         return self._row_number * self.mask.flatten()
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """(R,): the place of each row in its sequence."""
+        """The position (R,) of each row in its sequence."""
         return self.unpad(self.slots.expand(self.batch_size, -1))
 
     # Rows to padded states and back
 
     def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """(R, ...), of the batch that this is or is a part of, -> (B, max_seqlen, ...), with copies of a sequence's
-        last row at padding, where there is any. dim: which dimension the rows are."""
+        """Pad rows (R, ...) of this batch, or of the batch that this is a part of, -> (B, max_seqlen, ...), with
+        copies of a sequence's last row at padding. dim: the dimension of the rows."""
         if self.batch_rows is not None:
             states = states.index_select(dim, self.batch_rows)
         else:
@@ -183,28 +184,28 @@ class Sequences:
         return states.unflatten(dim, (self.batch_size, self.max_seqlen))
 
     def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, ...) -> (B, max_seqlen, ...), 0 at what varlen states have no row for."""
+        """Pad rows (R, ...) -> (B, max_seqlen, ...), with 0 at padding of varlen states."""
         padded = self.pad(states)
         if not self.is_varlen:
             return padded
         return padded.masked_fill(~self.mask.view(self.mask.shape + (1,) * (padded.ndim - 2)), 0)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
-        """(B, max_seqlen, ...) -> (R, ...)."""
+        """Remove padding: (B, max_seqlen, ...) -> (R, ...)."""
         return self.unpad_rows(padded.flatten(0, 1))
 
     def unpad_rows(self, padded: torch.Tensor) -> torch.Tensor:
-        """(B * max_seqlen, ...) -> (R, ...)."""
+        """Remove padding: (B * max_seqlen, ...) -> (R, ...)."""
         return scatter_rows(padded, self._slot_to_row, self.num_rows) if self.is_varlen else padded
 
     def first(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, D) -> (B, D): each sequence's first row, the class token."""
+        """Take each sequence's first row, the class token: (R, D) -> (B, D)."""
         if not self.is_varlen:
             return states.unflatten(0, (self.batch_size, self.max_seqlen))[:, 0]
         return states.index_select(0, self.cu_seqlens[:-1])
 
     def last(self, states: torch.Tensor) -> torch.Tensor:
-        """(R, D) -> (B, D): each sequence's last real row, as CLIP's end of text."""
+        """Take each sequence's last real row, which is CLIP's end of text: (R, D) -> (B, D)."""
         if self.is_varlen:
             return states.index_select(0, self.cu_seqlens[1:] - 1)
         padded = states.unflatten(0, (self.batch_size, self.max_seqlen))
@@ -214,11 +215,12 @@ class Sequences:
 
     @property
     def whole(self) -> Division:
-        """All of the batch as one part."""
+        """Make a division of one part: the whole batch."""
         return Division((0, self.batch_size))
 
     def divide(self, width: int) -> Division:
-        """The parts that attention over states of `width` takes the batch in: sequences of similar length together."""
+        """Divide the batch into the parts that attention over states of `width` processes one by one; sequences of
+        similar length share a part."""
         if not takes_parts(self.device) or self.batch_size == 1:
             return self.whole
         counts = self.row_counts
@@ -242,7 +244,7 @@ class Sequences:
         return Division((*bounds, self.batch_size), None if ordered else tuple(order))
 
     def parts(self, division: Division) -> list["Sequences"]:
-        """Each part as a `Sequences` of its own, which takes its rows out of those of the batch."""
+        """Make a `Sequences` for each part, which takes its rows from those of the batch."""
         if len(division.bounds) == 2:
             return [self]
         if division not in self._parts:
@@ -267,7 +269,7 @@ class Sequences:
         return part
 
     def _rows_of(self, samples: list[int], length: int) -> torch.Tensor:
-        """(samples * length,): the rows of these samples, each with copies of its last one up to `length`."""
+        """Index the rows of these samples, (samples * length,), each padded up to `length` with its last row."""
         counts = torch.tensor(self.row_counts, device="cpu")
         starts = (counts.cumsum(0) - counts)[samples].to(self.device)
         last = counts[samples].to(self.device) - 1
@@ -275,8 +277,8 @@ class Sequences:
         return (starts.unsqueeze(1) + torch.minimum(slots, last.unsqueeze(1))).flatten()
 
     def join_rows(self, outputs: list[torch.Tensor], division: Division, row_counts: list[int] | None = None):
-        """What was computed for the rows of each part, as rows of the batch; row_counts: how many each sequence has,
-        if others."""
+        """Join what was computed for the rows of each part into rows of the batch; row_counts: rows of each
+        sequence, if they have changed."""
         rows = join(outputs)
         if division.order is None:
             return rows
@@ -288,14 +290,14 @@ class Sequences:
         return rows.index_select(0, (shift + torch.arange(len(shift), device="cpu")).to(rows.device))
 
     def join_samples(self, outputs: list[torch.Tensor], division: Division) -> torch.Tensor:
-        """What was computed for the sequences of each part, (n, ...), as that of the batch."""
+        """Join what was computed for the sequences of each part, (n, ...), into that of the batch."""
         samples = join(outputs)
         if division.order is None:
             return samples
         return samples.index_select(0, torch.tensor(division.order, device="cpu").argsort().to(samples.device))
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
-        """The sequences first, first + 2, ... : their rows and how they lie. First the left, then the right image of
+        """Select the sequences first, first + 2, ...: their rows and layout. 0 gives the left, 1 the right image of
         each pair."""
         if not self.is_varlen:
             padded = states.unflatten(0, (-1, 2, self.max_seqlen))[:, first]
@@ -305,7 +307,7 @@ class Sequences:
         return torch.cat(states.split(self.row_counts)[first::2]), chosen
 
     def to(self, device, non_blocking: bool = False) -> "Sequences":
-        """For models whose layers lie on several devices: what moves tensors moves a batch's layout along."""
+        """Move the layout to a device. Models on several devices move it along with the states."""
         if torch.device(device) == self.device:
             return self
         moved = Sequences(self.batch_size, self.max_seqlen, device, offsets=self.offsets, first_row=self.first_row)
@@ -318,13 +320,14 @@ class Sequences:
 
 
 def take_slots(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Padded states (n, L, D) at slots (n, M) -> (n, M, D). By `gather`, as `take_along_dim` fixes the batch size of
+    """Gather slots (n, M) of padded states (n, L, D) -> (n, M, D). `take_along_dim` would fix the batch size of
     exported models."""
     return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
 
 
 def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fill: int | None = None) -> torch.Tensor:
-    """states (S, ...) -> (num_rows, ...): each goes where its number (S,) says, counted from 1; those at 0 go nowhere.
+    """Scatter states (S, ...) to the rows that their numbers (S,), counted from 1, give -> (num_rows, ...); 0 drops
+    a state.
 
     fill: what rows hold that none goes to, if there are any.
     """
@@ -334,7 +337,7 @@ def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fil
 
 
 def count_tokens(layers: list[Sequences]) -> torch.Tensor:
-    """(layers, B) int64: the numbers of real tokens in each."""
+    """Count the real tokens in each layout: (layers, B) int64."""
     if torch.compiler.is_compiling() or not any(sequences.is_varlen for sequences in layers):
         return torch.stack([sequences.lengths for sequences in layers])
     device = layers[-1].device
@@ -345,13 +348,12 @@ def count_tokens(layers: list[Sequences]) -> torch.Tensor:
 
 
 def join(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """What was computed for the parts of a batch, as that of the batch."""
+    """Join what was computed for the parts of a batch."""
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def unpad(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Sequences]:
-    """Padded states (B, L, ...) with mask (B, L), whose real tokens come first, -> their rows (R, ...), and how they
-    lie.
+    """Unpad states (B, L, ...) with mask (B, L), real tokens first -> rows (R, ...) and their layout.
 
     Waits for the device once, if there is a mask.
     """

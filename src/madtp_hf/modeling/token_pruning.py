@@ -1,4 +1,4 @@
-"""MADTP's token pruning (arXiv 2403.02991), as functions of tensors that know nothing of the network that calls them.
+"""MADTP's token pruning (arXiv 2403.02991) as functions of tensors, independent of the network that calls them.
 
 Shapes: B batch, N tokens that can go (protected tokens, such as the class token, are left out by the caller), T
 alignment tokens, D width, H heads, d head width. `mask` (B, N) says which are real; None says that there is no
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 
 class AttentionEvidence(NamedTuple):
-    """What the importance of tokens needs of a self-attention A (B, H, L, L) with per-head outputs O (B, H, L, d).
+    """What token importance needs of a self-attention with probabilities A (B, H, L, L) and per-head outputs O (B,
+    H, L, d).
 
     The *reader* is the token whose row says what the sample as a whole attends to: the class token.
 
@@ -37,17 +38,18 @@ class AttentionEvidence(NamedTuple):
 
 
 def sum_over_tokens(scores: torch.Tensor) -> torch.Tensor:
-    """(B, N) -> (B, 1): what scores are divided by to be shares."""
+    """Sum (B, N) over tokens -> (B, 1), the divisor that turns scores into shares."""
     return scores.sum(dim=-1, keepdim=True) + 1e-8
 
 
 def alignment_scores(tokens: torch.Tensor, alignment_tokens: torch.Tensor) -> torch.Tensor:
-    """Step 1: tokens (..., D) and alignment tokens (T, D) -> a (..., T)."""
+    """Step 1: compute the scores a (..., T) of tokens (..., D) against alignment tokens (T, D)."""
     return tokens @ alignment_tokens.T
 
 
 def alignment_feature(scores: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Step 2: what each alignment token gathers from the tokens: a (B, N, T), tokens (B, N, D) -> (B, T, D)."""
+    """Step 2: compute what each alignment token gathers from the tokens: a (B, N, T), tokens (B, N, D) -> (B, T,
+    D)."""
     logits = scores.float() / tokens.shape[-1] ** 0.5
     if mask is not None:
         # The lowest finite number, not -inf: a text without a word has no token to attend to, and must not become NaN.
@@ -59,18 +61,19 @@ def alignment_feature(scores: torch.Tensor, tokens: torch.Tensor, mask: torch.Te
 
 
 def alignment_loss(image_feature: torch.Tensor, text_feature: torch.Tensor) -> torch.Tensor:
-    """Step 2: the mean over samples and alignment tokens of 1 - cos between (B, T, D) and (B, T, D)."""
+    """Step 2: compute the mean of 1 - cos between two features (B, T, D), over samples and alignment tokens."""
     return 1 - F.cosine_similarity(image_feature.float(), text_feature.float(), dim=-1).mean()
 
 
 def reader_importance(evidence: AttentionEvidence) -> torch.Tensor:
-    """Step 4's s_cls (B, N): how the reader attends to the tokens in each head, weighted by their output there."""
+    """Step 4: compute s_cls (B, N), the reading token's attention to each token in each head, weighted by the norm
+    of the token's output there."""
     norm = evidence.output_norm
     return (evidence.from_reader * norm).sum(dim=0) / norm.sum(dim=0)
 
 
 def strongest_alignment(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Step 4's s_tok (B, N), before it is divided by its sum over tokens."""
+    """Step 4: compute s_tok (B, N) before it is divided by its sum over tokens."""
     strongest = scores.amax(dim=-1).float()
     return strongest if mask is None else strongest * mask
 
@@ -78,7 +81,8 @@ def strongest_alignment(scores: torch.Tensor, mask: torch.Tensor | None = None) 
 def token_importance(
     evidence: AttentionEvidence, scores: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Step 4: the importance s (B, N) of the tokens, from their attention and their alignment scores a (B, N, T).
+    """Step 4: compute the importance s (B, N) of the tokens from their attention and their alignment scores a (B,
+    N, T).
 
     mask (B, N): 1.0 at real tokens, 0.0 at padding, as are all masks below that are not said to be boolean.
     """
@@ -95,9 +99,9 @@ def importance_threshold(
     mask: torch.Tensor | None = None,
     factor: float = 1.0,
 ) -> torch.Tensor:
-    """Step 5: theta (B, 1), the smallest importance that an alignment token sees, looking at the tokens with
-    `temperature`, times `factor`, which is 1 in the paper and less where fewer tokens than at any temperature are to
-    go.
+    """Step 5: compute the threshold theta (B, 1): the smallest importance that an alignment token sees when it
+    attends to the tokens with `temperature`, times `factor`. The factor is 1 in the paper; below 1 it reaches
+    smaller reductions than any temperature does.
 
     scores (B, N, T) at padding are to be those of a real token of the same sample; importance (B, N) is 0 there.
     """
@@ -120,7 +124,7 @@ def select_tokens(
     num_tokens: torch.Tensor | int | None = None,
     min_kept: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step 6: which tokens stay (B, N), False at padding, and which samples merge the others (B, 1).
+    """Step 6: select which tokens stay (B, N), False at padding, and which samples merge the others (B, 1).
 
     Where fewer than `min_kept` would stay, or one token or none would go, all stay. mask (B, N): boolean; num_tokens
     (B, 1): how many tokens can go, N if not given.
@@ -135,7 +139,7 @@ def keep_all_or_enough(
     num_tokens: torch.Tensor | int | None = None,
     min_kept: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `select_tokens`, for tokens (B, N) that are to stay."""
+    """Apply the rules of `select_tokens` for too few remaining tokens to a selection (B, N)."""
     if num_tokens is None:
         num_tokens = keep.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
     num_kept = keep.sum(dim=1, keepdim=True)
@@ -145,7 +149,8 @@ def keep_all_or_enough(
 
 
 def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, N) bool: the `number` most important tokens of each sample, all where it has fewer. mask (B, N): boolean."""
+    """Return a mask (B, N) of the `number` most important tokens of each sample, or of all where it has fewer; mask
+    (B, N) is boolean."""
     ranked = importance if mask is None else importance.masked_fill(~mask, -torch.inf)
     if isinstance(number, torch.Tensor):
         # Rank 0 is the most important token; padding ranks last.
@@ -156,7 +161,7 @@ def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: t
 
 
 def merge_weights(importance: torch.Tensor, stays: torch.Tensor, merges: torch.Tensor) -> torch.Tensor:
-    """Step 6: the weight (B, N) of each token that goes in the token that they become: its share of their importance.
+    """Step 6: compute the weight (B, N) of each dropped token in the merged token: its share of their importance.
 
     importance (B, N), 0 at padding; stays (B, N); merges (B, 1).
     """

@@ -17,7 +17,7 @@ from .triton_kernels import merge
 
 
 class Reduction(NamedTuple):
-    """What a method answers for a layer.
+    """The decision of a method for one layer: which tokens stay, and how the others merge.
 
     stays (n, N) bool: the tokens that stay, False at padding.
     merges (n, 1) bool: the sequences that get a new token, behind those that stay, for those that go.
@@ -35,7 +35,7 @@ class Reduction(NamedTuple):
 
 
 class Repacking(NamedTuple):
-    """Where the tokens of a part of the batch go.
+    """Where the tokens of a part of the batch go when surviving tokens are repacked.
 
     numbers (n, C): of each column's new row, counted from 1, or 0 for none, among `num_rows`; columns are the first
         token, those that can go, the merged one and, where it is protected, the last. For a fixed length instead
@@ -49,7 +49,7 @@ class Repacking(NamedTuple):
     order: torch.Tensor | None = None
 
     def __call__(self, padded: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-        """Padded states (n, L, D) and merged tokens (n, D) -> new rows (num_rows, D)."""
+        """Repack padded states (n, L, D) and merged tokens (n, D) into new rows (num_rows, D)."""
         columns = [padded[:, : 1 + self.roles.num_removable(self.part)], merged.unsqueeze(1)]
         if self.roles.protects_last:
             columns.append(self._last(padded))
@@ -67,14 +67,15 @@ class Repacking(NamedTuple):
 
 
 def stay_table(reduction: Reduction, part: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """(n, C) bool: which of the columns are new rows."""
+    """Return a mask (n, C) of the columns that become new rows."""
     always = torch.ones_like(reduction.merges) if part.mask is None else part.mask[:, :1]
     merges = reduction.merges if reduction.into is None else ~always
     return torch.cat([always, reduction.stays, merges, *[always] * roles.protects_last], dim=1)
 
 
 def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded states (n, L, D) with the tokens that go in those that they enter, and the new tokens (n, D)."""
+    """Add dropped tokens to the tokens that absorb them: padded states (n, L, D) -> the same, and the merged tokens
+    (n, D)."""
     num_removable = reduction.stays.shape[1]
     tokens = padded[:, 1 : 1 + num_removable]
     if reduction.into is None:
@@ -88,7 +89,7 @@ def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tens
 
 
 class KernelReduction(NamedTuple):
-    """What Triton's gate answers for a layer: see `triton_kernels.gate`. importance (R,), destination (R,),
+    """The decision of Triton's gate for one layer (see `triton_kernels.gate`): importance (R,), destination (R,),
     new_cu_seqlens (B + 1,)."""
 
     importance: torch.Tensor
@@ -103,8 +104,8 @@ Move = Callable[[torch.Tensor], torch.Tensor]
 def reduce(
     states: torch.Tensor, sequences: Sequences, division: Division, reductions: list[Reduction], roles: TokenRoles
 ) -> tuple[torch.Tensor, Sequences, Move | None]:
-    """Apply what a method answered for each part of a batch: states (R, D) -> (R', D), how they lie, and where rows
-    went.
+    """Repack the surviving tokens, as a method decided for each part of the batch: states (R, D) -> (R', D), their
+    layout, and where the rows went.
 
     Waits for the device once, to learn how many rows there are; not where lengths are fixed. The last is None where
     nothing changed.
@@ -154,7 +155,7 @@ def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles:
 
 
 def move_along(repacking: Repacking, positions: torch.Tensor) -> torch.Tensor:
-    """Positions (R,) of a batch's rows -> those of the new rows of a part, -1 for merged tokens."""
+    """Map positions (R,) of a batch's rows to those of a part's new rows; -1 for merged tokens."""
     nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
     return repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere).squeeze(1)
 

@@ -35,7 +35,8 @@ MERGE_BLOCKS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
 
 
 class KernelError(RuntimeError):
-    """Triton could not build, load or launch a kernel: no C compiler, no driver, a driver that refuses the binary."""
+    """Triton could not build, load or launch a kernel: no C compiler, no driver, or a driver that refuses the
+    binary."""
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
@@ -63,7 +64,8 @@ def disable(error: Exception) -> None:
 
 
 def is_available(query: torch.Tensor) -> bool:
-    """Whether the kernels can take queries (R, H, d) like these; keys, values and scores are then fine as well."""
+    """Return whether the kernels support queries (R, H, d) like these; keys, values and scores then are supported
+    as well."""
     return (
         _enabled
         and query.is_cuda
@@ -77,7 +79,8 @@ def is_available(query: torch.Tensor) -> bool:
 
 
 def block_sizes(dtype: torch.dtype, width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes and launch options of the two attention kernels: what fits into registers and shared memory."""
+    """Choose block sizes and launch options of the two attention kernels, by what fits into registers and shared
+    memory."""
     narrow = width <= 64
     if dtype == torch.float32:  # no tensor cores
         blocks = {"QUERIES": 64 if narrow else 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
@@ -98,7 +101,7 @@ def varlen_attention(
     max_seqlen_q: int,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Attention of each sample's queries to the sample's own keys, in one launch.
+    """Compute varlen attention of each sample's queries to the sample's own keys, in one launch.
 
     query (Rq, H, d), key and value (Rk, H, d), any strides (copied where the last one is not 1)
     -> (Rq, H, d), contiguous. max_seqlen_q: the largest number of queries of a sample, or more. is_causal: query i of
@@ -119,7 +122,8 @@ def scored_varlen_attention(
     is_causal: bool = False,
     protects_last: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Self-attention and the evidence on tokens in its probabilities A, which are never materialised, in two launches.
+    """Compute varlen self-attention and the evidence for token importance in two launches, without materialising
+    the probabilities A.
 
     query, key and value (R, H, d), any strides (copied where the last one is not 1). max_seqlen: the largest length,
     or more.
@@ -161,7 +165,8 @@ def gate(
     protects_last: bool = False,
     factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Importance, threshold, and which rows stay, in one launch and one cumulative sum. The host waits for nothing.
+    """Compute importance, threshold and which rows stay, in one launch and one cumulative sum, without
+    synchronising with the host.
 
     scores (R, T), any floating dtype: the alignment scores a; those of protected rows are not read. received,
     from_reader and output_norm: as `scored_varlen_attention` returns them. A sample merges if at least `min_kept` of
@@ -196,7 +201,8 @@ def merge(
     new_cu_seqlens: torch.Tensor,
     num_rows: int,
 ) -> torch.Tensor:
-    """Move the rows that stay to their places; the rows that go become one, their mean weighted by importance.
+    """Move the rows that stay to their new places and merge the others into one row, their mean weighted by
+    importance.
 
     states (R, D) and what `gate` returns; num_rows: the last of `new_cu_seqlens` -> (num_rows, D) in states' dtype.
     One launch.

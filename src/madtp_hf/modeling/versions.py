@@ -19,7 +19,7 @@ logger = logging.get_logger("transformers.models.madtp_blip")
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor: patches within a tested release need no warning."""
+    """Return major and minor version: patch releases of a tested version need no warning."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 

@@ -1,4 +1,4 @@
-"""What the example scripts are told about pruning, and what follows from it."""
+"""Command-line arguments of the example scripts, and what follows from them."""
 
 import argparse
 import json
@@ -60,7 +60,7 @@ class ScriptParser(HfArgumentParser):
 
 @dataclass
 class PruningArguments:
-    """For `HfArgumentParser`, beside `TrainingArguments`."""
+    """Arguments about pruning, for `HfArgumentParser` beside `TrainingArguments`."""
 
     dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
     target_reduction: list[float] = field(
@@ -82,8 +82,7 @@ class PruningArguments:
             self.reductions = []
 
     def load_model(self, model_class, source: str):
-        """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub
-        id."""
+        """Load a pruned model, or a dense one with new alignment tokens. `source`: a folder or Hub id."""
         if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
             model = model_class.from_pretrained(source)
         else:
@@ -102,19 +101,19 @@ class PruningArguments:
         calibrate(model, validation_batches, self.target_reduction if do_train else self.reductions)
 
     def budgets(self, model) -> list[float]:
-        """The reductions to evaluate: 0, and those to calibrate that the model was found to reach."""
+        """Return the reductions to evaluate: 0, and those of `reductions` that the model reached in calibration."""
         reached = {entry[0] for entry in model.config.pruning_schedule or ()}
         return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
 
     def callbacks(self) -> list:
-        """What steers the temperature while a model trains."""
+        """Make the callbacks for training: the one that steers the reduction."""
         if self.dense:
             return []
         target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
         return [ReductionCallback(target, num_targets=self.num_targets)]
 
     def settings(self, args, trainer) -> dict:
-        """What a script trained with, for its results and the model card; `args` has `model` and `train_samples`."""
+        """Collect the training settings for the results and the model card; `args` has `model` and `train_samples`."""
         training = trainer.args
         steps = trainer.state.global_step
         settings = {"from": public_name(args.model), "steps": steps}
@@ -140,7 +139,7 @@ class PruningArguments:
 
 @dataclass
 class RetrievalArguments:
-    """For `HfArgumentParser`: the data and the contrastive training of image-text retrieval."""
+    """Arguments about data and contrastive training of image-text retrieval, for `HfArgumentParser`."""
 
     model: str = field(metadata={"help": "A dense model, or a pruned one to go on with: a folder or Hub id."})
     dataset: str | None = field(
@@ -160,7 +159,7 @@ class RetrievalArguments:
     distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the momentum encoder's."})
 
     def load_data(self) -> tuple:
-        """The rows to train, calibrate and evaluate on."""
+        """Load the rows for training, calibration and evaluation."""
         numbers = (self.train_samples, self.validation_samples, self.test_samples)
         splits = ("train", "validation", self.evaluation_split)
         return tuple(self._load(split, rows) for split, rows in zip(splits, numbers))
@@ -174,6 +173,6 @@ class RetrievalArguments:
         return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
     def dataset_facts(self, example: str) -> dict:
-        """What results and the model card say of the data."""
+        """Describe the data for the results and the model card."""
         name = public_name(self.dataset) if self.dataset else "digit scenes"
         return {"name": name, "split": self.evaluation_split, "example": example}

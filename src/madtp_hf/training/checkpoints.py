@@ -5,8 +5,8 @@ from pathlib import Path
 
 
 def last_checkpoint(output_dir) -> str | None:
-    """The newest complete checkpoint in a `Trainer`'s output folder, for `trainer.train(resume_from_checkpoint=...)`;
-    None without one.
+    """Return the newest complete checkpoint in a `Trainer`'s output folder, for
+    `trainer.train(resume_from_checkpoint=...)`, or None.
 
     `resume_from_checkpoint=True` takes the newest folder, complete or not, and fails on one that was being written
     when the process was killed. `Trainer` writes `trainer_state.json` last; a folder without a whole one is passed

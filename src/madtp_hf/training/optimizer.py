@@ -4,7 +4,8 @@ import torch
 
 
 def create_optimizer(model, learning_rate: float, alignment_rate: float = 0.01, **options) -> torch.optim.AdamW:
-    """AdamW whose alignment parameters learn slowly: at `alignment_rate` times the `learning_rate` of the others.
+    """Create AdamW with a lower learning rate for the alignment parameters: `alignment_rate` times the
+    `learning_rate` of the others.
 
     The graded norms that alignment tokens start with are what lets small reductions be reached; they must not be
     learned away. `options` are AdamW's. For `Trainer(optimizers=(create_optimizer(model, lr), None))`, which makes the

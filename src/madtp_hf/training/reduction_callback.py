@@ -1,4 +1,4 @@
-"""Steering the pruning threshold to a reduction of FLOPs while a model trains."""
+"""Steer the pruning threshold to a reduction of FLOPs during training."""
 
 import math
 
@@ -14,7 +14,7 @@ GAINS = (0.02, 12.0)  # the smallest and the largest
 
 
 class ReductionCallback(TrainerCallback, ExportableState):
-    """A `Trainer` callback that holds a model at a reduction of FLOPs as it learns.
+    """A `Trainer` callback that keeps the reduction of FLOPs at a target during training.
 
     After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured
     reduction is from the target: an integral controller, so that it settles where the mean reduction is the target,
@@ -62,7 +62,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self._hook = None
 
     def state(self) -> dict:
-        """What a checkpoint keeps, so that resumed training goes on where it stopped (see `ExportableState`)."""
+        """Return the state that a checkpoint stores, so that resumed training continues with it (see
+        `ExportableState`)."""
         return {
             "args": {
                 "target_reduction": self.target_reduction,
@@ -79,7 +80,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         }
 
     def _current(self, step: int) -> int:
-        """The target of a step: drawn from the step's number, so the same on every process and after resuming."""
+        """Return the index of a step's target, drawn from the step's number: the same on every process and after
+        resuming."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return int(torch.randint(len(self.targets), (), generator=generator))
 
@@ -88,8 +90,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
             self._measured.append(measure(model, kwargs, output).mean())
 
     def _begin(self, config) -> None:
-        """Choose the path and where to begin on it: by the calibrated schedule where there is one, or where the model
-        is, or at a moderate temperature."""
+        """Set the search path and the starting points: by the calibrated schedule, else by the present threshold,
+        else at a moderate temperature."""
         moderate, schedule = config.text_config.hidden_size**0.5 / 4, config.pruning_schedule or ()
         present = config.pruning_temperature or moderate
         with_factor = [entry[1] for entry in schedule if len(entry) > 2 and entry[2] < 1]

@@ -29,14 +29,14 @@ class ContrastiveMemory(nn.Module):
 
     Args:
         model (`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`):
-            The model; the twin starts as its copy.
+            The model; the momentum encoder starts as its copy.
         queue_size (`int`):
             How many image and text features of earlier batches to contrast with.
         momentum (`float`):
-            How much of the twin stays at a step; the rest comes from the model.
+            How much of the momentum encoder stays at a step; the rest comes from the model.
         distillation (`float`):
-            How much of the targets, at most, are the twin's own similarities instead of which image belongs to which
-            text.
+            The share of the targets, at most, that are the momentum encoder's similarities instead of the known pairs
+            of images and texts.
     """
 
     def __init__(self, model, queue_size: int = 57600, momentum: float = 0.995, distillation: float = 0.4):
@@ -47,10 +47,10 @@ class ContrastiveMemory(nn.Module):
             raise ValueError(f"{momentum=}, {distillation=}: expected numbers in [0, 1), and in [0, 1].")
         self.momentum = momentum
         self.distillation = distillation
-        # In float32, whatever the model is in: the small steps of a slow average would be rounded away.
-        self.twin = copy.deepcopy(model).float().requires_grad_(False).eval()
-        if is_distributed():  # as the model's wrapper does: what is new in a model is random, another on each process
-            for parameter in self.twin.parameters():
+        # Always in float32: lower precision would round the small steps of a slow average away.
+        self.momentum_encoder = copy.deepcopy(model).float().requires_grad_(False).eval()
+        if is_distributed():  # new parameters are random, and differ between processes: take rank 0's
+            for parameter in self.momentum_encoder.parameters():
                 dist.broadcast(parameter, 0)
         self.has_temperature = not isinstance(model, MadtpClipModel)
         if self.has_temperature:
@@ -59,20 +59,20 @@ class ContrastiveMemory(nn.Module):
         width = config.image_text_hidden_size if self.has_temperature else config.projection_dim
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, torch.zeros(queue_size, width, device=model.device))
-        # No image has this id: a place in the queue that is not filled yet is dropped by it.
+        # -1 is no image's id: it marks places in the queue that are not filled yet.
         self.register_buffer("id_queue", torch.full((queue_size,), -1, dtype=torch.long, device=model.device))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def follow(self, model) -> None:
-        """Let the twin move towards the model, once a step."""
-        for mine, theirs in zip(self.twin.parameters(), model.parameters()):
+        """Move the momentum encoder towards the model, once a step."""
+        for mine, theirs in zip(self.momentum_encoder.parameters(), model.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - self.momentum)
         if not self.has_temperature:  # similarities are scaled as the model's
-            self.twin.logit_scale.copy_(model.logit_scale)
-        # It prunes as the model does.
+            self.momentum_encoder.logit_scale.copy_(model.logit_scale)
+        # The momentum encoder prunes as the model does.
         for name in ("pruning_temperature", "pruning_threshold_factor"):
-            setattr(self.twin.config, name, getattr(model.config, name))
+            setattr(self.momentum_encoder.config, name, getattr(model.config, name))
 
     @torch.no_grad()
     def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:
@@ -87,16 +87,17 @@ class ContrastiveMemory(nn.Module):
         self.position = (self.position + len(ids)) % size
 
     def forward(self, inputs: dict[str, torch.Tensor], progress: float) -> ContrastiveKeys:
-        """What this batch is to be contrasted with; afterwards it is in the queues.
+        """Return the keys to contrast this batch with, and add the batch to the queues.
 
         progress, in [0, 1]: how far distillation has been faded in.
         """
         with torch.no_grad():
             if self.has_temperature:
                 self.temperature.clamp_(0.001, 0.5)
-            temperature = self.temperature if self.has_temperature else (-self.twin.logit_scale).exp()
-            image = _normalised(self.twin.get_image_features(inputs["pixel_values"]))
-            text = _normalised(self.twin.get_text_features(inputs["input_ids"], inputs.get("attention_mask")))
+            temperature = self.temperature if self.has_temperature else (-self.momentum_encoder.logit_scale).exp()
+            encoder = self.momentum_encoder
+            image = _normalised(encoder.get_image_features(inputs["pixel_values"]))
+            text = _normalised(encoder.get_text_features(inputs["input_ids"], inputs.get("attention_mask")))
             ids = inputs["image_ids"]
             everyone = [gather_rows(rows) for rows in (image, text, ids)]
             filled = self.id_queue >= 0

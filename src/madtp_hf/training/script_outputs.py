@@ -1,4 +1,4 @@
-"""What a training script leaves behind: results, and a checkpoint that is ready to publish."""
+"""Outputs of a training script: results, and a checkpoint that is ready to publish."""
 
 import torch
 
@@ -12,7 +12,7 @@ MAX_LOSS = 0.01  # of the metric on validation data, at the budget that a checkp
 def save_run(
     model, processor, folder, title: str, rows: list[dict], metric: str, validation: tuple[int, dict], **facts
 ) -> None:
-    """Write results.json, the checkpoint at a conservative budget, and its card to a folder, and say so.
+    """Write results.json, the checkpoint at a conservative budget and its model card to a folder, and print where.
 
     Args:
         model, processor: What was trained, and its processor.
@@ -43,6 +43,6 @@ def save_run(
 
 
 def end_process_group() -> None:
-    """End what `accelerate launch` began, where it did."""
+    """Destroy the process group that `accelerate launch` has initialised, if any."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
