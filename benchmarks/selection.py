@@ -193,8 +193,6 @@ def keys_of(args) -> list[tuple]:
         if args.model_names and folder.name not in args.model_names:
             continue
         for method in args.methods:
-            if method == "madtp_data" and TASKS[task].text_encoder is None:
-                continue
             seeds = args.seeds if args.seeds is not None else range(SEEDS[method])
             keys += [(task, folder, method, seed) for seed in seeds if seed < SEEDS[method] or SEEDS[method] > 1]
     return keys

@@ -2,15 +2,16 @@
 
     python benchmarks/selection_finetuned.py --tasks vqa nlvr2     # all rows; run again, it goes on where it was
     python benchmarks/selection_finetuned.py --tasks vqa --methods tome evit --seeds 0
-    python benchmarks/selection_finetuned.py --methods madtp madtp_data own_0.5 own_0.8
+    python benchmarks/selection_finetuned.py --methods madtp_data own_0.5 own_0.8
+    python benchmarks/selection_finetuned.py --tasks vqa --seeds 0 --split validation --learning_rate 5e-5 \\
+        --output benchmarks/results/selection_validation_5e-5.json
 
-Every row is one training run of the same steps, data, optimizer and learning rate (`examples/prune_digit_vqa.py`'s
-recipe), from the shipped dense model; the seed draws scenes, their order, and what is random in a method. Methods,
-tables and the rest as in selection.py. Beside them:
+Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
+shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the
+better one of 5e-5 and 2e-4 on validation samples, which the last command measures; it is the same for all methods.
+Methods, tables and the rest as in selection.py. Beside them:
 
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
-- `madtp`: for captioning alone, which has no text encoder: MADTP with random alignment tokens. Other tasks have
-  `madtp_data`
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
 All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8: by `ReductionCallback`, or as the schedule of a
@@ -55,12 +56,11 @@ METHODS = (
     "random",
     "class_attention",
     "madtp_data",
-    "madtp",
     "own_0.5",
     "own_0.8",
 )
-LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py
-LEARNING_RATE = 2e-4
+LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py, for all methods
+LEARNING_RATE = 5e-5
 QUEUE = {"queue_size": 1024, "momentum": 0.995, "distillation": 0.4}  # examples/run_retrieval.py's
 
 
@@ -75,9 +75,8 @@ class DrawnScheduleCallback(TrainerCallback):
         model.set_reduction_method(self.methods[int(torch.randint(len(self.methods), (), generator=generator))])
 
 
-def train(model, task: str, dataset, collator, callbacks: list, seed: int) -> None:
+def train(model, task: str, dataset, collator, callbacks: list, seed: int, learning_rate: float) -> None:
     """One epoch by the demo's recipe: AdamW with slow alignment parameters, cosine with a warm-up of a twentieth."""
-    learning_rate = LEARNING_RATES.get(task, LEARNING_RATE)
     trainer_class = Trainer
     if TASKS[task].metric == "retrieval_recall":
         trainer_class = functools.partial(RetrievalTrainer, **QUEUE)
@@ -114,8 +113,7 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
         return [DrawnScheduleCallback(list(fixed_methods(method, model, validation, TARGETS, seed).values()), seed)]
     if method.startswith("dense"):
         return []
-    if TASKS[task].text_encoder is not None:
-        init_from_training_data(model, task, collator, seed)
+    init_from_training_data(model, task, collator, seed)
     if method in VARIANTS:
         model.set_reduction_method(make_method(method))
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
@@ -124,15 +122,16 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
     return [ReductionCallback(target, num_targets=len(TARGETS), seed=seed)]
 
 
-def run_row(method, task, folder, seed, steps, evaluation, validation) -> tuple[list[dict], float]:
+def run_row(method, task, folder, seed, args, evaluation, validation) -> tuple[list[dict], float]:
     """Train and evaluate; the points, and the seconds of the training alone."""
     set_seed(seed)
     model, collator = load_model(task, folder, seed), evaluation.collator
     callbacks = prepare(model, method, task, collator, validation, seed)
-    dataset = LOADERS[task]("train", steps * BATCH_SIZE, seed)
+    dataset = LOADERS[task]("train", args.steps * BATCH_SIZE, seed)
     started = time.perf_counter()
     if method != "dense":
-        train(model, task, dataset, collator, callbacks, seed)
+        learning_rate = args.learning_rate or LEARNING_RATES.get(task, LEARNING_RATE)
+        train(model, task, dataset, collator, callbacks, seed, learning_rate)
     seconds = round(time.perf_counter() - started, 1)
     if method.startswith("dense"):
         return evaluation.at(model, [0.0]), seconds
@@ -143,9 +142,16 @@ def run_row(method, task, folder, seed, steps, evaluation, validation) -> tuple[
     return evaluation.at(model, reductions), seconds
 
 
-def methods_of(task: str, methods) -> list[str]:
-    """Those that the task has: MADTP's tokens from data where it has a text encoder, random ones where not."""
-    return [method for method in methods if method != ("madtp_data" if TASKS[task].text_encoder is None else "madtp")]
+def prepare_data(task: str, collator, args) -> tuple[Evaluation, list[dict]]:
+    """What is evaluated on, and the batches that thresholds are calibrated on: other samples, of either split."""
+    if args.split == "test":
+        calibrated = LOADERS[task]("validation", args.validation_samples)
+        evaluated = LOADERS[task]("test", args.test_samples)
+    else:
+        rows = LOADERS[task]("validation", args.validation_samples + args.test_samples)
+        calibrated = rows.select(range(args.validation_samples))
+        evaluated = rows.select(range(args.validation_samples, len(rows)))
+    return Evaluation(task, evaluated, collator), make_batches(task, calibrated, collator)
 
 
 def keys_of(args) -> list[tuple]:
@@ -156,8 +162,7 @@ def keys_of(args) -> list[tuple]:
     keys = []
     for task, folder in models:
         for seed in args.seeds:
-            methods = methods_of(task, args.methods)
-            keys += [(task, folder, method, seed) for method in methods if method != "dense" or seed == 0]
+            keys += [(task, folder, method, seed) for method in args.methods if method != "dense" or seed == 0]
     return keys
 
 
@@ -169,8 +174,9 @@ def run(args) -> None:
         batch_size=BATCH_SIZE,
         validation_samples=args.validation_samples,
         test_samples=args.test_samples,
-        learning_rate=LEARNING_RATE,
-        other_learning_rates=LEARNING_RATES,
+        split=args.split,
+        learning_rate=args.learning_rate or LEARNING_RATE,
+        other_learning_rates={} if args.learning_rate else LEARNING_RATES,
         targets=TARGETS,
     )
     results = Results(args.output, header)
@@ -182,12 +188,11 @@ def run(args) -> None:
             continue
         if loaded != (task, folder):
             collator = make_collator(task, folder)
-            data = {split: LOADERS[task](split, getattr(args, f"{split}_samples")) for split in ("validation", "test")}
-            prepared = Evaluation(task, data["test"], collator), make_batches(task, data["validation"], collator)
+            prepared = prepare_data(task, collator, args)
             loaded = (task, folder)
         started = time.perf_counter()
         row = {"task": task, "model": folder.name, "method": method, "seed": seed}
-        points, row["training_seconds"] = run_row(method, task, folder, seed, args.steps, *prepared)
+        points, row["training_seconds"] = run_row(method, task, folder, seed, args, *prepared)
         results.add(finish_row(row, points, started))
         print(*row.values(), *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)
 
@@ -202,7 +207,9 @@ def parse_arguments(arguments=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--validation_samples", type=int, default=512)
-    parser.add_argument("--test_samples", type=int, default=1000)
+    parser.add_argument("--test_samples", type=int, default=1000, help="to evaluate on")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="of which they are")
+    parser.add_argument("--learning_rate", type=float, help="of all tasks and methods; default: what was chosen")
     parser.add_argument("--redo", nargs="+", choices=METHODS, default=[], help="make the rows of these methods again")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "selection_finetuned.json")
     args = parser.parse_args(arguments)

@@ -30,8 +30,9 @@ LABELS = {
     "random": "random tokens",
     "smaller_image": "smaller image",
 }
-README_METHODS = ("madtp_data", "madtp", "class_attention", "evit", "tome", "random", "smaller_image")
-README_MODEL = "blip-vqa-digits"
+README_METHODS = ("madtp_data", "madtp", "class_attention", "evit", "tome", "random")
+README_MODELS = {"prepared": "blip-vqa-digits", "plain": "blip-vqa-digits-plain"}
+README_BUDGETS = (0.5, 0.7, 0.8)
 BEGIN, END = "<!-- tables: python benchmarks/selection.py --table docs -->", "<!-- end of tables -->"
 
 
@@ -120,11 +121,14 @@ def fine_tuned_tables(content: dict) -> list[str]:
 
 def own_table(content: dict) -> list[str]:
     """One checkpoint for all budgets beside one per budget, over the seeds that both have."""
-    lines = ["| task | metric | reduction | seeds | one checkpoint | its own |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| task | metric | dense | reduction | seeds | one checkpoint | its own |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for (task, _), rows in by_model(content).items():
         for budget in (0.5, 0.8):
             own = {row["seed"]: row for row in rows if row["method"] == f"own_{budget}"}
-            shared = {row["seed"]: row for row in rows if row["method"] in ("madtp", "madtp_data")}
+            shared = {row["seed"]: row for row in rows if row["method"] == "madtp_data"}
             seeds = sorted(own.keys() & shared.keys())
             if not seeds:
                 continue
@@ -132,8 +136,9 @@ def own_table(content: dict) -> list[str]:
             for of in (shared, own):
                 points = [{**of[seed], "method": "of"} for seed in seeds]
                 cells.append(cell(summarise(points)["of"][budget], budget))
-            title = TASKS[task].headline_title
-            lines.append(f"| {TASKS[task].title} | {title} | {budget:g} | {len(seeds)} | {' | '.join(cells)} |")
+            dense = cell(summarise(rows).get("dense", {}).get(0.0), 0.0)
+            title = f"{TASKS[task].title} | {TASKS[task].headline_title} | {dense}"
+            lines.append(f"| {title} | {budget:g} | {len(seeds)} | {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
 
 
@@ -166,9 +171,18 @@ def all_tables(path: Path) -> list[str]:
 
 
 def readme_table(path: Path) -> list[str]:
-    rows = by_model(load(path)).get(("vqa", README_MODEL), [])
-    summaries = summarise(rows)
-    return [heading("vqa", README_MODEL, summaries), "", *budget_table(summaries, README_METHODS)]
+    """Two dense models side by side."""
+    models = by_model(load(path))
+    summaries = {name: summarise(models.get(("vqa", model), [])) for name, model in README_MODELS.items()}
+    columns = [(of, budget) for of in summaries.values() for budget in README_BUDGETS]
+    heads = [f"{name}, {budget:g}" for name in summaries for budget in README_BUDGETS]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
+    lines.append("| dense | " + " | ".join(cell(of.get("dense", {}).get(0.0), 0.0) for of, _ in columns) + " |")
+    for method in README_METHODS:
+        if any(method in of for of in summaries.values()):
+            cells = [cell(of.get(method, {}).get(budget), budget) for of, budget in columns]
+            lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+    return lines
 
 
 def write_docs(path: Path, page: Path = ROOT / "docs" / "accuracy.md") -> None:
