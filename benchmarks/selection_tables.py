@@ -30,7 +30,14 @@ LABELS = {
     "random": "random tokens",
     "smaller_image": "smaller image",
 }
-README_METHODS = ("madtp_data", "madtp", "class_attention", "evit", "tome", "random")
+README_LABELS = {
+    "madtp_data": "MADTP, alignment from data",
+    "madtp": "MADTP, random alignment",
+    "class_attention": "class attention alone",
+    "evit": "EViT",
+    "tome": "ToMe",
+    "random": "random tokens",
+}
 README_MODELS = {"prepared": "blip-vqa-digits", "plain": "blip-vqa-digits-plain"}
 README_BUDGETS = (0.5, 0.7, 0.8)
 BEGIN, END = "<!-- tables: python benchmarks/selection.py --table docs -->", "<!-- end of tables -->"
@@ -178,10 +185,10 @@ def readme_table(path: Path) -> list[str]:
     heads = [f"{name}, {budget:g}" for name in summaries for budget in README_BUDGETS]
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
     lines.append("| dense | " + " | ".join(cell(of.get("dense", {}).get(0.0), 0.0) for of, _ in columns) + " |")
-    for method in README_METHODS:
+    for method, label in README_LABELS.items():
         if any(method in of for of in summaries.values()):
             cells = [cell(of.get(method, {}).get(budget), budget) for of, budget in columns]
-            lines.append(f"| {LABELS[method]} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
 
