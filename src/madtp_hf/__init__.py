@@ -1,4 +1,4 @@
-"""BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers."""
+"""Faster BLIP and CLIP by MADTP token pruning, compatible with transformers."""
 
 from .alignment import init_alignment_from
 from .calibration import calibrate
@@ -22,13 +22,12 @@ from .version import __version__
 
 
 def _register() -> None:
-    """Let the Auto classes know the configurations and the models, so that whoever has this package needs no
-    `trust_remote_code`."""
+    """Register configurations and models with the Auto classes, so that users need no `trust_remote_code`."""
     import transformers
     from transformers import AutoConfig, AutoModel
 
     AutoConfig.register(MadtpBlipConfig.model_type, MadtpBlipConfig, exist_ok=True)
-    # One class stands for a configuration's; `from_pretrained` goes on to the one that a checkpoint names.
+    # `AutoModel` takes one class per configuration; `from_pretrained` redirects to the class that a checkpoint names.
     AutoModel.register(MadtpBlipConfig, MadtpBlipForQuestionAnswering, exist_ok=True)
     for model in (MadtpBlipForQuestionAnswering, MadtpBlipForConditionalGeneration):
         getattr(transformers, model._task_auto_class).register(MadtpBlipConfig, model, exist_ok=True)

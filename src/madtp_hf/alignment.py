@@ -1,15 +1,13 @@
-"""Alignment tokens from data: an initialisation that loses less than random tokens do, without training.
+"""Fit alignment tokens to data without training: a start that loses less accuracy than random tokens.
 
-The importance of an image's token is s = (s_self + s_cls + s_tok) / 3, of which only the last hangs on the alignment
-tokens. It would equal what the model reads in an image,
+The importance of an image token is s = (s_self + s_cls + s_tok) / 3; only s_tok depends on the alignment tokens. It
+should equal what the model attends to in an image,
 
-    q = (s_cls + s_cross) / 2,    s_cross: the share of the text's cross-attention that a patch gets, over layers,
-    heads
-                                  and words,
+    q = (s_cls + s_cross) / 2,    s_cross: a patch's share of the text's cross-attention, over layers, heads and words,
 
-if s_tok were r = 3 q - s_self - s_cls. The tokens are fitted to a part of that, s_tok = (1 - TILT) / N + TILT r: more
-of it would leave so few patches above the threshold that those in between are lost at small reductions. All words of a
-text are to be equally important, s_tok = 1 / N.
+which needs s_tok = r = 3 q - s_self - s_cls. The tokens are fitted to a part of that, s_tok = (1 - TILT) / N + TILT r:
+a larger part would leave so few patches above the threshold that patches of medium importance are dropped even at
+small reductions. All words of a text should be equally important, s_tok = 1 / N.
 """
 
 from collections import defaultdict
@@ -24,22 +22,22 @@ from .modeling.token_reduction import Reduction
 from .tasks import TASKS
 
 
-MAX_WORDS = 20_000  # states of words, in all layers; what there is beyond doesn't move the centres
+MAX_WORDS = 20_000  # word states over all layers; more of them don't move the cluster centres
 MAX_IMAGES = 128
-MAX_NUMBERS = 2**27  # of the states of those images' patches in all layers: half a gigabyte
+MAX_NUMBERS = 2**27  # elements of those images' patch states over all layers: half a gigabyte in float32
 CENTRE_ITERATIONS = 15
 FIT_STEPS = 150
-ROWS_OF_A_STEP = 2**14  # patches
+ROWS_OF_A_STEP = 2**14  # patches in an optimizer step
 WORDS_OF_A_STEP = 512
-TILT = 0.25  # of 0.25, 0.5 and 1 the best on the validation split of the digit scenes
-LARGEST_SHARE = 5.0  # times the mean: beyond, a single patch would make up the loss
+TILT = 0.25  # the best of 0.25, 0.5 and 1 on the validation split of the digit scenes
+LARGEST_SHARE = 5.0  # cap, relative to the mean: without it, a single patch could dominate the loss
 
 
 class _Recorder(TokenReduction):
-    """Token reduction that keeps all tokens and records what each layer sees.
+    """Keep all tokens and record what each layer sees.
 
-    states[layer]: its input (R, D) and how it lies; attention[layer]: (s_self, s_cls), each (B, N), of sequences of
-    one length.
+    states[layer]: the layer's input (R, D) and its `Sequences`; attention[layer]: a list of (s_self, s_cls), each (B,
+    N), one entry for each part of the batch with sequences of one length.
     """
 
     def __init__(self, roles):
@@ -60,7 +58,7 @@ class _Recorder(TokenReduction):
         return Reduction(stays, torch.zeros_like(stays[:, :1]), torch.zeros_like(received))
 
     def removable_states(self, layer) -> torch.Tensor:
-        """Return the rows (R', D) of the removable tokens."""
+        """Return the states (R', D) of the tokens that pruning may remove."""
         states, sequences = self.states[layer]
         tokens = sequences.pad(states)[:, 1 : 1 + self.roles.num_removable(sequences)]
         mask = self.roles.removable(sequences)
@@ -68,10 +66,10 @@ class _Recorder(TokenReduction):
 
 
 class _Recording:
-    """What the forward passes of a model without pruning show of its two branches.
+    """Record states and attention of both branches in forward passes that keep every token.
 
-    patches: by layer, states (b, N, D); attention: by layer, s_self and s_cls (2, b, N); cross: s_cross (b, N), in all
-    a list of batches; words: by layer, states (n, D).
+    patches: states (layers, b, N, D); attention: s_self and s_cls (layers, 2, b, N); cross: s_cross (b, N). Each is a
+    list with one entry per batch. words: for each layer, a list of states (n, D).
     """
 
     def __init__(self, model):
@@ -86,10 +84,13 @@ class _Recording:
         return recorder
 
     def _hook_cross_attention(self) -> list:
-        """Record the products of queries and keys of cross-attention; NLVR2's text layers have two of them."""
+        """Hook the query and key projections of the text's cross-attention to images, and return the hooks.
+
+        NLVR2's text encoder has two cross-attention modules in each layer.
+        """
         hooks = []
         encoder = getattr(self.model, self.task.text_encoder).encoder if self.task.text_encoder else None
-        for index, layer in enumerate(getattr(encoder, "layer", ())):  # CLIP's layers have no such place
+        for index, layer in enumerate(getattr(encoder, "layer", ())):  # CLIP's layers have no cross-attention
             cross = getattr(layer, "crossattention", None)
             places = [module for module in cross.modules() if hasattr(module, "query")] if cross is not None else []
             for place, module in enumerate(places):
@@ -116,7 +117,7 @@ class _Recording:
         return add
 
     def run(self, dataloader) -> None:
-        """Run batches until there are enough samples."""
+        """Run batches through the model until enough has been recorded."""
         hooks, method = self._hook_cross_attention(), self.model._reduction_method
         try:
             with restored(self.model):
@@ -133,7 +134,7 @@ class _Recording:
                 hook.remove()
 
     def _take(self) -> None:
-        """Store what the last batch has shown."""
+        """Store what the forward pass of the last batch recorded."""
         vision, texts = self._recorders["vision"][0], self._recorders["text"]
         for text in texts:
             for layer in text.states:
@@ -162,8 +163,7 @@ class _Recording:
         return self._has_images() and (self.num_words >= MAX_WORDS or not self.words)
 
     def target(self) -> torch.Tensor:
-        """Compute the target that the image patches' s_tok is fitted to, (layers, B, N), with a mean of 1 over
-        tokens."""
+        """Return what s_tok of the patches should be proportional to, (layers, B, N), with mean 1 over patches."""
         by_self, by_class = torch.cat(self.attention, dim=2).unbind(1)
         by_class = by_class / sum_over_tokens(by_class)
         read = (by_class + torch.cat(self.cross)) / 2 if self.cross else by_class
@@ -173,8 +173,7 @@ class _Recording:
 
 
 def _centres(states: torch.Tensor, number: int) -> torch.Tensor:
-    """Compute k-means centres (number, D) of states (n, D), starting from the states that are farthest from one
-    another."""
+    """Compute cluster centres (number, D) of states (n, D): k-means with farthest-point initialisation."""
     first = (states - states.mean(dim=0)).norm(dim=1).argmax()
     centres = [states[first]]
     distance = (states - centres[0]).pow(2).sum(dim=1)
@@ -191,35 +190,34 @@ def _centres(states: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _thinned(states: torch.Tensor) -> torch.Tensor:
-    """Subsample the states (n, D) evenly, to at most MAX_WORDS."""
+    """Return at most MAX_WORDS of the states (n, D), evenly spaced."""
     return states[:: -(-len(states) // MAX_WORDS)]
 
 
 def _projected(projection, layer: int, states: torch.Tensor) -> torch.Tensor:
-    """Project a layer's states (..., D) to the width of the alignment tokens (T, E) -> (..., E) in float32."""
+    """Project a layer's states (..., D) to the space of the alignment tokens (T, E): (..., E) in float32."""
     projection = projection[layer] if isinstance(projection, nn.ModuleList) else projection
     return (states if projection is None else projection(states)).float()
 
 
 def _miss(strongest: torch.Tensor, target) -> torch.Tensor:
-    """Measure how far the strongest scores (..., N) are from being proportional to the target, over the last
-    dimension."""
+    """Return the mean squared error between scores (..., N), scaled to mean magnitude 1, and the target."""
     return (strongest / strongest.abs().mean(dim=-1, keepdim=True) - target).pow(2).mean()
 
 
 def _fit(
     tokens: torch.Tensor, patches: torch.Tensor, target: torch.Tensor, words: torch.Tensor | None
 ) -> torch.Tensor:
-    """Fit alignment tokens (T, E), starting from `tokens`, whose strongest scores are proportional to the target.
+    """Fit alignment tokens (T, E), from `tokens` on: a patch's largest score becomes proportional to its target.
 
-    patches (B, N, E), of all layers; target (B, N); words (n, E), whose target is the same for all.
+    patches (B, N, E), of all layers; target (B, N); words (n, E), which all have the same target.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(number, of):
         return torch.randperm(of, generator=generator)[:number].to(tokens.device)
 
-    # Scores are shares in the end: the scale of the tokens is free, and steps are in proportion to it.
+    # Scores are normalised, so the scale of the alignment tokens is free; the learning rate assumes norm 1.
     tokens = (tokens / tokens.norm(dim=1).mean()).requires_grad_(True)
     optimizer = torch.optim.Adam([tokens], lr=0.4 * tokens.shape[1] ** -0.5)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FIT_STEPS)
@@ -237,23 +235,22 @@ def _fit(
 
 @torch.no_grad()
 def init_alignment_from(model, dataloader) -> None:
-    """Initialise a model's alignment tokens from unlabelled data: tokens that score high what the model reads in
-    images. It is deterministic and takes seconds.
+    """Replace a model's alignment tokens by tokens fitted to data, in seconds; the same data gives the same tokens.
 
-    They start as the centres of clusters of the words' states, or of the patches' for a model without a text encoder,
-    and are fitted on some images so that the importance of a patch comes nearer to the attention that class token and
-    text pay it. The model itself is not trained, and no labels are needed. Calibrate afterwards: a schedule that the
-    model had is dropped, as it belongs to other tokens, and pruning is off.
+    The tokens start as cluster centres of the word states, or of the patch states for a model without a text encoder.
+    They are then fitted on some images so that the importance of a patch approximates the attention that the class
+    token and the text pay it. The rest of the model is not trained, and no labels are needed. Calibrate afterwards: an
+    existing schedule is dropped, because it belongs to the old tokens, and pruning is switched off.
 
     Args:
         model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            One that has been trained under pruning loses the tokens that it has learned.
+            The model. One that was trained with pruning loses its learned alignment tokens.
         dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. A few hundred samples are enough: it is read until 128
-            images, or as many as half a gigabyte holds, and about 20,000 states of words have been seen.
+            Batches as `forward` takes them, dicts of tensors. A few hundred samples are enough: reading stops after
+            128 images, or as many as fit into half a gigabyte, and about 20,000 word states.
 
     Raises:
-        ValueError: for data without a batch, or without a word for a model with a text encoder.
+        ValueError: if the data has no batch, or no words for a model with a text encoder.
 
     Example:
 

@@ -1,6 +1,6 @@
 """A web page that shows what a pruned model drops: ask a question or caption an image, and move the reduction.
 
-`examples/app.py` runs it here, and a Space that [`push_space`] publishes runs it on the Hub.
+`examples/app.py` runs it locally; a Space that [`push_space`] publishes runs it on the Hub.
 """
 
 import html
@@ -20,10 +20,10 @@ from .tasks import TASKS
 from .visualization import Survivors, collect_survivors, draw_patches, preprocess, record_branches, words_as_html
 
 
-TASKS_SHOWN = {"vqa": 10, "captioning": 50}  # and the longest text that is written, in tokens
-TIMED_SECONDS, TIMED_ROUNDS = 1.0, 15  # what the timing of one click may take: whichever comes first
+TASKS_SHOWN = {"vqa": 10, "captioning": 50}  # and the maximum number of tokens to generate
+TIMED_SECONDS, TIMED_ROUNDS = 1.0, 15  # limits on the timing of one click, whichever comes first
 DRAWN_LAYERS = 6
-# Small images are drawn as large as others, pixel by pixel; buttons don't lie on what is drawn.
+# Small images are enlarged without smoothing; buttons don't cover the drawing.
 _STYLE = """<style>
 #image img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
 #patches .icon-button-wrapper { display: none }
@@ -37,7 +37,7 @@ _TILE = (
 
 
 class Run(NamedTuple):
-    """What a model wrote, the GFLOPs of the pass, written tokens included, and the seconds of `generate`, warm."""
+    """A model's text, the GFLOPs of the pass, generated tokens included, and the seconds of `generate`, warm."""
 
     text: str
     gflops: float
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class Look(NamedTuple):
-    """One click: the pruned model's run, the dense one's in the same click, and what stays."""
+    """The result of one click: the run of the pruned model, that of the dense one, and the tokens that survive."""
 
     pruned: Run
     dense: Run
@@ -53,7 +53,7 @@ class Look(NamedTuple):
 
 
 def task_of(config, source) -> str | None:
-    """The task of a checkpoint, by its configuration; a `ValueError` for another family of models."""
+    """Return the task of a checkpoint by its configuration; raise a `ValueError` for another family of models."""
     if not isinstance(config, MadtpBlipConfig):
         raise ValueError(
             f"{source} is a model of type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with"
@@ -75,9 +75,9 @@ def check_shown(task: str | None, config, source) -> None:
 
 
 def load_model(source, revision: str | None = None):
-    """Load a pruned checkpoint, a folder or Hub id, for the page: the model and its processor.
+    """Load a pruned checkpoint (a folder or Hub id) for the page: the model and its processor.
 
-    The model goes to a GPU if there is one. It runs no code of the checkpoint's, but this package's.
+    The model goes to a GPU if there is one. Loading runs this package's code, not the checkpoint's.
 
     Raises:
         ValueError: for a model of another kind or task, or one without a calibrated schedule.
@@ -91,12 +91,12 @@ def load_model(source, revision: str | None = None):
 
 
 def reduction_bounds(config) -> tuple[float, float]:
-    """The least and the largest reduction that a model's schedule covers."""
+    """Return the smallest and the largest reduction of a model's schedule."""
     return config.pruning_schedule[0][0], config.pruning_schedule[-1][0]
 
 
 def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
-    """The median seconds of `write` at each reduction, which take turns; one run each, before, warms up."""
+    """Return the median seconds of `write` at each reduction; they take turns, after a warm-up run each."""
     seconds = [[] for _ in reductions]
     begun = time.perf_counter()
     for number in range(TIMED_ROUNDS + 1):
@@ -114,13 +114,13 @@ def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
 
 @torch.no_grad()
 def look(model, processor, image, text: str, reduction: float) -> Look:
-    """Ask a model about an image, or have it captioned, at a reduction and dense, and find what stays.
+    """Run a model on an image, pruned at a reduction and dense, and find the tokens that survive.
 
     Args:
         model, processor:
-            As from [`load_model`]; afterwards the model's temperature is what it was.
+            As [`load_model`] returns them; the model's temperature is restored afterwards.
         image: A PIL image, an array or a path.
-        text (`str`): The question; of captioning, it isn't read.
+        text (`str`): The question; captioning ignores it.
         reduction (`float`): The share of FLOPs to save, within the model's schedule.
 
     Raises:
@@ -154,7 +154,7 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
 
 
 def describe(found: Look) -> str:
-    """The answer and what it cost, beside the dense model's, as HTML."""
+    """Format the answer and its cost, next to the dense model's, as HTML."""
 
     def shown_time(seconds):
         return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
@@ -179,7 +179,7 @@ def describe(found: Look) -> str:
 
 
 def layers_to_draw(num_layers: int, number: int = DRAWN_LAYERS) -> list[int]:
-    """At most `number` of the layers, the first and the last among them, closer in front, where most goes."""
+    """Choose at most `number` layers, the first and the last included, denser at the start, where most tokens go."""
     number = min(number, num_layers)
     if number == 1:
         return [num_layers]
@@ -187,7 +187,7 @@ def layers_to_draw(num_layers: int, number: int = DRAWN_LAYERS) -> list[int]:
 
 
 def plot_tokens(survivors: Survivors):
-    """A small bar chart of how many tokens enter each encoder and leave each layer: a `matplotlib` figure."""
+    """Plot how many tokens enter each encoder and leave each layer, as a small bar chart: a `matplotlib` figure."""
     from matplotlib.figure import Figure
 
     branches = [("image tokens", survivors.counts[0].tolist(), "#2563eb")]
@@ -207,15 +207,15 @@ def plot_tokens(survivors: Survivors):
 
 
 def make_app(model, processor, examples=(), name: str | None = None):
-    """Make the page: a `gradio.Blocks`; call its `launch()`.
+    """Build the page, a `gradio.Blocks`; call its `launch()`.
 
     Args:
         model, processor:
-            As from [`load_model`].
+            As [`load_model`] returns them.
         examples (`list`, *optional*):
-            Pairs of an image, a path or a PIL image, and a question (of captioning, any string) to begin with.
+            Pairs of an image (a path or a PIL image) and a question (for captioning, any string) to offer.
         name (`str`, *optional*):
-            What the page calls the model.
+            The model's name on the page.
 
     Raises:
         ImportError: without gradio or matplotlib.
@@ -230,7 +230,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
     check_shown(model.task, model.config, name)
     asks, (least, most) = model.task == "vqa", reduction_bounds(model.config)
     layers = layers_to_draw(model.config.vision_config.num_hidden_layers)
-    lock = threading.Lock()  # the model's temperature is one for all who ask
+    lock = threading.Lock()  # all users share the model's temperature
 
     def show(image, question, reduction):
         if image is None:
@@ -282,13 +282,13 @@ def make_app(model, processor, examples=(), name: str | None = None):
         gr.HTML(_STYLE, padding=False)
         button.click(show, inputs, outputs)
         question.submit(show, inputs, outputs)
-        # While it is dragged, the last place counts.
+        # While the slider is dragged, only its last position counts.
         reduction.change(show, inputs, outputs, trigger_mode="always_last", show_progress="hidden")
     return app
 
 
 def digit_examples(number: int = 6) -> list[tuple]:
-    """Pairs of a digit scene, of the test split, and a question about it: for the models of the examples.
+    """Return pairs of a digit scene from the test split and a question about it, for the models of the examples.
 
     Raises:
         ImportError: without scikit-learn and datasets.

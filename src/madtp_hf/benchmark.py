@@ -1,4 +1,4 @@
-"""Latency, throughput and memory of a pruned model at each budget, beside transformers' dense model."""
+"""Measure latency, throughput and memory of a pruned model at each budget, next to transformers' dense model."""
 
 import contextlib
 import ctypes
@@ -27,14 +27,13 @@ from .tasks import TASKS
 from .version import __version__
 
 
-NEW_TOKENS, NUM_BEAMS = {"vqa": 4, "captioning": 10}, 3  # written in each run, whatever the model would say
+NEW_TOKENS, NUM_BEAMS = {"vqa": 4, "captioning": 10}, 3  # generated in every run, even past the end token
 ROUNDS, BATCH_SIZES = 3, (1, 8)
 CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
 
 class Run(NamedTuple):
-    """What is timed in a round: its name in the table, its model, and the reduction to set; None for transformers'
-    model."""
+    """A run to time: its name in the table, its model, and the reduction to set (None for transformers' model)."""
 
     name: str
     model: torch.nn.Module
@@ -42,7 +41,7 @@ class Run(NamedTuple):
 
 
 def stock_model(model):
-    """Make transformers' model for the task with the same weights; None for NLVR2, which transformers doesn't have."""
+    """Return transformers' model for the task with the same weights; None for NLVR2, which transformers lacks."""
     if TASKS[model.task].num_images > 1:
         return None
     dense_class = model._dense_classes[0]
@@ -56,7 +55,7 @@ def stock_model(model):
 
 
 def synthetic_images(number: int, size: int, seed: int = 0) -> list:
-    """Images of coarse and fine noise, for timing where the user gives none: PIL, size x size pixels."""
+    """Generate `number` PIL images of coarse and fine noise, size x size pixels, for timing without real images."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(number, 3, size, size)
     for side in (2, 8, 32, size):
@@ -66,8 +65,7 @@ def synthetic_images(number: int, size: int, seed: int = 0) -> list:
 
 
 def peak_memory(device: torch.device, function: Callable) -> tuple[float | None, object]:
-    """Measure how much memory in MB `function` takes at most, beyond what was in use; return it and the function's
-    result.
+    """Return the peak memory in MB that `function` takes beyond what was in use before, and its result.
 
     On CUDA: allocated tensors. On a CPU: the process's resident memory, whose peak only Linux lets a process reset;
     None elsewhere.
@@ -81,7 +79,7 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
         synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what the function takes
+        ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
     before = _resident("VmRSS") if _reset_peak() else None
     result = function()
     return (None if before is None else max(_resident("VmHWM") - before, 0.0)), result
@@ -101,7 +99,7 @@ def _resident(name: str) -> float:
 
 @torch.no_grad()
 def _call(run: Run, inputs: dict, task: str):
-    """Run what a user would: `generate` for answers and captions, `forward` for other tasks."""
+    """Run the model as a user does: generate an answer or a caption, or compute the scores of other tasks."""
     if task not in NEW_TOKENS:
         return run.model(**inputs)
     lengths = {"max_new_tokens": NEW_TOKENS[task], "min_new_tokens": NEW_TOKENS[task]}
@@ -116,16 +114,15 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     Args:
         model: One of this package's models, calibrated.
         processor: Its processor.
-        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` gives them; repeated where a batch is larger.
+        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` returns them; repeated if a batch is larger.
         reductions (`list[float]`, *optional*): By default those of the schedule.
-        batch_sizes (`list[int]`): How many samples at a time.
-        rounds (`int`): How often each run is timed, after one pass to warm up, in which memory is measured.
+        batch_sizes (`list[int]`): The batch sizes to time.
+        rounds (`int`): How often each run is timed, after a warm-up pass and a pass that measures memory.
 
     Returns:
-        `list[dict]`: a row for each batch size and run. `run` is `"transformers"`, `"pruning off"` or the reduction;
-        `reached` the reduction of that batch's FLOPs; `milliseconds` the median over rounds; `samples/s`;
-        `times faster` than the first run in the same round, the median;
-        `memory MB` at the peak, beyond weights.
+        `list[dict]`: one row per batch size and run. `run` is `"transformers"`, `"pruning off"` or the reduction;
+        `reached` the FLOPs reduction of that batch; `milliseconds` the median over rounds; `samples/s`; `times faster`
+        the median of the speed-up over the first run in the same round; `memory MB` the peak, beyond weights.
     """
     task = TASKS[model.task]
     if reductions is None:
@@ -157,13 +154,13 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
     with tqdm(total=len(runs) * (rounds + 1), desc=f"batches of {batch_size}", unit=" runs", leave=False) as progress:
         for run in runs:
             set_up(run)
-            _call(run, inputs, task)  # what is made once, such as prepacked weights, is no part of a run's memory
+            _call(run, inputs, task)  # warm up: what is made once, such as prepacked weights, isn't a run's memory
             memory, _ = peak_memory(device, lambda run=run: _call(run, inputs, task))
             reached = measure(run.model, batch, encode(run.model, batch)).mean().item() if run.reduction else 0.0
             results.append({"batch size": batch_size, "run": run.name, "reached": reached, "memory MB": memory})
             progress.update()
         for turn in range(rounds):
-            # Another run is the first in each round.
+            # A different run goes first in each round.
             for index in [(turn + step) % len(runs) for step in range(len(runs))]:
                 set_up(runs[index])
                 synchronize(device)
@@ -184,12 +181,12 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
 
 
 def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, task=None, device=None):
-    """Load a checkpoint, calibrate it if needed, time it and write `out`; return the table's title and rows.
+    """Load a checkpoint, calibrate it if it isn't, time it and write `out`; return the table's title and rows.
 
     Args:
         source, task, device: As [`~madtp_hf.loading.load_model`] takes them.
         images (`str` or `Path`, *optional*): A folder of images; noise if None.
-        text (`str`, *optional*): The text of all of them.
+        text (`str`, *optional*): The text for all images; the task's default if None.
         reductions, batch_sizes, rounds: As [`benchmark`] takes them.
         out (`str` or `Path`): The JSON file to write.
     """

@@ -1,4 +1,4 @@
-"""Calibration: find which threshold, a temperature and a factor, saves which share of a model's FLOPs."""
+"""Calibration: find the pruning thresholds (temperature and factor) that save given shares of a model's FLOPs."""
 
 import inspect
 import itertools
@@ -13,23 +13,22 @@ from .flops import reduction_of_flops
 from .tasks import TASKS
 
 
-TOLERANCE = 0.003  # of the reduction; a search that comes this close stops
-ACCEPTED = 0.01  # and one that ends this close has found it; also the standard error of the mean that is told of
-MAX_PASSES = 14  # over the data, for one reduction
-SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures that the search starts from
+TOLERANCE = 0.003  # of the reduction: a search stops when it is this close to its target
+ACCEPTED = 0.01  # a search that ends this close has succeeded; a larger standard error of the mean gives a warning
+MAX_PASSES = 14  # over the data, for each reduction
+SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan
 FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
 ALMOST_1 = 1 - 1e-5
 SCAN_SAMPLES = 4
 
 
 def threshold_at(point: float, start: float) -> tuple[float, float]:
-    """Return the temperature and the factor at a point of the search path from no pruning to the largest reduction;
-    the point is the logarithm of their product.
+    """Return the temperature and the factor at a point of the path from no pruning to the largest reduction.
 
-    From the temperature `start` on the path is that of rising temperature, with factor 1. Before, it is that of a
-    rising factor at this
-    temperature: what no temperature reaches, as the importance of the tokens that the alignment tokens look at may be
-    high for all of them. The reduction moves without a jump along it, from nothing.
+    A point is the logarithm of temperature times factor. Along the path, the factor first rises to 1 at the
+    temperature `start`, then the temperature rises with factor 1. The first part covers reductions that no temperature
+    reaches, because all tokens that the alignment tokens attend to may have a high importance. The reduction
+    starts at 0 and changes along the path without a jump.
     """
     product = math.exp(point)
     temperature = max(product, start)
@@ -37,8 +36,10 @@ def threshold_at(point: float, start: float) -> tuple[float, float]:
 
 
 def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
-    """Count the tokens (B,) that the decoder reads for each sample of a batch, without padding; 0 for a task
-    without a decoder."""
+    """Return how many tokens (B,) the decoder of an answer or a caption reads for each sample, without padding.
+
+    It is 0 for a task without such a decoder, and for a batch without its inputs.
+    """
     name = TASKS[task].decoder_inputs
     if name is None:
         return 0
@@ -53,13 +54,13 @@ def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
 
 
 def measure(model, batch, output) -> torch.Tensor:
-    """Compute the reduction of FLOPs of each sample (B,) from a model's output."""
+    """Return the FLOPs reduction (B,) of each sample of a batch, computed from the model's output."""
     tokens = decoder_tokens(batch, model.task, model.config)
     return reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
 
 
 def complete(model, batch) -> dict[str, torch.Tensor]:
-    """Move a batch's tensors to the model's device; add the decoder's start token if the decoder has no input."""
+    """Return a batch's tensors on the model's device; add the start token where the decoder has no input."""
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     name = TASKS[model.task].decoder_inputs
     if name is None or name in batch or "labels" in batch:
@@ -73,8 +74,10 @@ def _start_tokens(model, batch) -> torch.Tensor:
 
 
 def encode(model, batch):
-    """Run a forward pass for its encoders only: without labels and unknown columns, with the start token as the
-    decoder's input."""
+    """Run a forward pass of which only the encoders matter, and return its output.
+
+    Labels and columns that `forward` doesn't take are left out; a decoder reads only its start token.
+    """
     name = TASKS[model.task].decoder_inputs
     left_out = {"labels"}
     if name is not None:
@@ -88,7 +91,7 @@ def encode(model, batch):
 
 @contextmanager
 def restored(model):
-    """Context manager that restores a model's mode, threshold, granularity and fixed token counts."""
+    """Put a model into evaluation mode; on exit restore mode, temperature, factor, granularity and frozen counts."""
     config = model.config
     names = ("pruning_temperature", "pruning_threshold_factor", "pruning_granularity", "pruning_token_counts")
     training, before = model.training, {name: getattr(config, name) for name in names}
@@ -102,17 +105,19 @@ def restored(model):
 
 @torch.no_grad()
 def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -> float:
-    """Measure the mean reduction of FLOPs over the samples of `batches` (dicts of `forward`'s arguments) at a
-    temperature and a factor."""
+    """Return the mean FLOPs reduction over the samples of `batches` at a temperature and a factor.
+
+    batches: dicts of what `forward` takes.
+    """
     return _run(model, batches, temperature, factor)[0].mean().item()
 
 
 @torch.no_grad()
 def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Run the model over the data once.
+    """Run one pass over the data.
 
-    Returns each sample's reduction, and each branch's token counts as in the model's outputs, of all samples, on the
-    CPU.
+    Returns each sample's reduction, and each branch's token counts of all samples in the layout of the model's
+    outputs, on the CPU.
     """
     model.set_pruning(temperature=temperature, factor=factor)
     vision, text, answers = [], [], []
@@ -128,7 +133,7 @@ def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tenso
 
 
 class _Curve:
-    """The reduction as a function of the point on the search path, measured on all of the data and cached."""
+    """The reduction as a function of the point on the path, measured on all of the data and cached."""
 
     def __init__(self, model, batches, start, progress):
         self.model, self.batches, self.start, self.progress = model, batches, start, progress
@@ -159,13 +164,14 @@ class _Curve:
 
 
 def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float, float]], float]:
-    """Measure (point, reduction) on a few samples along the path up to the largest reduction, and find the path's
-    first temperature.
+    """Measure the reduction along the path on a few samples.
 
-    start: that temperature, if it is known; else from where the reduction is smallest the first at which a factor a
-    little below 1 changes it little. At lower ones an alignment token sees one token alone, the threshold is the
-    importance of a token to the last bit, and that token goes with factor 1, and stays with any below, in all layers
-    and samples at once.
+    Returns (point, reduction) pairs up to the largest reduction, and the path's first temperature.
+
+    start: the first temperature, if it is known. Otherwise it is, from the temperature of the smallest reduction on,
+    the first one at which a factor a little below 1 hardly changes the reduction. At lower temperatures an alignment
+    token attends to a single token, and the threshold equals that token's importance to the last bit: factor 1 drops
+    the token and any smaller factor keeps it, in all layers and samples at once.
     """
     few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
@@ -187,18 +193,18 @@ def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float
 
 
 def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> None:
-    """Search the point where the curve reaches a target, by bracketing."""
+    """Measure the curve at points closer and closer to where it reaches a target."""
 
     def reached():
         return abs(curve.reductions[curve.nearest(target)] - target) <= TOLERANCE
 
     def last_crossing(curve_points):
-        """The last two neighbours of a curve between which it grows past the target."""
+        """Return the last two neighbouring points between which the curve rises past the target, or None."""
         pairs = [(a, b) for (a, below), (b, above) in itertools.pairwise(curve_points) if below <= target <= above]
         return pairs[-1] if pairs else None
 
-    # What other targets' searches have measured, on all of the data, comes first; then what the few samples show,
-    # whose bracket is widened until it holds the target on all of the data as well, or the curve ends.
+    # Start from what searches for other targets measured on all of the data, else from the scan of a few samples.
+    # The bracket is widened until it contains the target on all of the data, or the curve ends.
     points = [point for point, _ in scan]
     bracket = last_crossing(sorted(curve.reductions.items())) or last_crossing(scan)
     low, high = bracket or ((points[0], points[0]) if target < scan[0][1] else (points[-1], points[-1]))
@@ -210,7 +216,7 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
         if reached() or not curve.at(low) < target < curve.at(high):
             return
         share = (target - curve.at(low)) / (curve.at(high) - curve.at(low))
-        # By halves in turn with the straight line's crossing, which where the curve is steep moves one end alone.
+        # Every third step bisects: where the curve is steep, linear interpolation moves only one end.
         point = low + (high - low) * (0.5 if number % 3 == 2 else min(max(share, 0.1), 0.9))
         if curve.at(point) < target:
             low = point
@@ -219,11 +225,12 @@ def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> No
 
 
 def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
-    """Convert the token counts that enter a branch and that each layer leaves, (layers + 1, samples), to one fixed
-    count per layer.
+    """Return how many tokens each layer should leave, from measured token counts (layers + 1, samples) of a branch.
 
-    The number which, capped by what a sample has, has their mean: a short text has no more to leave than it brings.
-    `scale` below 1 leaves fewer, down to `least`, what a layer that drops anything leaves at least.
+    Row 0 counts the tokens that enter the branch, row l those that layer l leaves. A layer's number is the one whose
+    mean over the samples, capped by each sample's length, equals the measured mean: a short text can't leave more
+    tokens than it has. `scale` below 1 leaves fewer, but at least `least`, the smallest number that a pruning layer
+    leaves.
     """
     enter = tokens[0].float()
     longest = max(int(enter.amax()), least)
@@ -233,10 +240,9 @@ def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
 
 
 def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[str, torch.Tensor], progress) -> list:
-    """Find the entry of `pruning_token_counts` that saves the target: the threshold's mean counts, scaled until
-    they do.
+    """Return the entry of `pruning_token_counts` that saves the target: the threshold's counts, scaled until they do.
 
-    threshold: a temperature, and a factor where it isn't 1.
+    threshold: a temperature, and a factor unless it is 1.
     """
     config = model.config
     few, many, scale, found = 0.5, 1.5, 1.0, []
@@ -261,11 +267,15 @@ def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[
 
 
 def read_reductions(reductions) -> list[float]:
-    """Validate the reductions to calibrate and sort them, without 0; an error for anything but a list of numbers in
-    [0, 1)."""
+    """Return the reductions to calibrate, sorted and without 0.
+
+    Raises:
+        TypeError: if `reductions` isn't a list of numbers.
+        ValueError: if a reduction is outside [0, 1), or none but 0 is given.
+    """
     try:
         given = None if isinstance(reductions, str) else list(reductions)
-    except TypeError:  # a lone number
+    except TypeError:  # a single number
         given = None
     if given is None:
         raise TypeError(f"reductions={reductions!r}: expected a list of numbers between 0 and 1, such as [0.3].")
@@ -282,7 +292,7 @@ def read_reductions(reductions) -> list[float]:
 
 
 def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reached: bool) -> None:
-    """Warn of reductions that the model can't reach; raise a `ValueError` where that is all of them."""
+    """Warn about reductions that the model can't reach; raise a `ValueError` if it reaches none."""
     named = ", ".join(f"{target} (nearest {curve.reductions[curve.nearest(target)]:.3f})" for target in unreached)
     finding = (
         f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
@@ -296,7 +306,7 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
 
 
 def _report_spread(curve: _Curve, found: list[float]) -> None:
-    """Warn if the reductions of the samples at the points found differ too much for their number to give the mean."""
+    """Warn if the samples' reductions at the points found vary too much for so few samples to estimate the mean."""
     number = curve.num_samples
     if not found:
         return
@@ -319,44 +329,44 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
 
 
 def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
-    """Find the pruning thresholds at which a model saves given shares of its FLOPs, and write them into its
-    configuration.
+    """Find the pruning thresholds that save given shares of a model's FLOPs, and write them into its configuration.
 
-    No training, no gradients, no labels: the reduction is measured at a few points of a path and bracketed. The path
-    begins at nothing saved, with a factor on the threshold that rises to 1 at a low temperature, and goes on with
-    rising temperature: no reduction up to the largest is left out. A reduction need not grow along it everywhere; of
-    the points that reach one, the search takes those where it grows. A model trained by `ReductionCallback` is
-    calibrated on the path that it was trained on.
+    This needs no training, no gradients and no labels. The reduction is measured at a few points of a path, and each
+    target is bracketed. The path starts with no pruning: a factor on the threshold rises to 1 at a low temperature,
+    then the temperature rises. It covers all reductions up to the largest. The reduction need not increase everywhere
+    along the path; if several points reach a target, the search takes one where the reduction increases. A model
+    trained with `ReductionCallback` is calibrated on the path that it was trained on.
 
     It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and about 30
-    passes over 4 samples: five reductions on 512 samples take about as long as 15 x 512 samples do, reading them
-    included.
+    passes over 4 samples. Five reductions on 512 samples take about as long as 15 x 512 samples, including reading
+    them.
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
-            The model; afterwards it has a schedule, `model.set_pruning(reduction=...)` works, and its temperature is
-            what it was.
+            The model. Afterwards it has a schedule and `model.set_pruning(reduction=...)` works; its temperature is
+            unchanged.
         dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without any, FLOPs count the
-            decoder's start token alone. It is read once a pass; a few hundred samples are enough. A warning tells how
-            many are needed where the standard error of their mean reduction is above 0.01.
+            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them, FLOPs count only the
+            decoder's start token. It is read once per pass; a few hundred samples are enough. If the standard error of
+            the mean reduction is above 0.01, a warning says how many samples are needed.
         reductions (`list[float]`):
-            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no threshold. One that this model can't
-            reach on this data is left out, with a warning that names the largest that it reaches; the others are kept.
+            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no threshold. A reduction that this model
+            can't reach on this data is left out, with a warning that names the largest reachable one; the others are
+            kept.
         freeze (`bool`, *optional*, defaults to `False`):
-            Whether to fix how many tokens each layer leaves as well, the mean number over the samples: shapes then
-            depend on the input's shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity
-            becomes `"frozen"` (one that is frozen already stays so), and pruning is off until a reduction is set; set
-            the granularity to `"instance"` for a number of its own for every sample.
+            Whether to fix how many tokens each layer leaves as well, to the mean over the samples. Shapes then depend
+            on the input's shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes
+            `"frozen"` (a frozen model stays frozen), and pruning is off until a reduction is set. Set the granularity
+            to `"instance"` to give every sample its own number of tokens again.
 
     Returns:
         `list[list[float]]`: the schedule, `[reduction, temperature]`, or `[reduction, temperature, factor]` where the
         factor isn't 1.
 
     Raises:
-        TypeError: if `reductions` is no list of numbers.
-        ValueError: if a reduction is out of bounds, or none of them can be reached on this data; the old schedule
-            stays.
+        TypeError: if `reductions` isn't a list of numbers.
+        ValueError: if a reduction is out of bounds, none of them can be reached on this data, or `dataloader` is an
+            iterator or empty; the old schedule stays.
     """
     targets = read_reductions(reductions)
     if iter(dataloader) is dataloader:

@@ -1,4 +1,4 @@
-"""The layout of OpenAI's CLIP, and of MADTP's: what `conversion` needs to know of it."""
+"""The checkpoint layout of OpenAI's CLIP and of MADTP's CLIP, for `conversion`."""
 
 import re
 
@@ -9,7 +9,7 @@ from .original_checkpoint import count_heads, count_layers, read_patches, shape_
 
 
 PATCHES = ("visual.conv1.weight", "visual.positional_embedding")
-# Original names -> ours, in order.
+# Original names -> ours, applied in order.
 _RENAMES = (
     (r"^space_dict$", "alignment.tokens"),
     (r"^visual\.transformer\.resblocks\.(\d+)\.query_model\.q_map\.0\.", r"alignment.vision_projection.\1."),
@@ -33,8 +33,10 @@ _TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "te
 
 
 def rename(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors by our names, and the original names by ours; query, key and value, one tensor in the original, are
-    three."""
+    """Return the tensors by our names, and a dict from our names to the original ones.
+
+    The original's fused query, key and value tensors are split in three.
+    """
     renamed, original_names = {}, {}
     for original_name, tensor in state_dict.items():
         name, parts = original_name, {}
@@ -53,7 +55,7 @@ def rename(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 
 
 def read_config(state_dict: dict[str, torch.Tensor], task, config: MadtpClipConfig | None) -> MadtpClipConfig:
-    """The configuration that the tensors' shapes imply; heads, norms and activation from `config`, or CLIP's."""
+    """Infer the configuration from tensor shapes; heads, norms and activation are `config`'s or CLIP's."""
     vision_width, patch_size, grid = read_patches(state_dict, *PATCHES)
     vocab_size, text_width = shape_of(state_dict, "token_embedding.weight", "words", "width")
     projection_dim = shape_of(state_dict, "visual.proj", "width", "feature width")[1]
@@ -64,7 +66,7 @@ def read_config(state_dict: dict[str, torch.Tensor], task, config: MadtpClipConf
     if config is None:
         vision_config["num_attention_heads"] = count_heads(vision_width, "vision")
         text_config["num_attention_heads"] = count_heads(text_width, "text")
-    # The last two words of the vocabulary are the start and the end of text.
+    # The last two tokens of the vocabulary are the start and the end of text.
     if text_config["eos_token_id"] not in range(vocab_size):
         text_config.update(bos_token_id=max(vocab_size - 2, 0), eos_token_id=vocab_size - 1, pad_token_id=0)
 

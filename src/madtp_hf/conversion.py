@@ -1,4 +1,4 @@
-"""Checkpoints of the original BLIP, CLIP and MADTP code -> models of this package."""
+"""Convert checkpoints of the original BLIP, CLIP and MADTP code to models of this package."""
 
 import logging
 import math
@@ -22,9 +22,9 @@ from .tasks import TASKS, Task, get_task
 
 logger = logging.getLogger(__name__)
 
-# Original names -> ours, in order; the text stacks and the heads have the same names in both. MADTP's maps of a branch
-# to the alignment tokens' width are named as in its code: none of its published checkpoints, all of the base tower,
-# has one.
+# Original names -> ours, applied in order. Text models and heads have the same names in both. The names of MADTP's
+# projections to the alignment tokens' width come from its code: its published checkpoints, all of the base tower, have
+# none.
 _RENAMES = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
@@ -40,12 +40,12 @@ _RENAMES = (
 )
 
 
-# The names of the patches' convolution and of the position embeddings.
+# The names of the patch convolution's weight and of the position embeddings.
 _PATCHES = ("visual_encoder.patch_embed.proj.weight", "visual_encoder.pos_embed")
 
 
 def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config: MadtpBlipConfig | None) -> MadtpBlipConfig:
-    """The configuration that the tensors' shapes imply; heads, norms and special tokens from `config`, or BLIP's."""
+    """Infer the configuration from tensor shapes; heads, norms and special tokens are `config`'s or BLIP's."""
     vision_width, patch_size, grid = read_patches(state_dict, *_PATCHES)
     text = "text_encoder." if task.text_encoder else "text_decoder.bert."
     vocab_size, text_width = shape_of(state_dict, f"{text}embeddings.word_embeddings.weight", "words", "width")
@@ -59,8 +59,8 @@ def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config: MadtpB
         text_config.update(layer_norm_eps=1e-12, num_attention_heads=count_heads(text_width, "text"))
         text_config["eos_token_id"] = text_config["sep_token_id"]
     if config is None or config.text_config.label_smoothing == 0.0:
-        text_config["label_smoothing"] = 0.1  # the original's, in training and in ranking answers
-    # The original adds two tokens to its vocabulary: [DEC], which texts of a decoder start with, and [ENC].
+        text_config["label_smoothing"] = 0.1  # the original uses it to train and to rank answers
+    # The original adds two tokens to the vocabulary: [DEC], the decoder's start token, and [ENC].
     if config is None or text_config["bos_token_id"] not in range(vocab_size):
         text_config["bos_token_id"] = max(vocab_size - 2, 0)
     if fields["encoder_token_id"] is None:
@@ -90,7 +90,7 @@ def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config: MadtpB
 
 
 def _rename(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors by our names, and the original names by ours."""
+    """Return the tensors by our names, and a dict from our names to the original ones."""
     original_names = {}
     for original_name in state_dict:
         name = original_name
@@ -101,7 +101,7 @@ def _rename(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
 
 
 def _hint(names, task: str) -> str:
-    """Which checkpoint one that is not of the task looks like, as far as its tensors' names tell."""
+    """Return a sentence that guesses from tensor names what the checkpoint is instead, or an empty string."""
 
     def has(*prefixes):
         return any(name.startswith(prefixes) for name in names)
@@ -121,7 +121,11 @@ def _hint(names, task: str) -> str:
 
 
 def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_names: dict[str, str]) -> None:
-    """MADTP may have a map to the alignment tokens' width for a branch that has that width already; ours has none."""
+    """Drop zero biases of projections that this package doesn't have.
+
+    MADTP's code can project a branch that has the alignment tokens' width already; ours does not. Raise a `ValueError`
+    for other tensors of such a projection.
+    """
     maps = [name for name in state_dict if re.match(r"alignment\.\w+_projection\.", name)]
     for name in (name for name in maps if name not in expected):
         if not name.endswith(".bias") or state_dict[name].any():
@@ -135,8 +139,8 @@ def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_name
         del state_dict[name]
 
 
-# Of each family: what reads the configuration off the tensors, what renames them, and the names of the patches'
-# tensors.
+# For each family: the function that infers the configuration, the one that renames tensors, and the names of the patch
+# and position tensors.
 _LAYOUTS = {
     "BLIP": (_read_config, _rename, _PATCHES),
     "CLIP": (clip_conversion.read_config, clip_conversion.rename, clip_conversion.PATCHES),
@@ -144,35 +148,35 @@ _LAYOUTS = {
 
 
 def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, image_size: int | None = None):
-    """Make a model of this package from a checkpoint of the original BLIP, CLIP or MADTP code.
+    """Convert a checkpoint of the original BLIP, CLIP or MADTP code to a model of this package.
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `dict`):
-            A `.pth` file (read with `weights_only=True`), a `.safetensors` file, or the state dict itself, by itself
-            or under `"model"`. What training keeps beside the model (momentum encoders, feature queues, an optimizer's
-            state, ...) is left out.
+            A `.pth` file (read with `weights_only=True`), a `.safetensors` file, or the state dict itself, at the top
+            level or under `"model"`. Training state (momentum encoders, feature queues, the optimizer, ...) is
+            dropped.
         task (`str`):
-            The task that it was trained for: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` of BLIP, or `"clip"`.
+            The task of the checkpoint: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` for BLIP, or `"clip"`.
         config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*):
-            For what cannot be read off the weights: attention heads, the norms' eps, special tokens. The original's if
-            not given, of the base or the large vision tower. Sizes are the weights' own, whatever it says, and so is
-            the image's. Where it has no label smoothing, the original's, 0.1, is set; where its `bos_token_id` is
-            outside the vocabulary, `[DEC]`, the last but one.
+            Provides what weights don't tell: attention heads, the norms' eps, special tokens. Defaults to the
+            original's, for the base or the large vision tower. Sizes, including the image size, always come from the
+            weights. For BLIP, label smoothing of 0 is replaced by the original's 0.1, and a `bos_token_id` outside the
+            vocabulary by `[DEC]`, the last token but one.
         image_size (`int`, *optional*):
-            The size in pixels of the images that the model is to take, a multiple of the patch size: position
-            embeddings are interpolated, as BLIP does. The checkpoint's own size if not given.
+            The image size in pixels that the model takes, a multiple of the patch size. Position embeddings are
+            interpolated to it, as BLIP does. Defaults to the checkpoint's own size.
 
     Returns:
-        The task's model, in eval mode with pruning as `config` says (off if not given). From a BLIP or CLIP checkpoint
-        the alignment tokens, and the maps to their width, are new; from a MADTP one they are its own, and the
-        temperature that it was trained at, where the file has it beside the model, is
-        `model.config.original_temperature`: `model.set_pruning(temperature=...)` prunes with it.
+        The task's model in eval mode, with pruning as in `config` (off by default). From a BLIP or CLIP checkpoint,
+        alignment tokens and the projections to their width are new. From a MADTP checkpoint, they are loaded, and if
+        the file holds the training temperature next to the model, it is saved as `model.config.original_temperature`,
+        for `model.set_pruning(temperature=...)`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        TypeError: if the configuration is another model's.
-        ValueError: if the task is unknown, the file is damaged, its tensors are not those of the task, or images of
-            that size can't be cut into patches.
+        FileNotFoundError: if the file does not exist.
+        TypeError: if `config` belongs to another model.
+        ValueError: if the task is unknown, the file is damaged, its tensors don't belong to the task, or `image_size`
+            is no multiple of the patch size.
     """
     entry = get_task(task)
     model_class, config_class = entry.model_class, entry.model_class.config_class
@@ -199,7 +203,7 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
     expected = model.state_dict()
     _drop_idle_maps(state_dict, expected, original_names)
 
-    # The output layer's tensors are tied: one name of each pair is enough.
+    # The output layer's tensors are tied, so one name of each pair is enough.
     tied = model.all_tied_weights_keys
     missing = [
         name

@@ -1,4 +1,4 @@
-"""Embed images and texts as L2-normalised vectors, by BLIP for retrieval or CLIP."""
+"""Embed images and texts as L2-normalised vectors with BLIP for retrieval or CLIP."""
 
 import os
 from pathlib import Path
@@ -16,11 +16,11 @@ from .modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from .modeling.modeling_madtp_clip import MadtpClipModel
 
 
-BAR_DELAY = 3.0  # seconds that a run lasts before its progress bar appears
+BAR_DELAY = 3.0  # seconds before a progress bar appears
 
 
 def load_model(source, revision: str | None = None, dtype="float32", device=None):
-    """Load BLIP for retrieval or CLIP, MADTP's or transformers', and its processor.
+    """Load a BLIP for retrieval or a CLIP, MADTP's or transformers', and its processor.
 
     Args:
         source (`str` or `Path`):
@@ -28,15 +28,16 @@ def load_model(source, revision: str | None = None, dtype="float32", device=None
         revision (`str`, *optional*):
             The Hub revision.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            What to compute in.
+            The dtype to compute in.
         device (`str` or `torch.device`, *optional*):
-            Where; by default on the GPU if there is one.
+            By default a GPU if there is one, else the CPU.
 
     Returns:
         The model, in evaluation mode, and its processor.
 
     Raises:
-        ValueError: if the checkpoint is of another model. OSError: if there is none.
+        ValueError: if the checkpoint is of another model, or the dtype is unknown.
+        OSError: if there is no checkpoint.
     """
     from transformers import AutoConfig, AutoProcessor
 
@@ -64,13 +65,13 @@ def load_model(source, revision: str | None = None, dtype="float32", device=None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(source, revision=revision, dtype=dtype).to(device).eval()
-    # One that was made from a dense model doesn't know where that came from.
+    # A model made from a dense checkpoint doesn't record its source, which an index needs.
     model.config.name_or_path, model.config._commit_hash = source, getattr(config, "_commit_hash", None)
     return model, AutoProcessor.from_pretrained(source, revision=revision)
 
 
 class _Pixels(Dataset):
-    """Images by their index, as the model takes them, or the reason why one can't be read."""
+    """Images by index, preprocessed for the model, or the reason why an image can't be read."""
 
     def __init__(self, images, image_processor):
         self.images, self.image_processor = images, image_processor
@@ -93,9 +94,9 @@ def embed_images(model, processor, images, batch_size: int = 64, num_workers: in
     """Embed images batch by batch.
 
     Yields, for each batch, the indices of its readable images, their features (B, E) in float32, and a dict from the
-    index of each unreadable one to the reason. Decoding and resizing are done in `num_workers` processes.
+    index of each unreadable image to the reason. `num_workers` processes decode and resize.
     """
-    embedding_size(model)  # or no such model
+    embedding_size(model)  # raises a TypeError for another model
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1.")
     loader = DataLoader(
@@ -125,22 +126,23 @@ def encode_images(
 
     Args:
         model (`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`):
-            The model; its mode and pruning are afterwards what they were.
+            The model; its mode and pruning are restored afterwards.
         processor (`BlipProcessor` or `CLIPProcessor`):
-            The model's.
+            The model's processor.
         images (`list` of `str`, `Path`, `bytes` or `PIL.Image.Image`, or one of these):
             The images.
         batch_size (`int`, *optional*, defaults to 64):
             Images per forward pass.
         reduction (`float`, *optional*):
-            The calibrated share of FLOPs to save; by default the model prunes as it is set.
+            The calibrated share of FLOPs to save; by default the model's current pruning applies.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode and resize.
         show_progress_bar (`bool`, *optional*):
-            By default one appears where it takes longer than some seconds.
+            Whether to show a progress bar; by default one appears after a few seconds.
 
     Returns:
-        `np.ndarray` of float32, `(num_images, embedding_size)`; of one image, which is no list, `(embedding_size,)`.
+        `np.ndarray` of float32, `(num_images, embedding_size)`; for a single image, not in a list,
+        `(embedding_size,)`.
 
     Raises:
         ValueError: for an image that can't be read; the message names it.
@@ -169,14 +171,14 @@ def encode_texts(
     reduction: float | None = None,
     show_progress_bar: bool | None = None,
 ) -> np.ndarray:
-    """Embed texts as L2-normalised vectors; arguments and result as `encode_images`'.
+    """Embed texts as L2-normalised vectors; arguments and result are those of `encode_images`.
 
-    A text of more tokens than the model reads is cut.
+    Texts longer than the model's maximum length are truncated.
     """
     if isinstance(texts, str):
         return encode_texts(model, processor, [texts], 1, reduction)[0]
     found = np.empty((len(texts), embedding_size(model)), np.float32)
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # texts of like length together
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # similar lengths share a batch
     with restored(model), progress(len(texts), "text", show_progress_bar) as bar:
         if reduction is not None:
             model.set_pruning(reduction=reduction)
@@ -188,14 +190,14 @@ def encode_texts(
 
 
 def tokenize(model, processor, texts: list[str]) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (B, L) of texts, on the model's device."""
+    """Tokenize texts: input_ids and attention_mask (B, L) on the model's device."""
     longest = model.config.text_config.max_position_embeddings
     encoded = processor.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     return {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
 
 def embedding_size(model) -> int:
-    """The width of the features that images and texts share; a `TypeError` for a model that has none."""
+    """Return the width of the features that images and texts share; raise a `TypeError` for a model without them."""
     if not isinstance(model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
         raise TypeError(
             f"The model is a {type(model).__name__}: expected MadtpBlipForImageTextRetrieval or MadtpClipModel, which"
@@ -205,7 +207,7 @@ def embedding_size(model) -> int:
 
 
 def _normalised(output) -> np.ndarray:
-    """Features (B, E), or an output with them as `pooler_output` -> float32, L2-normalised, on the CPU."""
+    """Return features (B, E), or an output's `pooler_output`, in float32, L2-normalised, on the CPU."""
     features = output if isinstance(output, torch.Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1).cpu().numpy()
 

@@ -1,15 +1,17 @@
-"""What a Hugging Face Inference Endpoint runs of a checkpoint with MADTP token pruning: `handler.py`.
+"""`handler.py`: what a Hugging Face Inference Endpoint runs for a checkpoint with MADTP token pruning.
 
 It needs transformers, torch and Pillow, and the other files of the checkpoint, whose code it runs. A request:
 
-    {"inputs": {"image": "<base64 or URL>", "question": "how many sevens are there?"}, "parameters": {"reduction":
-    0.5}}
+    {
+        "inputs": {"image": "<base64 or URL>", "question": "how many sevens are there?"},
+        "parameters": {"reduction": 0.5}
+    }
 
-`inputs` is what the task's pipeline takes, or a list of such: `image` and `question` (question answering), `image`
-and, if wanted, `prompt`, or an image alone (captioning), `images`, a list of two, and `text` (visual reasoning),
+`inputs` is what the task's pipeline takes, or a list of such inputs: `image` and `question` (question answering),
+`image` and optionally `prompt`, or only an image (captioning), `images`, a list of two, and `text` (visual reasoning),
 `image` and `text`, a string or a list (retrieval), `image` and `candidate_labels` (CLIP). `parameters` are the
-pipeline's, and `reduction`: the share of FLOPs to save in this request, 0 for none; if not given, as the checkpoint
-was saved.
+pipeline's, and `reduction`: the share of FLOPs to save in this request, 0 for none. Without it, the model prunes as
+the checkpoint was saved.
 """
 
 import base64
@@ -31,17 +33,20 @@ _EXPECTED = "expected base64 of an image file, or an http(s) URL of one"
 
 
 def read_image(value) -> Image.Image:
-    """An image of a request: base64, with or without `data:image/...;base64,`, a URL, bytes of a file, or PIL's.
+    """Decode an image of a request.
+
+    value: base64, with or without `data:image/...;base64,`, an http(s) URL, the bytes of an image file, or a PIL
+    image.
 
     Raises:
-        ValueError: for anything else; paths of files are not read, as requests come from elsewhere.
+        ValueError: for anything else. File paths are not read, because requests come from outside.
     """
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         try:
             return load_image(value, timeout=TIMEOUT)
-        except Exception as error:  # of the network's libraries and of Pillow
+        except Exception as error:  # raised by network libraries or by Pillow
             raise ValueError(
                 f"The image at {value[:200]} can't be read ({type(error).__name__}): {_EXPECTED}."
             ) from error
@@ -59,7 +64,7 @@ def read_image(value) -> Image.Image:
 
 
 def read_inputs(inputs):
-    """What a request holds, with its images read, wherever they are."""
+    """Return a request's inputs with all of their images decoded."""
     if isinstance(inputs, list):
         return [read_inputs(item) for item in inputs]
     if not isinstance(inputs, dict):
@@ -72,12 +77,11 @@ def read_inputs(inputs):
 
 
 class EndpointHandler:
-    """The pipeline of a checkpoint, as an endpoint calls it.
+    """The handler that an endpoint calls: it runs the pipeline of a checkpoint.
 
     Args:
         path (`str`):
-            The checkpoint's folder, in which this file lies. A name on the Hub is refused, whose code could be any by
-            then.
+            The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have changed.
     """
 
     def __init__(self, path: str = ""):
@@ -88,13 +92,13 @@ class EndpointHandler:
         self.task = next(iter(config.get("custom_pipelines") or {}), ZERO_SHOT)
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         self.pipeline = pipeline(self.task, model=str(folder), trust_remote_code=True, device=device)
-        self.lock = threading.Lock()  # a model prunes as it was told last
+        self.lock = threading.Lock()  # pruning is set on the model, which all requests share
 
     def __call__(self, data: dict) -> list:
-        """Answer a request, `{"inputs": ..., "parameters": {...}}`; the answer is the pipeline's.
+        """Answer a request, `{"inputs": ..., "parameters": {...}}`, with the pipeline's output.
 
         Raises:
-            ValueError, TypeError: for a request that can't be, in one line.
+            ValueError, TypeError: for an invalid request, with a one-line message.
         """
         if not isinstance(data, dict):
             raise ValueError(f"The request is a {type(data).__name__}: expected an object with inputs.")
@@ -118,7 +122,7 @@ class EndpointHandler:
                 model.config.pruning_temperature, model.config.pruning_threshold_factor = before
 
     def _classify(self, inputs, parameters: dict) -> list:
-        """CLIP: how well each of some labels fits an image."""
+        """Score how well each candidate label fits an image (CLIP)."""
         if isinstance(inputs, list):
             return [self._classify(item, parameters) for item in inputs]
         options = dict(parameters)

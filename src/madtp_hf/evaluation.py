@@ -1,4 +1,4 @@
-"""Evaluation of a model at several budgets: predictions, FLOPs and time."""
+"""Evaluate a model at several budgets: its predictions, their FLOPs and their time."""
 
 import json
 import platform
@@ -20,10 +20,10 @@ from .version import __version__
 
 @dataclass
 class BudgetResult:
-    """The result of one budget.
+    """A model's predictions and their cost at one FLOPs reduction.
 
-    reduction_asked, reduction_reached: shares of the FLOPs, the latter the mean over samples; gflops: of a sample,
-    their mean; seconds: of predicting; predictions: one a sample, in order.
+    reduction_asked, reduction_reached: shares of the FLOPs, the latter averaged over samples; gflops: per sample,
+    averaged; seconds: time to predict; predictions: one per sample, in order.
     """
 
     reduction_asked: float
@@ -34,7 +34,7 @@ class BudgetResult:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a device to finish its work; does nothing for a CPU."""
+    """Wait until the device has finished its queued work; on a CPU, return at once."""
     if device.type == "cpu":
         return
     if hasattr(torch, "accelerator"):  # since torch 2.6
@@ -47,16 +47,16 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def record_tokens(model):
-    """Record the token counts of a model's encoders in any method that runs them, such as `forward` or `generate`.
+    """Record the token counts of a model's encoders, whichever method runs them: `forward`, `generate` or another.
 
-    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in `forward`'s
-    outputs.
+    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in the outputs
+    of `forward`.
     """
     task, tokens = TASKS[model.task], {}
 
     def record_vision(encoder, inputs, output):
         counts = output.num_tokens
-        # The images of a sample follow each other.
+        # The images of a sample are adjacent in the batch.
         tokens["vision_tokens"] = counts.unflatten(1, (-1, task.num_images)).mT if task.num_images > 1 else counts
 
     def record_text(encoder, inputs, output):
@@ -74,7 +74,7 @@ def record_tokens(model):
 
 @contextmanager
 def prepacked(model):
-    """Context manager that prepacks a model's large weights for inference on a CPU."""
+    """On a CPU, prepack a model's large weights for inference; on exit, undo it unless they were prepacked before."""
     before = any(isinstance(module, PrepackedLinear) for module in model.modules())
     if not before:
         model.prepack_for_inference()
@@ -87,24 +87,23 @@ def prepacked(model):
 
 @torch.no_grad()
 def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
-    """Run a model over a data set at several reductions. The reductions take turns on each batch, so that their
-    times compare.
+    """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
-            The model, calibrated; afterwards its mode and temperature are what they were.
+            The calibrated model; its mode and temperature are restored afterwards.
         loader (`Iterable`):
             Batches as `forward` takes them; with `accelerator`, prepared by it.
         reductions (`list[float]`):
             The shares of FLOPs to save; 0 is off.
         predict (`Callable`):
-            `predict(batch)` gives a list of predictions, one a sample. Tokens are counted as it runs the encoders;
-            where it doesn't run them on the whole batch at once, another pass, which isn't timed, counts them.
+            `predict(batch)` returns a list of predictions, one per sample. Tokens are counted while it runs the
+            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them.
         accelerator (`accelerate.Accelerator`, *optional*):
-            If given, the results of all processes are gathered; each gets the whole.
+            If given, results are gathered from all processes, and every process gets all of them.
 
     Returns:
-        `list[BudgetResult]`, one a reduction.
+        `list[BudgetResult]`, one per reduction.
     """
     gather = (
         (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
@@ -143,11 +142,11 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
 
 
 def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[float] | None = None) -> list[dict]:
-    """Make the rows of a results table, one for each budget.
+    """Build the rows of a results table, one per budget.
 
     Args:
-        results (`list[BudgetResult]`): What [`evaluate_budgets`] gave; times are relative to the first.
-        scores (`list[dict]`): The metric's numbers by name, one dictionary for each result.
+        results (`list[BudgetResult]`): What [`evaluate_budgets`] returned; times are relative to the first.
+        scores (`list[dict]`): The metric's values by name, one dictionary per result.
         seconds (`list[float]`, *optional*): Times to show instead of the results' own.
 
     Returns:
@@ -167,16 +166,16 @@ def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[f
 
 
 def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float:
-    """Choose the largest reduction that costs little on validation data: the budget to save a checkpoint at.
+    """Return the largest reduction that costs little on validation data: the budget to save a checkpoint at.
 
     Args:
-        scores (`dict[float, float]`): A metric by reduction, larger is better, on data that nothing is reported of;
-            0 is pruning off.
-        loss (`float`, *optional*, defaults to 0.01): How far below that of pruning off the metric may be; 0.01 is one
-            point of a metric that is a share.
+        scores (`dict[float, float]`): A metric by reduction, where larger is better, on data that no result is
+            reported on; 0 is pruning off.
+        loss (`float`, *optional*, defaults to 0.01): How far the metric may be below its value with pruning off; 0.01
+            is one point of a metric that is a share.
 
     Returns:
-        `float`: one of the reductions; 0 if none but it is good enough.
+        `float`: one of the reductions; 0 if no other is good enough.
 
     Raises:
         ValueError: if `scores` has no 0.
@@ -195,17 +194,16 @@ def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float
 
 
 def show_number(name: str, value: float) -> str:
-    """Format a number of a results table; shares, by the name of their column, become percentages."""
+    """Format a number of a results table: as a percentage if its column's name says that it is a share."""
     return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
 
 
 def report(title: str, rows: list[dict], folder, **facts) -> None:
-    """Print the rows as a table and write them to `folder`/results.json, with the given facts and the versions of
-    the packages.
+    """Print rows as a table and write them to `folder`/results.json, with facts and library versions.
 
-    rows: one per budget, columns by name; where a column's name ends in "%", its numbers are shares. facts: whatever
-    else is to be kept; `madtp_hf.model_card.create_model_card` says which of them a model card shows. Numbers and
-    dictionaries of them are printed as well.
+    rows: one per budget, by column name; a column whose name ends in "%" holds shares. facts: anything else to keep;
+    `madtp_hf.model_card.create_model_card` says which of them a model card shows. Facts that are numbers or
+    dictionaries of numbers are printed as well.
     """
     from rich.console import Console
     from rich.table import Table

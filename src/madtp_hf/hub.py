@@ -1,5 +1,7 @@
-"""Publishing: `push_checkpoint` for a model in memory, `push_folder` for one that is saved. Both upload a complete
-checkpoint in one commit."""
+"""Publish checkpoints on the Hub: `push_checkpoint` for a model in memory, `push_folder` for a saved one.
+
+Both upload a complete checkpoint in one commit.
+"""
 
 import errno
 import json
@@ -25,8 +27,8 @@ from .version import __version__
 
 _MODEL_CLASSES = {task.model_class.__name__: task.model_class for task in TASKS.values()}
 _MODEL_TYPES = sorted({model_class.config_class.model_type for model_class in _MODEL_CLASSES.values()})
-# A checkpoint is what its configuration refers to, and these files. All else in a folder, such as an optimizer's
-# state, stays where it is.
+# A checkpoint is the files that its configuration refers to, and these. Other files of the folder, such as optimizer
+# state, aren't uploaded.
 _PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -52,16 +54,15 @@ _ALONGSIDE = (
     "handler.py",
     "requirements.txt",
 )
-# What an Inference Endpoint needs beside a checkpoint: what answers its requests, and a transformers that knows the
-# checkpoint.
+# What an Inference Endpoint needs besides a checkpoint: a request handler, and a transformers that can load it.
 _HANDLER = {
     "handler.py": Path(__file__).with_name("endpoint_handler.py").read_bytes,
     "requirements.txt": lambda: b"transformers>=5.0\n",
 }
-_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # those that README.md links to
-_LINK = re.compile(r"""\]\(<?(?:\./)?([^)>\s]+)|\b(?:src|href)=["'](?:\./)?([^"']+)""")  # of Markdown, or HTML in it
-# What is deleted from a repository if the checkpoint that comes has no such file. Code and documents that people put
-# there are not.
+_PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # uploaded if README.md links to them
+_LINK = re.compile(r"""\]\(<?(?:\./)?([^)>\s]+)|\b(?:src|href)=["'](?:\./)?([^"']+)""")  # in Markdown or inline HTML
+# Files to delete from a repository if the new checkpoint doesn't have them. Code and documents that people added to
+# it are kept.
 _STALE = (
     *_PROCESSOR_FILES,
     "generation_config.json",
@@ -72,7 +73,7 @@ _STALE = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "pytorch_model-[0-9]*-of-[0-9]*.bin",
-    "training_args.bin",  # of a `Trainer` that pushed before: a pickle
+    "training_args.bin",  # pushed by a `Trainer`: a pickle
 )
 _SAVE_AGAIN = "save model and processor there with `save_pretrained`"
 
@@ -93,12 +94,11 @@ def push_checkpoint(
     datasets: str | list[str] | None = None,
     handler: bool = False,
 ) -> str:
-    """Publish a model and its processor, with code and model card, as a repository that `AutoModel` and `pipeline`
-    load.
+    """Publish a model and its processor, with code and model card, as a repository for `AutoModel` and `pipeline`.
 
-    The repository is made if there is none. All goes up in one commit, or nothing does; after an interruption the same
-    call goes on, and what is up already isn't sent again. Weights and processor files of a former version that this
-    one doesn't have are deleted, and its card is replaced.
+    The repository is created if it doesn't exist. Everything is uploaded in one commit, or nothing is. After an
+    interruption, the same call continues and doesn't send again what is already uploaded. Weights and processor files
+    of an earlier version that this one doesn't have are deleted, and its card is replaced.
 
     Args:
         model: One of this package's models.
@@ -106,24 +106,25 @@ def push_checkpoint(
         repo_id: `"name"`, for the token's own user, or `"namespace/name"`.
         metrics: What the card reports: the path of a `results.json`, its content, its list of rows (`"reached"`,
             `"accuracy %"`, `"GFLOPs"`, ...), or a dict such as `{"accuracy": 0.93}`.
-        token: One with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
+        token: A token with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
         private: Whether a new repository is private.
-        revision: The branch to commit to, made if there is none; by default `"main"`.
-        dry_run: Print what would go up, and touch nothing. It needs no token.
+        revision: The branch to commit to, created if it doesn't exist; by default `"main"`.
+        commit_message: The commit's message.
+        dry_run: Print what would be uploaded, and change nothing. This needs no token.
         base_model, license, datasets: For the card's metadata, as the Hub names them.
-        handler: Add what a Hugging Face Inference Endpoint runs, a handler.py, and its requirements.txt.
+        handler: Add the handler.py that a Hugging Face Inference Endpoint runs, and its requirements.txt.
 
     Returns:
         The repository's address.
 
     Raises:
         TypeError: for another model, or for a processor without image processor or tokenizer.
-        ValueError: for a name, metrics or card that can't be, or for `private=True` and a repository that is public.
-        PermissionError: without a token, or for one that may not write there.
-        ConnectionError: if the hub can't be reached.
+        ValueError: for an invalid name, metrics or card, or for `private=True` and an existing public repository.
+        PermissionError: without a token, or with one that lacks write access.
+        ConnectionError: if the Hub can't be reached.
         OSError: if the upload breaks off, or the disk is full.
     """
-    # Not by its class: one that `AutoModel` loaded with its own code is as good.
+    # Not checked by class: `AutoModel` may have loaded the model with the checkpoint's own code.
     if getattr(getattr(model, "config", None), "model_type", None) not in _MODEL_TYPES:
         raise TypeError(f"push_checkpoint got a {type(model).__name__}: expected one of madtp_hf's models.")
     if hasattr(model, "peft_config"):
@@ -174,20 +175,19 @@ def push_folder(
     datasets: str | list[str] | None = None,
     handler: bool = False,
 ) -> str:
-    """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it; see
-    [`push_checkpoint`].
+    """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it.
 
-    It is checked to be complete before anything is made on the hub. The folder is left as it is, and what is no part
-    of the checkpoint, such as an optimizer's state, stays there. Without a README.md in it a model card is made, of
-    `metrics` or of the folder's results.json.
+    See [`push_checkpoint`] for the arguments. The checkpoint is checked to be complete before anything is created on
+    the Hub. The folder is not changed, and files that aren't part of the checkpoint, such as optimizer state, aren't
+    uploaded. If the folder has no README.md, a model card is made from `metrics` or from the folder's results.json.
 
     Returns:
         The repository's address.
 
     Raises:
         FileNotFoundError: if a file of the checkpoint is missing.
-        ValueError: besides, if a file is damaged or lies outside the folder, or for `metrics` with a README.md that is
-        there.
+        ValueError: as [`push_checkpoint`], and if a file is damaged or lies outside the folder, or `metrics` is given
+            although the folder has a README.md.
     """
     folder = Path(folder)
     with one_sentence_errors(repo_id, token):
@@ -200,7 +200,7 @@ def push_folder(
 
 
 def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
-    """Return the repository's full name, which the card uses."""
+    """Validate a repository's name and return it in full, with its namespace; a dry run returns it as given."""
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id is {repo_id!r}: expected the name of a repository, `name` or `namespace/name`.")
     validate_repo_id(repo_id)
@@ -211,11 +211,11 @@ def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
 
 
 def save_handler(folder: str | os.PathLike) -> None:
-    """Write what a Hugging Face Inference Endpoint needs into a checkpoint's folder: handler.py and requirements.txt.
+    """Write the handler.py and requirements.txt of a Hugging Face Inference Endpoint into a checkpoint's folder.
 
-    Files of these names that are there already stay as they are. `push_folder` takes them along.
+    Existing files of these names are not changed. `push_folder` uploads both.
     """
-    find_checkpoint_files(folder)  # an error where there is no checkpoint
+    find_checkpoint_files(folder)  # raises if there is no checkpoint
     for name, content in _HANDLER.items():
         if not Path(folder, name).exists():
             Path(folder, name).write_bytes(content())
@@ -242,11 +242,11 @@ def _push(
 
 
 def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
-    """List the files that make up the checkpoint in a folder; other files are not published.
+    """Return the names of the files that make up the checkpoint in a folder, and of no other files.
 
     Raises:
-        FileNotFoundError: if one is missing; its name, and what to do, is in the message.
-        ValueError: if one is damaged or lies outside the folder, or the folder holds another kind of checkpoint.
+        FileNotFoundError: if a file is missing; the message names it and says what to do.
+        ValueError: if a file is damaged or lies outside the folder, or the folder holds another kind of checkpoint.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -287,12 +287,14 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
 
 
 def _check_inside(folder: Path, name: str) -> None:
-    """Raise a `ValueError` for a file that isn't one of the folder: no configuration or link may have another file of
-    this machine published."""
+    """Raise a `ValueError` for a file that isn't inside the folder.
+
+    A configuration or link must not cause another file of this machine to be published.
+    """
     if name in ("", ".", "..") or name != Path(name).name or name != PureWindowsPath(name).name:
         raise ValueError(f"{folder} refers to {name!r}: expected the name of a file in that folder, without a path.")
     roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":  # of a download: links to what lies in the same repository's cache
+    if folder.resolve().parent.name == "snapshots":  # Hub cache: links to the repository's blobs
         roots.append(folder.resolve().parents[1] / "blobs")
     target = (folder / name).resolve()
     if not any(target.is_relative_to(root) for root in roots):
@@ -314,10 +316,10 @@ def _read_json(path: Path):
 
 
 def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
-    """The weights' files: one, or shards and their index; each of them whole, and together those of the model."""
+    """Return the weight files, one file or shards and their index, once they are complete and match the model."""
     name, index_name = "model.safetensors", "model.safetensors.index.json"
     index = folder / index_name
-    if (folder / name).is_file():  # loaders take it even where there are shards
+    if (folder / name).is_file():  # loaders prefer it to shards
         tensors_of = {name: set()}
     elif index.is_file():
         tensors_of = {}
@@ -336,7 +338,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
         try:
             with safe_open(
                 folder / shard, framework="pt"
-            ) as weights:  # reads the header alone, and holds it against the length
+            ) as weights:  # reads only the header, and checks the file's length against it
                 missing = tensors - set(weights.keys())
                 shapes |= {tensor: tuple(weights.get_slice(tensor).get_shape()) for tensor in weights.keys()}
         except SafetensorError as error:
@@ -351,15 +353,14 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
 
 
 def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class, config: dict) -> None:
-    """Raise a `ValueError` if the tensors that are saved aren't those of the model: it would load with random ones in
-    their place."""
+    """Raise a `ValueError` if the saved tensors aren't the model's: on loading, missing ones would be random."""
     sharded = not (folder / "model.safetensors").is_file()
     where = folder / f"model.safetensors{'.index.json' if sharded else ''}"
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(config))
     model.tie_weights()
     expected = dict(model.state_dict(keep_vars=True))
-    saved = {id(expected[name]) for name in shapes if name in expected}  # tied ones are saved under one name
+    saved = {id(expected[name]) for name in shapes if name in expected}  # tied weights are saved under one name
     for name, tensor in expected.items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
             problem = f"has {name} of shape {shapes[name]}, where the configuration says {tuple(tensor.shape)}"
@@ -374,8 +375,8 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
 
 
 def _find_modules(folder: Path) -> list[str]:
-    """The files of code that the configurations name, and those that these import from beside them."""
-    wanted = {}  # a file -> what names it
+    """Return the code files that the configurations name, and those that these import relatively."""
+    wanted = {}  # file -> the file that refers to it
     for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -383,7 +384,7 @@ def _find_modules(folder: Path) -> list[str]:
         references = list((content.get("auto_map") or {}).values())
         references += [pipeline.get("impl") for pipeline in (content.get("custom_pipelines") or {}).values()]
         for reference in references:
-            for path in reference if isinstance(reference, list) else [reference]:  # a tokenizer may be slow or fast
+            for path in reference if isinstance(reference, list) else [reference]:  # of a tokenizer, slow and fast
                 if path is None:
                     continue
                 if not isinstance(path, str):
@@ -407,7 +408,7 @@ def _find_modules(folder: Path) -> list[str]:
 
 
 def _make_files(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, bytes]:
-    """Create the model card and, if it has results to draw, their plot: name -> content."""
+    """Create a model card, and a plot of its numbers if there are enough: name -> content."""
     with tempfile.TemporaryDirectory(prefix="madtp-hf-") as scratch:
         picture = Path(scratch, PICTURE)
         card = make_card(folder, repo_id, metrics, picture, **metadata)
@@ -416,11 +417,11 @@ def _make_files(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, by
 
 
 def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: bool, revision: str | None) -> str:
-    """Describe for people what would be uploaded."""
+    """Describe for a person what would be uploaded."""
 
     def row(name, content):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        # What the hub decides; by its rules, weights, pictures and what is above 10 MB.
+        # The Hub decides; by its rules these are weights, pictures and files above 10 MB.
         is_lfs = name.endswith((".safetensors", ".png", ".jpg")) or size > 10_000_000
         return (
             f"  {name:<{width}}  {size / 1000:>12,.1f}"
@@ -453,7 +454,7 @@ def check_token(token: str | None) -> str:
             " access."
         )
     if not (token.isascii() and token.isprintable() and " " not in token):
-        # Sent as it is, it would be quoted in the error of a library.
+        # If it were sent, a library's error message would quote it.
         raise ValueError(
             "The token has characters that none has, such as a space or a line break: expected `hf_` and letters."
         )
@@ -461,17 +462,17 @@ def check_token(token: str | None) -> str:
 
 
 def _is_stale(name: str) -> bool:
-    """Whether a file that a repository has, and a checkpoint that comes has not, is of a former one."""
+    """Return whether a repository's file that the new checkpoint lacks belongs to an earlier checkpoint."""
     return "/" not in name and any(fnmatch(name, known) for known in _STALE)
 
 
 def upload(files, repo_id, token, private, revision, commit_message, repo_type=None, is_stale=_is_stale) -> str:
-    """Upload files, name -> path or content, in one commit, and delete what they leave stale; returns the address.
+    """Upload files, name -> path or content, in one commit, and delete stale ones; return the repository's address.
 
     repo_type: `"space"` for a Space that runs gradio, None for a model.
     """
     api = HfApi(token=token, library_name="madtp_hf", library_version=__version__)
-    # None, not False: an organization may want its repositories to be private.
+    # None, not False: an organization may have private repositories as its default.
     sdk = "gradio" if repo_type == "space" else None
     api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
@@ -487,22 +488,22 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     operations = [CommitOperationDelete(name) for name in stale]
     operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     try:
-        # Not `upload_folder`, which may commit in several steps: whoever loads meanwhile would get half a checkpoint.
+        # Not `upload_folder`: it may commit in several steps, and a load in between would get half a checkpoint.
         api.create_commit(
             repo_id,
             operations,
             commit_message=commit_message or f"Upload with madtp_hf {__version__}",
             repo_type=repo_type,
             revision=revision,
-            parent_commit=before.sha,  # what is stale was read off it
+            parent_commit=before.sha,  # stale files were determined at this commit
         )
     except HTTPError:
         raise
-    except (RuntimeError, OSError) as error:  # by which the client, and Xet's, say that they could not send a file
+    except (RuntimeError, OSError) as error:  # raised by the Hub's client and Xet's if a file can't be sent
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             raise _explain_answer(cause, repo_id, api.endpoint) from error
-        if getattr(error, "errno", None) is not None:  # of a file here
+        if getattr(error, "errno", None) is not None:  # an error of a local file
             raise
         reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
         raise OSError(
@@ -515,7 +516,7 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
 
 @contextmanager
 def one_sentence_errors(repo_id: str, token: str | None):
-    """Turn what the libraries raise into errors that say what to do, with the original as their cause."""
+    """Turn library errors into errors that say what to do, with the original error as their cause."""
     try:
         yield
     except Exception as error:
@@ -523,13 +524,13 @@ def one_sentence_errors(repo_id: str, token: str | None):
         if explained is None:
             raise
         for secret in (token, get_token()):
-            if secret and secret.strip():  # replacing nothing would put stars between all letters
+            if secret and secret.strip():  # replacing an empty string would put stars between all letters
                 explained.args = tuple(argument.replace(secret.strip(), "***") for argument in explained.args)
         raise explained from error
 
 
 def _explain(error: Exception, repo_id: str) -> Exception | None:
-    """The error to raise in the place of one that a library raised; None where that one will do."""
+    """Return the error to raise in place of a library's error; None to keep the library's."""
     endpoint = HfApi(token=False).endpoint
     if isinstance(error, HFValidationError):
         return ValueError(
@@ -541,7 +542,7 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
         return ConnectionError("HF_HUB_OFFLINE is set, and nothing can be published offline: unset it and try again.")
     if isinstance(error, HfHubHTTPError):
         return _explain_answer(error, repo_id, endpoint)
-    if isinstance(error, HTTPError):  # no answer at all
+    if isinstance(error, HTTPError):  # no response at all
         return ConnectionError(
             f"{endpoint} can't be reached ({type(error).__name__}), so nothing was published: check the connection and"
             " run the same again."

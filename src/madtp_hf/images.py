@@ -1,4 +1,4 @@
-"""Decode an image as people have it, whatever its format, to 8-bit RGB, upright."""
+"""Decode images of any format that Pillow reads to upright 8-bit RGB."""
 
 import os
 import warnings
@@ -12,24 +12,24 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 
 
 class UnreadableImage(ValueError):
-    """An image that can't be read; its message is the reason alone, short, without the path."""
+    """Raised for an image that can't be read; the message is only the reason, short and without the path."""
 
 
 def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Of an animation it is the first frame. 16-bit images are scaled to 8 bits, transparent pixels are shown on white.
+    An animation gives its first frame. 16-bit images are scaled to 8 bits, transparent pixels are shown on white.
 
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
-            A path, the content of an image file, or an image that is open already.
-        max_pixels (`int`, *optional*): The largest image to decode; larger ones may be decompression bombs.
+            A path, the content of an image file, or an open image.
+        max_pixels (`int`, *optional*): The largest image to decode; a larger one may be a decompression bomb.
 
     Returns:
         `PIL.Image.Image` in mode `"RGB"`, which holds no file open.
 
     Raises:
-        UnreadableImage: a `ValueError`, if there is no readable image, whatever the reason.
+        UnreadableImage: a `ValueError`, if the image can't be read for any reason.
         TypeError: for a source of another type.
     """
     if isinstance(source, Image.Image):
@@ -49,7 +49,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _check_file(path) -> None:
-    """Raise clearer errors than the operating system's for files that can't be read."""
+    """Raise an `UnreadableImage` where its reason is clearer than the operating system's."""
     if not os.path.exists(path):
         raise UnreadableImage("a link to nowhere" if os.path.islink(path) else "no such file or directory")
     if os.path.isdir(path):
@@ -63,7 +63,7 @@ def _check_file(path) -> None:
 def _open(file, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked below
+            warnings.simplefilter("ignore")  # about damaged metadata, and about sizes, which _decode checks
             with Image.open(file) as image:
                 return _decode(image, max_pixels)
     except UnreadableImage:
@@ -81,7 +81,7 @@ def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} pixels, more than --max_pixels {max_pixels}")
     try:
-        image.load()  # of an animation, the frame that it stands at: the first
+        image.load()  # an animation loads its current frame, the first
         return _to_rgb(_upright(image))
     except Exception as error:
         raise UnreadableImage(_reason(error)) from error
@@ -92,19 +92,18 @@ def _reason(error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return an upright copy of the image."""
+    """Return a copy of the image, turned by its EXIF orientation."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are good, the EXIF data is not: as if there were none
+    except Exception:  # the EXIF data is damaged, the pixels are good
         return image.copy()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB. Pillow's own conversion clips 16-bit levels at 255 and shows the colours of transparent
-    pixels."""
+    """Convert an image to RGB; Pillow's own conversion clips 16-bit levels at 255 and reveals transparent pixels."""
     if image.mode.startswith(("I", "F")):
         levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        # Of 16 bits, or of 8 bits in a wider mode, or floats from 0 to 1.
+        # Levels are 16-bit, 8-bit in a wider mode, or floats from 0 to 1.
         top = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
         if image.mode == "F" and levels.max() <= 1:
             top = 1

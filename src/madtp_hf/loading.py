@@ -1,4 +1,4 @@
-"""Load what the commands need: the model of a checkpoint's task, its processor, and batches of data."""
+"""Load what the commands work with: a checkpoint's model and processor, and batches of data."""
 
 from types import SimpleNamespace
 
@@ -11,12 +11,11 @@ from .tasks import TASKS, get_task, task_of
 
 
 _PROCESSORS = {"BLIP": BlipProcessor, "CLIP": CLIPProcessor}
-IN_MEMORY = 256  # samples whose tensors are kept; of more, each pass reads the images again
+IN_MEMORY = 256  # up to this many samples, tensors are kept; beyond, each pass reads the images again
 
 
 def load_model(source, task: str | None = None, device: str | None = None, **overrides):
-    """Load the model of a checkpoint's task and its processor, from a checkpoint of transformers or of this
-    package.
+    """Load the model for a checkpoint's task, and its processor, from transformers' or this package's checkpoints.
 
     Args:
         source (`str` or `Path`):
@@ -24,16 +23,16 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
         task (`str`, *optional*):
             One of `madtp_hf.tasks.TASKS`; by default that of the class in the configuration's `architectures`.
         device (`str`, *optional*):
-            By default `"cuda"` where there is one, else `"cpu"`.
+            By default `"cuda"` if available, else `"cpu"`.
         overrides:
-            Fields of the configuration for a model made from transformers', such as `num_alignment_tokens`.
+            Configuration fields for a model made from a transformers checkpoint, such as `num_alignment_tokens`.
 
     Returns:
-        The model, in float32 and set to evaluation; the processor; and whether the checkpoint was transformers', so
-        that the alignment tokens are new.
+        The model, in float32 and in evaluation mode; the processor; and whether the checkpoint was transformers', in
+        which case the alignment tokens are new.
 
     Raises:
-        ValueError: for what is no checkpoint, or one of another task.
+        ValueError: if there is no checkpoint, or it is for another task.
     """
     if task is not None:
         get_task(task)
@@ -48,7 +47,7 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
             " of BLIP or CLIP."
         )
     if task is not None and not (content.get("architectures") or content.get("auto_map")):
-        found, class_name = TASKS[task], ""  # nothing names a class: what is asked for is tried
+        found, class_name = TASKS[task], ""  # no class is named, so try the task that was asked for
     else:
         found, class_name = task_of(SimpleNamespace(**content))
     if task not in (None, found.name):
@@ -68,15 +67,15 @@ def load_model(source, task: str | None = None, device: str | None = None, **ove
 
 
 def make_collator(model, processor):
-    """Make the collator of a model's task; it truncates texts to the model's number of positions."""
+    """Return the collator of a model's task, which truncates texts at the model's maximum length."""
     task, text_config = TASKS[model.task], model.config.text_config
     start = [text_config.bos_token_id] if task.decoder_inputs else []
     return task.collator(processor, *start, max_length=text_config.max_position_embeddings)
 
 
 def make_batches(model, processor, rows: list[dict], batch_size: int):
-    """Make batches that can be read repeatedly: a list for few samples, a `DataLoader` for many."""
-    if TASKS[model.task].text_column is None:  # captions, which a pass doesn't need
+    """Make batches that can be read many times: a list for a few samples, a `DataLoader` for many."""
+    if TASKS[model.task].text_column is None:  # captioning: the collator needs captions, a forward pass doesn't
         rows = [{"captions": [""], **row} for row in rows]
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=make_collator(model, processor))
     if len(rows) > IN_MEMORY:

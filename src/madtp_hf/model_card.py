@@ -1,4 +1,4 @@
-"""Model cards: what a checkpoint is, how it loads and what was measured with it, for people and for the Hub."""
+"""Create model cards: what a checkpoint is, how to load it and what was measured, for people and for the Hub."""
 
 import json
 import math
@@ -18,31 +18,30 @@ from .tasks import Task, task_of
 PICTURE = "budgets.png"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
-# Columns of a results table that are no metric.
+# Columns of a results table that aren't metrics.
 _BUDGET = "reduction asked"
 _NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
 
 
 def public_name(source) -> str:
-    """What a card calls a model or data set: a folder's last part, for its path is nobody else's; a Hub id as
-    it is."""
+    """Return the name of a model or data set for a card: the last part of a folder's path, or a Hub id unchanged."""
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def _hub_ids(sources) -> list[str] | None:
-    """Those that are ids of the Hub, not folders: the others mean nothing in metadata."""
+    """Return the sources that are Hub ids; folders mean nothing in metadata."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources or []
     return [str(source) for source in sources if not os.path.exists(source)] or None
 
 
 def _plain(value):
-    """Convert numbers of numpy and torch, in any container, to Python's own."""
+    """Convert numpy and torch numbers to Python's, also inside containers; leave other values unchanged."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if hasattr(value, "item"):
-        size = getattr(value, "size", 1)  # a method of torch's tensors, a number of numpy's arrays
+        size = getattr(value, "size", 1)  # a method of torch tensors, an integer of numpy arrays
         if (value.numel() if hasattr(value, "numel") else size) == 1:
             return value.item()
     return value
@@ -53,7 +52,7 @@ def _is_number(value) -> bool:
 
 
 def _is_row(row) -> bool:
-    # A budget is no metric's name: such a key was meant otherwise.
+    # A budget isn't the name of a metric: such a dictionary has another form.
     return (
         isinstance(row, dict)
         and any(name not in _NO_METRICS for name in row)
@@ -63,7 +62,7 @@ def _is_row(row) -> bool:
 
 
 def _as_budget(name) -> float | None:
-    """The reduction that a key stands for, 0.5 or "0.5"; None for any other."""
+    """Return the reduction that a key stands for, 0.5 or "0.5"; None for any other key."""
     try:
         return float(name) if 0 <= float(name) < 1 else None
     except (TypeError, ValueError):
@@ -71,11 +70,11 @@ def _as_budget(name) -> float | None:
 
 
 def _as_results(content):
-    """The forms that metrics may have, as the dictionary of a results.json, without a look at the numbers."""
+    """Convert any form that metrics may have to the dictionary of a results.json, without checking the numbers."""
     if isinstance(content, list):
         content = {"results": content}
     elif isinstance(content, dict) and "results" not in content:
-        # Facts, such as the data set's name, may stand beside a row or beside the budgets.
+        # Facts, such as the data set's name, may accompany a row or the budgets.
         budgets = {name: value for name, value in content.items() if _as_budget(name) is not None}
         facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and k not in budgets}
         if budgets and len(budgets) + len(facts) == len(content):
@@ -89,27 +88,28 @@ def _as_results(content):
 
 
 def _as_row(budget: float, value):
-    """Make the row of a budget from its metrics by name, or from a single number, which is taken for the accuracy
-    as a share."""
+    """Return the row of a budget from its metrics by name, or from a single number: the accuracy, as a share."""
     if isinstance(value, dict):
         row = {_BUDGET: budget, **_name_budget(value)}
-        return row if row[_BUDGET] == budget else None  # it names another budget than the one it stands under
+        return row if row[_BUDGET] == budget else None  # the row's budget contradicts its key
     return {_BUDGET: budget, "accuracy": value} if _is_number(value) and 0 <= value <= 1 else value
 
 
 def _name_budget(row):
-    """A row whose budget is called "reduction", with the name that the card has for it; one with both names is left,
-    and refused."""
+    """Rename a row's "reduction" to the card's name for the budget.
+
+    A row with both names stays unchanged, and is refused later.
+    """
     if not isinstance(row, dict) or "reduction" not in row or _BUDGET in row:
         return row
     return {_BUDGET if name == "reduction" else name: value for name, value in row.items()}
 
 
 def _read_metrics(metrics) -> dict:
-    """Whatever form metrics were given in, as the dictionary of a results.json; empty for None and for what is empty.
+    """Read metrics of any accepted form as the dictionary of a results.json; None and empty metrics give an empty one.
 
     Raises:
-        ValueError: for anything that `create_model_card` doesn't take.
+        ValueError: for a form that `create_model_card` doesn't accept.
     """
     if metrics is None or (isinstance(metrics, (dict, list)) and not metrics):
         return {}
@@ -140,7 +140,7 @@ def _columns(rows) -> list[str]:
 
 
 def _main_metric(results: dict) -> str:
-    """Return the main metric's column: the one that the results name, or the first."""
+    """Return the column of the main metric: the one that the results name, or their first metric."""
     metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
     return results.get("metric") if results.get("metric") in metrics else metrics[0]
 
@@ -176,8 +176,7 @@ def _at(row: dict) -> str:
 
 
 def _remarks(results: dict, task: Task) -> list[str]:
-    """Make the remarks below the results: the model before fine-tuning, the baseline, the default budget, the time
-    taken."""
+    """Return sentences on the other results: before fine-tuning, the saved budget, the baseline, the time, ..."""
     remarks = []
     if results.get("dense_before_training"):
         remarks.append(f"Before fine-tuning, pruning off: {_sentence(results['dense_before_training'])}.")
@@ -210,7 +209,7 @@ def _dataset(results: dict) -> dict:
 
 
 def _eval_results(results: dict, task: Task) -> list[EvalResult]:
-    """Each metric at each budget, for the card's model-index."""
+    """Return each metric at each budget, for the card's model-index."""
     dataset = _dataset(results)
     name = dataset.get("name") or "not recorded"
     return [
@@ -231,12 +230,12 @@ def _eval_results(results: dict, task: Task) -> list[EvalResult]:
 
 
 def _loading(config, task, model_class: str, name: str) -> dict:
-    """How a checkpoint is loaded."""
+    """Return the template's values that say how to load a checkpoint."""
     is_ours = model_class.startswith("Madtp")
     with_code = is_ours and bool(getattr(config, "auto_map", None))
     on_hub = with_code and name.count("/") == 1 and not name.startswith(".")
     pin = ', revision="..."' if on_hub else ""
-    # Weights stored in half precision would load so, and images come in full precision.
+    # Weights stored in half precision would load in half precision, but images are preprocessed in float32.
     half = ', dtype="float32"' if str(getattr(config, "dtype", None)) in ("float16", "torch.float16") else ""
     if with_code:
         loader = task.auto_class
@@ -252,13 +251,13 @@ def _loading(config, task, model_class: str, name: str) -> dict:
         "loader": loader,
         "imports": imports,
         "options": f"{pin}, trust_remote_code=True{half}" if with_code else half,
-        # Its tokenizer asks for the configuration, which is code: without, the loader stops and asks a person.
+        # The tokenizer loads the configuration, which is code: without trust, the loader stops and asks the user.
         "processor_options": f"{pin}, trust_remote_code=True" if with_code else "",
     }
 
 
 def _pruning(config) -> dict:
-    """Describe a checkpoint's budgets, and which one it loads at."""
+    """Return the template's values that say which budgets a checkpoint has, and at which one it loads."""
     schedule = getattr(config, "pruning_schedule", None) or []
     temperature = getattr(config, "pruning_temperature", 0.0)
     factor = getattr(config, "pruning_threshold_factor", 1.0)
@@ -288,7 +287,7 @@ def _pruning(config) -> dict:
 
 
 def _measured(results: dict, task) -> dict:
-    """Describe what was measured, on which data and with which settings."""
+    """Return the template's values that say what was measured, on which data and with which settings."""
     dataset, settings = _dataset(results), results.get("settings") or {}
     where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
@@ -311,33 +310,33 @@ def create_model_card(
 
     Args:
         config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
-            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is that of a
-            checkpoint that brings no code: this package loads it, and it is dense unless it says how to prune.
+            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is for a
+            checkpoint without code, which this package loads; it is dense unless it has a schedule or a temperature.
         name (`str`):
-            What the loading lines load, and the title: an id of the Hub, `user/model`, whose revision they pin, or the
+            The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins, or the
             name of a folder.
         metrics (*optional*):
             What was measured: the path of a results.json as [`~madtp_hf.evaluation.report`] writes it, its dictionary,
-            a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" has shares.
-            Of a dictionary's facts, the card takes `metric` (the column that counts), `dataset` (a name, or a
-            dictionary of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`,
-            `before_fine_tuning`, `dense_before_training`, `baseline`, `seconds`, `machine` and `source`.
+            a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" holds shares.
+            From the dictionary's facts, the card takes `metric` (the main column), `dataset` (a name, or a dictionary
+            of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`, `before_fine_tuning`,
+            `dense_before_training`, `default_budget`, `floor`, `seconds`, `machine` and `source`.
         base_model (`str`, *optional*):
-            What it was made from: an id of the Hub, or a folder, which is named in the text and not in the metadata.
+            What the checkpoint was made from: a Hub id, or a folder, which the text names but the metadata does not.
         license (`str`, *optional*):
-            As the Hub names it, `apache-2.0`.
+            As the Hub names it, such as `apache-2.0`.
         datasets (`str` or `list[str]`, *optional*):
-            Ids of data sets of the Hub; folders are left out.
+            Hub ids of data sets; folders are left out.
         notes (`str`, *optional*):
-            Markdown, which stands at the beginning.
+            Markdown to put at the beginning.
         plot (`str`, *optional*):
-            The file name of a picture that [`draw_budgets`] drew, beside the card.
+            The file name of a picture by [`draw_budgets`] beside the card.
 
     Returns:
-        `huggingface_hub.ModelCard`. Nothing in it is measured but what `metrics` says.
+        `huggingface_hub.ModelCard`. All measurements in it come from `metrics`.
 
     Raises:
-        ValueError: for a configuration of no task of BLIP, or metrics of another form.
+        ValueError: for a configuration of another model or task, or metrics of another form.
     """
     task, model_class = task_of(config)
     results = _read_metrics(metrics)
@@ -386,15 +385,15 @@ def _value(value) -> str:
 
 
 def draw_budgets(metrics, path) -> bool:
-    """Draw the metric against GFLOPs, a point a budget, to a PNG file.
+    """Plot the metric against GFLOPs, one point per budget, to a PNG file.
 
     Args:
         metrics: as [`create_model_card`] takes them.
         path (`str` or `Path`): the file to write.
 
     Returns:
-        `bool`: False where there is nothing to draw, fewer than two budgets with their GFLOPs, or where matplotlib is
-        not installed.
+        `bool`: False if nothing was drawn, because fewer than two budgets have their GFLOPs or matplotlib is not
+        installed.
 
     Raises:
         ValueError: for metrics of another form.
@@ -409,7 +408,7 @@ def draw_budgets(metrics, path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    # Without pyplot: no window, and nothing that the caller's own figures would notice.
+    # Without pyplot: no window, and no effect on the caller's own figures.
     figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -428,8 +427,10 @@ def draw_budgets(metrics, path) -> bool:
 
 
 def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> ModelCard:
-    """Create the card of the checkpoint in a folder and draw its plot to `picture`; without metrics, the folder's
-    results.json is used."""
+    """Create the card of the checkpoint in a folder, and draw its plot to `picture`.
+
+    If `metrics` is None, the folder's results.json is used, if there is one.
+    """
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
     config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)
@@ -443,16 +444,17 @@ def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> Model
 
 
 def write_model_card(folder, name=None, metrics=None, **facts) -> ModelCard:
-    """Write a saved checkpoint's README.md, and its budgets.png where there are budgets to draw.
+    """Write a saved checkpoint's README.md, and its budgets.png if there are budgets to plot.
 
     Args:
         folder (`str` or `Path`): the checkpoint's, with its config.json.
-        name (`str`, *optional*): as [`create_model_card`] takes it; the folder's own if not given.
-        metrics (*optional*): as [`create_model_card`] takes them; the folder's results.json if not given, where there
-        is one. **facts: the other arguments of [`create_model_card`].
+        name (`str`, *optional*): as [`create_model_card`] takes it; by default the folder's name.
+        metrics (*optional*): as [`create_model_card`] takes them; by default the folder's results.json, if there is
+            one.
+        **facts: the other arguments of [`create_model_card`].
 
     Returns:
-        `huggingface_hub.ModelCard`, as it was written.
+        `huggingface_hub.ModelCard`: the card that was written.
 
     Raises:
         ValueError: as [`create_model_card`].

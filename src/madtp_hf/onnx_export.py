@@ -1,6 +1,6 @@
-"""Export to ONNX: graphs that answer, and what runs them beside.
+"""Export models to ONNX graphs, with a runner beside them.
 
-Each task has a few graphs, cut where a server keeps something: an image's states for several questions, a feature for
+Each task has a few graphs, cut where a server reuses a result: an image's states for several questions, a feature for
 an index, keys and values for the next token. `onnx_runner.py`, which is written beside them, runs them without torch.
 """
 
@@ -25,15 +25,14 @@ from .modeling.sequences import Sequences
 from .version import __version__
 
 
-FORMAT = 1  # of onnx.json
-# The names of dimensions that vary.
+FORMAT = 1  # version of onnx.json
+# Names of the dynamic dimensions.
 BATCH, LENGTH, STEP, PAST, TOTAL, KEPT = "batch", "length", "step", "past", "past + step", "kept"
-TOLERANCE = 1e-3  # between a graph and the model, of numbers of the order of 1
+TOLERANCE = 1e-3  # between a graph's outputs and the model's, absolute and relative
 
 
 class Sizes(NamedTuple):
-    """How large an example is: texts and images, the length of texts, the decoder's new tokens and those that it has
-    read."""
+    """The sizes of an example: batch, text length, the decoder's new tokens, and the tokens already in its cache."""
 
     batch: int
     length: int
@@ -41,9 +40,9 @@ class Sizes(NamedTuple):
     past: int
 
 
-# All different, and none 1, so that no two dimensions are taken for one.
+# All different, and none 1, so that the exporter doesn't equate two dimensions.
 TRACED = Sizes(3, 7, 2, 5)
-# What graphs are compared with the model on: the first step and a later one, short texts and the longest.
+# Sizes at which graphs are compared with the model: the first step and a later one, short texts and the longest.
 COMPARED = (Sizes(1, 3, 1, 0), Sizes(2, 10**6, 2, 0), Sizes(2, 6, 1, 4))
 
 
@@ -51,8 +50,8 @@ COMPARED = (Sizes(1, 3, 1, 0), Sizes(2, 10**6, 2, 0), Sizes(2, 6, 1, 4))
 class Graph:
     """One graph to export.
 
-    run: what it computes, of a model and the inputs; inputs: the name of each -> an example and the names of its
-    dimensions that vary, `{index: name}`; outputs: their names.
+    run: computes the graph's outputs from a model and the inputs; inputs: from each name to an example and the names
+    of its dynamic dimensions, `{index: name}`; outputs: their names.
     """
 
     what: str
@@ -66,7 +65,7 @@ class Graph:
 
 
 class Part(nn.Module):
-    """A part of a model as the module of a graph."""
+    """A part of a model, as the module of a graph."""
 
     def __init__(self, model, run: Callable):
         super().__init__()
@@ -77,8 +76,10 @@ class Part(nn.Module):
 
 
 def _pad_texts(model, input_ids, attention_mask):
-    """Texts (B, L) padded so that they are longer than what any layer leaves: no shape then depends on which of the
-    two is the smaller, and a frozen model's output doesn't depend on padding."""
+    """Pad texts (B, L) to more tokens than any layer leaves, so that no shape depends on which of the two is smaller.
+
+    This doesn't change the output: a frozen model ignores padding.
+    """
     counts = model.config.token_counts() if model.is_pruning else None
     if counts is None:
         return input_ids, attention_mask
@@ -88,7 +89,7 @@ def _pad_texts(model, input_ids, attention_mask):
 
 
 def _layout(states: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
-    """Images' states (B, M, D) as an encoder takes them."""
+    """Return images' states (B, M, D) as the flat states and `Sequences` that an encoder takes."""
     return states.flatten(0, 1), Sequences.padded(*states.shape[:2], states.device)
 
 
@@ -105,12 +106,11 @@ def _encode_images_with_feature(model, pixel_values):
 
 
 def _for_decoder(model, encoded, masked: bool):
-    """What the decoder reads of an encoder's states: a mask, and keys and values of all its layers'
-    cross-attention."""
+    """Return what the decoder reads of an encoder: a mask, and all layers' cross-attention keys and values."""
     mask = real_tokens(encoded)
     cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
     keys_and_values = [tensor for layer in cache.cross_attention_cache.layers for tensor in (layer.keys, layer.values)]
-    # With pruning off, question answering's decoder reads padding as well, as transformers' BLIP does.
+    # With pruning off, question answering's decoder attends to padding as well, as transformers' BLIP does.
     return (mask if masked else torch.ones_like(mask)).long(), *keys_and_values
 
 
@@ -124,9 +124,12 @@ def _encode_questions(model, input_ids, attention_mask, image_states):
 
 
 def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_values):
-    """One step of the decoder: the logits (B, n, V) of n tokens behind p that were read before, and the keys and
-    values of all of them. These are taken and given as key, value, key, ...; behind what is taken, those of
-    cross-attention."""
+    """Run one step of the decoder: n new tokens after p cached ones.
+
+    Returns the logits (B, n, V) and the self-attention keys and values of all p + n tokens. Keys and values are taken
+    and returned as key, value, key, ...; `keys_and_values` holds those of self-attention, then those of
+    cross-attention.
+    """
     half = len(keys_and_values) // 2
     caches = []
     for tensors in (keys_and_values[:half], keys_and_values[half:]):
@@ -140,13 +143,13 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
     queries = torch.arange(step, device=input_ids.device) + (total - step)
     slots, queries_column = torch.arange(total, device=input_ids.device), queries.unsqueeze(1)
     mask = attention_mask.bool()[:, None, None, :] & (slots <= queries_column)
-    mask = mask | (slots == queries_column)  # at padding as well: attention to nothing would be no number
+    mask = mask | (slots == queries_column)  # for padding as well: a row without any key would give NaN
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0).index_select(1, queries)
     output = model.text_decoder(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=positions,
-        encoder_hidden_states=keys_and_values[half],  # asked whether there are some: keys and values are read
+        encoder_hidden_states=keys_and_values[half],  # only checked for presence: the cached keys and values are read
         encoder_attention_mask=encoder_attention_mask.bool()[:, None, None, :],
         use_cache=True,
         **{CACHE_ARGUMENT: cache},
@@ -192,17 +195,17 @@ def _texts(model, sizes: Sizes) -> dict:
     ids = torch.randint(4, config.vocab_size - 2, (sizes.batch, length))
     mask = torch.ones_like(ids)
     if sizes.batch > 1:
-        mask[0, 2:] = 0  # a short one
+        mask[0, 2:] = 0  # a short text
     if model.task == "clip":
         ids[torch.arange(sizes.batch), mask.sum(dim=1) - 1] = config.eos_token_id
     return {"input_ids": (ids, dims), "attention_mask": (mask, dims)}
 
 
 def _states(model, sizes: Sizes, *names: str) -> dict:
-    """Image states, as the vision encoder gives them: their number of tokens is fixed."""
+    """Return image states as the vision encoder outputs them; their number of tokens is fixed."""
     with torch.no_grad():
         states = _encode_images(model, _images(model, sizes)["pixel_values"][0])
-    # Tensors of their own, and not alike: the exporter takes inputs that are one tensor for one input.
+    # Distinct tensors with different values: the exporter merges inputs that share a tensor.
     return {name: (states.roll(index, dims=1), {0: BATCH}) for index, name in enumerate(names)}
 
 
@@ -212,12 +215,15 @@ def _cache_names(model, kind: str, what: str) -> list[str]:
 
 
 def _decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
-    """varies: whether the number of the encoder's states does."""
+    """Describe the decoder's graph.
+
+    varies: whether the number of the encoder's states is dynamic.
+    """
     config = model.config.text_config
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     ids = torch.randint(4, config.vocab_size - 2, (sizes.batch, sizes.step))
     mask = torch.ones(sizes.batch, sizes.past + sizes.step, dtype=torch.long)
-    mask[-1, 0] = 0  # padding in front
+    mask[-1, 0] = 0  # left padding
     states_mask = torch.ones(sizes.batch, num_states, dtype=torch.long)
     inputs = {
         "input_ids": (ids, {0: BATCH, 1: STEP}),
@@ -226,7 +232,7 @@ def _decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
     }
     cross_dims = {0: BATCH, 2: KEPT} if varies else {0: BATCH}
     for kind, number, dims in (("decoder", sizes.past, {0: BATCH, 2: PAST}), ("encoder", num_states, cross_dims)):
-        # Tensors of their own: the exporter takes inputs that are one tensor for one input.
+        # Distinct tensors: the exporter merges inputs that share a tensor.
         for name in _cache_names(model, kind, "past_key_values"):
             inputs[name] = (torch.randn(sizes.batch, heads, number, width), dims)
     outputs = ["logits", *_cache_names(model, "decoder", "present")]
@@ -316,14 +322,14 @@ _GRAPHS = {
 
 
 def _write_graph(model, name: str, graph: Graph, folder: Path) -> dict:
-    """Export one graph to `folder`; what onnx.json says of it."""
+    """Export one graph to `folder` and return its entry in onnx.json."""
     import onnx
 
-    # One argument, `*inputs`, which holds them all.
+    # `Part.forward` has one argument, `*inputs`, which holds them all.
     shapes = (tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for _, dims in graph.inputs.values()),)
     module = Part(model, graph.run).eval()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries about one another
+        warnings.simplefilter("ignore")  # libraries warn about each other
         program = torch.onnx.export(
             module,
             graph.examples,
@@ -336,7 +342,7 @@ def _write_graph(model, name: str, graph: Graph, folder: Path) -> dict:
     file = f"{name}.onnx"
     program.save(folder / file)
     written = onnx.load(folder / file, load_external_data=False).graph
-    names = {}  # the exporter's of dimensions, such as `s77` -> ours
+    names = {}  # the exporter's dimension names, such as `s77` -> ours
     for value in written.input:
         for index, called in graph.inputs[value.name][1].items():
             names[value.type.tensor_type.shape.dim[index].dim_param] = called
@@ -356,8 +362,7 @@ def _write_graph(model, name: str, graph: Graph, folder: Path) -> dict:
 
 
 def _compare(model, name: str, graph: Graph, folder: Path) -> None:
-    """Raise a `RuntimeError` unless a written graph gives what the model gives, on sizes that it was not
-    traced with."""
+    """Raise a `RuntimeError` unless a graph reproduces the model's outputs, at sizes that it was not traced with."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
@@ -377,7 +382,7 @@ def _compare(model, name: str, graph: Graph, folder: Path) -> None:
 
 
 def _check(model) -> None:
-    """Raise an error for a model that no graph can be made of."""
+    """Raise an error for a model that can't be exported."""
     if getattr(model, "task", None) not in _GRAPHS:
         raise TypeError(f"export_onnx got a {type(model).__name__}: expected one of madtp_hf's models.")
     if model.is_pruning and model.config.pruning_granularity != "frozen":
@@ -396,7 +401,7 @@ def _check(model) -> None:
 
 
 def _describe(model, graphs: dict[str, dict]) -> dict:
-    """What onnx.json says of a whole model."""
+    """Return the content of onnx.json."""
     config, text_config = model.config, model.config.text_config
     counts = config.token_counts() if model.is_pruning else None
     description = {
@@ -425,7 +430,7 @@ def _describe(model, graphs: dict[str, dict]) -> dict:
 
 @contextmanager
 def _as_traced(model):
-    """The model as graphs are traced of it: in evaluation, weights as they are; afterwards in its mode."""
+    """Prepare a model for tracing: evaluation mode, weights not prepacked; on exit restore its mode."""
     training = model.training
     model.eval().prepack_weights(False)
     try:
@@ -436,12 +441,13 @@ def _as_traced(model):
 
 
 def export_onnx(model, processor, out, *, force: bool = False) -> Path:
-    """Export a model as ONNX graphs that answer or caption, with its processor and a runner.
+    """Export a model to ONNX graphs, with its processor and a runner.
 
-    The folder gets the task's graphs, `onnx.json`, which says what each takes and gives, the files of tokenizer and
-    image processor, and `onnx_runner.py`, which answers with onnxruntime and without torch. Every graph is compared
-    with the model, on other sizes than it was traced with, and the folder appears only when it is complete. Batch,
-    lengths of texts and the decoder's past are free; how many tokens each layer leaves is fixed, as the model's are.
+    The folder gets the task's graphs, `onnx.json`, which describes their inputs and outputs, the tokenizer and image
+    processor files, and `onnx_runner.py`, which answers with onnxruntime and without torch. Every graph is compared
+    with the model, at sizes other than those it was traced with, and the folder appears only when it is complete.
+    Batch size, text lengths and the length of the decoder's past are dynamic. How many tokens each layer leaves is
+    fixed, as in the model.
 
     Args:
         model: One of this package's models, on a CPU in float32: with frozen token counts, or with pruning off.
@@ -455,9 +461,9 @@ def export_onnx(model, processor, out, *, force: bool = False) -> Path:
     Raises:
         ImportError: without onnx, onnxscript and onnxruntime.
         TypeError: for another model.
-        ValueError: for a model whose token counts aren't fixed, one elsewhere than on a CPU in float32, or a folder
-            that isn't empty.
-        RuntimeError: if a graph gives something else than the model.
+        ValueError: for a model whose token counts aren't fixed or that isn't on a CPU in float32, or a folder that
+            isn't empty.
+        RuntimeError: if a graph's outputs differ from the model's.
     """
     try:
         import onnx  # noqa: F401
@@ -470,7 +476,7 @@ def export_onnx(model, processor, out, *, force: bool = False) -> Path:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not force)):
         raise ValueError(f"{out} exists and is not an empty folder: choose another, or replace it with force.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside `out`, so that it takes its place in one step.
+    # Written beside `out`, so that renaming puts it in place in one step.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         made = Path(scratch, "made")
         made.mkdir()

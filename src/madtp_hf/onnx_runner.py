@@ -1,7 +1,7 @@
-"""Answers from the graphs that `madtp-hf export` writes, with onnxruntime.
+"""Run the ONNX graphs that `madtp-hf export` writes, with onnxruntime.
 
-This file stands alone, and lies beside the graphs: it needs numpy, onnxruntime, Pillow and transformers, whose
-processor it reads texts and images with; no torch and no madtp_hf.
+This file stands alone and lies beside the graphs. It needs numpy, onnxruntime, Pillow and transformers, whose
+processor preprocesses texts and images; it needs neither torch nor madtp_hf.
 
     from onnx_runner import OnnxModel
 
@@ -16,7 +16,7 @@ import numpy as np
 
 
 DESCRIPTION = "onnx.json"
-_CLASSES = {"clip": "CLIPProcessor"}  # of processors; BlipProcessor for all others
+_CLASSES = {"clip": "CLIPProcessor"}  # processor classes by task; BlipProcessor for all others
 
 
 def _as_list(value) -> list:
@@ -29,18 +29,18 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 class OnnxModel:
-    """Run the exported graphs of a model with onnxruntime: texts and images in, answers out.
+    """The ONNX graphs of a model with its processor: images and texts in, answers out.
 
     Args:
         folder (`str` or `os.PathLike`):
-            What `madtp-hf export` has written.
+            The folder that `madtp-hf export` has written.
         providers (`list[str]`, *optional*):
-            onnxruntime's, in order of preference; its CPU if not given.
+            onnxruntime's execution providers, in order of preference; by default its CPU provider.
         session_options (`onnxruntime.SessionOptions`, *optional*):
-            Of all graphs, such as their number of threads.
+            Options of all graphs, such as the number of threads.
 
     Raises:
-        FileNotFoundError: if the folder isn't one, or a graph is missing.
+        FileNotFoundError: if it isn't such a folder, or a graph is missing.
     """
 
     def __init__(self, folder, providers: list[str] | None = None, session_options=None):
@@ -68,22 +68,22 @@ class OnnxModel:
         }
 
     def __call__(self, images, texts=None, max_new_tokens: int | None = None):
-        """Answer, as the model's task does.
+        """Run the model's task on images and texts.
 
         Args:
-            images: An image, a PIL image or a path, or a list of them; for visual reasoning, a pair of images or a
-                list of pairs, the left one first.
+            images: A PIL image or a path, or a list of them; for visual reasoning, a pair of images or a list of
+                pairs, the left image first.
             texts (`str` or `list[str]`, *optional*):
-                A text or a list of them: a question or sentence for each image, or one for all; texts to compare every
-                image with; or, for captioning, the beginnings of captions.
+                A text or a list of them: a question or sentence for each image, or one for all; for retrieval and
+                CLIP, texts to compare with every image; for captioning, optional prompts that captions continue.
             max_new_tokens (`int`, *optional*):
-                How many tokens to write at most: 10 of an answer and 20 of a caption if not given.
+                The maximum number of tokens to generate; by default 10 for an answer and 20 for a caption.
 
         Returns:
-            Question answering and captioning: a list of strings. Visual reasoning: how likely each sentence is true,
-            (sentences,). Retrieval: `{"score", "similarity"}`, each (images, texts): how likely they match, and the
-            cosine of their features. CLIP: how well each text fits each image, (images, texts), adding up to 1 for an
-            image.
+            Question answering and captioning: a list of strings. Visual reasoning: the probability that each sentence
+            is true, (sentences,). Retrieval: `{"score", "similarity"}`, each (images, texts): the probability of a
+            match, and the cosine similarity of the features. CLIP: the probabilities of the texts for each image,
+            (images, texts); each row adds up to 1.
         """
         if self.task != "captioning" and texts is None:
             raise ValueError(
@@ -102,13 +102,13 @@ class OnnxModel:
         return self._caption(pixel_values, texts, max_new_tokens or 20)
 
     def run(self, graph: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one graph: its inputs and outputs by the names in `description["graphs"]`."""
+        """Run one graph; its inputs and outputs have the names in `description["graphs"]`."""
         session = self.sessions[graph]
         names = [node.name for node in session.get_outputs()]
         return dict(zip(names, session.run(names, inputs)))
 
     def read_images(self, images: list) -> np.ndarray:
-        """Images, or paths of them -> pixel_values (B, 3, H, W)."""
+        """Preprocess images, or paths of them, to pixel_values (B, 3, H, W)."""
         from PIL import Image, ImageOps
 
         opened = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
@@ -116,7 +116,7 @@ class OnnxModel:
         return self.processor.image_processor(upright, return_tensors="np")["pixel_values"].astype(np.float32)
 
     def read_texts(self, texts: list[str]) -> dict[str, np.ndarray]:
-        """Texts -> input_ids and attention_mask (B, L), padding behind."""
+        """Tokenize texts to input_ids and attention_mask (B, L), padded on the right."""
         read = self.processor.tokenizer(
             texts,
             padding=True,
@@ -152,7 +152,7 @@ class OnnxModel:
             (number, 1 + max(map(len, read))), self.description["decoder"]["pad_token_id"], dtype=np.int64
         )
         mask = np.zeros_like(prompt)
-        for row, words in enumerate(read):  # padding in front, so that all go on at the same place
+        for row, words in enumerate(read):  # left padding, so that all rows continue at the same position
             begin = prompt.shape[1] - 1 - len(words)
             prompt[row, begin:] = [self.description["decoder"]["start_token_id"], *words]
             mask[row, begin:] = 1
@@ -161,9 +161,10 @@ class OnnxModel:
     def generate(
         self, encoded: dict[str, np.ndarray], input_ids: np.ndarray, attention_mask: np.ndarray, max_new_tokens: int
     ) -> np.ndarray:
-        """Generate after input_ids (B, L) greedily, until all sequences have ended.
+        """Generate greedily from input_ids (B, L) until all rows have ended.
 
-        encoded: what the encoder in front of the decoder has given. Returns (B, L + written), padding behind the ends.
+        encoded: the outputs of the encoder graph in front of the decoder. Returns (B, L + generated), padded after the
+        end.
         """
         facts = self.description["decoder"]
         batch_size, layers = len(input_ids), range(facts["num_layers"])

@@ -1,4 +1,4 @@
-"""What original checkpoints hold, whatever the family: their files, their tensors, and what shapes tell."""
+"""Read files, tensors and sizes of original checkpoints, for BLIP and CLIP alike."""
 
 import math
 import re
@@ -10,28 +10,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-# What training keeps beside the model: momentum encoders, feature queues, index buffers, the contrastive and the
-# hand-stepped temperature. A text decoder is built with a map to the alignment tokens, too, and never uses it. CLIP's
-# files have three sizes among the weights.
+# Tensors that are not the model's: momentum encoders, feature queues, index buffers, the contrastive temperature and
+# the manually scheduled one; the text decoder's projection to the alignment tokens, which it never uses; and the
+# three sizes that CLIP's files hold among the weights.
 _TRAINING_ONLY = re.compile(
     r"(^|\.)position_ids$|^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.|_queue$"
     r"|^queue_ptr$|^ptr_queue$|^temperature$|^temp$|^text_decoder\.bert\.encoder\.txt_query_model\."
     r"|^(visual|transformer|token_embedding|positional_embedding|ln_final|text_projection|logit_scale)_m(\.|$)"
     r"|^(input_resolution|context_length|vocab_size)$"
 )
-HEAD_WIDTH = 64  # of all attention heads in BLIP and CLIP
+HEAD_WIDTH = 64  # in all attention layers of BLIP and CLIP
 
 
 def read_checkpoint(path) -> dict:
-    """What an original checkpoint's file holds: a `.safetensors` file, or a `.pth` one, read with `weights_only=True`.
+    """Read an original checkpoint from a `.safetensors` file, or from a `.pth` file with `weights_only=True`.
 
     Returns:
-        The state dict; or, where the file has it under `"model"`, a dictionary of that and what training has stored
-        beside it.
+        The state dict. If the file has it under `"model"`, a dict with that key and the training state next to it.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds anything but tensors and plain values, or no state dict.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged, holds more than tensors and plain values, or has no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +40,7 @@ def read_checkpoint(path) -> dict:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile or damaged pickle makes the unpickler raise whatever it likes
+    except Exception as error:  # a malicious or damaged pickle can raise any exception
         if "TorchScript" in str(error):
             raise ValueError(
                 f"{path} is a TorchScript archive, a program, as OpenAI publishes CLIP: expected weights alone. The"
@@ -51,8 +50,7 @@ def read_checkpoint(path) -> dict:
         known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
         if known and "weights_only" not in str(error):
             raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
-        # torch's own message says how to read it all the same, code and all: not what to do with a file that was just
-        # found to hold code.
+        # torch's own message explains how to load the file anyway, which would run the code that was just found in it.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{path} was refused: it is damaged, or holds more than tensors and plain"
@@ -64,7 +62,7 @@ def read_checkpoint(path) -> dict:
 
 
 def own_tensors(content, source) -> dict[str, torch.Tensor]:
-    """The model's own tensors in a checkpoint, under their original names."""
+    """Return the model's own tensors in a checkpoint by their original names; `source` names it in errors."""
     named = content.get("model", content) if isinstance(content, dict) else {}
     tensors = {
         name: tensor
@@ -77,7 +75,7 @@ def own_tensors(content, source) -> dict[str, torch.Tensor]:
 
 
 def shape_of(state_dict: dict[str, torch.Tensor], name: str, *axes: str) -> tuple[int, ...]:
-    """The shape of a tensor that the configuration is read from; `axes` say what it is to have."""
+    """Return a tensor's shape; raise a `ValueError` unless it has the dimensions that `axes` name."""
     shape = tuple(state_dict[name].shape)
     if len(shape) != len(axes) or 0 in shape:
         raise ValueError(f"The checkpoint's {name} has shape {shape}: expected ({', '.join(axes)}).")
@@ -89,9 +87,9 @@ def count_layers(state_dict, pattern) -> int:
 
 
 def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: str) -> tuple[int, int, int]:
-    """The vision tower's width, the size of a patch in pixels, and the patches along an image's side.
+    """Return the vision tower's width, the patch size in pixels, and the number of patches along an image's side.
 
-    kernel, positions: the names of the patches' convolution and of the position embeddings (..., 1 + patches, D).
+    kernel, positions: the names of the patch convolution's weight and the position embeddings (..., 1 + patches, D).
     """
     width, _, patch_size, _ = shape_of(state_dict, kernel, "width", "3", "patch size", "patch size")
     axes = ("1 + patches", "width") if state_dict[positions].ndim == 2 else ("1", "1 + patches", "width")
@@ -108,8 +106,10 @@ def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: st
 def resize_positions(
     state_dict: dict[str, torch.Tensor], kernel: str, positions: str, image_size: int
 ) -> torch.Tensor:
-    """Position embeddings (..., 1 + patches, D) for images of another size, bicubic as in BLIP; the class token's
-    stays."""
+    """Interpolate position embeddings (..., 1 + patches, D) to another image size, bicubic as in BLIP.
+
+    The class token's embedding is unchanged.
+    """
     _, patch_size, grid = read_patches(state_dict, kernel, positions)
     if not isinstance(image_size, int) or image_size <= 0 or image_size % patch_size:
         raise ValueError(

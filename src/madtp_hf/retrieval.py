@@ -1,4 +1,4 @@
-"""Image-text retrieval: all images against all captions, by features (CLIP) or in two stages (BLIP)."""
+"""Image-text retrieval: score all images against all captions, by features (CLIP) or in two stages (BLIP)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,15 @@ from .metrics import load_metric
 from .modeling.retrieval_loss import is_distributed, process_rank
 
 
-NOT_LISTED = -100.0  # the score of a pair that is on no shortlist: below every other
+NOT_LISTED = -100.0  # the score of a pair outside the shortlists, below every other score
 
 
 @torch.no_grad()
 def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Encode batches of pixel_values (B, 3, H, W) -> features (I, E) and the states (L, D) of each of the I images,
-    without padding."""
+    """Encode batches of pixel_values (B, 3, H, W).
+
+    Returns features (I, E) and, for each of the I images, the states (L, D) of its tokens without padding.
+    """
     features, states = [], []
     for pixel_values in pixel_batches:
         images = model._encode_images(pixel_values.to(model.device))
@@ -30,27 +32,30 @@ def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor
 def score_images_and_texts(
     model, pixel_batches, input_ids, attention_mask, k: int = 128, batch_size: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score every image with its k most similar texts and every text with its k most similar images, as BLIP evaluates
-    retrieval.
+    """Score images against texts in two stages, as BLIP evaluates retrieval.
 
-    A score is the matching head's logit and the similarity, added. With several processes each scores its share; all
-    get the whole.
+    Every image is matched with its k most similar texts, and every text with its k most similar images. A score is the
+    matching head's logit plus the cosine similarity. With several processes, each scores its share and all get the
+    whole result.
 
     Args:
         model (`MadtpBlipForImageTextRetrieval`):
-            The model, with pruning as it is.
+            The model; its current pruning applies.
         pixel_batches (`Iterable[torch.Tensor]`):
             The images, in batches of pixel_values `(B, 3, height, width)`.
         input_ids, attention_mask (`torch.LongTensor` of shape `(num_texts, length)`):
             The texts.
         k (`int`, *optional*, defaults to 128):
-            The length of a shortlist; BLIP's is 256 for COCO, 128 for Flickr30k.
+            The length of a shortlist; BLIP uses 256 for COCO and 128 for Flickr30k.
         batch_size (`int`, *optional*, defaults to 256):
             How many pairs to match at a time.
 
     Returns:
         Two float tensors on the CPU, image_to_text `(num_images, num_texts)` and text_to_image `(num_texts,
-        num_images)`; -100 off the shortlist.
+        num_images)`; -100 for pairs outside the shortlists.
+
+    Raises:
+        ValueError: if k is below 1.
     """
     if k < 1:
         raise ValueError(f"k={k}: expected the length of a shortlist, at least 1.")
@@ -62,15 +67,15 @@ def score_images_and_texts(
             for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size))
         ]
     )
-    similarity = image_features.float() @ text_features.float().T  # in bfloat16, many would be equal
+    similarity = image_features.float() @ text_features.float().T  # in bfloat16, many similarities would tie
     rank, processes = process_rank(), torch.distributed.get_world_size() if is_distributed() else 1
 
     def rescore(similarity, of_images: bool):
-        """similarity (queries, candidates) -> scores of the same shape."""
+        """Match each query with its shortlist: similarity (queries, candidates) -> scores of the same shape."""
         scores = torch.full_like(similarity, NOT_LISTED)
         listed = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
         queries = torch.arange(len(similarity), device=listed.device).unsqueeze(1).expand_as(listed)
-        # Pairs of like cost together, for a batch is padded to its longest image.
+        # Sort pairs by image length, because a batch is padded to its longest image.
         pairs = torch.stack([queries.flatten(), listed.flatten()])[:, rank::processes]
         images = pairs[0] if of_images else pairs[1]
         lengths = torch.tensor([len(tokens) for tokens in states], device=images.device)
@@ -99,7 +104,7 @@ def score_by_features(
 
     Args:
         model (`MadtpClipModel` or `CLIPModel`):
-            The model, with pruning as it is.
+            The model; its current pruning applies.
         pixel_batches (`Iterable[torch.Tensor]`):
             The images, in batches of pixel_values `(B, 3, height, width)`.
         input_ids, attention_mask (`torch.LongTensor` of shape `(num_texts, length)`):
@@ -122,16 +127,16 @@ def score_by_features(
 
 
 class CaptionedImages:
-    """Images and all their captions, for retrieval in both directions.
+    """Images and all of their captions, encoded for retrieval in both directions.
 
     Args:
         rows (`datasets.Dataset`): with the columns `image` and `captions`, a list of strings.
-        processor: of images and texts, the model's.
-        max_length (`int`, *optional*): cut captions to so many tokens.
-        batch_size (`int`, *optional*, defaults to 64): of the images.
+        processor: the model's processor, of images and texts.
+        max_length (`int`, *optional*): truncate captions to this many tokens.
+        batch_size (`int`, *optional*, defaults to 64): images per batch.
 
-    Attributes: `texts`, all captions; `input_ids` and `attention_mask`, the same, encoded; `pixel_batches`, the
-    images.
+    Attributes: `texts`, all captions; `input_ids` and `attention_mask`, the tokenized captions; `pixel_batches`, the
+    preprocessed images.
     """
 
     def __init__(self, rows, processor, max_length: int | None = None, batch_size: int = 64):
@@ -156,21 +161,23 @@ class CaptionedImages:
         return len(self._own)
 
     def recalls(self, image_to_text: torch.Tensor, text_to_image: torch.Tensor) -> dict[str, float]:
-        """Recall at 1, 5 and 10 both ways and their mean, `"mean %"`, from scores (images, texts), (texts, images)."""
+        """Compute recall at 1, 5 and 10 in both directions, and their mean `"mean %"`.
+
+        image_to_text: scores (images, texts); text_to_image: scores (texts, images).
+        """
         recalls = load_metric("retrieval_recall").compute(
             predictions=image_to_text.numpy(), references=self._own, text_to_image=text_to_image.numpy()
         )
         return {f"{name.replace('_recall', '')} %": value for name, value in recalls.items()}
 
     def by_chance(self) -> dict[str, float]:
-        """`recalls` of random scores."""
+        """Return the `recalls` of random scores."""
         chance = torch.rand(len(self._own), len(self.texts), generator=torch.Generator().manual_seed(0))
         return self.recalls(chance, chance.T)
 
 
 def retrieval_rows(results: list[tuple]) -> list[dict]:
-    """Make the rows of a results table from (`BudgetResult`, recalls, seconds of scoring) of each budget, the dense
-    first."""
+    """Build a results table's rows from each budget's (`BudgetResult`, recalls, seconds of scoring), dense first."""
     costs, recalls, seconds = zip(*results)
     shown = ("image_to_text@1 %", "text_to_image@1 %", "mean %")
     return budget_rows(costs, [{name: found[name] for name in shown} for found in recalls], seconds)

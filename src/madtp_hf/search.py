@@ -1,8 +1,8 @@
-"""Search images by words or by an image: an index of their embeddings on disk, and queries of it.
+"""Search images by words or by an image: an on-disk index of image embeddings, and queries of it.
 
-An index is a folder of three files. `index.json` says what made it and which two files hold the vectors (FAISS, inner
-product) and the images' names (Parquet, a row a vector). It is replaced in one step, last, so the folder holds a whole
-index at any time.
+An index is a folder of three files. `index.json` says how the index was made and names the other two: the vectors
+(FAISS, inner product) and the images' names (Parquet, one row per vector). `index.json` is replaced last and in one
+step, so the folder holds a complete index at any time.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ _HINT = "Search again with the index's model, embed all images anew (--force, fo
 class ImageIndex:
     """An index of image embeddings.
 
-    vectors (`faiss.Index`): of row i the embedding of the image `names[i]`, a path relative to `info["root"]`. info
-    (`dict`): what `index.json` says: `model`, `revision`, `weights` (a fingerprint), `dtype`, `reduction`, ..., and
-    `unreadable`, from names to reasons. embedded, kept, removed: how many images the run that made it embedded, took
-    over and dropped.
+    vectors (`faiss.Index`): row i is the embedding of the image `names[i]`, a path relative to `info["root"]`. info
+    (`dict`): the content of `index.json`: `model`, `revision`, `weights` (a fingerprint), `dtype`, `reduction`, ...,
+    and `unreadable`, from names to reasons. embedded, kept, removed: how many images the run that made the index
+    embedded, reused and dropped.
     """
 
     vectors: object
@@ -46,7 +46,7 @@ class ImageIndex:
     embedded: int = 0
     kept: int = 0
     removed: int = 0
-    _models: dict = field(default_factory=dict, repr=False)  # of the index's own, under None, and of those checked
+    _models: dict = field(default_factory=dict, repr=False)  # by id: of models checked; id(None): the index's own
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,34 +69,38 @@ def index_images(
     show_progress_bar: bool | None = None,
     save_interval: float = 300.0,
 ) -> ImageIndex:
-    """Embed images into an index on disk, or update it: only images that are new or have changed, by size and time,
-    are embedded.
+    """Embed images into an on-disk index, or update an index: embed only images that are new or have changed.
+
+    An image has changed if its size or modification time differs. Images that are gone are dropped from the index.
 
     Args:
         model, processor:
             As `encode_images` takes them, or `load_model` returns them.
         images (`str`, `Path` or `list`):
-            A folder, searched with those in it for files with an image's suffix; a text file with a path a line, from
-            its own folder; or a list of paths. Images that can't be read are left out and listed, with the reason, in
+            A folder, searched recursively for files with an image suffix; a text file with one path per line, relative
+            to its folder; or a list of paths. Images that can't be read are left out and listed, with the reason, in
             `info["unreadable"]`.
         folder (`str` or `Path`):
             The index's folder: a new or empty one, or an index of the same model.
         kind (`str`, *optional*, defaults to `"flat"`):
-            `"flat"` compares a query with every image; of more than a million, `"hnsw"` (a graph) and `"ivf"`
-            (clusters) find nearly the same, faster.
+            `"flat"` compares a query with every image. For more than a million images, `"hnsw"` (a graph) and `"ivf"`
+            (clusters) are faster and find nearly the same images.
         reduction (`float`, *optional*):
-            The calibrated share of FLOPs to save; by default the model prunes as it is set. Queries will do the same.
+            The calibrated share of FLOPs to save; by default the model's current pruning applies. Queries prune alike.
         batch_size, num_workers, show_progress_bar:
-            As `encode_images`'.
+            As for `encode_images`.
         force (`bool`, *optional*, defaults to `False`):
-            Embed all images anew, whatever the index is of.
+            Embed all images again, whatever the folder's index holds.
         save_interval (`float`, *optional*, defaults to 300):
-            Seconds between saves. What was embedded is saved too if the run is interrupted, and the next goes on from
+            Seconds between saves. An interrupted run also saves what it has embedded, and the next run continues from
             there.
 
+    Returns:
+        `ImageIndex`: the index, as written.
+
     Raises:
-        ValueError: if there is no image, if the index is of another model or of other images, or the folder holds
-        something else.
+        ValueError: if there is no image, if the index is of another model or of other images, or if the folder holds
+            something else.
     """
     _faiss()
     if kind not in KINDS:
@@ -135,10 +139,11 @@ def index_images(
 
 
 def load_index(folder) -> ImageIndex:
-    """Load an index that [`index_images`] has written.
+    """Load an index that `index_images` has written.
 
     Raises:
-        FileNotFoundError: if the folder holds none. ValueError: if it is damaged.
+        FileNotFoundError: if the folder holds no index.
+        ValueError: if the index is damaged.
     """
     faiss, folder = _faiss(), Path(folder).expanduser()
     if not (folder / _DESCRIPTION).is_file():
@@ -164,25 +169,24 @@ def search(
 
     Args:
         index (`ImageIndex`, `str` or `Path`):
-            The index or its folder. For several queries load it once: it keeps its model.
+            The index or its folder. For several queries, load it once: it keeps its model loaded.
         query (`str`, `Path`, `PIL.Image.Image` or `list` of them):
-            A text; or an image, as a `Path` or opened. A list is several queries.
+            A text, or an image as a `Path` or a PIL image. A list holds several queries.
         top_k (`int`, *optional*, defaults to 10):
             How many images to find.
         rerank (`bool` or `int`, *optional*):
-            Of how many of the nearest images to score the match with the text by BLIP's matching head, and to order
-            these by matching logit and similarity, added, as BLIP evaluates retrieval. `True` is `top_k`, `False` or 0
-            none. By default `top_k` for a text where the model has such a head.
+            How many of the nearest images to re-rank with BLIP's matching head, by matching logit plus similarity, as
+            BLIP evaluates retrieval. `True` means `top_k`; `False` or 0 means none. By default `top_k` for a text
+            query if the model has a matching head, else none.
         model, processor (*optional*):
-            The index's model, if it is loaded already; by default `search` loads it.
+            The index's model and processor, if they are loaded already; by default `search` loads them.
 
     Returns:
-        A list of `{"path", "score", "similarity", "matching"}`, the best first: the score that they are ordered by,
-        the cosine similarity, and the matching logit, `None` where there is none. For a list of queries, a list of
-        such lists.
+        A list of `{"path", "score", "similarity", "matching"}`, best first: the score that orders them, the cosine
+        similarity, and the matching logit or `None`. A list of queries gives a list of such lists.
 
     Raises:
-        ValueError: for a model other than the index's, an image that can't be read, an empty query.
+        ValueError: for a model other than the index's, an image that can't be read, or an empty query.
     """
     if not isinstance(index, ImageIndex):
         index = load_index(index)
@@ -216,13 +220,13 @@ def _nearest(index: ImageIndex, embedding: np.ndarray, count: int) -> list[dict]
     return [
         {"path": index.path(row), "score": similarity, "similarity": similarity, "matching": None}
         for similarity, row in zip(similarities[0].tolist(), rows[0].tolist())
-        if row >= 0  # of clusters that hold too few, the rest is -1
+        if row >= 0  # FAISS fills up with -1 if the probed clusters hold too few vectors
     ]
 
 
 @torch.inference_mode()
 def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 32) -> list[dict]:
-    """The same images by matching logit and similarity; those that can't be read any more last."""
+    """Order images by matching logit plus similarity; images that can no longer be read come last."""
     readable, images = [], []
     for one in found:
         try:
@@ -243,7 +247,7 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
 
 
 def _model_of(index: ImageIndex, model, processor):
-    """The index's model and processor, loaded if not given; a `ValueError` for another model."""
+    """Return the index's model and processor, loaded if not given; raise a `ValueError` for another model."""
     if (model is None) != (processor is None):
         raise ValueError("model and processor go together: expected both, or neither.")
     if id(model) not in index._models:
@@ -253,20 +257,20 @@ def _model_of(index: ImageIndex, model, processor):
             model, processor = load_model(info["model"], info["revision"], info["dtype"])
             model.prepack_for_inference()
         with restored(model):
-            # The index says how to prune; whether that can be done alike depends on the weights alone.
+            # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
             temperature = index.info["pruning_temperature"]
             model.set_pruning(temperature=temperature, factor=index.info["pruning_threshold_factor"])
             _check_same_model(index.info, _describe(model))
-        index._models[id(given)] = model, processor  # kept, so that its id is not another's
+        index._models[id(given)] = model, processor  # kept alive, so that its id isn't reused
         index._models[id(model)] = model, processor
     return index._models[id(model)]
 
 
-# What made an index
+# What an index depends on
 
 
 def _describe(model) -> dict:
-    """What a model's embeddings depend on: its name, Hub revision, weights and pruning."""
+    """Describe what a model's embeddings depend on: its name, Hub revision, weights and pruning."""
     config, host, alignment = model.config, hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         digest = alignment if name.startswith("alignment.") else host
@@ -276,7 +280,7 @@ def _describe(model) -> dict:
         "model": config.name_or_path or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "weights": host.hexdigest(),
-        # A dense model's alignment tokens are random, and not looked at while pruning is off.
+        # With pruning off, alignment tokens have no effect, and those of a dense model are random.
         "alignment": alignment.hexdigest() if model.is_pruning else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "pruning_temperature": config.pruning_temperature,
@@ -285,7 +289,7 @@ def _describe(model) -> dict:
 
 
 def _check_same_model(theirs: dict, ours: dict) -> None:
-    """Raise a `ValueError` that names both models, unless embeddings by one compare with those by the other."""
+    """Raise a `ValueError` that names both models, unless their embeddings can be compared."""
 
     def shown(info):
         revision = f" at {info['revision'][:8]}" if info["revision"] else ""
@@ -309,7 +313,7 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
 
 
 def _find_images(images) -> tuple[str, list[str]]:
-    """The folder that names start from, and the names, each once."""
+    """Return the root folder and the images' names relative to it, without duplicates."""
     if isinstance(images, (str, os.PathLike)):
         path = Path(images).expanduser()
         if path.is_dir():
@@ -338,7 +342,7 @@ def _walk(folder: Path):
 
 
 class _Table:
-    """The images to index: their names, sizes and times, and their embeddings as far as they are done."""
+    """The images to index: their names, sizes and modification times, and the embeddings computed so far."""
 
     def __init__(self, root: str, names: list[str], size: int):
         self.root, self.names = root, names
@@ -348,7 +352,7 @@ class _Table:
         for row in range(len(names)):
             try:
                 status = os.stat(self.path(row))
-            except OSError:  # it is tried to be read later, and the reason kept
+            except OSError:  # reading it later gives the reason
                 continue
             self.sizes[row], self.times[row] = status.st_size, status.st_mtime_ns
 
@@ -362,7 +366,7 @@ class _Table:
 
 
 def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str]:
-    """Copy what the index in `folder`, if there is one, has of images that are as they were; the names that it has."""
+    """Copy the embeddings of unchanged images from the index in `folder`, if any; return the names in that index."""
     if not (folder / _DESCRIPTION).is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is no index and not empty: choose another name for the index.")
@@ -398,7 +402,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
 
 
 def _write(table: _Table, folder: Path, info: dict) -> ImageIndex:
-    """Write what is done as an index, in place of the one that is there."""
+    """Write the embeddings computed so far as an index that replaces the one in `folder`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -421,21 +425,21 @@ def _write(table: _Table, folder: Path, info: dict) -> ImageIndex:
             path.unlink()
         raise
     for pattern in ("vectors-*.faiss", "images-*.parquet"):
-        for path in folder.glob(pattern):  # of the index before, or of a run that was killed
+        for path in folder.glob(pattern):  # left by the previous index or a killed run
             if path.name not in files.values():
                 path.unlink(missing_ok=True)
     return ImageIndex(vectors, names, info)
 
 
 def _make_vectors(vectors: np.ndarray, kind: str):
-    """vectors (N, E) -> a FAISS index of them by inner product."""
+    """Build a FAISS index of vectors (N, E) by inner product."""
     faiss = _faiss()
     size, metric = vectors.shape[1], faiss.METRIC_INNER_PRODUCT
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(size, 32, metric)
         index.hnsw.efConstruction, index.hnsw.efSearch = 200, 128
     elif kind == "ivf":
-        # FAISS wants 39 vectors a cluster to learn it from.
+        # FAISS asks for at least 39 training vectors per cluster.
         clusters = max(1, min(int(4 * len(vectors) ** 0.5), len(vectors) // 39))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, clusters, metric)
         index.nprobe = max(8, clusters // 16)

@@ -1,4 +1,4 @@
-"""Publishing a Space: the page of `app.py`, which shows what a pruned checkpoint drops, on the Hub."""
+"""Publish a Space on the Hub: the page of `app.py`, which shows what a pruned checkpoint drops."""
 
 import importlib.metadata
 import io
@@ -18,7 +18,7 @@ from .version import __version__
 
 
 PACKAGE = Path(__file__).parent
-SDK_VERSION = "6.31.0"  # of gradio, which the Space runs on: the one that the page is tested with
+SDK_VERSION = "6.31.0"  # the gradio version that the Space runs, and that the page is tested with
 _OWN_FOLDERS = ("examples", "madtp_hf", "model")
 _APP = '''"""What a pruned model drops: ask it, move the reduction. Made by madtp_hf {version}."""
 
@@ -45,7 +45,7 @@ against the dense model: MADTP token pruning ([paper](https://arxiv.org/abs/2403
 
 
 def check_space(model, revision: str | None = None, token: str | None = None) -> None:
-    """Raise an error for a checkpoint, a folder or Hub id, that the page can't show or that misses a file."""
+    """Raise an error for a checkpoint (a folder or Hub id) that the page can't show or that lacks a file."""
     if Path(model).is_dir():
         find_checkpoint_files(model)
     config = AutoConfig.from_pretrained(model, revision=revision, token=token, trust_remote_code=False)
@@ -59,7 +59,7 @@ def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that holds something else.
+        ValueError: if the file holds something else.
     """
     path = Path(path)
     try:
@@ -83,7 +83,7 @@ def _check_pairs(pairs, where: str) -> None:
 
 
 def _requirements(requirement: str | None) -> str:
-    """What the Space installs besides gradio, which its header names."""
+    """Return what the Space installs besides gradio, which the header of its README names."""
     if requirement is not None:
         return f"{requirement}\n"
     needed = [name for name in importlib.metadata.requires("madtp_hf") or () if "extra ==" not in name]
@@ -93,7 +93,7 @@ def _requirements(requirement: str | None) -> str:
 def make_space(
     model, examples=(), title: str | None = None, revision: str | None = None, requirement: str | None = None
 ) -> dict[str, Path | bytes]:
-    """The files of a Space, name -> path or content; see [`push_space`] for the arguments."""
+    """Build the files of a Space, name -> path or content; see [`push_space`] for the arguments."""
     is_folder = Path(model).is_dir()
     name = Path(model).resolve().name if is_folder else str(model)
     title = title or f"What {name.rpartition('/')[2]} drops"
@@ -150,30 +150,31 @@ def push_space(
     commit_message: str | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Publish a Space that shows what a pruned checkpoint drops, with all that it needs, in one commit.
+    """Publish a Space that shows what a pruned checkpoint drops, with all files that it needs, in one commit.
 
     Args:
         model: A checkpoint for question answering or captioning, with a calibrated schedule: a Hub id, which the Space
-        loads when it starts, or
-            a saved folder, whose files go into the Space.
+            loads when it starts, or a saved folder, whose files go into the Space.
         repo_id: The Space's name, `"name"`, for the token's own user, or `"namespace/name"`.
-        examples: Pairs of an image (a PIL image, array or path) and a question to begin with; of captioning, any
-        string. title: What the Space is called; made of the model's name if not given. model_revision: The branch, tag
-        or commit of a Hub id to load; pin one for a model of someone else. requirement: What pip installs to have this
-        package, such as `"madtp_hf[app]==0.1.0"`. Not given, the Space has a copy of the package
-            that is running.
-        token: One with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
+        examples: Pairs of an image (a PIL image, array or path) and a question (for captioning, any string) to offer.
+        title: The Space's title; by default made from the model's name.
+        model_revision: The branch, tag or commit of a Hub id to load; pin one for someone else's model.
+        requirement: What pip installs to get this package, such as `"madtp_hf[app]==0.1.0"`. By default the Space gets
+            a copy of the running package.
+        token: A token with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
         private: Whether a new Space is private.
-        dry_run: Print what would go up, and touch nothing. It needs no token, and doesn't look at a model on the Hub.
+        commit_message: The commit's message.
+        dry_run: Print what would be uploaded, and change nothing. This needs no token, and doesn't check a model on
+            the Hub.
 
     Returns:
         The Space's address.
 
     Raises:
-        ValueError: for a checkpoint that the page can't show, a name that can't be, or examples that are no pairs.
+        ValueError: for a checkpoint that the page can't show, an invalid name, or examples that aren't pairs.
         FileNotFoundError: if a file of the checkpoint is missing.
-        PermissionError: without a token, or for one that may not write there.
-        ConnectionError: if the hub can't be reached.
+        PermissionError: without a token, or with one that lacks write access.
+        ConnectionError: if the Hub can't be reached.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"push_space got a {type(model).__name__} as model: expected a Hub id or a saved folder.")
@@ -197,7 +198,7 @@ def push_space(
 
 
 def _describe(files: dict[str, Path | bytes], url: str, private: bool) -> str:
-    """What would go up, as a person reads it."""
+    """Describe for a person what would be uploaded."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     package = [name for name in files if name.startswith("madtp_hf/")]
     shown = sorted(set(files) - set(package))

@@ -1,4 +1,4 @@
-"""Evaluate a model's task metric at each budget: predictions, score and cost on rows of data."""
+"""Evaluate a model with its task's metric at each budget: predictions, scores and cost on rows of data."""
 
 import itertools
 import time
@@ -16,26 +16,26 @@ from .tasks import TASKS
 
 
 ANSWER_TOKENS, CAPTION_TOKENS, CAPTION_BEAMS = 10, 20, 3
-CAPTION_METRICS = ("bleu", "cider", "rouge")  # what needs no Java
+CAPTION_METRICS = ("bleu", "cider", "rouge")  # those that need no Java
 SHORTLIST = 128
 
 
 def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_size: int = 16) -> list[dict]:
-    """Evaluate a model at several reductions of FLOPs with its task's metric.
+    """Evaluate a model with its task's metric at several FLOPs reductions.
 
     Args:
         model: One of this package's models, calibrated unless `reductions` is `[0]`.
         processor: Its processor.
-        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` gives them, with what the metric compares with.
+        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` returns them, with the targets that the metric needs.
         reductions (`list[float]`, *optional*): By default 0 and those of the model's schedule.
-        batch_size (`int`, *optional*, defaults to 16): Samples at a time.
+        batch_size (`int`, *optional*, defaults to 16): Samples per batch.
 
     Returns:
-        `list[dict]`: a row for each budget: `reduction asked`, `reached`, the metric's scores (shares where the name
-        ends in "%"), `GFLOPs` of a sample and `time / dense`.
+        `list[dict]`: one row per budget: `reduction asked`, `reached`, the metric's scores (shares where the name ends
+        in "%"), `GFLOPs` of a sample and `time / dense`.
 
     Raises:
-        ValueError: if a row has nothing to compare with, or a reduction is not in the schedule.
+        ValueError: if a row has no target, or a reduction is not in the schedule.
     """
     task = TASKS[model.task]
     for row in rows:
@@ -46,7 +46,7 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
             )
     if reductions is None:
         reductions = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]
-    for reduction in reductions:  # before minutes of prediction
+    for reduction in reductions:  # fail before minutes of prediction
         model.config.threshold_for(reduction)
     return budget_rows(*zip(*_EVALUATE[task.metric](model, processor, rows, list(reductions), batch_size)))
 
@@ -58,7 +58,7 @@ def _evaluate_predictions(model, batches, reductions, predict: Callable, score: 
 
 def _answers(model, processor, rows, reductions, batch_size):
     metric = load_metric(TASKS[model.task].metric)
-    # Of one true answer, all ten annotators are taken to have given it.
+    # VQA accuracy expects the answers of ten annotators: up to three true answers are repeated to make ten.
     references = [list(row.get("answers") or [row["answer"]]) for row in rows]
     references = [answers if len(answers) > 3 else (answers * 10)[:10] for answers in references]
 
@@ -111,7 +111,7 @@ def _captions(model, processor, rows, reductions, batch_size):
 
 @torch.no_grad()
 def _retrieval(model, processor, rows, reductions, batch_size):
-    """Score all images against all captions; the cost of a sample is that of one image and one caption."""
+    """Score all images against all captions; a sample's cost is that of one image and one of its captions."""
     metric, collator = load_metric(TASKS[model.task].metric), make_collator(model, processor)
     texts = [caption for row in rows for caption in row["captions"]]
     starts = itertools.accumulate((len(row["captions"]) for row in rows), initial=0)

@@ -1,4 +1,4 @@
-"""The tasks: everything that is true of one task alone. To add a task, add an entry to `TASKS`."""
+"""The registry of tasks, with everything specific to one task. To add a task, add an entry to `_ENTRIES`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,21 +21,22 @@ from .modeling.modeling_madtp_clip import MadtpClipModel
 
 @dataclass(frozen=True)
 class Task:
-    """The properties of one task."""
+    """Everything specific to one task: model, data, checkpoints and model card."""
 
     name: str
     # The model.
     model_class: type
     flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, prunes) -> (B,), see `flop_formulas`
-    # The data: the metric's folder in `metrics/`, and the column of a results table that counts, with its title.
+    # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
     collator: type
     metric: str
     headline: str
     headline_title: str
-    # Checkpoints: what loads one, and the parts of an original BLIP checkpoint besides the vision tower.
+    # Checkpoints: the auto class that loads one, and the parts of an original checkpoint besides BLIP's vision tower.
     auto_class: str
     original_parts: tuple[str, ...]
-    # The model card: how to ask the model, with {text} in place of a text; a text; what the baseline knows.
+    # The model card: example code with {text} as placeholder, a text for it, and the kind of language-only or chance
+    # baseline.
     title: str
     what: str
     usage: str
@@ -45,19 +46,17 @@ class Task:
     tags: tuple[str, ...] = ()
 
     family: str = "BLIP"
-    num_images: int = 1  # of a sample
-    image_columns: tuple[str, ...] = ("image",)  # of a row of data, as the collator takes it
-    text_column: str | None = None  # the row's text; None where the model reads none
-    target_columns: tuple[str, ...] = ()  # what the metric compares predictions with: one of these
-    text_encoder: str | None = "text_encoder"  # the model's attribute; None without one
-    decoder_inputs: str | None = (
-        None  # the argument of `forward` where the decoder's start token goes; None without one
-    )
-    pipeline_call: str | None = None  # of the pipeline that checkpoints bring, with {text} in place of a text
+    num_images: int = 1  # per sample
+    image_columns: tuple[str, ...] = ("image",)  # columns of the data set, as the collator takes them
+    text_column: str | None = None  # the text's column; None if the model takes no text
+    target_columns: tuple[str, ...] = ()  # columns with the metric's references, of which a data set has one
+    text_encoder: str | None = "text_encoder"  # the model's attribute; None without a text encoder
+    decoder_inputs: str | None = None  # the `forward` argument for the decoder's start token; None without a decoder
+    pipeline_call: str | None = None  # a call of the checkpoints' pipeline, with {text} as placeholder
 
     @property
     def pipeline(self) -> str | None:
-        """The name by which `transformers.pipeline` knows the pipeline that checkpoints bring; None without one."""
+        """The task name that `transformers.pipeline` takes for the checkpoints' pipeline; None without one."""
         return self.model_class._task_pipeline and self.model_class._task_pipeline[0]
 
 
@@ -189,25 +188,24 @@ TASKS: dict[str, Task] = {task.name: task for task in _ENTRIES}
 
 
 def get_task(name: str) -> Task:
-    """Return the task of that name; a `ValueError` lists the known names for any other."""
+    """Return the task of this name; raise a `ValueError` that lists all names if there is none."""
     if name not in TASKS:
         raise ValueError(f"task={name!r}: expected one of {', '.join(map(repr, TASKS))}.")
     return TASKS[name]
 
 
 def task_of(config) -> tuple[Task, str]:
-    """Return the task of a configuration and its model class's name, of this package or, without the prefix, of
-    transformers.
+    """Return the task of a configuration and the name of its model class, ours or transformers' (without "Madtp").
 
     Args:
-        config: A configuration, or whatever has its attributes `architectures` and `auto_map`.
+        config: A configuration, or an object with its attributes `architectures` and `auto_map`.
 
     Raises:
-        ValueError: if it names no model of a task.
+        ValueError: if the configuration names no task's model.
     """
     tasks = {task.model_class.__name__.removeprefix("Madtp"): task for task in TASKS.values()}
-    tasks["CLIPModel"] = tasks["ClipModel"]  # transformers spells it so
-    # `architectures` is only sure in a saved configuration: a model made by `from_blip` still has the dense one's.
+    tasks["CLIPModel"] = tasks["ClipModel"]  # transformers' spelling
+    # `architectures` is only reliable in a saved configuration: after `from_blip` it still names the dense model.
     named = [
         (getattr(config, "auto_map", None) or {}).get("AutoModel"),
         *(getattr(config, "architectures", None) or []),

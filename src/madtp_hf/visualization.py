@@ -1,4 +1,4 @@
-"""Visualise pruning: which patches and words stay, layer by layer, as data and as pictures."""
+"""Show which patches and words pruning keeps, layer by layer, as data and as pictures."""
 
 import html
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from .tasks import TASKS
 
 _GAP, _CAPTION = 6, 16  # pixels between columns, and for a line of text
 _FONT_SIZE, _LINE, _PAD = 15, 24, 6  # of a table of words
-_CELL = "border: none; padding: 1px 12px 1px 0; white-space: nowrap"  # on a page, whose own style may be another
+_CELL = "border: none; padding: 1px 12px 1px 0; white-space: nowrap"  # overrides the page's own style
 _STAYS, _GOES, _HEAD = (20, 20, 20), (200, 200, 200), (110, 110, 110)
 
 
 class Words(NamedTuple):
-    """Which tokens of one text stay: row 0 is what enters the text encoder, row l what layer l leaves.
+    """Which tokens of one text survive: row 0 is the input of the text encoder, row l what layer l leaves.
 
-    tokens: the text's tokens, n of them, padding left out; stays (layers + 1, n) bool; counts (layers + 1,) int64: how
-    many tokens there are, the merged one included.
+    tokens: the text's n tokens, without padding; stays (layers + 1, n) bool; counts (layers + 1,) int64: the number of
+    tokens, the merged one included.
     """
 
     tokens: list[str]
@@ -31,11 +31,11 @@ class Words(NamedTuple):
 
 
 class Survivors(NamedTuple):
-    """What stays of one sample: row 0 is what enters an encoder, row l what layer l leaves.
+    """What survives of one sample: row 0 is the input of an encoder, row l what layer l leaves.
 
     pictures: the sample's images as the model sees them, resized and cropped; patches (images, layers + 1, grid, grid)
-    bool; counts (images, layers + 1) int64: how many tokens there are, the class token and the merged one included;
-    words: None without a text encoder.
+    bool; counts (images, layers + 1) int64: the number of tokens, the class token and the merged one included; words:
+    None without a text encoder.
     """
 
     pictures: list[Image.Image]
@@ -46,7 +46,7 @@ class Survivors(NamedTuple):
 
 @contextmanager
 def record_branches(model):
-    """Record the outputs of a model's encoders, with token positions, in any method of the model that runs them.
+    """Record the outputs of a model's encoders, with positions, whichever method of the model runs them.
 
     Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
     each a `BranchOutput` whose `positions` are set.
@@ -75,7 +75,7 @@ def record_branches(model):
 
 
 def _check_layers(layers, num_layers: int, branch: str = "vision") -> list[int]:
-    """The layers to draw; a `ValueError` for one that the model doesn't have."""
+    """Return the layers to draw; raise a `ValueError` for one that the model doesn't have."""
     layers = list(range(1, num_layers + 1)) if layers is None else list(layers)
     exist = f"0 (what enters the encoder) to {num_layers}"
     if not layers:
@@ -87,7 +87,7 @@ def _check_layers(layers, num_layers: int, branch: str = "vision") -> list[int]:
 
 
 def _read_samples(images, texts, images_per_sample: int) -> list[list[Image.Image]]:
-    """The images of each sample, opened; a `ValueError` unless there is a text for each sample."""
+    """Open the images of each sample; raise a `ValueError` unless there is one text per sample."""
     expected = "a list of images" if images_per_sample == 1 else "a list of pairs (left image, right image)"
     for name, value in (("images", images), ("questions", texts)):
         if isinstance(value, str) or not hasattr(value, "__len__") or len(value) == 0:
@@ -109,7 +109,10 @@ def _read_samples(images, texts, images_per_sample: int) -> list[list[Image.Imag
 
 
 def preprocess(model, processor, images, texts) -> tuple[dict[str, torch.Tensor], list[Image.Image]]:
-    """What `forward` takes of a batch, on the model's device, and its images, in turn, as the model sees them."""
+    """Preprocess a batch.
+
+    Returns the inputs of `forward`, on the model's device, and all images, in order, as the model sees them.
+    """
     samples = _read_samples(images, texts, TASKS[model.task].num_images)
     flat = [image for sample in samples for image in sample]
     pixel_values = processor.image_processor(images=flat, return_tensors="pt").pixel_values
@@ -128,15 +131,14 @@ def preprocess(model, processor, images, texts) -> tuple[dict[str, torch.Tensor]
 
 
 def _find(positions: torch.Tensor, number: int) -> torch.Tensor:
-    """positions (length,), -1 for no token of the input -> (number,) bool: which of the input's tokens are left."""
+    """Return which input tokens survive, (number,) bool, by positions (length,); -1 marks tokens not of the input."""
     stays = torch.zeros(number, dtype=torch.bool)
     stays[positions[(positions >= 0) & (positions < number)].cpu()] = True
     return stays
 
 
 def collect_survivors(model, processor, batch, pictures, outputs) -> list[Survivors]:
-    """Collect which tokens of each sample of a [`preprocess`] batch stay, from what [`record_branches`] has
-    recorded."""
+    """Return what survives of each sample of a batch from [`preprocess`], by the outputs of [`record_branches`]."""
     vision, text = outputs["vision"], outputs.get("text")
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     patches = torch.stack(
@@ -159,14 +161,14 @@ def collect_survivors(model, processor, batch, pictures, outputs) -> list[Surviv
 
 @torch.no_grad()
 def find_survivors(model, processor, images, questions) -> list[Survivors]:
-    """Find which patches and words each layer of a model keeps, one `Survivors` a sample.
+    """Find which patches and words each layer of a model keeps; return one `Survivors` per sample.
 
     Args:
         model, processor, images, questions:
-            As [`draw_surviving_patches`] takes them. With pruning off, all stay.
+            As [`draw_surviving_patches`] takes them. With pruning off, all patches and words stay.
 
     Raises:
-        ValueError: for empty lists, or lists that don't fit each other.
+        ValueError: for empty lists, or lists that don't match each other.
     """
     batch, pictures = preprocess(model, processor, images, questions)
     with record_branches(model) as outputs:
@@ -182,7 +184,7 @@ def _draw_kept(picture: Image.Image, kept: torch.Tensor) -> Image.Image:
 
 
 def draw_patches(samples: list[Survivors], questions=None, layers=None, size: int = 160) -> Image.Image:
-    """Draw what [`find_survivors`] has found; questions, if given, are written above."""
+    """Draw what [`find_survivors`] returned, with the questions above the images if they are given."""
     layers = _check_layers(layers, samples[0].patches.shape[1] - 1)
     above = _CAPTION if questions is not None else 0
     height = size + above + _CAPTION
@@ -206,21 +208,21 @@ def draw_patches(samples: list[Survivors], questions=None, layers=None, size: in
 
 
 def draw_surviving_patches(model, processor, images, questions, layers=None, size: int = 160) -> Image.Image:
-    """Draw which patches of each image are left after each layer; those that were merged away are dimmed.
+    """Draw which patches of each image survive each layer; dropped patches are dimmed.
 
     Args:
         model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model, of any task, with pruning as it is to be drawn; with pruning off, all patches stay.
+            The model, of any task; its current pruning applies. With pruning off, all patches stay.
         processor (`BlipProcessor` or `CLIPProcessor`):
             Its processor.
         images (`list`):
-            The images, a row each: PIL images, arrays or paths. Of a model that reads two images a text (NLVR2), pairs
-            `(left, right)`, two rows each. They are drawn as the model sees them, resized and cropped.
+            The images, one row each: PIL images, arrays or paths. For a model that reads two images per text (NLVR2),
+            pairs `(left, right)`, two rows each. They are drawn as the model sees them, resized and cropped.
         questions (`list[str]`):
-            The text of each: a question, a sentence, a caption or, of captioning, a prompt.
+            A text for each: a question, a sentence, a caption or, for captioning, a prompt.
         layers (`list[int]`, *optional*):
-            The vision layers to draw: 1 to the number of layers, all of these if not given, and 0 for what enters the
-            encoder, all patches.
+            The vision layers to draw: 1 to the number of layers, by default all of these; 0 is the encoder's input,
+            all patches.
         size (`int`, *optional*, defaults to 160):
             The width of a drawn image, in pixels.
 
@@ -228,7 +230,7 @@ def draw_surviving_patches(model, processor, images, questions, layers=None, siz
         `PIL.Image.Image`: the image itself in the first column, then a column for each layer.
 
     Raises:
-        ValueError: for a layer that the model doesn't have, empty lists, or lists that don't fit each other.
+        ValueError: for a layer that the model doesn't have, empty lists, or lists that don't match each other.
     """
     layers = _check_layers(layers, model.config.vision_config.num_hidden_layers)
     return draw_patches(find_survivors(model, processor, images, questions), questions, layers, size)
@@ -243,34 +245,34 @@ def _check_has_words(model) -> None:
 
 
 def surviving_words(model, processor, images, texts) -> list[Words]:
-    """Find which tokens of each text stay, layer by layer, as data.
+    """Find which tokens of each text survive each layer, as data.
 
     Args:
         model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
             The model, of any task but captioning, which has no text encoder. With pruning off, all words stay.
         processor, images, texts:
-            As [`draw_surviving_patches`] takes processor, images and questions. What stays of a text depends on its
-            image as well, which it attends to, except for CLIP.
+            As [`draw_surviving_patches`] takes processor, images and questions. Except for CLIP, what survives of a
+            text also depends on its image, through cross-attention.
 
     Returns:
-        `list[Words]`, one a text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a token
-        is left. What the text begins with, and CLIP's end of text, always stay.
+        `list[Words]`, one per text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a
+        token survives. A text's first token and CLIP's end of text always survive.
 
     Raises:
-        ValueError: for a model without a text encoder, empty lists, or lists that don't fit each other.
+        ValueError: for a model without a text encoder, empty lists, or lists that don't match each other.
     """
     _check_has_words(model)
     return [sample.words for sample in find_survivors(model, processor, images, texts)]
 
 
 def _table(words: Words, layers: list[int]) -> list[tuple[str, list[bool], str]]:
-    """The rows of a table: which layer, what stays, how many tokens."""
+    """Return the rows of a table: the layer's name, which tokens survive, and how many tokens there are."""
     names = [f"layer {layer}" if layer else "input" for layer in layers]
     return [(name, words.stays[layer].tolist(), f"{words.counts[layer]} tokens") for name, layer in zip(names, layers)]
 
 
 def draw_words(texts: list[Words], layers=None) -> Image.Image:
-    """Draw what [`surviving_words`] has found; [`draw_surviving_words`] does both."""
+    """Draw what [`surviving_words`] returned; [`draw_surviving_words`] does both."""
     layers = _check_layers(layers, len(texts[0].counts) - 1, "text")
     font = ImageFont.load_default(_FONT_SIZE)
     first = int(font.getlength("layer 00")) + 2 * _PAD
@@ -294,17 +296,16 @@ def draw_words(texts: list[Words], layers=None) -> Image.Image:
 
 
 def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.Image:
-    """Draw which tokens of each text are left after each layer; those that were merged away are grey and struck out.
+    """Draw which tokens of each text survive each layer; dropped tokens are grey and struck out.
 
     Args:
         model, processor, images, texts:
             As [`surviving_words`] takes them.
         layers (`list[int]`, *optional*):
-            The text layers to draw: 1 to the number of layers, all of these if not given, and 0 for what enters the
-            encoder.
+            The text layers to draw: 1 to the number of layers, by default all of these; 0 is the encoder's input.
 
     Returns:
-        `PIL.Image.Image`: a table a text, one below the other.
+        `PIL.Image.Image`: one table per text, one below the other.
 
     Raises:
         ValueError: for a layer that the model doesn't have, and as [`surviving_words`].
@@ -315,7 +316,7 @@ def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.
 
 
 def words_as_html(words: Words, layers=None) -> str:
-    """The table of [`draw_surviving_words`] for one text as HTML: a `<table>`, merged words in `<del>`."""
+    """Return the table of [`draw_surviving_words`] for one text as an HTML `<table>`, dropped words in `<del>`."""
     rows = []
     for name, stays, count in _table(words, _check_layers(layers, len(words.counts) - 1, "text")):
         tokens = [html.escape(token) for token in words.tokens]

@@ -1,7 +1,7 @@
 """The `madtp-hf` command: `madtp-hf convert model_base_vqa.pth my-blip --task vqa`.
 
-It stands beside the package, so that `madtp-hf --help` imports neither the package nor torch: each command, in a file
-of its name, imports what it needs when it runs.
+It lives outside the package, so that `madtp-hf --help` imports neither the package nor torch. Each command is in a
+file of its own name, and imports what it needs when it runs.
 """
 
 from typing import Annotated
@@ -49,7 +49,7 @@ def main(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    # With a callback, typer keeps a command a subcommand whatever their number.
+    # With a callback, typer makes a subcommand of every command, even if there is only one.
     pass
 
 

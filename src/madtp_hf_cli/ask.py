@@ -1,4 +1,4 @@
-"""`madtp-hf ask`: an answer to every question about an image."""
+"""`madtp-hf ask`: answer every question about an image."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`madtp-hf benchmark`: what each budget is worth on this machine."""
+"""`madtp-hf benchmark`: time each budget on this machine."""
 
 from pathlib import Path
 from typing import Annotated

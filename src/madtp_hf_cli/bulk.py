@@ -1,4 +1,4 @@
-"""What `caption` and `ask` share: their options, and a job from its options to its last line."""
+"""What `caption` and `ask` share: their options, and the job that they run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -46,14 +46,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(task: str, model: str, images: str, out: Path, options: dict, question: str | None = None) -> None:
-    """Run a job of `task`, `"captioning"` or `"vqa"`, with the command's options by name, and print its last line."""
+    """Run a job of `task`, `"captioning"` or `"vqa"`, with the command's options by name, and print a summary line."""
     try:
         with one_message_of_errors():
             summary, output = _run(task, model, images, out, options, question)
     except KeyboardInterrupt:
         typer.echo("\nStopped: finished parts are kept, and the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
-    if summary is None:  # another process says it
+    if summary is None:  # another process prints it
         return
     line = f"{output.out}: {summary.images} images"
     if summary.done_now:
@@ -88,7 +88,7 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
     columns = Columns(**{name: options.get(f"{name}_column") for name in names})
     column = "caption" if task == "captioning" else "answer"
     source = open_source(images, columns, options["split"], options["image_root"])
-    Output(out, {}, len(source), column, options["suffix"])  # a bad name is told before the model is loaded
+    Output(out, {}, len(source), column, options["suffix"])  # report a bad name before loading the model
     generation = Generation(**{name: options[name] for name in Generation.__dataclass_fields__ if name in options})
     writer = ImageToText(model, task, generation, options["device"], options["dtype"])
     batch_size = options["batch_size"] or writer.batch_size(memory)
@@ -102,7 +102,7 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
         "max_pixels": options["max_pixels"] or MAX_PIXELS,
     }
     if generation.do_sample:
-        settings["batch_size"] = batch_size  # words are drawn for a batch at a time
+        settings["batch_size"] = batch_size  # tokens are sampled for a whole batch
     output = Output(out, settings, len(source), column, options["suffix"])
     refused = output.shared_side_files(source.keys) if options["suffix"] and hasattr(source, "keys") else None
     batches = PreparedBatches(

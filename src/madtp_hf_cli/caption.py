@@ -1,4 +1,4 @@
-"""`madtp-hf caption`: a caption for every image of a folder, a list, parquet files, tars or a data set."""
+"""`madtp-hf caption`: caption every image of a folder, a list, parquet files, tars or a data set."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What the commands share: errors of one line, options, and folders that are not written over."""
+"""Helpers that the commands share: one-line errors, options, and protection of existing output."""
 
 import os
 import tempfile
@@ -19,7 +19,7 @@ def _is_number(text: str) -> bool:
 
 
 class ManyNumbers(TyperGroup):
-    """A group of commands that reads `--reductions 0.3 0.5` as click's `--reductions 0.3 --reductions 0.5`."""
+    """A command group that reads `--reductions 0.3 0.5` as click's `--reductions 0.3 --reductions 0.5`."""
 
     options = ("--reductions", "--batch-sizes")
 
@@ -39,7 +39,7 @@ class ManyNumbers(TyperGroup):
 
 @contextmanager
 def one_message_of_errors():
-    """Report what a user can put right as one message on stderr, exit code 1, without traceback or other warnings."""
+    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback or warnings."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -58,7 +58,7 @@ def one_message_of_errors():
 
 @contextmanager
 def warnings_as_messages():
-    """This package's own warnings, such as calibration's, as messages on stderr, one line each."""
+    """Print this package's own warnings, such as those of calibration, as messages on stderr, one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out")
@@ -68,9 +68,9 @@ def warnings_as_messages():
 
 
 def check_out(out: Path, source: Path | str, force: bool) -> None:
-    """Raise a `ValueError` if `out` is not to be written, or to be replaced with all that is in it.
+    """Raise a `ValueError` if `out` must not be written, or must not be replaced with all that is in it.
 
-    source: what is read, a path, or a Hub id.
+    source: what the command reads, a path or a Hub id.
     """
     if not out.exists():
         return
@@ -86,7 +86,7 @@ def check_out(out: Path, source: Path | str, force: bool) -> None:
 
 
 def check_new_file(file: Path, force: bool) -> None:
-    """Raise a `ValueError` if a file is not to be written."""
+    """Raise a `ValueError` if a file must not be written."""
     if file.is_dir():
         raise ValueError(f"{file} is a folder: expected the name of a file to write.")
     if file.exists() and not force:
@@ -95,9 +95,9 @@ def check_new_file(file: Path, force: bool) -> None:
 
 @contextmanager
 def written_in_one_step(out: Path):
-    """Give a folder to write to, which replaces `out` once all is written; after an error, `out` is as it was."""
+    """Yield a folder to write to, which replaces `out` when all is written; after an error, `out` is unchanged."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside OUT, so that it takes its place in one step.
+    # Written beside OUT, so that renaming puts it in place in one step.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         made, replaced = Path(scratch, "made"), Path(scratch, "replaced")
         made.mkdir()
@@ -113,7 +113,7 @@ def written_in_one_step(out: Path):
 
 
 def print_table(title: str, rows: list[dict]) -> None:
-    """Print rows as a table, columns by name; shares as percentages."""
+    """Print rows as a table with columns by name, and shares as percentages."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`madtp-hf convert`: an original checkpoint becomes a folder that transformers loads."""
+"""`madtp-hf convert`: turn an original checkpoint into a folder that transformers loads."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ _TOKENIZERS = {"BLIP": "bert-base-uncased", "CLIP": "openai/clip-vit-base-patch3
 
 
 def _load_tokenizer(source: str, family: str):
-    """BLIP's tokenizer, BERT's with two tokens that BLIP adds to it, or CLIP's."""
+    """Load the tokenizer: for BLIP, BERT's with the two tokens that BLIP adds; for CLIP, CLIP's."""
     from huggingface_hub import HfApi
     from transformers import BertTokenizer, CLIPTokenizer
 
@@ -20,18 +20,17 @@ def _load_tokenizer(source: str, family: str):
 
     def load(**options):
         tokenizer = tokenizer_class.from_pretrained(source, **options)
-        # Where there are no files, transformers makes one that knows special tokens alone.
+        # Without files, transformers makes a tokenizer that knows only special tokens.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
     tokenizer, reason = None, "it has no vocabulary"
     try:
         tokenizer = load(local_files_only=True)
         if tokenizer is None and not Path(source).is_dir():
-            # Ask once whether the Hub has it: each file of a tokenizer by itself would be asked for again and again,
-            # for minutes.
+            # Ask the Hub once: otherwise each file of the tokenizer is requested again and again, for minutes.
             HfApi().model_info(source, timeout=10)
             tokenizer = load()
-    except Exception as error:  # of the tokenizers library, which raises bare ones, and of the network
+    except Exception as error:  # raised by the tokenizers library, which raises bare ones, or by the network
         reason = str(error).strip().partition("\n")[0].rstrip(".")
     if tokenizer is None:
         raise ValueError(
@@ -47,8 +46,7 @@ def _load_tokenizer(source: str, family: str):
 
 
 def _take_special_tokens(model, tokenizer, source: str) -> None:
-    """Set the special tokens of the model's configuration to the tokenizer's, once it is sure to be the
-    model's own."""
+    """Check that the tokenizer is the model's own, then set the configuration's special tokens to the tokenizer's."""
     config, text_config = model.config, model.config.text_config
     found = len(tokenizer), *tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
     expected = text_config.vocab_size, text_config.bos_token_id, config.encoder_token_id
@@ -66,7 +64,7 @@ def _take_special_tokens(model, tokenizer, source: str) -> None:
 
 
 def _take_clip_tokens(model, tokenizer, source: str) -> None:
-    """As `_take_special_tokens`, for CLIP."""
+    """Do what `_take_special_tokens` does, for CLIP."""
     text_config = model.config.text_config
     found = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     expected = text_config.vocab_size, text_config.bos_token_id, text_config.eos_token_id
@@ -81,7 +79,7 @@ def _take_clip_tokens(model, tokenizer, source: str) -> None:
 
 
 def _make_processor(model, tokenizer, source: str, family: str):
-    """The processor of images and texts, once the tokenizer is sure to be the model's own."""
+    """Make the processor of images and texts, after checking that the tokenizer is the model's own."""
     from transformers import BlipImageProcessor, BlipProcessor, CLIPImageProcessor, CLIPProcessor
 
     side = model.config.vision_config.image_size
@@ -94,7 +92,7 @@ def _make_processor(model, tokenizer, source: str, family: str):
 
 
 def _notes(source: str, config, is_aligned: bool) -> str:
-    """What the model card says of a conversion."""
+    """Return what the model card says about a conversion."""
     temperature = getattr(config, "original_temperature", None)
     if temperature is not None:
         alignment = f"""Its alignment tokens are the checkpoint's own, trained at a pruning temperature of

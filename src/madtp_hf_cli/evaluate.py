@@ -1,4 +1,4 @@
-"""`madtp-hf evaluate`: a task's metric at each budget."""
+"""`madtp-hf evaluate`: compute a task's metric at each budget."""
 
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +47,7 @@ def evaluate(
         check_new_file(out / "results.json", force)
         loaded, processor, _ = load_model(model, task, device)
         entry = TASKS[loaded.task]
-        # No text stands in for one that is missing: a metric would not notice.
+        # A missing text is not replaced by a default, which the metric would not notice.
         rows = load_rows(entry, data, image_dir=image_dir, split="test", samples=samples)
         results = evaluate_task(loaded, processor, rows, reductions, batch_size)
         name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)

@@ -1,4 +1,4 @@
-"""`madtp-hf export`: a checkpoint becomes ONNX graphs that answer."""
+"""`madtp-hf export`: export a checkpoint to ONNX graphs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +51,7 @@ def export(
 
 
 def _load(folder: Path, tasks):
-    """The model of this package that a folder holds, and its processor."""
+    """Load this package's model from a folder, and its processor."""
     import json
 
     from transformers import BlipProcessor, CLIPProcessor

@@ -1,4 +1,4 @@
-"""`madtp-hf index`: a folder of images becomes an index that `madtp-hf search` asks."""
+"""`madtp-hf index`: embed a folder of images into an index for `madtp-hf search`."""
 
 import os
 from enum import Enum
@@ -47,8 +47,8 @@ def index(
 ) -> None:
     """Embed images into an index on disk.
 
-    Again on the same OUT, it embeds only what is new or changed and drops what is gone. Images that can't be read are
-    listed and left out.
+    Run again on the same OUT, it embeds only what is new or changed and drops what is gone. Images that can't be read
+    are listed and left out.
 
     Example: madtp-hf index org/blip-madtp-retrieval photos photos-index
     """

@@ -1,4 +1,4 @@
-"""`madtp-hf prune`: a dense checkpoint becomes a calibrated one, without training."""
+"""`madtp-hf prune`: turn a dense checkpoint into a calibrated, pruned one, without training."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ SCRIPTS = {"vqa": "run_vqa", "captioning": "run_captioning", "nlvr2": "run_nlvr2
 
 
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
-    """What the model card says of pruning without training."""
+    """Return what the model card says about pruning without training."""
     start = "fitted to what it reads in those" if fitted else "as they were, random if they were new"
     lines = ["| reduction asked | reached | GFLOPs of a sample |", "|---:|---:|---:|"]
     lines += [f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['GFLOPs']:.4g} |" for row in rows]
@@ -75,7 +75,7 @@ def prune(
             raise ValueError(f"--alignment {alignment}: expected fit or keep.")
         wanted = reductions or [0.5, 0.3, 0.7]
         source = model
-        read_reductions(wanted)  # before minutes of reading
+        read_reductions(wanted)  # fail before minutes of reading
         model, processor, is_dense = load_model(source, task, device)
         entry = TASKS[model.task]
         rows = load_rows(entry, data, question or (), image_dir, samples=samples)

@@ -1,4 +1,4 @@
-"""`madtp-hf push`: a checkpoint becomes a repository on the Hub."""
+"""`madtp-hf push`: publish a checkpoint on the Hub."""
 
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +79,7 @@ def push(
         )
         urls = [url]
         if space is not None:
-            # A Space has no right to read a private checkpoint: it gets a copy.
+            # A Space can't read a private checkpoint, so it gets a copy.
             source = folder if private else "/".join(url.split("/")[3:])
             urls.append(
                 push_space(

@@ -1,4 +1,4 @@
-"""`madtp-hf search`: the images of an index that are nearest to words or to an image."""
+"""`madtp-hf search`: find the images of an index that are nearest to words or to an image."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def search(
     reranked = any(one["matching"] is not None for one in found)
     for name in ("score", "similarity", "matching") if reranked else ("similarity",):
         table.add_column(name, justify="right")
-    # A path that is cut is of no use: it goes over several lines instead.
+    # A truncated path is of no use, so it is folded over several lines.
     table.add_column("image", overflow="fold")
     for one in found:
         numbers = [one["score"], one["similarity"], one["matching"]] if reranked else [one["similarity"]]

@@ -8,46 +8,48 @@ from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this f
 
 class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
     r"""
-    A [`BlipConfig`] and what token pruning adds to it.
+    A [`BlipConfig`] with the fields of token pruning.
 
     Args:
         num_alignment_tokens (`int`, *optional*, defaults to 100):
-            How many alignment tokens the image and the text branch share.
+            The number of alignment tokens that the image and the text branch share.
         alignment_dim (`int`, *optional*):
-            Their width; the text branch's if not given. A branch of another width is mapped to it.
+            The width of the alignment tokens. Defaults to the text branch's. A branch of another width is projected
+            to it.
         alignment_loss_weight (`float`, *optional*, defaults to 0.1):
-            The weight of the alignment loss beside the task's.
+            The weight of the alignment loss relative to the task loss.
         pruning_temperature (`float`, *optional*, defaults to 0.0):
-            The temperature of the pruning threshold; 0 is off, larger prunes more. Set it with `model.set_pruning`.
+            The temperature of the pruning threshold. 0 switches pruning off, larger values prune more. Set it with
+            `model.set_pruning`.
         pruning_threshold_factor (`float`, *optional*, defaults to 1.0):
-            What the pruning threshold is multiplied by, in (0, 1]: below 1 it prunes less than at any temperature. Set
-            it with `model.set_pruning`.
+            The factor of the pruning threshold, in (0, 1]. Values below 1 reach less pruning than any temperature
+            does. Set it with `model.set_pruning`.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
             The encoders that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
-            `"instance"`: every sample keeps a number of tokens of its own, so an output doesn't depend on its batch.
-            `"batch"`, for comparison: all samples keep as many as the largest count in the batch. `"frozen"`: each
-            layer leaves a number of tokens that `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the
-            input, as CUDA graphs and exported models need.
+            `"instance"`: every sample keeps its own number of tokens, so its output doesn't depend on the batch.
+            `"batch"`, for comparison: every sample keeps the largest count in the batch. `"frozen"`: each layer leaves
+            the number of tokens that `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the input, as
+            CUDA graphs and exported models require.
         pruning_schedule (`list[list[float]]`, *optional*):
-            `[reduction, temperature]` or `[reduction, temperature, factor]`: a reduction of FLOPs and what reaches it,
-            as `calibrate` measures them. Without a factor, it is 1.
+            Entries `[reduction, temperature]` or `[reduction, temperature, factor]`, as `calibrate` measures them: a
+            reduction of FLOPs, and the temperature and factor that reach it. The factor defaults to 1.
         pruning_token_counts (`list`, *optional*):
-            For `"frozen"`: `[temperature, vision, text]` for each temperature of the schedule, where `vision` and
-            `text` are how many tokens each layer of the branch leaves, class token included; the factor stands behind
-            them where it isn't 1.
+            For `"frozen"`: an entry `[temperature, vision, text]` for each temperature of the schedule. `vision` and
+            `text` list how many tokens each layer of the branch leaves, class token included. A factor other than 1
+            follows them.
         encoder_token_id (`int`, *optional*):
-            If given, the model puts this token in the place of a text's first where the text meets an image, as the
-            original BLIP does.
+            If given, the model replaces the first token of a text by this one for cross-attention to image states, as
+            the original BLIP does.
         madtp_version (`str`, *optional*):
-            Which version of this code a saved configuration is of; set to the present one.
+            The version of this code that saved the configuration. It is always set to the current version.
 
     Raises:
-        ValueError: where a value is not one of the above.
+        ValueError: if a field has none of the values above.
     """
 
     model_type = "madtp_blip"
-    # What `Trainer` leaves out of its predictions: everything but the logits, or retrieval's scores.
+    # Outputs that `Trainer` leaves out of its predictions: all but the logits or the retrieval scores.
     keys_to_ignore_at_inference = [
         *PRUNING_OUTPUTS,
         "image_embeds",
@@ -64,7 +66,7 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
         "contrastive_loss",
         "matching_loss",
     ]
-    # Saved configurations bring their code along, see `PreTrainedConfig.register_for_auto_class`.
+    # Saving a configuration saves its code along with it, see `PreTrainedConfig.register_for_auto_class`.
     _auto_class = "AutoConfig"
 
     def __init__(

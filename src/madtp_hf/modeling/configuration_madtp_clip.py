@@ -8,31 +8,31 @@ from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this f
 
 class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
     r"""
-    A [`CLIPConfig`] and what token pruning adds to it.
+    A [`CLIPConfig`] with the fields of token pruning.
 
     Args:
-        num_alignment_tokens (`int`, *optional*, defaults to 100): How many alignment tokens the towers share.
-        alignment_dim (`int`, *optional*): Their width, to which every layer has a map; the text tower's if not given.
+        num_alignment_tokens (`int`, *optional*, defaults to 100): The number of shared alignment tokens.
+        alignment_dim (`int`, *optional*): Their width, to which each layer projects; defaults to the text tower's.
         alignment_loss_weight (`float`, *optional*, defaults to 0.1): The weight of the alignment loss.
-        pruning_temperature (`float`, *optional*, defaults to 0.0): Of the threshold; 0 is off, larger prunes more.
-        pruning_threshold_factor (`float`, *optional*, defaults to 1.0): Of the threshold; less than 1 prunes less.
+        pruning_temperature (`float`, *optional*, defaults to 0.0): 0 is off, larger values prune more.
+        pruning_threshold_factor (`float`, *optional*, defaults to 1.0): In (0, 1]; below 1 prunes less.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`): The towers that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
-            `"instance"`: an image or a text keeps a number of tokens of its own; `"batch"`, for comparison: the
-            largest in the batch; `"frozen"`: what `calibrate(..., freeze=True)` has fixed.
-        pruning_schedule (`list[list[float]]`, *optional*): Reductions and what reaches them, as `calibrate` finds.
-        pruning_token_counts (`list`, *optional*): For `"frozen"`: how many tokens each layer leaves.
-        madtp_version (`str`, *optional*): Which version of this code a saved configuration is of.
+            `"instance"`: every image or text keeps its own number of tokens. `"batch"`, for comparison: each keeps
+            the largest count in the batch. `"frozen"`: layers leave what `calibrate(..., freeze=True)` has fixed.
+        pruning_schedule (`list[list[float]]`, *optional*): Reductions and their thresholds, from `calibrate`.
+        pruning_token_counts (`list`, *optional*): For `"frozen"`: the number of tokens each layer leaves.
+        madtp_version (`str`, *optional*): The version of this code that saved the configuration.
 
     Raises:
-        ValueError: where a value is not one of the above.
+        ValueError: if a field has none of the values above.
     """
 
     model_type = "madtp_clip"
-    # What `Trainer` leaves out of its predictions: everything but the similarities and the embeddings.
+    # Outputs that `Trainer` leaves out of its predictions: all but the similarities and the embeddings.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output", *PRUNING_OUTPUTS]
-    _least_token_counts = (4, 5)  # more than one token stays; of a text, the end as well
-    _auto_class = "AutoConfig"  # saved configurations bring their code along, see `register_for_auto_class`
+    _least_token_counts = (4, 5)  # more than one token stays, in texts also the end of text
+    _auto_class = "AutoConfig"  # saves the code with a configuration, see `register_for_auto_class`
 
     def __init__(
         self,

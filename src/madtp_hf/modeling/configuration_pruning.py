@@ -1,4 +1,4 @@
-"""What token pruning adds to a configuration, whatever the family of models."""
+"""Configuration fields of token pruning, shared by all model families."""
 
 import itertools
 import math
@@ -6,12 +6,12 @@ import math
 from .versions import VERSION, warn_if_untested
 
 
-# Here, as a checkpoint's configuration is the first of its code that is imported: before what another transformers may
-# not have.
+# A checkpoint's configuration is imported before its other code, so the warning precedes imports that another version
+# of transformers may lack.
 warn_if_untested()
 
 MODALITIES = ("vision", "text")
-# What pruning adds to outputs, which `Trainer` leaves out of its predictions.
+# Output fields of pruning, which `Trainer` leaves out of its predictions.
 PRUNING_OUTPUTS = ("task_loss", "alignment_loss", "vision_tokens", "text_tokens", "image_mask", "vision_positions")
 GRANULARITIES = ("instance", "batch", "frozen")
 
@@ -29,7 +29,7 @@ def _is_factor(value) -> bool:
 
 
 def _factor(entry, place: int) -> float:
-    """Return the threshold's factor of a schedule entry; 1 if the entry has none."""
+    """Return the factor at index `place` of an entry, or 1 if the entry is shorter."""
     return entry[place] if len(entry) > place else 1.0
 
 
@@ -62,7 +62,7 @@ def _are_token_counts(counts, num_layers: tuple[int, int], least: tuple[int, int
     )
 
 
-# Each field: whether a value can be used, and what is expected.
+# For each field: a check of its value, and the expected values for the error message.
 _CHECKS = {
     "num_alignment_tokens": (is_count, "a whole number of at least 1"),
     "alignment_dim": (lambda value: value is None or is_count(value), "a whole number or None"),
@@ -87,14 +87,14 @@ _CHECKS = {
 
 
 class PruningConfigMixin:
-    """Fields of token pruning, validated when they are set, so that no forward pass has to validate them.
+    """Mixin that adds the fields of token pruning and checks them when they are set, not in the forward pass.
 
-    For a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields` after
-    its base's.
+    It extends a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields`
+    after that of its base class.
     """
 
-    # How few tokens a layer of the vision and of the text branch can leave: those that are protected, those that have
-    # to stay, the merged one.
+    # The fewest tokens that a layer of the vision and of the text branch can leave: the protected ones, those that
+    # have to stay, and the merged one.
     _least_token_counts = (3, 3)
 
     def set_pruning_fields(
@@ -109,7 +109,7 @@ class PruningConfigMixin:
         pruning_token_counts=None,
         pruning_threshold_factor=1.0,
     ) -> None:
-        # Of the code that goes with what is saved next.
+        # A configuration is always saved with the current code.
         self.madtp_version = VERSION
         self.num_alignment_tokens = num_alignment_tokens
         self.alignment_dim = alignment_dim
@@ -125,7 +125,7 @@ class PruningConfigMixin:
 
     def __setattr__(self, name, value):
         if name == "pruning_modalities" and isinstance(value, list):
-            value = tuple(value)  # JSON knows no tuples
+            value = tuple(value)  # JSON has no tuples
         if name in _CHECKS:
             accepts, expected = _CHECKS[name]
             if not accepts(value):
@@ -144,11 +144,10 @@ class PruningConfigMixin:
         super().__setattr__(name, value)
 
     def token_counts(self) -> dict[str, tuple[int, ...]] | None:
-        """How many tokens each layer of either branch leaves at the present threshold, where that is fixed; None where
-        it isn't.
+        """Return how many tokens each layer of either branch leaves at the current threshold; None if not "frozen".
 
         Raises:
-            ValueError: if granularity is "frozen" and no counts belong to this temperature and factor.
+            ValueError: if granularity is "frozen" and there are no counts for the current temperature and factor.
         """
         if self.pruning_granularity != "frozen":
             return None
@@ -168,15 +167,16 @@ class PruningConfigMixin:
         )
 
     def temperature_for(self, reduction: float) -> float:
-        """Return the temperature of [`threshold_for`]."""
+        """Return the temperature that reaches a reduction, see `threshold_for`."""
         return self.threshold_for(reduction)[0]
 
     def threshold_for(self, reduction: float) -> tuple[float, float]:
-        """Return the temperature and the factor that reach a reduction of FLOPs by the calibrated schedule,
-        interpolated geometrically between its entries.
+        """Return the temperature and the factor that reach a reduction of FLOPs, by the calibrated schedule.
+
+        Between entries of the schedule, both are interpolated geometrically.
 
         Raises:
-            ValueError: for a reduction outside [0, 1), one that the schedule does not cover, or without a schedule.
+            ValueError: if the reduction is outside [0, 1) or the schedule's range, or there is no schedule.
         """
         if not is_number(reduction) or not 0 <= reduction < 1:
             raise ValueError(f"reduction={reduction!r}: expected a number in [0, 1), the share of FLOPs to save.")

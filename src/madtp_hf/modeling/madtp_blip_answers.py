@@ -1,4 +1,4 @@
-"""How BLIP's question answering chooses from a list of answers."""
+"""Answer ranking of BLIP's question answering: choose an answer from a fixed list."""
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,13 @@ from .padding import left_align, text_lengths
 
 
 class AnswerRanking:
-    """Mixin that ranks a list of answers, for a model with `_encode` and a `text_decoder`."""
+    """Mixin that ranks answers, for a model with `_encode` and a `text_decoder`."""
 
     def _decode(self, answer_ids: torch.Tensor, text: BranchOutput, cache) -> torch.Tensor:
-        """Compute the decoder's last states (B, K, A, D) of K answers (B, K, A) to each of B questions; the answers
-        to a question share its keys and values."""
+        """Return the decoder's last hidden states (B, K, A, D) of K answers (B, K, A) to each of B questions.
+
+        The answers to a question share its cross-attention keys and values, which `cache` holds.
+        """
         batch_size, num_answers, _ = answer_ids.shape
         mask = None if text.mask is None else text.mask.repeat_interleave(num_answers, 0)
         states = self.text_decoder.bert(
@@ -41,8 +43,9 @@ class AnswerRanking:
         answer_attention_mask: torch.LongTensor | None = None,
         k: int = 128,
     ) -> torch.LongTensor:
-        """Choose each question's answer from a fixed list, as BLIP is evaluated on VQAv2: take the k answers with
-        the most likely first token, and of those the one with the highest likelihood.
+        """Choose the answer to each question from a fixed list, as BLIP evaluates VQA.
+
+        It scores the k answers with the likeliest first token as a whole and chooses the likeliest.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -50,12 +53,15 @@ class AnswerRanking:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
                 The images.
             answer_input_ids, answer_attention_mask (`torch.LongTensor` of shape `(num_answers, answer_length)`):
-                The list, as the tokenizer gives it; the first token is replaced by the decoder's start token.
+                The answers, as the tokenizer returns them. The decoder's start token replaces each first token.
             k (`int`, *optional*, defaults to 128):
-                How many answers to score as a whole; all if there are fewer.
+                How many answers to score as a whole; all if the list has fewer.
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size,)`: indices into the list.
+            `torch.LongTensor` of shape `(batch_size,)`: the index of the chosen answer.
+
+        Raises:
+            ValueError: if k is less than 1, or an answer has no token after the start token or is too long.
         """
         if k < 1:
             raise ValueError(f"k={k}: expected the number of answers to score, at least 1.")
@@ -79,7 +85,7 @@ class AnswerRanking:
         first_logits = self.text_decoder.cls(self._decode(start, text, cache)[:, 0, 0])
         shortlist = first_logits[:, answer_ids[:, 1]].argsort(dim=1, descending=True, stable=True)[:, :k]
         states = self._decode(answer_ids[shortlist], text, cache)
-        # One question at a time: k answers' scores over the whole vocabulary are the largest tensor here by far.
+        # One question at a time: k answers' logits over the whole vocabulary are by far the largest tensor here.
         losses = torch.stack(
             [
                 F.cross_entropy(

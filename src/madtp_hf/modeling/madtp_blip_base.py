@@ -1,4 +1,4 @@
-"""What the four tasks of BLIP share: the encoders, generation, the way in from transformers' BLIP."""
+"""Base class of the four BLIP tasks: encoding, generation and loading from transformers' BLIP."""
 
 import copy
 
@@ -24,12 +24,12 @@ from .sequences import Sequences, takes_parts
 
 
 class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
-    """Base class of the four BLIP models."""
+    """Base class of the models of the four tasks."""
 
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
     base_model_prefix = "madtp_blip"
-    # What `push_to_hub` and `Trainer` write into a model card's metadata.
+    # `push_to_hub` and `Trainer` write these into a model card's metadata.
     model_tags = ["blip", "madtp", "token-pruning"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -53,18 +53,18 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         if isinstance(module, MadtpAlignment):
             init_alignment(module)
         elif isinstance(module, MergeLayer):
-            # Begin as the layers before do, with the mean of what is seen of both images.
+            # Start as the mean of both images' cross-attention outputs, which earlier layers compute.
             init.copy_(module.weight, torch.eye(module.out_features, device=module.weight.device).repeat(1, 2) / 2)
             init.zeros_(module.bias)
         elif isinstance(module, BlipTextEmbeddings):
-            # In no checkpoint, and empty when a model is built on the meta device to be loaded.
+            # Checkpoints don't hold them, and they are uninitialized after loading through the meta device.
             positions = torch.arange(module.position_ids.shape[-1], device=module.position_ids.device)
             init.copy_(module.position_ids, positions.expand((1, -1)))
 
     @classmethod
     def from_pretrained(cls, *args, config=None, **kwargs):
-        # `AutoModel` remembers one model class for a configuration's class. Of two local checkpoints with the same
-        # folder name it would load the second, of another task, with the first one's class.
+        # `AutoModel` keeps one model class per configuration class. After a local checkpoint of one task, it would
+        # load another task's checkpoint from a folder of the same name with the first task's class.
         named = (getattr(config, "architectures", None) or [None])[0]
         for other in MadtpBlipPreTrainedModel.__subclasses__():
             if other.__name__ == named and other is not cls:
@@ -73,27 +73,30 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     @classmethod
     def from_blip(cls, source, **config_overrides):
-        """Load transformers' BLIP for the same task as a model of this class; only the alignment parameters are
-        new.
+        """Create a model of this class from transformers' BLIP for the same task. Only alignment parameters are new.
 
-        For NLVR2, which transformers doesn't have, the source is its BLIP for retrieval or question answering, and
-        what only NLVR2 has is new as well.
+        transformers has no BLIP for NLVR2. Its source is a BLIP for retrieval or question answering, and the
+        parameters that only NLVR2 has are new as well.
 
         Args:
             source (`PreTrainedModel` or `str`):
-                The BLIP model (its weights are copied), or a path or Hub id to load it from. A model of this class
-                will do, too.
+                The BLIP model, whose weights are copied, or a path or Hub id to load it from. A model of this class
+                works too.
             config_overrides:
-                Fields of [`MadtpBlipConfig`] to set; with a path or Hub id also what `from_pretrained` takes: `dtype`,
-                `revision`, `token`, ...
+                Fields of [`MadtpBlipConfig`] to set. With a path or Hub id, also arguments of `from_pretrained`:
+                `dtype`, `revision`, `token`, ...
 
         Raises:
-            TypeError: if the source is another model than this task's BLIP, or an override is neither of these.
+            TypeError: if the source is a model other than this task's BLIP, or an override is neither a field nor such
+            an argument.
         """
         return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
 
     def as_pipeline(self, processor, **kwargs):
-        """Wrap this model in the pipeline of its task: `model.as_pipeline(processor)(image=..., question=...)`."""
+        """Wrap this model in the pipeline that its checkpoints ship.
+
+        For example: `model.as_pipeline(processor)(image=..., question=...)`.
+        """
         from .pipeline_madtp_blip import PIPELINES
 
         task, _ = self._task_pipeline
@@ -107,15 +110,14 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         self.text_encoder.embeddings.word_embeddings = value
 
     def get_output_embeddings(self):
-        # Of the tasks that generate. peft has to know it: tied to the words, it is no linear map to adapt.
+        # Only tasks that generate have them. peft needs them to leave the tied head out of the layers it adapts.
         return self.text_decoder.get_output_embeddings() if hasattr(self, "text_decoder") else None
 
     def set_output_embeddings(self, new_embeddings):
         self.text_decoder.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """Resize the word embeddings as transformers does; the decoder's embeddings and its head follow if the text
-        encoder has embeddings of its own."""
+        """Resize the token embeddings as transformers does, and the decoder's embeddings and head along with them."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         decoder = getattr(self, "text_decoder", None)
         if decoder is not None:
@@ -126,21 +128,22 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return embeddings
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """Encode pixel_values (B, 3, H, W) -> `BranchOutput`; `outputs` are further arguments of the vision
-        encoder."""
+        """Encode pixel_values (B, 3, H, W) into a `BranchOutput`; `outputs` are further vision model arguments."""
         reduction = self._reduction("vision", with_feature)
         return self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
 
     def _encode_text(self, input_ids, attention_mask, *images, with_feature=False, **outputs) -> BranchOutput:
-        """Encode texts (B, L), with cross-attention to `images` (the states and layout of each), or text only
-        without them."""
+        """Encode texts (B, L) into a `BranchOutput`.
+
+        images: the states and the layout of each image for cross-attention, one after the other; none for text only.
+        """
         frozen = self.config.pruning_granularity == "frozen"
         varlen = self.is_pruning and not frozen
         mask = None
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
             input_ids, mask = left_align(input_ids, attention_mask.bool())
-            # Elsewhere than on a CPU to look at values is to wait for them.
+            # On a CPU only: on other devices, reading values would synchronize.
             if takes_parts(input_ids.device) and min(text_lengths(input_ids, mask)) == mask.shape[1] and not frozen:
                 mask = None
         if images and self.config.encoder_token_id is not None:
@@ -149,8 +152,10 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
-        """Return the configuration for `generate`: the one that is given, or the model's own, which ends at [SEP]
-        unless it says otherwise."""
+        """Return a copy of the given generation configuration, or of the model's own.
+
+        Generation ends at [SEP] unless the configuration sets another end token.
+        """
         text_config = self.config.text_config
         config = copy.deepcopy(self.generation_config if given is None else given)
         if (given is None and config.eos_token_id in (None, text_config.eos_token_id)) or config.eos_token_id is None:
@@ -159,18 +164,17 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return config
 
     def _generate(self, input_ids, encoded: BranchOutput, masked: bool, **generate_kwargs) -> torch.LongTensor:
-        """Generate after input_ids (B, L), conditioned on the encoder's hidden states; unless `masked`, also on
-        those at padding."""
+        """Continue input_ids (B, L) conditioned on the encoder's hidden states; unless `masked`, padding included."""
         generation_config = self._generation_config(generate_kwargs.pop("generation_config", None))
 
         def setting(name):
-            """As `generate` will find it: an argument, or a field of the configuration."""
+            """Return a setting as `generate` resolves it: the argument, else the configuration's field."""
             value = generate_kwargs.get(name)
             return getattr(generation_config, name, None) if value is None else value
 
         if setting("output_attentions"):
             self._check_keeps_maps()
-        if "past_key_values" in generate_kwargs:  # by whichever name the caller knows it
+        if "past_key_values" in generate_kwargs:  # the name depends on transformers' version
             generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
         kind = setting("cache_implementation")
         if kind not in (None, "dynamic"):
@@ -182,14 +186,14 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         if setting("use_cache") is not False and generate_kwargs.get(CACHE_ARGUMENT) is None:
             generate_kwargs["use_cache"] = True
             if TAKES_FINISHED_MASKS:
-                # With keys and values cached, nobody reads states: one each, or `generate` would repeat them all for
-                # each beam.
+                # With keys and values cached, states are not read. One per sample is enough: `generate` would repeat
+                # all of them for each beam.
                 states = encoded.class_states.unsqueeze(1)
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.sequences
             )
-        generate_kwargs = generation_config.update(**generate_kwargs)  # what is no field of it
-        generation_config.cache_implementation = None  # the one that there is has been made
+        generate_kwargs = generation_config.update(**generate_kwargs)  # returns the arguments that are not fields
+        generation_config.cache_implementation = None  # the cache exists already
         return self.text_decoder.generate(
             input_ids=input_ids,
             generation_config=generation_config,
@@ -200,7 +204,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
 
 def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: str) -> tuple[torch.Tensor, Sequences]:
-    """Return the states and the layout of each text's image: one image for all texts, or one image per text."""
+    """Return the states and layout of each text's image; a single image is repeated for all texts."""
     if images.shape[0] != 1 or texts.shape[0] == 1:
         check_same_number(images, texts, kind)
         return vision.states, vision.sequences
@@ -209,7 +213,7 @@ def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: st
 
 
 def one_text_for_all(input_ids, attention_mask, images) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Repeat a single text for each of several images; return other inputs unchanged."""
+    """Expand a single text to each of several images; return other batches unchanged."""
     if input_ids.shape[0] != 1 or images.shape[0] == 1:
         return input_ids, attention_mask
     mask = None if attention_mask is None else attention_mask.expand(images.shape[0], -1)
@@ -217,7 +221,7 @@ def one_text_for_all(input_ids, attention_mask, images) -> tuple[torch.Tensor, t
 
 
 def with_states(feature: torch.Tensor, branch: BranchOutput, return_dict: bool | None):
-    """Return the features, or with `return_dict` an output that also has the hidden states."""
+    """Return the features or, with `return_dict`, a model output that also holds the branch's states."""
     if not return_dict:
         return feature
     return BaseModelOutputWithPooling(

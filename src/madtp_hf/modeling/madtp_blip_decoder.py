@@ -1,5 +1,7 @@
-"""BLIP's text decoder: transformers' own, with fused attention that applies masks, and keys and values computed once a
-sample."""
+"""BLIP's text decoder: transformers' own with another attention.
+
+The attention is fused, applies masks, and computes cross-attention keys and values once per sample.
+"""
 
 import inspect
 
@@ -23,32 +25,33 @@ from .madtp_blip_encoders import split_heads
 from .sequences import Sequences
 
 
-# What transformers calls the keys and values of earlier steps: since 5.24 `cache`. Under a name that it doesn't pass,
-# they would be ignored unseen.
+# transformers' name for the cached keys and values: `cache` since 5.24. Under another name they would be ignored
+# silently.
 CACHE_ARGUMENT = (
     "cache" if "cache" in inspect.signature(BlipTextSelfAttention.forward).parameters else "past_key_values"
 )
-# Newer versions take a mask of four dimensions as it is; of others they look at the values, which waits for the
-# device.
+# Newer versions use a four-dimensional mask unchanged. For other masks they read the values, which synchronizes with
+# the device.
 TAKES_FINISHED_MASKS = hasattr(modeling_blip_text, "create_causal_mask")
 
 
 def cross_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Convert a mask (B, M), True at real tokens, to the `encoder_attention_mask` of transformers' decoder."""
+    """Convert a mask (B, M) bool, True at real tokens, to the decoder's `encoder_attention_mask`."""
     return mask[:, None, None, :] if mask is not None and TAKES_FINISHED_MASKS else mask
 
 
 def self_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Convert a mask (B, L), not 0 at real tokens, to the `attention_mask` of transformers' decoder for a whole
-    text."""
+    """Convert a mask (B, L), nonzero at real tokens, to the decoder's `attention_mask` of a whole text."""
     if mask is None or not TAKES_FINISHED_MASKS:
         return mask
     return mask.bool()[:, None, None, :] & causal_mask(mask.shape[1], mask.device)
 
 
 class DecoderAttention(BlipTextSelfAttention):
-    """Attention of transformers' text decoder, fused. It applies `encoder_attention_mask`, which transformers' BLIP
-    drops."""
+    """Fused attention of the text decoder.
+
+    It applies `encoder_attention_mask`, which transformers' BLIP drops.
+    """
 
     def __init__(self, config, is_cross_attention: bool, layer_idx: int, encoder_width: int | None = None):
         super().__init__(config, is_cross_attention, layer_idx=layer_idx)
@@ -62,10 +65,10 @@ class DecoderAttention(BlipTextSelfAttention):
         query = split_heads(self.query(hidden_states), self.num_attention_heads).transpose(1, 2)
         is_cross = encoder_hidden_states is not None
         key, value = self._key_and_value(hidden_states, encoder_hidden_states, kwargs.get(CACHE_ARGUMENT))
-        # Sequences that are generated for a sample, such as beams, share its keys and values.
+        # Sequences generated for one sample, such as beams, share its keys and values.
         copies = query.shape[0] // key.shape[0]
         mask = attention_mask
-        if mask is not None and mask.ndim == 2:  # as flash attention takes it
+        if mask is not None and mask.ndim == 2:  # the form that flash attention takes
             mask = self_attention_mask(mask)[:, :, -query.shape[2] :]
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
@@ -89,7 +92,7 @@ class DecoderAttention(BlipTextSelfAttention):
         return (self.dropout(maps) @ value).transpose(1, 2).flatten(2), maps
 
     def _key_and_value(self, hidden_states, encoder_hidden_states, cache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute key and value, (B, H, M, d) each, or take them from the cache."""
+        """Return key and value (B, H, M, d), from the cache where it holds them already."""
         is_cross, given = encoder_hidden_states is not None, cache
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
@@ -111,7 +114,7 @@ class DecoderModel(BlipTextModel):
 
 
 class TextDecoder(BlipTextLMHeadModel):
-    """Transformers' decoder on the whole model's configuration; it cross-attends to states of `encoder_width`."""
+    """transformers' decoder on the model's own text configuration, with encoder states of width `encoder_width`."""
 
     _supports_sdpa = _supports_flash_attn = True
 
@@ -128,11 +131,11 @@ class TextDecoder(BlipTextLMHeadModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, BlipTextLMPredictionHead):  # transformers leaves it as it is in memory
+        if isinstance(module, BlipTextLMPredictionHead):  # transformers leaves it uninitialized
             init.zeros_(module.bias)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        """Prepare inputs as transformers does, with positions that begin at 0 after left padding in every version."""
+        """Prepare inputs as transformers does, with positions that start at 0 after left padding in every version."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and inputs.get("position_ids") is None:
@@ -141,15 +144,17 @@ class TextDecoder(BlipTextLMHeadModel):
         return inputs
 
     def resize_head(self, vocab_size: int) -> None:
-        """Resize the head to a number of words; its weights are tied to the word embeddings, and new words have no
-        bias."""
+        """Resize the head to `vocab_size` words.
+
+        Its weight is tied to the word embeddings. New words get a bias of 0.
+        """
         head = self.cls.predictions
         missing = vocab_size - head.bias.shape[0]
         head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, missing)), requires_grad=head.bias.requires_grad)
         head.decoder.bias, head.decoder.out_features = head.bias, vocab_size
 
     def loss_of(self, output, shift_labels: torch.Tensor | None) -> torch.Tensor:
-        """Return an output's loss, or compute it from targets (B, L) that are already aligned with the logits."""
+        """Return the output's loss or, given `shift_labels` (B, L) aligned with its logits, the loss on those."""
         if shift_labels is None:
             return output.loss
         targets = shift_labels.to(output.logits.device).flatten()
@@ -157,16 +162,20 @@ class TextDecoder(BlipTextLMHeadModel):
 
 
 class SampleCache(DynamicCache):
-    """Keys and values of samples that all sequences generated for a sample share, so that nothing is copied when
-    beams are reordered."""
+    """Cross-attention keys and values, one entry per sample.
+
+    All sequences generated for a sample share its entry, so reordering beams moves nothing.
+    """
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         pass
 
 
 def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences: Sequences) -> EncoderDecoderCache:
-    """Compute the keys and values of all the decoder's cross-attentions to states (R, D), once before generation
-    and without padding."""
+    """Compute the keys and values of all the decoder's cross-attentions once, before generation.
+
+    states (R, D) lie as `sequences` say; varlen states are projected without padding.
+    """
     cache = SampleCache()
     for index, layer in enumerate(decoder.bert.encoder.layer):
         attention = layer.crossattention.self
@@ -179,5 +188,5 @@ def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences:
 
 
 def with_new_self_attention(cache: EncoderDecoderCache) -> EncoderDecoderCache:
-    """Return a cache with the same cross-attention keys and values and empty self-attention, for other sequences."""
+    """Return a cache with the same cross-attention keys and values and an empty self-attention cache."""
     return EncoderDecoderCache(DynamicCache(), cache.cross_attention_cache)

@@ -1,7 +1,7 @@
-"""BLIP's encoders: transformers' layers with their parameter names, for tokens that become fewer.
+"""BLIP's encoders: transformers' layers with the same parameter names, extended by token pruning.
 
-What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and
-feed-forward are.
+The engine (`encoder.py`) decides which tokens to prune and when. The layers here define projections, norms and
+feed-forward.
 """
 
 import torch
@@ -15,7 +15,8 @@ from .padding import check_images, check_no_empty_text, check_text_length
 from .sequences import Sequences, unpad
 
 
-# Where the text of NLVR2 begins to concatenate and project what it sees of two images; before, it averages.
+# From this layer on, NLVR2's text encoder concatenates and projects its cross-attention outputs for the two images.
+# Earlier layers average them.
 MERGE_FROM_LAYER = 6
 
 
@@ -36,13 +37,16 @@ class MadtpBlipVisionLayer(ReducibleLayer, BlipEncoderLayer):
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Split (..., D) into heads (..., H, d)."""
+    """Split states (..., D) into heads (..., H, d)."""
     return states.unflatten(-1, (num_heads, -1))
 
 
 class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
-    """Text layer. `context` holds the states and the layout of each image that the text cross-attends to; it is
-    empty for text only."""
+    """BLIP's text layer with token pruning between self-attention and cross-attention.
+
+    `context` holds the states and the layout of each image for cross-attention, one after the other. It is empty for
+    text only.
+    """
 
     @property
     def attention_dropout(self) -> float:
@@ -69,7 +73,7 @@ class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
 def attend_to_image(
     attention: BlipTextSelfAttention, plan: LayerPlan, states, sequences: Sequences, image_states, images: Sequences
 ) -> torch.Tensor:
-    """Compute cross-attention of the text's states (R, D) to an image's states (S, E) -> (R, D)."""
+    """Compute cross-attention of text states (R, D) to image states (S, E) -> (R, D)."""
     heads = attention.num_attention_heads
     query, key, value = attention.query(states), attention.key(image_states), attention.value(image_states)
     projected = (split_heads(query, heads), split_heads(key, heads), split_heads(value, heads))
@@ -78,12 +82,14 @@ def attend_to_image(
 
 
 class MergeLayer(nn.Linear):
-    """Learned mixture of two states (..., width): a linear map of their concatenation (..., 2 * width), initialised
-    to their mean."""
+    """Map the concatenation (..., 2 * width) of two states to their learned mixture (..., width).
+
+    It is initialized to their mean.
+    """
 
 
 class PairCrossAttentionOutput(nn.Module):
-    """Combine the cross-attention outputs of two images: their mean or, with a merge layer, a learned mixture."""
+    """Combine the cross-attention outputs for two images: their mean or, with `merges`, a learned mixture."""
 
     def __init__(self, config, merges: bool):
         super().__init__()
@@ -116,7 +122,7 @@ class PairCrossAttention(nn.Module):
 
 
 class MadtpBlipPairTextLayer(MadtpBlipTextLayer):
-    """Text layer of NLVR2: a sentence about two images."""
+    """NLVR2's text layer, with cross-attention to two images."""
 
     def __init__(self, config, layer_num: int):
         super().__init__(config, layer_num)
@@ -133,7 +139,7 @@ class MadtpBlipVisionEncoder(nn.Module):
 
 
 class MadtpBlipVisionModel(nn.Module):
-    """Vision encoder: pixel_values (B, 3, H, W) -> `BranchOutput`."""
+    """The image branch, which encodes pixel_values (B, 3, H, W) into a `BranchOutput`."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +155,7 @@ class MadtpBlipVisionModel(nn.Module):
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
-        """`outputs`: what `run_layers` is asked for besides."""
+        """Encode images; `outputs` are further arguments of `run_layers`."""
         check_images(pixel_values, self.embeddings.image_size, interpolate_pos_encoding)
         states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         output = run_layers(
@@ -170,8 +176,7 @@ class MadtpBlipTextEncoder(nn.Module):
 
 
 class MadtpBlipTextModel(nn.Module):
-    """Text encoder: input_ids (B, L) with mask (B, L), padding behind the text, and the images that it
-    cross-attends to -> `BranchOutput`."""
+    """The text branch, which encodes input_ids (B, L) into a `BranchOutput`, with cross-attention to image states."""
 
     def __init__(self, config, layer_class=MadtpBlipTextLayer):
         super().__init__()
@@ -188,8 +193,15 @@ class MadtpBlipTextModel(nn.Module):
         reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
-        """Encode the texts. With `varlen`, padding is left out; without, it is computed and only masked in
-        attention, as in transformers."""
+        """Encode texts, padded on the right.
+
+        Args:
+            images: The states and the layout of each image, one after the other; none for text only.
+            mask: The real tokens (B, L).
+            varlen: Whether to drop padding. Otherwise padding is computed like text, as in transformers, and only
+                masked in attention.
+            outputs: Further arguments of `run_layers`.
+        """
         if varlen:
             input_ids, sequences = unpad(input_ids, mask)
             check_no_empty_text(sequences.row_counts)

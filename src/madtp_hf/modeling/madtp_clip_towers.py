@@ -1,7 +1,7 @@
-"""CLIP's two towers: transformers' layers with their parameter names, for tokens that become fewer.
+"""CLIP's two towers: transformers' layers with the same parameter names, extended by token pruning.
 
-What becomes fewer, and when, is the engine's (`encoder.py`); a layer here says what its projections, norms and
-feed-forward are.
+The engine (`encoder.py`) decides which tokens to prune and when. The layer here defines projections, norms and
+feed-forward.
 """
 
 import torch
@@ -14,9 +14,9 @@ from .padding import check_images, check_same_shape, check_text_length, left_ali
 from .sequences import Sequences, take_slots, unpad
 
 
-# A text's first token and its end always stay; the end, which sees all of it, reads it.
+# The first token and the end of text are never pruned. The end of text attends to the whole text and pools it.
 TEXT_ROLES = TokenRoles(protects_last=True, is_causal=True)
-# Configurations of before transformers 4.31 have this id instead of the end of text's, then a text's highest.
+# Configurations from before transformers 4.31 hold this id; the end of text is then the text's highest token id.
 LEGACY_EOS_TOKEN_ID = 2
 
 
@@ -44,7 +44,7 @@ class MadtpClipEncoder(nn.Module):
 
 
 class MadtpClipVisionModel(nn.Module):
-    """Vision tower: pixel_values (B, 3, H, W) -> `BranchOutput`, pooled to the class token's state (B, D)."""
+    """The image tower: pixel_values (B, 3, H, W) -> `BranchOutput`; `pooled` is the class token's state (B, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -71,7 +71,7 @@ class MadtpClipVisionModel(nn.Module):
 
 
 class MadtpClipTextModel(nn.Module):
-    """Text tower: input_ids (B, L) -> `BranchOutput`, pooled to the state at the end of text (B, D)."""
+    """The text tower: input_ids (B, L) -> `BranchOutput`; `pooled` is the state of the end of text (B, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -81,10 +81,9 @@ class MadtpClipTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def find_ends(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Find where texts (B, L) end -> (B, 1): at the first `eos_token_id` or, by the legacy rule, at the highest
-        id.
+        """Return the position (B, 1) of the first `eos_token_id` in each text or, by the legacy rule, its highest id.
 
-        A text without its end is read at the first token, as transformers does.
+        For a text without an end it is the first token, as in transformers.
         """
         eos, ids = self.config.eos_token_id, input_ids.int()  # ONNX's argmax takes no int64
         return (ids if eos == LEGACY_EOS_TOKEN_ID else (ids == eos).int()).argmax(dim=1, keepdim=True)
@@ -98,9 +97,11 @@ class MadtpClipTextModel(nn.Module):
         reduction: TokenReduction | None = None,
         **outputs,
     ) -> BranchOutput:
-        """What lies behind the end of text is padding. layout: "as it is", computed as if it were text, as
-        transformers does; "varlen", left out; "restored", left out and 0 in the output; "padded", behind the texts and
-        not attended to: shapes follow from shapes.
+        """Encode texts; all tokens after the end of text are padding.
+
+        layout: "as it is" computes padding like text, as transformers does; "varlen" drops it; "restored" drops it and
+        returns zeros in its place; "padded" moves it behind the texts and masks it, so that shapes depend on shapes
+        alone.
         """
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
@@ -117,7 +118,7 @@ class MadtpClipTextModel(nn.Module):
             end_states = take_slots(output.hidden_states, ends).squeeze(1)
             return output._replace(pooled=end_states, num_tokens=real.sum(dim=1).expand_as(output.num_tokens))
         order = slots.expand_as(input_ids)
-        if attention_mask is not None:  # else texts lie in front as they are
+        if attention_mask is not None:  # without a mask, texts are left-aligned already
             order, real = left_align(order, real)
             states = take_slots(states, order)
         if layout == "padded":

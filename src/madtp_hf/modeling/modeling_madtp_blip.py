@@ -1,7 +1,7 @@
-"""BLIP with MADTP token pruning: the four tasks.
+"""BLIP with MADTP token pruning: one model class for each of the four tasks.
 
-Where a task is one of transformers' BLIP, so are its parameters' names and, with pruning off, its outputs. The
-encoders are in `madtp_blip_encoders.py`, the text decoder is transformers' own but for its attention.
+Where transformers' BLIP has the task, parameter names and, with pruning off, outputs equal transformers'. The encoders
+are in `madtp_blip_encoders.py`. The text decoder is transformers' own with another attention.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-# transformers 5.0 copies from a local folder what this file imports itself, and not what that imports in turn.
+# From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
 from .attention import TokenRoles  # noqa: F401
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
@@ -53,12 +53,12 @@ from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
 
-if TYPE_CHECKING:  # `as_pipeline` imports it when it is called
+if TYPE_CHECKING:  # `as_pipeline` imports it lazily
     from .pipeline_madtp_blip import PIPELINES  # noqa: F401
 
 
 class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, GenerationMixin):
-    """BLIP for visual question answering that drops the image and question tokens that matter to neither modality."""
+    """BLIP for visual question answering that prunes image and question tokens that matter to neither modality."""
 
     _tied_weights_keys = {
         "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
@@ -77,7 +77,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         self.post_init()
 
     def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
-        """Encode the images and the questions about them -> a `BranchOutput` each."""
+        """Encode the images, then the questions with cross-attention to them; return a `BranchOutput` for each."""
         input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
         vision = self._encode_images(pixel_values, with_feature, **vision_options)
         images = images_for_texts(vision, pixel_values, input_ids, "questions")
@@ -99,26 +99,26 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         output_positions: bool = False,
         **kwargs,
     ) -> tuple | MadtpBlipForQuestionAnsweringOutput:
-        r"""
+        r"""Compute the answer decoder's logits and, with `labels`, the training loss.
+
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The questions; padding on either side.
+                The questions, padded on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images, one for each question; or one image for several questions, or several for one.
+                One image for each question, one image for several questions, or several images for one question.
             decoder_input_ids, decoder_attention_mask (`torch.LongTensor` of shape `(batch_size, answer_length)`,
-                *optional*): What the answer decoder reads; `labels` if not given.
+                *optional*): The answer decoder's input. Defaults to `labels`, with padding in place of -100.
             labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
-                The answers, the decoder's start token first; tokens at -100 count in no loss.
+                The answers, the decoder's start token first. The loss ignores tokens at -100.
             shift_labels (`torch.LongTensor` of shape `(batch_size, answer_length)`, *optional*):
-                Beside `labels`: targets that are aligned with the logits already.
-            output_positions (`bool`, *optional*, defaults to `False`):
-                Whether to say where the image tokens that each layer leaves come from.
+                Targets already aligned with the logits, used in place of shifted `labels`, which are required too.
+            output_positions (`bool`, *optional*, defaults to `False`): Whether to return `vision_positions`.
 
         Raises:
-            ValueError: for inputs of another shape, a question that is all padding or too long, or neither labels nor
-            decoder inputs.
+            ValueError: if an input has the wrong shape, a question is all padding, a question or an answer is too
+            long, or neither `labels` nor `decoder_input_ids` is given.
         """
-        # No argument by name: `Trainer` would wait for them in evaluation.
+        # Not a named argument: `Trainer` would take it for a label that evaluation batches must hold.
         shift_labels = kwargs.pop("shift_labels", None)
         self._check_arguments(kwargs)
         if labels is None and decoder_input_ids is None:
@@ -188,18 +188,17 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         interpolate_pos_encoding: bool = False,
         **generate_kwargs,
     ) -> torch.LongTensor:
-        """Generate an answer to each question.
+        """Generate an answer to each question, token by token.
 
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The questions; padding on either side.
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images.
+                The questions, padded on either side.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`): The images.
             generate_kwargs:
-                What the decoder's `generate` takes: `max_new_tokens`, `num_beams`, ...
+                Arguments of the decoder's `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, answer_length)`, the start token first.
+            `torch.LongTensor` of shape `(batch_size, answer_length)`: the answers, the start token first.
         """
         _, text = self._encode(
             torch.as_tensor(input_ids, device=pixel_values.device),
@@ -213,8 +212,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
 
 
 class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
-    """BLIP for image captioning that drops the image tokens that matter least. There is no text encoder: only the
-    image is pruned."""
+    """BLIP for image captioning that prunes the least important image tokens. It has no text encoder to prune."""
 
     main_input_name = "pixel_values"
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
@@ -249,21 +247,21 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         output_positions: bool = False,
         **kwargs,
     ) -> tuple | MadtpBlipForConditionalGenerationOutput:
-        r"""
+        r"""Compute the text decoder's logits and, with `labels`, the training loss.
+
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`): The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The captions that the decoder reads, its start token first, padding behind; `labels` if not given.
+                The decoder's input: captions, its start token first, padded on the right. Defaults to `labels`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The captions; tokens at -100, as those of a prompt, count in no loss.
+                The captions. The loss ignores tokens at -100, such as those of a prompt.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Beside `labels`: targets that are aligned with the logits already.
-            output_positions (`bool`, *optional*, defaults to `False`):
-                Whether to say where the image tokens that each layer leaves come from.
+                Targets already aligned with the logits, used in place of shifted `labels`, which are required too.
+            output_positions (`bool`, *optional*, defaults to `False`): Whether to return `vision_positions`.
 
         Raises:
-            ValueError: for inputs of another shape, a caption that is all padding or too long, or no input_ids.
+            ValueError: if an input has the wrong shape, a caption is all padding or too long, or `input_ids` is
+            missing and `labels` can't replace it.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         self._check_arguments(kwargs)
@@ -283,7 +281,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             check_same_shape("labels", labels, input_ids)
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
-            if takes_parts(input_ids.device):  # elsewhere than on a CPU to look at values is to wait for them
+            if takes_parts(input_ids.device):  # on other devices, reading values would synchronize
                 text_lengths(input_ids, attention_mask)
         vision = self._encode_images(
             pixel_values,
@@ -303,7 +301,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             labels=labels,
             reduction="mean",
             logits_to_keep=logits_to_keep,
-            use_cache=False,  # or it would keep every layer's keys and values of the image, for nobody
+            use_cache=False,  # no later step would read every layer's keys and values of the image
         )
         loss = task_loss = align_loss = None
         if labels is not None:
@@ -333,20 +331,19 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         interpolate_pos_encoding: bool = False,
         **generate_kwargs,
     ) -> torch.LongTensor:
-        """Generate a caption of each image.
+        """Generate a caption of each image, token by token.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`): The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                A prompt to go on from, as the tokenizer gives it: the first token becomes the decoder's start token,
-                the last one, `[SEP]`, goes. One for each image, or one for all; padding on either side.
+                A prompt to continue, as the tokenizer returns it: its first token is replaced by the decoder's start
+                token, its last one, `[SEP]`, is removed. One for each image or one for all, padded on either side.
             generate_kwargs:
-                What the decoder's `generate` takes: `max_new_tokens`, `num_beams`, ...
+                Arguments of the decoder's `generate`: `max_new_tokens`, `num_beams`, ...
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, caption_length)`, start token and prompt first, a shorter
-            prompt's padding before.
+            `torch.LongTensor` of shape `(batch_size, caption_length)`: the captions, start token and prompt first.
+            Shorter prompts are padded on the left.
         """
         vision = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if input_ids is None:
@@ -363,12 +360,11 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
 
 
 class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
-    """BLIP for visual reasoning over two images (NLVR2): is a sentence about them true? Drops the tokens of either
-    image and of the sentence that matter to neither modality.
+    """BLIP for visual reasoning (NLVR2), which classifies whether a sentence about two images is true.
 
-    transformers has no such BLIP. The text encoder has two cross-attentions a layer, one for each image: what it sees
-    of the two is averaged, from layer 6 on concatenated and projected by a merge layer. Parameters that transformers
-    doesn't have are named as in the original BLIP.
+    It prunes tokens of either image and of the sentence that matter to neither modality. transformers has no such
+    BLIP. Each text layer has two cross-attentions, one for each image. Their outputs are averaged or, from layer 6 on,
+    concatenated and projected by a merge layer. Parameters that transformers lacks have the original BLIP's names.
     """
 
     task = "nlvr2"
@@ -384,14 +380,14 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         width = config.text_config.hidden_size
         self.vision_model = MadtpBlipVisionModel(config.vision_config)
         self.text_encoder = MadtpBlipTextModel(config.text_config, MadtpBlipPairTextLayer)
-        if list(config.id2label.values()) == ["LABEL_0", "LABEL_1"]:  # nobody has named them
+        if list(config.id2label.values()) == ["LABEL_0", "LABEL_1"]:  # transformers' default names
             config.id2label, config.label2id = {0: "False", 1: "True"}, {"False": 0, "True": 1}
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
         self.post_init()
 
     @classmethod
     def _from_dense_weights(cls, state_dict):
-        """Both cross-attentions of a layer start as BLIP's one, as in the original; its other heads stay behind."""
+        """Copy BLIP's cross-attention to both cross-attentions of each layer, as the original does; drop its heads."""
         weights = {}
         for name, tensor in state_dict.items():
             if not name.startswith(("vision_model.", "text_encoder.")):
@@ -418,21 +414,21 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         output_positions: bool = False,
         **kwargs,
     ) -> tuple | MadtpBlipForImagesAndTextClassificationOutput:
-        r"""
+        r"""Compute the logits of "false" and "true" and, with `labels`, the training loss.
+
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The sentences; padding on either side.
+                The sentences, padded on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 2, 3, image_size, image_size)`):
-                The two images of each, the left one first.
+                The two images of each sentence, the left one first.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 1 where the sentence is true, 0 where it is false.
             output_positions (`bool`, *optional*, defaults to `False`):
-                Whether to say where the image tokens that each layer leaves come from, `(2 * batch_size, length)`,
-                left and right in turn.
+                Whether to return `vision_positions`, `(2 * batch_size, length)`, left and right images alternating.
 
         Raises:
-            ValueError: for inputs of another shape, labels that are neither 0 nor 1, or a sentence that is all padding
-            or too long.
+            ValueError: if an input has the wrong shape, a label is neither 0 nor 1, or a sentence is all padding or
+            too long.
         """
         self._check_arguments(kwargs)
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
@@ -458,7 +454,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
-        # (2 * B, ...), left and right in turn
+        # (2 * B, ...), left and right images alternating
         left, right = (vision.sequences.every_other(vision.states, side) for side in (0, 1))
         text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature)
         logits = self.cls_head(text.class_states)
@@ -486,12 +482,12 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
 
 
 class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
-    """BLIP for image-text retrieval that drops the image and text tokens that matter to neither modality.
+    """BLIP for image-text retrieval that prunes image and text tokens that matter to neither modality.
 
-    Three passes: images alone and texts alone, for features whose products are similarities, and a text that looks at
-    an image, for a matching score. With `return_loss=True` the three train together, on contrast within the batch and
-    hard negatives from it; `madtp_hf.RetrievalTrainer` adds what BLIP was trained with besides, a momentum encoder and
-    queues of its features.
+    It has three passes: image only and text only, for features whose dot products are similarities, and text with
+    cross-attention to image states, for a matching score. `return_loss=True` trains all three, with a contrastive loss
+    within the batch and a matching loss with hard negatives from it. `madtp_hf.RetrievalTrainer` adds the momentum
+    (EMA) encoder and the queues of its features that BLIP was trained with.
     """
 
     task = "retrieval"
@@ -522,10 +518,10 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> torch.Tensor | BaseModelOutputWithPooling:
-        """Compute L2-normalised features of images.
+        """Return the L2-normalised features of images.
 
-        pixel_values (B, 3, H, W) -> (B, image_text_hidden_size); with `return_dict=True` they are the `pooler_output`
-        of a `BaseModelOutputWithPooling`, beside the last and, on request, all hidden states and attentions.
+        pixel_values (B, 3, H, W) -> (B, image_text_hidden_size). With `return_dict=True`, they are the `pooler_output`
+        of a `BaseModelOutputWithPooling`, next to the last and, on request, all hidden states and attentions.
         """
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
         images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
@@ -540,10 +536,10 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> torch.Tensor | BaseModelOutputWithPooling:
-        """Compute L2-normalised features of texts.
+        """Return the L2-normalised features of texts.
 
-        input_ids, attention_mask (B, L) -> (B, image_text_hidden_size), or as `get_image_features` has it;
-        `token_type_ids`, which tokenizers make, are ignored, as BLIP knows none.
+        input_ids, attention_mask (B, L) -> (B, image_text_hidden_size); `return_dict` as in `get_image_features`.
+        `token_type_ids`, which tokenizers return, are ignored, as BLIP has no token types.
         """
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
         texts = self._encode_text(input_ids, attention_mask, **outputs)
@@ -565,32 +561,32 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         output_positions: bool = False,
         **kwargs,
     ) -> tuple | MadtpBlipForImageTextRetrievalOutput:
-        r"""
+        r"""Compute matching scores or similarities of images and texts and, on request, the training loss.
+
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The texts; padding on either side.
+                The texts, padded on either side.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
-                The images, one for each text, or one for several texts, or several for one; similarities
-                (`use_itm_head=False`) are of each with each.
+                One image for each text, one image for several texts, or several images for one text. With
+                `use_itm_head=False`, each image is compared with each text.
             use_itm_head (`bool`, *optional*, defaults to `True`):
-                Whether to let each text look at its image and say whether they match; else, the similarities of all
-                images and all texts.
+                Whether to return the matching head's logits of each text, with cross-attention to its image. If
+                `False`, the similarities of all images and all texts are returned.
             return_loss (`bool`, *optional*):
-                Whether to train: images and texts are taken as pairs, every other pair, on all processes, as no match.
+                Whether to compute the training loss. Image i matches text i; all other pairs, on all processes, don't.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Which image each is, so that its other texts are no negatives; all different if not given.
+                The id of each image, so that its other texts are not negatives. Defaults to all different.
             contrastive_keys (`ContrastiveKeys`, *optional*):
-                What to contrast with instead of the batch, as `madtp_hf.RetrievalTrainer` gives it.
+                The features to contrast with instead of the batch's. `madtp_hf.RetrievalTrainer` passes them.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                1 where a text matches its image, 0 where it doesn't: the matching head's loss alone.
-            output_positions (`bool`, *optional*, defaults to `False`):
-                Whether to say where the image tokens that each layer leaves come from.
+                1 where a text matches its image, 0 where it doesn't. They train the matching head alone.
+            output_positions (`bool`, *optional*, defaults to `False`): Whether to return `vision_positions`.
 
         Raises:
-            ValueError: for inputs of another shape, a text that is all padding or too long, or, in training, a batch
-            of one image alone.
+            ValueError: if an input has the wrong shape, a text is all padding or too long, `labels` are combined with
+            another loss, or a training batch holds one image only.
         """
-        # No argument by name: `Trainer` would wait for them instead of for the loss.
+        # Not a named argument: `Trainer` would expect labels instead of passing `return_loss`.
         labels = kwargs.pop("labels", None)
         self._check_arguments(kwargs)
         if labels is not None and (return_loss or not use_itm_head):
@@ -654,7 +650,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         )
 
     def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """Compute the contrastive and the matching loss (with hard negatives), their sum, and itm_score (B, 2)."""
+        """Return the contrastive loss, the matching loss with hard negatives and their sum; itm_score (B, 2)."""
         if image_ids is None:
             image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
         contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
@@ -666,14 +662,14 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
 
     def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
-        """Compute matching logits (B, 2) of texts (B, L) and encoded images, with states (B, M, D) and mask (B, M)."""
+        """Return matching logits (B, 2) of texts (B, L) with image states (B, M, D) and their mask (B, M)."""
         text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
         return self.itm_head(text.class_states)
 
     def _score_hard_negatives(
         self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
     ) -> torch.Tensor:
-        """Compute matching logits (up to 2 * B, 2) of texts with wrong images and of images with wrong texts."""
+        """Return matching logits (up to 2 * B, 2) of texts with a wrong image and images with a wrong text each."""
         rank = process_rank()
         text_ids, text_mask = input_ids, None
         if attention_mask is not None:

@@ -1,6 +1,6 @@
 """CLIP with MADTP token pruning.
 
-Parameters' names are those of transformers' CLIP and so are, with pruning off, its outputs.
+Parameter names equal those of transformers' CLIP and, with pruning off, so do the outputs.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils import can_return_tuple
 
-# transformers 5.0 copies from a local folder what this file imports itself, and not what that imports in turn.
+# From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
 from .attention import FIRST_PROTECTED
 from .configuration_madtp_clip import MadtpClipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
@@ -39,18 +39,18 @@ from .versions import VERSION  # noqa: F401
 class MadtpClipOutput(PruningOutput, CLIPOutput):
     r"""
     loss (`torch.Tensor`, *optional*, returned with `return_loss=True`):
-        `task_loss`, CLIP's contrastive loss, and the alignment loss.
+        The sum of `task_loss`, which is CLIP's contrastive loss, and the weighted alignment loss.
     logits_per_image (`torch.Tensor` of shape `(image_batch_size, text_batch_size)`), logits_per_text (its transpose):
-        The scaled cosine similarity of each image and each text.
+        The scaled cosine similarities of all images and all texts.
     text_embeds, image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`): L2-normalised features.
     text_model_output, vision_model_output (`BaseModelOutputWithPooling`):
-        What `get_text_features` and `get_image_features` return, states of the tokens that are left.
-    image_mask: the real tokens of `vision_model_output.last_hidden_state`.
+        What `get_text_features` and `get_image_features` return, with the hidden states of the surviving tokens.
+    image_mask: True at the real tokens of `vision_model_output.last_hidden_state`.
     """
 
 
 class MadtpClipAlignment(MadtpAlignment):
-    """Alignment tokens of CLIP, with one map to their width per layer of both towers."""
+    """Alignment tokens, with a separate projection to their width for each layer of both towers."""
 
     def make_projection(self, branch, width):
         layers = [AlignmentProjection(branch.hidden_size, width) for _ in range(branch.num_hidden_layers)]
@@ -58,7 +58,7 @@ class MadtpClipAlignment(MadtpAlignment):
 
 
 class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
-    """CLIP that drops the image and text tokens that matter to neither modality."""
+    """CLIP that prunes image and text tokens that matter to neither modality."""
 
     config: MadtpClipConfig
     config_class = MadtpClipConfig
@@ -90,7 +90,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MadtpAlignment):
             init_alignment(module)
-        elif isinstance(module, AlignmentProjection):  # norms stay as they are
+        elif isinstance(module, AlignmentProjection):  # preserves the scale of the tokens
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, MadtpClipModel):
             for projection in (module.visual_projection, module.text_projection):
@@ -98,16 +98,17 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
 
     @classmethod
     def from_clip(cls, source, **config_overrides):
-        """Load transformers' CLIP as a model of this class; only the alignment parameters are new.
+        """Create a model of this class from transformers' CLIP. Only alignment parameters are new.
 
         Args:
             source (`CLIPModel` or `str`):
-                The CLIP model, whose weights are copied, or a path or Hub id to load it from; or one of this class.
+                A CLIP model, whose weights are copied, a path or Hub id to load it from, or a model of this class.
             config_overrides:
-                Fields of [`MadtpClipConfig`]; with a path or Hub id also arguments of `from_pretrained`.
+                Fields of [`MadtpClipConfig`] to set. With a path or Hub id, also arguments of `from_pretrained`.
 
         Raises:
-            TypeError: if the source is another model than CLIP, or an override is neither of these.
+            TypeError: if the source is a model other than CLIP, or an override is neither a field nor such an
+            argument.
         """
         return cls._from_dense(source, config_overrides, MadtpClipConfig, "from_clip")
 
@@ -118,19 +119,18 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         self.text_model.embeddings.token_embedding = value
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """Encode pixel_values (B, 3, H, W) -> `BranchOutput`, pooled to the features (B, E); `outputs` are
-        arguments of `run_layers`."""
+        """Encode pixel_values (B, 3, H, W); `pooled` holds features (B, E), `outputs` are `run_layers` arguments."""
         reduction = self._reduction("vision", with_feature)
         images = self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
         return images._replace(pooled=self.visual_projection(images.pooled))
 
     def _encode_text(self, input_ids, attention_mask=None, position_ids=None, with_feature=False, **outputs):
-        """Encode input_ids (B, L) -> `BranchOutput`, pooled to the features (B, E)."""
+        """Encode input_ids (B, L) into a `BranchOutput` whose `pooled` holds the features (B, E)."""
         layout = "as it is"
         if self.is_pruning:
             layout = "padded" if self.config.pruning_granularity == "frozen" else "varlen"
         elif attention_mask is not None and not torch.compiler.is_compiling():
-            # Where a mask says what padding is, its states are nobody's, unless all layers' are asked for.
+            # With a mask, the states of padding are not needed, unless the caller asks for those of all layers.
             layout = "restored" if all(x is None or x is False for x in outputs.values()) else layout
         reduction = self._reduction("text", with_feature)
         texts = self.text_model(input_ids, attention_mask, position_ids, layout, reduction, **outputs)
@@ -146,10 +146,10 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Compute features of texts (B, projection_dim), not normalised, as `pooler_output`, and the states of the
-        tokens that are left.
+        """Return unnormalised text features (B, projection_dim) as `pooler_output`, and the surviving hidden states.
 
-        input_ids, attention_mask, position_ids (B, L). Without pruning as `CLIPModel`'s, with 0 at padding.
+        input_ids, attention_mask, position_ids (B, L). Without pruning, outputs equal `CLIPModel`'s, but for zeros at
+        the padding of a mask.
         """
         self._check_arguments(kwargs)
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
@@ -164,10 +164,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Compute features of images (B, projection_dim), not normalised, as `pooler_output`, and the states of the
-        tokens that are left.
+        """Return unnormalised image features (B, projection_dim) as `pooler_output`, and the surviving hidden states.
 
-        pixel_values (B, 3, H, W). Without pruning as `CLIPModel`'s.
+        pixel_values (B, 3, H, W). Without pruning, outputs equal `CLIPModel`'s.
         """
         self._check_arguments(kwargs)
         outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
@@ -190,20 +189,21 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         output_positions: bool = False,
         **kwargs,
     ) -> tuple | MadtpClipOutput:
-        r"""
+        r"""Compute the similarities of all images and texts and, with `return_loss`, the training loss.
+
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(text_batch_size, sequence_length)`):
-                The texts. What lies behind a text's end is padding, with a mask or without.
+                The texts. All tokens after the end of text are padding, with or without a mask.
             pixel_values (`torch.Tensor` of shape `(image_batch_size, 3, image_size, image_size)`): The images.
             position_ids (`torch.LongTensor` of shape `(text_batch_size, sequence_length)`, *optional*):
-                Where the words stand; 0, 1, 2, ... if not given.
+                The positions of the tokens. Defaults to 0, 1, 2, ...
             return_loss (`bool`, *optional*):
-                Whether to train: images and texts are taken as pairs, every other pair of the batch as no match.
+                Whether to compute the training loss. Image i matches text i; all other pairs of the batch don't.
             image_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Which image each is: texts of one image are no negatives; batches of all processes are contrasted.
+                The id of each image, so that its other texts are not negatives; contrasts batches of all processes.
             contrastive_keys (`ContrastiveKeys`, *optional*):
-                What to contrast with instead of the batch, as `madtp_hf.RetrievalTrainer` gives it.
-            output_positions (`bool`, *optional*): Whether to say where each layer's image tokens come from.
+                The features to contrast with instead of the batch's. `madtp_hf.RetrievalTrainer` passes them.
+            output_positions (`bool`, *optional*): Whether to return `vision_positions`.
         """
         self._check_arguments(kwargs)
         with_feature = bool(return_loss)

@@ -1,7 +1,6 @@
-"""The pipelines of BLIP's tasks, none of which transformers 5 has any more or ever had; a checkpoint brings them
-along.
+"""The pipelines of BLIP's tasks. transformers 5 has none of them, so checkpoints ship them.
 
-Each takes an image, or a pair of images, and a text about it, and is called alike: with one of each, with lists, or
+Each takes an image, or a pair of images, and a text about it. All have the same call: with one of each, with lists, or
 with dicts of both.
 """
 
@@ -18,7 +17,7 @@ from transformers.image_utils import load_image
 
 _IMAGE = "a PIL image, a uint8 array (height, width, 3), or a path, URL or base64 string of an image"
 _STRING = "a string"
-_PAIRS_AT_ONCE = 64  # of an image and a text, which the matching head reads
+_PAIRS_AT_ONCE = 64  # pairs of an image and a text per pass of the matching head
 
 
 def _is_image(value) -> bool:
@@ -38,7 +37,7 @@ def _is_strings(value) -> bool:
 
 
 def read_image(image, timeout: float | None = None) -> Image.Image:
-    """Open an image in RGB and turn it upright by its EXIF orientation; used by the pipeline and by the collators.
+    """Open an image in RGB and rotate it by its EXIF orientation; the pipelines and the collators use it.
 
     Args:
         image (`str`, `os.PathLike`, `numpy.ndarray` or `PIL.Image.Image`):
@@ -47,8 +46,8 @@ def read_image(image, timeout: float | None = None) -> Image.Image:
             Seconds to wait for a URL.
 
     Raises:
-        TypeError: for a value of another type.
-        ValueError: for an array of another shape or dtype, and for a string or file that holds no image.
+        TypeError: if `image` has another type.
+        ValueError: if an array has another shape or dtype, or a string or a file holds no image.
         FileNotFoundError: if there is no file at a `pathlib.Path`.
     """
     if isinstance(image, np.ndarray):
@@ -74,14 +73,14 @@ def read_image(image, timeout: float | None = None) -> Image.Image:
 
 
 class MadtpBlipPipeline(Pipeline):
-    """Base class of the pipelines: how they are called, and their errors for malformed inputs.
+    """Base class of the pipelines, which handles calls and reports invalid inputs.
 
-    parts: of each of the two parts of an input, the image's first: whether a value is a single one, and what is
-    expected.
+    parts: for each of the two parts of an input, the image first: a function that tells whether a value is a single
+    one, and a description of what is expected, for error messages.
     """
 
     parts: dict = {}
-    # What `preprocess`, `_forward` and `postprocess` take besides.
+    # Further arguments of `preprocess`, `_forward` and `postprocess`.
     parameters: tuple[tuple[str, ...], ...] = (("padding", "truncation", "timeout"), (), ())
     _load_processor = False
     _load_image_processor = True
@@ -90,7 +89,7 @@ class MadtpBlipPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # On a CPU the fast way is the ordinary way; it takes as much memory again as the large weights.
+        # Prepacked weights are faster on a CPU; they take as much memory again as the large weights.
         if self.device.type == "cpu":
             self.model.eval().prepack_for_inference()
 
@@ -104,14 +103,14 @@ class MadtpBlipPipeline(Pipeline):
             raise ValueError(f"top_k={top_k!r}: expected a whole number of at least 1.")
         return tuple({n: given[n] for n in names if given.get(n) is not None} for names in self.parameters)
 
-    # What it is called with
+    # Call arguments
 
     @property
     def _shape(self) -> str:
         return "{" + ", ".join(f'"{name}": ...' for name in self.parts) + "}"
 
     def _ask(self, image, text, **kwargs):
-        """Pair every text with every image, the first text first; without texts, take the pairs as given."""
+        """Call the pipeline with every text for every image, the first text first; without texts, with pairs."""
         image_name, text_name = self.parts
         if text is None:
             return super().__call__(self._pairs(image), **kwargs)
@@ -128,7 +127,7 @@ class MadtpBlipPipeline(Pipeline):
         return self.parts[name][0](value)
 
     def _as_list(self, name: str, value) -> list:
-        """One value of a part, or several, as a list."""
+        """Return one value of a part, or several, as a list."""
         is_one, expected = self.parts[name]
         if is_one(value):
             return [value]
@@ -143,7 +142,7 @@ class MadtpBlipPipeline(Pipeline):
         return values
 
     def _check_keys(self, pair, where: str) -> None:
-        """Raise an error if `pair` is no dict of both parts; other keys are allowed, as of a data set."""
+        """Raise an error unless `pair` is a dict with both parts; other keys, such as a data set's, are allowed."""
         if not isinstance(pair, dict):
             raise TypeError(f"{where} is a {type(pair).__name__}: expected a dict, {self._shape}.")
         for name in self.parts:
@@ -151,7 +150,7 @@ class MadtpBlipPipeline(Pipeline):
                 raise ValueError(f"{where} has the keys {list(pair)} and no {name}: expected {self._shape}.")
 
     def _check_pair(self, pair, where: str) -> dict:
-        """The two parts of a dictionary with one of each; an error that begins with `where` for any other."""
+        """Return the two parts of a dict with one of each; raise an error that names `where` for other values."""
         self._check_keys(pair, where)
         for name, (is_one, expected) in self.parts.items():
             if not is_one(pair[name]):
@@ -159,7 +158,7 @@ class MadtpBlipPipeline(Pipeline):
         return {name: pair[name] for name in self.parts}
 
     def _read_dict(self, inputs: dict):
-        """A dictionary as one pair, or, where both of its values are lists, as a list of pairs."""
+        """Return a dict as one pair or, if both of its values are lists, as a list of pairs."""
         self._check_keys(inputs, "The dict")
         several = [name for name in self.parts if self._is_several(name, inputs[name])]
         if not several or all(self._is_one(name, inputs[name]) for name in self.parts):
@@ -178,14 +177,16 @@ class MadtpBlipPipeline(Pipeline):
         return [dict(zip(self.parts, pair)) for pair in zip(*(inputs[name] for name in self.parts))]
 
     def _is_several(self, name: str, value) -> bool:
-        """Whether a value is a list of several; one that is a single value as well, such as texts of one image, may
-        be."""
+        """Whether a value is, or can be read as, a list of several values.
+
+        A list can also be a single value, such as the texts for one image.
+        """
         if not isinstance(value, (list, tuple)):
             return False
         return not self._is_one(name, value) or all(self._is_one(name, item) for item in value)
 
     def _pairs(self, inputs):
-        """Check what was given instead of both parts, as far as that reads no image, and return it."""
+        """Check and return inputs given in place of the two parts, without reading images."""
         image, text = self.parts
         if inputs is None or self._is_one(image, inputs):
             raise ValueError(f"{text} is missing: expected {image}=... and {text}=..., or a dict of both.")
@@ -203,17 +204,17 @@ class MadtpBlipPipeline(Pipeline):
                 " a list"
                 " of such."
             )
-        return (pair for pair in inputs)  # such as `datasets.Dataset`, which is no torch dataset
+        return (pair for pair in inputs)  # such as `datasets.Dataset`, which is not a torch dataset
 
-    # What the model reads
+    # Model inputs
 
     def _read_images(self, images: list, timeout: float | None) -> torch.Tensor:
-        """(len(images), 3, H, W)."""
+        """Read images into pixel_values (len(images), 3, H, W)."""
         images = [read_image(image, timeout=timeout) for image in images]
         return self.image_processor(images=images, return_tensors="pt").pixel_values.to(self.model.dtype)
 
     def _read_texts(self, texts, padding, truncation, return_tensors="pt"):
-        """input_ids and attention_mask of a text, or of a list of them."""
+        """Return input_ids and attention_mask of a text, or of a list of texts."""
         longest = self.model.config.text_config.max_position_embeddings if truncation else None
         options = {"padding": padding, "truncation": truncation, "max_length": longest}
         read = self.tokenizer(texts, return_tensors=return_tensors, **options)
@@ -226,7 +227,7 @@ class MadtpBlipPipeline(Pipeline):
 
 
 class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
-    """Answers questions about images.
+    """Pipeline that answers questions about images.
 
     ```python
     >>> from transformers import pipeline
@@ -236,10 +237,10 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     [{"answer": "two", "score": 0.93}]
     ```
 
-    Parameters of a call, or of `pipeline(...)` for all calls: `top_k` (answers a question, the likeliest first; 1 if
-    not given), `max_new_tokens` and what else the model's `generate` takes, as `generate_kwargs`; `padding`,
-    `truncation` and `timeout` (seconds, to fetch an image) as elsewhere. A score is the probability of the answer,
-    token by token.
+    A call, or `pipeline(...)` for all calls, takes these parameters: `top_k` (the number of answers to each question,
+    the likeliest first; defaults to 1), `max_new_tokens`, `generate_kwargs` (further arguments of the model's
+    `generate`), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in other pipelines. The score
+    of an answer is the product of its tokens' probabilities.
     """
 
     parts = {"image": (_is_image, _IMAGE), "question": (_is_string, _STRING)}
@@ -249,22 +250,22 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
         r"""
         Args:
             image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or
-                several. Without a question, pairs: `{"image": ..., "question": ...}`, or a list, generator or dataset
-                of such.
+                One image or several: each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
+                string. Without `question`, pairs: a dict `{"image": ..., "question": ...}`, or a list, generator or
+                dataset of them.
             question (`str` or `list[str]`, *optional*):
-                One question or several. Two lists mean every question about every image, as in transformers 4: the
-                first question about each image, then the second. To ask each image a question of its own, pass a list
-                of pairs.
+                One question or several. With two lists, every question is asked about every image, as in transformers
+                4: the first question about each image, then the second. To ask a separate question about each image,
+                pass a list of pairs.
 
         Returns:
-            A list of `{"answer": str, "score": float}`, the likeliest first; for several questions or images a list
+            A list of `{"answer": str, "score": float}`, the likeliest first. For several questions or images, a list
             of such lists.
 
         Raises:
-            TypeError: for an image, a question or a pair of another type.
-            ValueError: if image or question is missing or an empty list, for a dict with lists of unequal lengths, and
-                for what holds no image.
+            TypeError: if an image, a question or a pair has another type.
+            ValueError: if image or question is missing or an empty list, the lists of a dict have unequal lengths, or
+                an input holds no image.
         """
         return self._ask(image, question, **kwargs)
 
@@ -276,7 +277,7 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
         log_probabilities = self.model.text_decoder.compute_transition_scores(
             output.sequences, output.scores, beams, normalize_logits=beams is None
         )
-        # What follows the end of an answer is padding, and no part of it.
+        # Padding after the end of an answer doesn't count in its score.
         padding = output.sequences[:, 1:] == self.model.config.text_config.pad_token_id
         scores = log_probabilities.masked_fill(padding, 0.0).sum(dim=1).exp()
         return {"sequences": output.sequences.unflatten(0, (-1, top_k)), "scores": scores.unflatten(0, (-1, top_k))}
@@ -291,7 +292,7 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
 
 
 class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
-    """Writes captions of images, with or without a prompt.
+    """Pipeline that generates captions of images, optionally from a prompt.
 
     ```python
     >>> from transformers import pipeline
@@ -301,10 +302,11 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
     [{"generated_text": "a seven and two ones"}]
     ```
 
-    It is called as the pipeline of this name in transformers 4; transformers 5's `"image-text-to-text"` takes these
-    checkpoints as well, and wants a text beside each image. Parameters of a call, or of `pipeline(...)` for all calls:
-    `max_new_tokens` (20 if not given, and no more than the decoder has room for) and what else the model's `generate`
-    takes, as `generate_kwargs`; `padding`, `truncation` and `timeout` (seconds, to fetch an image) as elsewhere.
+    The call equals that of the pipeline of this name in transformers 4. transformers 5's `"image-text-to-text"` works
+    with these checkpoints too, but requires a text for each image. A call, or `pipeline(...)` for all calls, takes
+    these parameters: `max_new_tokens` (defaults to 20, limited to the decoder's length), `generate_kwargs` (further
+    arguments of the model's `generate`), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in
+    other pipelines.
     """
 
     parts = {"image": (_is_image, _IMAGE), "prompt": (_is_string, _STRING)}
@@ -314,19 +316,19 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
         r"""
         Args:
             image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or
-                several; or pairs, `{"image": ..., "prompt": ...}`, or a list, generator or dataset of such.
+                One image or several: each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
+                string. Or pairs: a dict `{"image": ..., "prompt": ...}`, or a list, generator or dataset of them.
             prompt (`str` or `list[str]`, *optional*):
-                What each caption begins with; several for as many images, one for each.
+                The beginning of every caption, or a list with the beginning of each image's caption.
 
         Returns:
             A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks
-            for; for several images a list of such lists.
+            for. For several images, a list of such lists.
 
         Raises:
-            TypeError: for an image or a prompt of another type.
-            ValueError: if image is missing or an empty list, for another number of prompts than images, and for what
-                holds no image.
+            TypeError: if an image or a prompt has another type.
+            ValueError: if image is missing or an empty list, the number of prompts differs from that of images, or an
+                input holds no image.
         """
         if image is None:
             raise ValueError("image is missing: expected an image or a list of images.")
@@ -350,13 +352,13 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
         return isinstance(value, (list, tuple)) and len(value) > 0 and _is_image(value[0])
 
     def _check_pair(self, pair, where: str) -> dict:
-        """As elsewhere; an image alone, or a dict with no prompt, goes without."""
+        """Check a pair as the other pipelines do; an image alone or a dict without a prompt gets an empty prompt."""
         pair = {"image": pair} if _is_image(pair) else pair
         return super()._check_pair({"prompt": "", **pair} if isinstance(pair, dict) else pair, where)
 
     def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None):
         number = len(model_inputs["pixel_values"])
-        # The decoder reads no more than so many; of a prompt as the tokenizer gives it, all but the last token.
+        # The decoder's maximum length, less the prompt without its last token, which `generate` removes.
         room = self.model.config.text_config.max_position_embeddings - model_inputs["input_ids"].shape[1] + 1
         options = {"max_new_tokens": min(max_new_tokens, room), **(generate_kwargs or {})}
         options["return_dict_in_generate"] = False
@@ -368,7 +370,7 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
 
 
 class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
-    """Says whether sentences about pairs of images are true (NLVR2).
+    """Pipeline that classifies whether sentences about pairs of images are true (NLVR2).
 
     ```python
     >>> from transformers import pipeline
@@ -378,9 +380,9 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
     [{"label": "True", "score": 0.97}, {"label": "False", "score": 0.03}]
     ```
 
-    Labels are called as the configuration's `id2label` has it. Parameters of a call, or of `pipeline(...)` for all
-    calls: `top_k` (labels a sentence, the likeliest first; all if not given); `padding`, `truncation` and `timeout`
-    (seconds, to fetch an image) as elsewhere.
+    Label names come from the configuration's `id2label`. A call, or `pipeline(...)` for all calls, takes these
+    parameters: `top_k` (the number of labels for each sentence, the likeliest first; defaults to all), and `padding`,
+    `truncation` and `timeout` (seconds to fetch an image) as in other pipelines.
     """
 
     parts = {
@@ -393,21 +395,21 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         r"""
         Args:
             images (a pair of images, `dict` or a list of them):
-                A pair `[left, right]`, each a PIL image, an array (height, width, 3) of uint8, or a path, URL or
-                base64 string. Or several pairs. Without a text, dicts: `{"images": [left, right], "text": ...}`, or a
-                list, generator or dataset of such.
+                One pair `[left, right]` or several; each image is a PIL image, an array (height, width, 3) of uint8,
+                or a path, URL or base64 string. Without `text`, a dict `{"images": [left, right], "text": ...}`, or a
+                list, generator or dataset of them.
             text (`str` or `list[str]`, *optional*):
-                One sentence or several. Two lists mean every sentence about every pair: the first sentence about each
-                pair, then the second. For a sentence of its own with each pair, pass a list of dicts.
+                One sentence or several. With two lists, every sentence is classified for every pair: the first
+                sentence for each pair, then the second. For a separate sentence with each pair, pass a list of dicts.
 
         Returns:
-            A list of `{"label": str, "score": float}`, the likeliest first; for several sentences or pairs a list of
+            A list of `{"label": str, "score": float}`, the likeliest first. For several sentences or pairs, a list of
             such lists.
 
         Raises:
-            TypeError: for images, a sentence or a dict of another type.
-            ValueError: if images or text is missing or an empty list, for a dict with lists of unequal lengths, and
-                for what holds no image.
+            TypeError: if an image, a sentence or a dict has another type.
+            ValueError: if images or text is missing or an empty list, the lists of a dict have unequal lengths, or an
+                input holds no image.
         """
         return self._ask(images, text, **kwargs)
 
@@ -427,7 +429,7 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
 
 
 class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
-    """Says how well images and texts match.
+    """Pipeline that scores how well images and texts match.
 
     ```python
     >>> from transformers import pipeline
@@ -438,9 +440,10 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
     0.13}]
     ```
 
-    `score` is the matching head's, which lets the text look at the image: the probability that they match.
-    `similarity` is the cosine of the two features, which are computed apart, as for a search index. Parameters of a
-    call, or of `pipeline(...)` for all calls: `truncation` and `timeout` (seconds, to fetch an image).
+    `score` is the probability of a match by the matching head, with cross-attention of the text to image states.
+    `similarity` is the cosine similarity of the two features, which are computed separately, as for a search index.
+    A call, or `pipeline(...)` for all calls, takes the parameters `truncation` and `timeout` (seconds to fetch an
+    image).
     """
 
     parts = {
@@ -453,18 +456,18 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         r"""
         Args:
             image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                An image: a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. Or
-                several. Without a text, dicts: `{"image": ..., "text": ...}`, or a list, generator or dataset of such.
+                One image or several: each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
+                string. Without `text`, a dict `{"image": ..., "text": ...}`, or a list, generator or dataset of them.
             text (`str` or `list[str]`, *optional*):
-                One text or several, which are all compared with each image; an image is encoded once for all.
+                One text or several, all of which are compared with each image. Each image is encoded only once.
 
         Returns:
-            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in their order; for
-            several images a list of such lists.
+            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in the order of the
+            texts. For several images, a list of such lists.
 
         Raises:
-            TypeError: for an image, a text or a dict of another type.
-            ValueError: if image or text is missing or an empty list, and for what holds no image.
+            TypeError: if an image, a text or a dict has another type.
+            ValueError: if image or text is missing or an empty list, or an input holds no image.
         """
         if text is not None and not self._is_one("text", text):
             text = self._as_list("text", text)  # such as an array of strings
@@ -477,7 +480,7 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         return {"pixel_values": self._read_images([image], timeout), "texts": texts, "input_ids": input_ids}
 
     def _forward(self, model_inputs):
-        # Of each image, a list of texts; of a batch, one behind the other.
+        # A batch holds a list of texts for each image; a single sample holds just its texts.
         pixel_values, texts, ids = (model_inputs[name] for name in ("pixel_values", "texts", "input_ids"))
         if _is_string(texts[0]):
             texts, ids = [texts], [ids]
@@ -510,7 +513,7 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         return [{"text": text, "score": score, "similarity": similarity} for text, score, similarity in rows]
 
 
-# By the names that `pipeline` knows them by: those of transformers 4 where it had one, else the model's own.
+# Keyed by the task name that `pipeline` takes: transformers 4's where it has the task, else our own.
 PIPELINES = {
     "visual-question-answering": MadtpBlipVisualQuestionAnsweringPipeline,
     "image-to-text": MadtpBlipImageToTextPipeline,
