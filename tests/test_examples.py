@@ -90,7 +90,7 @@ def check_output(output: Path, steps: int = 4) -> list[dict]:
     assert model.config.pruning_temperature == (model.config.pruning_schedule[0][1] if lossless else 0)
     card = ModelCard.load(output / "README.md")  # what is saved is ready to publish
     assert {result.metric_args["reduction"] for result in card.data.eval_results} == {0, 0.6}
-    assert ("saved at reduction 0.6" if lossless else "saved with pruning off") in card.text
+    assert ("Saved at 0.6, the largest" if lossless else "Saved with pruning off") in card.text
     assert "dense" in card.text and f"| steps | {steps} |" in card.text and "set_pruning(reduction=0.6)" in card.text
     assert str(output.parent) not in card.content + (output / "results.json").read_text()
     return rows

@@ -185,12 +185,12 @@ def _remarks(results: dict, task: Task) -> list[str]:
         remarks.append(f"Before fine-tuning: {before}.")
     default = results.get("default_budget")
     if default:
-        name, samples = _bare(default["metric"]), default["samples"]
-        saved = f"at reduction {default['reduction']:g}, the largest" if default["reduction"] else "with pruning off"
-        remarks.append(
-            f"It is saved {saved}, for {name} on {samples} validation samples is to be at most"
-            f" {100 * default['loss']:g} point below that of pruning off."
-        )
+        on = f"{_bare(default['metric'])} on {default['samples']} validation samples is"
+        points = f"{100 * default['loss']:g} point below that of pruning off"
+        if default["reduction"]:
+            remarks.append(f"Saved at {default['reduction']:g}, the largest reduction whose {on} at most {points}.")
+        else:
+            remarks.append(f"Saved with pruning off: at every reduction, {on} more than {points}.")
     baseline = results.get("baseline")
     if baseline is not None:
         baseline = baseline if isinstance(baseline, dict) else {_main_metric(results): baseline}
