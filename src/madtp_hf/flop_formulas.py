@@ -1,8 +1,8 @@
 """FLOPs in closed form: of a model's parts, then of each task's forward pass.
 
-The paper's convention: one multiply-accumulate of a convolution, a linear map or an attention product counts as one
-FLOP, a layer norm as five an element. `tokens` is what enters a branch and what each of its layers leaves, a float
-tensor (layers + 1, B); results are (B,).
+In the paper's convention, one multiply-accumulate of a convolution, a linear map or an attention product counts as one
+FLOP, and a layer norm as five FLOPs per element. `tokens` is a float tensor (layers + 1, B): the number of tokens that
+enter a branch, then that each of its layers leaves. Results are (B,).
 """
 
 import itertools
@@ -14,17 +14,16 @@ LAYER_NORM = 5
 
 
 def alignment_scores(config, tokens, width):
-    """Count the alignment scores of a layer with `tokens` inputs, including the class token's row, which is
-    computed as well.
+    """Count the FLOPs of the alignment scores of a layer that `tokens` enter, the class token's included.
 
-    Where the branch's width is not the alignment tokens', inference folds the projection into the alignment tokens,
-    once a pass (not counted): each token is multiplied with T columns of the branch's width.
+    If the branch's width differs from the alignment tokens', inference folds the projection into the alignment tokens,
+    once per pass (not counted). Each token is then multiplied with T columns of the branch's width.
     """
     return tokens * config.num_alignment_tokens * width
 
 
 def pre_norm_layers(config, branch, tokens, prunes):
-    """Count the layers of BLIP's vision encoder and of CLIP's towers."""
+    """Count the FLOPs of the layers of BLIP's vision encoder or of a CLIP tower."""
     width, hidden, total = branch.hidden_size, branch.intermediate_size, 0
     for enter, leave in itertools.pairwise(tokens):
         total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
@@ -49,7 +48,7 @@ def cross_attention(width, queries, context, context_width):
 
 
 def text_encoder(config, tokens, image_tokens, prunes):
-    """Count the text encoder. `image_tokens`: one tensor (B,) for each image that the text cross-attends to."""
+    """Count the FLOPs of the text encoder; `image_tokens` holds a (B,) tensor for each image it cross-attends to."""
     text = config.text_config
     width, hidden, image_width = text.hidden_size, text.intermediate_size, config.vision_config.hidden_size
     total = tokens[0] * LAYER_NORM * width
@@ -66,8 +65,10 @@ def text_encoder(config, tokens, image_tokens, prunes):
 
 
 def text_decoder(config, tokens, context_tokens, context_width):
-    """Count the decoder on `tokens` (B,) in one teacher-forced pass, with cross-attention to `context_tokens` in
-    every layer and the word logits."""
+    """Count a text decoder's pass over `tokens` (B,), its word logits included.
+
+    It cross-attends to `context_tokens` in every layer.
+    """
     text = config.text_config
     width, hidden = text.hidden_size, text.intermediate_size
     layer = tokens * (4 * width**2 + 2 * width * hidden + 3 * LAYER_NORM * width) + 2 * tokens**2 * width
@@ -76,7 +77,7 @@ def text_decoder(config, tokens, context_tokens, context_width):
     return (tokens * LAYER_NORM * width + text.num_hidden_layers * layer + head) * (tokens > 0)
 
 
-# Of each task. `prunes`: the modalities whose layers compute alignment scores.
+# The forward pass of each task. `prunes`: the modalities whose layers compute alignment scores.
 
 
 def question_answering(config, vision_tokens, text_tokens, answer_tokens, prunes):
@@ -91,7 +92,7 @@ def captioning(config, vision_tokens, text_tokens, answer_tokens, prunes):
 
 
 def visual_reasoning(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """Count NLVR2's pass over two images: `vision_tokens` (layers + 1, 2, B)."""
+    """Count NLVR2's pass over two images; `vision_tokens` is (layers + 1, 2, B)."""
     images = vision_tokens.unbind(1)
     total = sum(vision_encoder(config, image, "vision" in prunes) for image in images)
     total = total + text_encoder(config, text_tokens, [image[-1] for image in images], "text" in prunes)
@@ -107,8 +108,10 @@ def retrieval(config, vision_tokens, text_tokens, answer_tokens, prunes):
 
 
 def contrastive_pair(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """Count CLIP's features of an image and a text and their product. Causal attention counts in full, as it is
-    computed."""
+    """Count CLIP's features of an image and a text, and their product.
+
+    Causal attention counts in full, because it is computed in full.
+    """
     vision, text, width = config.vision_config, config.text_config, config.projection_dim
     total = patch_embedding(vision, vision_tokens) + vision_tokens[0] * LAYER_NORM * vision.hidden_size
     total = total + pre_norm_layers(config, vision, vision_tokens, "vision" in prunes)

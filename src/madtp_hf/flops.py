@@ -1,6 +1,6 @@
 """FLOPs of a forward pass in closed form, from the number of tokens in each layer (see `flop_formulas`).
 
-Nothing is run and nothing is traced.
+No model is run or traced.
 """
 
 import torch
@@ -32,39 +32,39 @@ def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, pruning
 
 
 def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
-    """Count the multiply-accumulates of each sample's forward pass at inference.
+    """Compute the multiply-accumulates of each sample's inference forward pass.
 
     Args:
         config (`MadtpBlipConfig` or `MadtpClipConfig`):
-            The model's; the alignment scores count where its temperature is above 0.
+            The model's configuration; alignment scores are counted if its temperature is above 0.
         task (`str`):
-            `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"`, the last meaning the pass that matches an image and a
-            text; or `"clip"`, the features of one image and one text.
+            `"vqa"`, `"captioning"`, `"nlvr2"`, `"retrieval"` (the pass that matches an image and a text) or `"clip"`
+            (the features of one image and one text).
         vision_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, for NLVR2 `(layers + 1, 2,
             batch_size)`):
-            As in the model's outputs: what enters the encoder, then what each layer leaves.
+            The token counts from the model's outputs: those that enter the encoder, then those that each layer leaves.
         text_tokens (`torch.LongTensor` of shape `(layers + 1, batch_size)`, *optional*):
-            Likewise; captioning has none.
+            Likewise for the text encoder; captioning has none.
         answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*, defaults to 0):
-            How many tokens the decoder of an answer or a caption reads, in one pass; 0 leaves it out.
+            The number of answer or caption tokens that the decoder reads in one pass; 0 leaves the decoder out.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size,)`.
 
     Raises:
-        ValueError: for an unknown task, missing text tokens, or tokens of another shape.
+        ValueError: if the task is unknown, text tokens are missing, or tokens have the wrong shape.
     """
     return _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning=config.pruning_temperature > 0)
 
 
 def dense_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
-    """Count as [`count_flops`] for the dense model, in which all tokens stay to the end."""
+    """Compute [`count_flops`] with pruning off, as if every token that enters the encoders stayed to the end."""
     vision_tokens = vision_tokens[:1].expand_as(vision_tokens)
     text_tokens = None if text_tokens is None else text_tokens[:1].expand_as(text_tokens)
     return _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning=False)
 
 
 def reduction_of_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
-    """Compute each sample's reduction, 1 - FLOPs(pruned) / FLOPs(dense), (batch_size,)."""
+    """Compute each sample's reduction (batch_size,), 1 - FLOPs(pruned) / FLOPs(dense)."""
     tokens = (vision_tokens, text_tokens, answer_tokens)
     return 1 - count_flops(config, task, *tokens) / dense_flops(config, task, *tokens)

@@ -1,7 +1,7 @@
-"""Attention over the sequences of a batch, fused, or collecting what a method needs to know of its maps.
+"""Attention over the sequences of a batch: fused, or with the evidence that a reduction method needs from its maps.
 
-Shapes: R rows of all sequences; in a part of the batch n sequences of up to L tokens, N of which can go; H heads, d
-head width.
+Shapes: R rows of all sequences; in a part of the batch, n sequences of up to L tokens, N of which are removable; H
+heads, d head width.
 """
 
 from typing import NamedTuple
@@ -16,44 +16,46 @@ from .token_pruning import AttentionEvidence
 from .triton_kernels import KERNEL_ERRORS, disable, is_available, varlen_attention
 
 
-ATTENTION_BLOCK = 3 * 2**19  # attention probabilities at a time on a CPU: 6 MB, which stay in cache
+ATTENTION_BLOCK = 3 * 2**19  # attention probabilities computed at a time on a CPU: 6 MB, which fit into the cache
 
 
 class TokenRoles(NamedTuple):
-    """Which tokens of a sequence may be dropped. The first token is protected; so is the last one on request.
+    """The roles of a host's tokens: which are protected, which is the reader, and which tokens they attend to.
 
-    protects_last: the last is protected, too, and is the one that reads the sequence, as CLIP's end of text; else the
-    first reads;
-    is_causal: tokens attend to themselves and what is before them.
+    The first token of a sequence is always protected, that is, never removed. The *reader* is the token whose row of
+    the attention map says what the sequence as a whole attends to.
+
+    protects_last: the last token is protected as well and is the reader, as CLIP's end of text. Otherwise the first
+        token is the reader.
+    is_causal: a token attends to itself and to the tokens before it.
     """
 
     protects_last: bool = False
     is_causal: bool = False
 
     def num_removable(self, sequences: Sequences) -> int:
-        """Return N, the number of slots for removable tokens: all of a sequence's padded states but the first."""
+        """Return N, the number of slots for removable tokens in padded states; the first of them is slot 1."""
         return sequences.max_seqlen - 1 - self.protects_last
 
     def removable(self, sequences: Sequences) -> torch.Tensor | None:
-        """Return a mask (n, N) that is True at the slots of removable tokens, or None if all are."""
+        """Return an (n, N) bool mask of the slots that hold a removable token, or None if all do."""
         if sequences.mask is None:
             return None
-        # Where the last is protected, a slot holds a token that can go if there is one behind it.
+        # Where the last token is protected, a slot holds a removable token if a real token follows it.
         return sequences.mask[:, 1 + self.protects_last :]
 
     def removable_weights(self, sequences: Sequences) -> torch.Tensor | None:
-        """Return `removable` as floats, 1.0 and 0.0."""
+        """Return `removable` as floats."""
         return None if sequences.mask is None else sequences.real[:, 1 + self.protects_last :]
 
     def removable_counts(self, sequences: Sequences) -> torch.Tensor | int:
-        """Return how many tokens of each sequence are removable: (n, 1), or the integer N where it is the same for
-        all."""
+        """Return the number of removable tokens of each sequence, (n, 1), or N if it is the same for all."""
         if sequences.mask is None:
             return self.num_removable(sequences)
         return sequences.lengths.unsqueeze(1) - (1 + self.protects_last)
 
 
-FIRST_PROTECTED = TokenRoles()  # the class token alone
+FIRST_PROTECTED = TokenRoles()  # only the first token, the class token, is protected
 
 
 # Fused attention
@@ -70,10 +72,23 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Compute attention of query (R, H, d) in `sequences` to key and value (S, H, d) in `context`, by default the
-    same sequences -> (R, H * d).
+    """Compute attention without collecting evidence, by the fastest path that these inputs allow.
 
-    implementation: "eager", "sdpa", or a flash attention of transformers', which takes varlen rows as they are.
+    Args:
+        attention (`nn.Module`):
+            The attention module, an argument of transformers' flash attention.
+        implementation (`str`):
+            `"eager"`, `"sdpa"`, or one of transformers' flash attention implementations, which take varlen rows
+            without padding them.
+        query (`torch.Tensor` of shape `(R, H, d)`):
+            Queries, laid out as `sequences`.
+        key, value (`torch.Tensor` of shape `(S, H, d)`):
+            Keys and values, laid out as `context`.
+        context (`Sequences`, *optional*):
+            The layout of keys and values; defaults to `sequences`, as in self-attention.
+
+    Returns:
+        `torch.Tensor` of shape `(R, H * d)`.
     """
     context = sequences if context is None else context
     varlen = sequences.is_varlen or context.is_varlen
@@ -104,7 +119,7 @@ def attend(
 
 
 def has_only_real_rows(*batches: Sequences) -> bool:
-    """Return whether no row is padding."""
+    """Return whether none of these batches has padding among its rows."""
     return all(sequences.is_varlen or sequences.mask is None for sequences in batches)
 
 
@@ -124,8 +139,10 @@ def _flash_attention(attention, implementation, query, key, value, sequences, co
 
 
 def padded_attention(implementation: str, query, key, value, mask=None, dropout: float = 0.0, is_causal: bool = False):
-    """Compute attention of (B, H, L, d) to (B, H, M, d) -> (B, H, L, d); mask (B, M) is True at real tokens, or
-    None."""
+    """Compute attention of query (B, H, L, d) to key and value (B, H, M, d) -> (B, H, L, d).
+
+    mask (B, M): True at real keys; None means that all are.
+    """
     if mask is not None:
         mask = mask[:, None, None, :]
     if implementation != "eager":
@@ -136,8 +153,10 @@ def padded_attention(implementation: str, query, key, value, mask=None, dropout:
 
 
 def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tensor:
-    """Compute the attention probabilities (B, H, L, M) of queries (B, H, L, d) and keys (B, H, M, d), where the
-    (broadcast) mask is True."""
+    """Compute the attention probabilities (B, H, L, M) of query (B, H, L, d) over key (B, H, M, d).
+
+    mask: broadcasts to the probabilities; True where a query may attend to a key.
+    """
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if is_causal:
         causal = causal_mask(logits.shape[-1], logits.device)
@@ -148,7 +167,7 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
 
 
 def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles, dropout: float = 0.0):
-    """Compute self-attention of (R, 3, H, d) -> its output (R, H * d) and its maps (B, H, L, L)."""
+    """Compute self-attention of (R, 3, H, d); return its output (R, H * d) and its maps (B, H, L, L)."""
     query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
     mask = None if sequences.mask is None else sequences.mask[:, None, None, :]
     maps = attention_maps(query, key, mask, roles.is_causal)
@@ -157,7 +176,7 @@ def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, ro
 
 
 def causal_mask(length: int, device) -> torch.Tensor:
-    """Return a mask (length, length) that is True where a row's token attends to a column's."""
+    """Return a (length, length) bool mask: True where the row's token may attend to the column's."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
@@ -171,17 +190,31 @@ def attend_with_evidence(
     dropout: float = 0.0,
     all_maps: list | None = None,
 ) -> tuple[torch.Tensor, AttentionEvidence]:
-    """Compute self-attention of query_key_value (R, 3, H, d) within a part of the batch -> (rows of the part, H *
-    d), and the evidence for token importance.
+    """Compute self-attention within a part of the batch, and collect the evidence that token importance needs.
 
-    all_maps: if given, the part's maps (n, H, L, L) are appended to it. Some heads are taken at a time on a CPU, whose
-    maps stay in cache, and which share their memory; maps are kept only for a backward pass.
+    A CPU computes a few heads at a time, so that their maps fit into the cache. Without gradients these blocks of
+    heads share one buffer; maps are kept only for a backward pass or for `all_maps`.
+
+    Args:
+        query_key_value (`torch.Tensor` of shape `(R, 3, H, d)`):
+            Queries, keys and values of the whole batch.
+        part (`Sequences`):
+            The part of the batch to compute.
+        roles (`TokenRoles`):
+            Which tokens are protected, and which is the reader.
+        dropout (`float`, *optional*, defaults to 0.0):
+            The dropout probability of the attention maps.
+        all_maps (`list`, *optional*):
+            If given, the part's maps (n, H, L, L) are appended to it.
+
+    Returns:
+        The output (rows of the part, H * d) and the part's `AttentionEvidence`.
     """
     query, key, value = _split_and_pad(query_key_value, part)
     num_heads, length = query.shape[0], part.max_seqlen
     heads = num_heads
     if takes_parts(query.device):
-        # An even number of heads: there mostly is an even number of cores.
+        # An even number of heads, because most CPUs have an even number of cores.
         heads = min(max(ATTENTION_BLOCK // (part.batch_size * length**2) // 2 * 2, 2), num_heads)
     seen = None if part.mask is None else part.mask[:, None, :]
     if roles.is_causal:
@@ -206,11 +239,11 @@ def attend_with_evidence(
         received = asked.sum(dim=1)
     else:  # zero out padded queries
         received = (part.real[:, None, 1:] @ asked).squeeze(1)
-    if roles.protects_last and part.mask is not None:  # of shorter samples, it stands among the tokens that can go
+    if roles.protects_last and part.mask is not None:  # a shorter sample's last token is in a removable slot
         removable = roles.removable_weights(part)
         received, from_reader = received * removable, from_reader * removable
     evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
-    if all_maps is not None:  # what is put out is what goes on, so that its gradient can be looked at
+    if all_maps is not None:  # the output depends on the returned maps, so that users can read their gradients
         maps = join(kept_maps).transpose(0, 1)
         all_maps.append(maps if part.mask is None else maps * part.real[:, None, :, None])
         output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
@@ -218,17 +251,19 @@ def attend_with_evidence(
 
 
 def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
-    """Split (R, 3, H, d) into padded query, key and value of a part, (H, n, L, d) each. Heads come first, so that
-    they are multiplied as one batch."""
+    """Split (R, 3, H, d) into the padded query, key and value of a part, (H, n, L, d) each.
+
+    Heads come first, so that a block of heads multiplies as one batch.
+    """
     states = part.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
     return (states if part.batch_size == 1 else states.contiguous()).unbind()
 
 
 def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention of queries, keys and values (H, n, L, d) -> outputs (H, n, L, d) and maps (H, n, L, L) in
-    float32.
+    """Compute the outputs (H, n, L, d) and float32 maps (H, n, L, L) of some heads from their (H, n, L, d) inputs.
 
-    space: memory (H * n or more, L, L) for the maps, if there is some.
+    seen: True where a query may attend to a key, or None. space: an optional buffer (H * n or more, L, L) for the
+    maps.
     """
     shape = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
@@ -245,7 +280,7 @@ def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> 
 
 
 def _row_of_reader(maps: torch.Tensor, part: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """Return the attention of the reading token to the removable tokens: maps (H, n, L, L) -> (H, n, N)."""
+    """Select the reader's attention to the removable slots: maps (H, n, L, L) -> (H, n, N)."""
     tokens = slice(1, 1 + roles.num_removable(part))
     if not roles.protects_last:
         return maps[:, :, 0, tokens]

@@ -1,6 +1,7 @@
-"""The loop over an encoder's layers on tokens that become fewer, and the layer that hosts share.
+"""The encoder layer that hosts share, and the loop that runs the layers while tokens are reduced from layer to layer.
 
-Shapes: R rows of all sequences; in a part of the batch n sequences; N tokens that can go, T alignment tokens, D width.
+Shapes: R rows of all sequences; in a part of the batch, n sequences; N removable tokens, T alignment tokens, D width
+of the branch, E width of the alignment tokens.
 """
 
 import copy
@@ -35,11 +36,12 @@ from .triton_kernels import KERNEL_ERRORS, disable, gate, is_available, scored_v
 
 
 class AlignmentTokens(NamedTuple):
-    """What the tokens of a layer are scored against.
+    """The alignment tokens that a layer scores its tokens with.
 
-    tokens (T, E): the alignment tokens, and projection: the map from a token's width D to theirs, if it has one; or,
-    folded for inference, weight (T, D) and bias (T,), which give the scores of the tokens as they are: (x W^T + b) S^T
-    = x (S W)^T + b S^T.
+    tokens (T, E): the alignment tokens S.
+    projection: the linear map from the branch's width D to E, if there is one.
+    weight (T, D), bias (T,): the projection folded into the alignment tokens, for inference. They give the scores of
+        unprojected tokens: (x W^T + b) S^T = x (S W)^T + b S^T.
     """
 
     tokens: torch.Tensor
@@ -49,48 +51,51 @@ class AlignmentTokens(NamedTuple):
 
 
 class TokenReduction:
-    """Interface of a token reduction method: one instance serves one branch in one forward pass.
+    """The base class of reduction methods: reduces the tokens of one branch in one forward pass.
 
-    A method answers `choose`; what it needs for that, it collects in `attend_part`, or from a layer's input in
-    `read_input`. It may keep what it learns from layer to layer, as an object of it serves one pass: by the layer's
-    number, as gradient checkpointing runs a layer once more. `PrunedModelMixin.set_reduction_method` lets a model use
-    it.
+    A method implements `choose`. It collects what `choose` needs in `attend_part`, or from a layer's input in
+    `read_input`. An object serves a single forward pass, so it may carry state from layer to layer. It must store that
+    state by layer number, because gradient checkpointing runs a layer twice. `PrunedModelMixin.set_reduction_method`
+    sets the method of a model.
     """
 
     roles = FIRST_PROTECTED
-    with_feature = False  # whether each layer's alignment feature is wanted, for the loss
+    with_feature = False  # whether the loss needs each layer's alignment feature
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Return whether this layer needs the method: a sequence could lose a token, or the method computes
-        attention itself."""
+        """Return whether this layer may remove tokens or uses the method's attention; if not, attention is plain."""
         return True
 
     def divide(self, sequences: Sequences, width: int) -> Division:
-        """Divide the batch into the parts that attention processes one by one, for states of this width."""
+        """Divide the batch into the parts that attention takes one at a time, for states of this width."""
         return sequences.divide(width)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """Read a layer's input (R, D): return the scores (R, T) of its tokens, if the method has any, and the
-        alignment feature (B, T, E)."""
+        """Compute the tokens' scores (R, T) and the alignment feature (B, T, E) from a layer's input (R, D).
+
+        Each is None if the method does not use it.
+        """
         return None, None
 
     def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float, all_maps=None):
-        """Compute self-attention of (R, 3, H, d) within a part of the batch: (rows of the part, H * d), and its
-        evidence.
+        """Compute self-attention of (R, 3, H, d) within a part of the batch.
 
-        all_maps: if given, a list that the part's attention maps (n, H, L, L) are appended to.
+        Returns the output (rows of the part, H * d) and the evidence for `choose`. all_maps: an optional list that the
+        part's attention maps (n, H, L, L) are appended to.
         """
         return attend_with_evidence(query_key_value, part, self.roles, dropout, all_maps)
 
     def choose(self, layer: int, evidence, scores: torch.Tensor | None, part: Sequences) -> Reduction:
-        """Choose which tokens of a part stay, from the attention's evidence and the scores (R, T)."""
+        """Choose the tokens of a part that stay, from its evidence and the batch's scores (R, T)."""
         raise NotImplementedError
 
     def attend(
         self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
     ):
-        """Compute self-attention of (R, 3, H, d): its output (R, H * d), and for each part of the batch what is to
-        be reduced."""
+        """Compute self-attention of (R, 3, H, d), and choose the reduction of each part of the batch.
+
+        Returns the output (R, H * d), and the division of the batch together with the reductions of its parts.
+        """
         division = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
         parts = sequences.parts(division)
         outputs, reductions = [], []
@@ -101,24 +106,34 @@ class TokenReduction:
         return sequences.join_rows(outputs, division), (division, reductions)
 
     def to(self, device, non_blocking: bool = False) -> "TokenReduction":
-        """Move the method's tensors to a device, for models whose layers are on several devices."""
+        """Move to a device, for models whose layers are on several devices; here, there is nothing to move."""
         return self
 
 
 class MadtpReduction(TokenReduction):
-    """MADTP's token reduction.
+    """MADTP's reduction: keeps the tokens whose importance is above a threshold, and merges the others into one.
 
     Args:
-        alignment (`AlignmentTokens` or a list, one for each layer).
-        temperature (`float`): 0 leaves the tokens alone, but gathers their alignment feature.
-        granularity (`str`): "instance", "batch", or "frozen", which leaves `token_counts`, how many tokens each layer
-        leaves.
-        with_feature (`bool`): whether the alignment loss is wanted.
-        min_kept (`int`): a layer prunes a sample only if as many of its tokens would stay.
-        factor (`float`): what the threshold is multiplied by.
+        alignment (`AlignmentTokens` or `list[AlignmentTokens]`):
+            What tokens are scored with; a list has one entry per layer.
+        temperature (`float`):
+            The threshold's temperature; 0 removes no token, but still computes the alignment feature.
+        granularity (`str`):
+            `"instance"`: each sample keeps the tokens above its own threshold. `"batch"`: all samples keep as many as
+            the largest of these counts in the batch. `"frozen"`: each layer leaves its number in `token_counts`.
+        with_feature (`bool`):
+            Whether the loss needs the alignment feature.
+        roles (`TokenRoles`):
+            Which tokens are protected, and which is the reader.
+        token_counts (`list[int]`, *optional*):
+            How many tokens each layer leaves, protected and merged tokens included.
+        min_kept (`int`, *optional*, defaults to 1):
+            A layer prunes a sample only if at least this many of its removable tokens stay.
+        factor (`float`, *optional*, defaults to 1.0):
+            Multiplies the threshold.
     """
 
-    has_kernels = True  # Triton's gate computes `importance`; a variant with another importance has none
+    has_kernels = True  # Triton's gate computes `importance`; a subclass with another importance sets False
 
     def __init__(
         self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1, factor=1.0
@@ -128,21 +143,22 @@ class MadtpReduction(TokenReduction):
         self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
 
     def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Return whether a sequence has enough tokens to lose some: two at least go, and some stay beside the
-        protected ones."""
+        """Return whether pruning is on and, of the removable tokens, `min_kept` can stay and two more can go."""
         return self.temperature > 0 and self.roles.num_removable(sequences) >= self.min_kept + 2
 
     def divide(self, sequences: Sequences, width: int) -> Division:
-        """Divide the batch into parts; with granularity "batch" it is one part, as the samples share one count."""
+        """Divide the batch, but keep it whole where the samples' token counts depend on one another."""
         return sequences.divide(width) if self.granularity == "instance" else sequences.whole
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """Compute the alignment scores (R, T) of a layer's input (R, D), and for the loss the alignment feature (B,
-        T, E)."""
+        """Compute a layer's alignment scores (R, T) and alignment feature (B, T, E) from its input (R, D).
+
+        The feature is None if the loss does not need it.
+        """
         alignment = self.alignment[layer] if isinstance(self.alignment, list) else self.alignment
         if alignment.weight is not None:
             return F.linear(states, alignment.weight, alignment.bias), None
-        # A projection that lies on another device has its result there.
+        # A projection on another device returns its result there.
         tokens = states if alignment.projection is None else alignment.projection(states).to(states.device)
         scores = alignment_scores(tokens, alignment.tokens)
         if not self.with_feature:
@@ -183,11 +199,11 @@ class MadtpReduction(TokenReduction):
         return output.flatten(1), (sequences.whole, [KernelReduction(*chosen)])
 
     def importance(self, evidence, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Compute the importance (n, N) from attention and alignment scores (n, N, T); mask (n, N) holds floats."""
+        """Compute the importance (n, N) from attention's evidence and scores (n, N, T); mask (n, N) is float."""
         return token_importance(evidence, scores, mask)
 
     def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
-        """Choose which tokens of a part stay, from its attention and its alignment scores (R, T)."""
+        """Choose the tokens of a part that stay, from its evidence and the batch's alignment scores (R, T)."""
         roles, num_removable = self.roles, self.roles.num_removable(part)
         mask, weights, counts = roles.removable(part), roles.removable_weights(part), roles.removable_counts(part)
         scores = part.pad(scores)[:, 1 : 1 + num_removable]
@@ -195,13 +211,13 @@ class MadtpReduction(TokenReduction):
         length = None
         if self.token_counts is not None:
             length = min(self.token_counts[layer], part.max_seqlen)
-            # The protected tokens and the merged one are among those that it leaves.
+            # `length` includes the protected tokens and the merged one.
             number = length - 2 - roles.protects_last
             keep = most_important(importance, min(max(number, 1), num_removable), mask)
             stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
         else:
             if mask is not None and (roles.protects_last or not part.is_varlen):
-                scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # what stands there may be of any size
+                scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # padding may have scores of any size
             threshold = importance_threshold(scores, importance, self.temperature, weights, self.factor)
             if self.granularity == "batch":
                 keep = importance > threshold
@@ -225,12 +241,13 @@ class MadtpReduction(TokenReduction):
 
 
 class LayerPlan(NamedTuple):
-    """What a layer needs to know of the forward pass. It is resolved once per pass, so that no layer reads the
-    configuration.
+    """The options of a layer in one forward pass, resolved outside the layers so that none reads a configuration.
 
-    attention: the implementation of attention without scores; index: which layer it is; reduction: how tokens become
-    fewer, if they do;
-    with_maps: whether the maps of self-attention are wanted.
+    attention: the implementation of attention that collects no evidence.
+    index: the layer's number.
+    roles: the roles of the branch's tokens.
+    reduction: the reduction method, or None for a dense branch.
+    with_maps: whether to return the maps of self-attention.
     """
 
     attention: str
@@ -240,29 +257,34 @@ class LayerPlan(NamedTuple):
     with_maps: bool = False
 
 
-# A plain tuple, which is what gradient checkpointing passes through: states (R, D), how they lie, the alignment
-# feature (B, T, E) or None, where the layer's rows went, None if nowhere else, and the maps of self-attention (B, H,
-# L, L) or None.
+# A plain tuple, because gradient checkpointing passes tuples through: states (R, D), their layout, the alignment
+# feature (B, T, E) or None, the `Move` of the layer's rows or None if no token was removed, and the self-attention
+# maps (B, H, L, L) or None.
 LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None, torch.Tensor | None]
 
 
 class ReducibleLayer:
-    """A transformer layer that reduces tokens between self-attention and the rest of the layer. A host defines:
+    """A transformer layer that reduces its tokens between self-attention and the rest of the layer.
 
-    project(states) -> query_key_value (R, 3, H, d); add_attention(output (R, H * d), states) -> states;
-    feed_forward(states, sequences, plan, *context) -> states, cross-attention included; attention_dropout, a
-    probability.
+    A host provides:
+
+    project(states) -> query_key_value (R, 3, H, d)
+    add_attention(output (R, H * d), states) -> states
+    feed_forward(states, sequences, plan, *context) -> states, cross-attention included
+    attention_dropout, a probability
     """
 
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
-        """Run the layer on states (R, D) laid out as `sequences`; `context` is what it cross-attends to."""
+        """Run the layer on states (R, D), laid out as `sequences`; `context` holds more inputs of `feed_forward`."""
         output, chosen, feature, maps = self.attend(states, sequences, plan)
         states, sequences, moved = self.reduce(self.add_attention(output, states), sequences, chosen)
         return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved, maps
 
     def attend(self, states, sequences: Sequences, plan: LayerPlan):
-        """Compute self-attention (R, H * d), what is to be reduced and, on request, the alignment feature and the
-        maps."""
+        """Compute self-attention's output (R, H * d), the chosen reduction, the alignment feature and the maps.
+
+        The last three are None where they are not needed.
+        """
         reduction, query_key_value = plan.reduction, self.project(states)
         dropout = self.attention_dropout if self.training else 0.0
         reduces = reduction is not None and reduction.reduces(plan.index, sequences)
@@ -286,20 +308,24 @@ class ReducibleLayer:
 
 
 def join_maps(maps: list[torch.Tensor], sequences: Sequences, division: Division) -> torch.Tensor:
-    """Join the maps (n, H, L, L) of the parts of a batch -> (B, H, max_seqlen, max_seqlen)."""
+    """Join the parts' maps (n, H, L, L), padded with zeros, into (B, H, max_seqlen, max_seqlen)."""
     missing = [sequences.max_seqlen - of_part.shape[-1] for of_part in maps]
     maps = [F.pad(of_part, (0, more, 0, more)) if more else of_part for of_part, more in zip(maps, missing)]
     return sequences.join_samples(maps, division)
 
 
 class BranchOutput(NamedTuple):
-    """Output of an encoder: states (R, D) laid out as `sequences`, feature (B, T, E) or None, num_tokens (layers +
-    1, B) int64.
+    """The output of one branch's encoder.
 
-    On request, all_hidden_states, what enters the branch and leaves each layer, padded, None where it isn't asked for;
-    positions, layers + 1 tensors (B, L) that say where in the branch's input each token was, -1 for merged ones and
-    padding; and attentions, each layer's maps (B, H, L, L) of the tokens that enter it. pooled (B, D): what stands for
-    the whole, where the host says so.
+    states (R, D): the last hidden states, laid out as `sequences`.
+    feature (B, T, E): the alignment feature summed over layers, or None.
+    num_tokens (layers + 1, B) int64: the number of tokens that enter the branch, then that each layer leaves.
+    all_hidden_states: on request, the padded states that enter the branch and that each layer leaves; None in place of
+        those that are not requested.
+    positions: on request, layers + 1 tensors (B, L): each token's position in the branch's input, -1 for merged tokens
+        and padding.
+    attentions: on request, each layer's maps (B, H, L, L) over the tokens that enter it.
+    pooled (B, D): the pooled states, if the host computes them.
     """
 
     states: torch.Tensor
@@ -313,22 +339,22 @@ class BranchOutput(NamedTuple):
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        """The states as (B, L, D), with padding behind the real tokens."""
+        """(B, L, D): the padded states, with padding after the real tokens."""
         return self.sequences.pad_zeros(self.states)
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """A mask (B, L) that is True at the real tokens of `hidden_states`, or None without padding."""
+        """(B, L) bool: True at the real tokens of `hidden_states`; None without padding."""
         return self.sequences.mask
 
     @property
     def class_states(self) -> torch.Tensor:
-        """The states (B, D) of the first tokens."""
+        """(B, D): the state of each sequence's first token."""
         return self.sequences.first(self.states)
 
 
 def real_tokens(branch: BranchOutput) -> torch.Tensor:
-    """Return a mask (B, L) of the real tokens of a branch's hidden states, whether or not any is padding."""
+    """Return a (B, L) bool mask of the real tokens of a branch's hidden states, all True if nothing is padded."""
     if branch.mask is not None:
         return branch.mask
     shape = (branch.sequences.batch_size, branch.sequences.max_seqlen)
@@ -357,14 +383,26 @@ def run_layers(
     output_attentions: bool = False,
     context: tuple = (),
 ) -> BranchOutput:
-    """Run an encoder's layers one after the other, each on the tokens that the previous one left; `context` is what
-    each layer cross-attends to."""
+    """Run an encoder's layers, each on the tokens that the previous layer left.
+
+    Args:
+        states (`torch.Tensor` of shape `(R, D)`):
+            The encoder's input, laid out as `sequences`.
+        attention (`str`):
+            The implementation of attention that collects no evidence, see `attend`.
+        reduction (`TokenReduction`, *optional*):
+            The reduction method of this pass; None for a dense encoder.
+        output_hidden_states (`bool`, `int` or `list[int]`, *optional*, defaults to `False`):
+            Which hidden states to return: all, none, or those of these indices.
+        context (`tuple`, *optional*):
+            More inputs of each layer, such as the states for cross-attention.
+    """
     history, feature = [sequences], None
     wanted = _wanted_hidden_states(output_hidden_states, len(layers) + 1)
     all_hidden_states = []
 
     def record(states, sequences):
-        """What is put out is what goes on, so that its gradient can be looked at."""
+        """Record padded states on request; layers go on from the recorded tensor, so that its gradient can be read."""
         padded = sequences.pad_zeros(states) if len(all_hidden_states) in wanted else None
         all_hidden_states.append(padded)
         return states if padded is None else sequences.unpad(padded)
@@ -397,8 +435,7 @@ def run_layers(
 
 
 def _wanted_hidden_states(output_hidden_states, number: int) -> set[int]:
-    """Resolve which of `number` hidden states are requested: all, none, or those at some indices, as in
-    transformers."""
+    """Return the indices of the requested hidden states among `number`: all, none or, as in transformers, some."""
     if isinstance(output_hidden_states, bool) or output_hidden_states is None:
         return set(range(number)) if output_hidden_states else set()
     indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states

@@ -1,9 +1,9 @@
-"""Linear maps with their weights prepacked for oneDNN, for inference on a CPU.
+"""Linear maps with weights prepacked for oneDNN, for inference on a CPU.
 
-A pruned model multiplies few rows at a time, where an ordinary matrix product spends its time on fetching weights.
-Prepacked, in the order in which they are used, they are fetched up to twice as fast. The copy costs as much memory as
-the weights. The activation behind a wide map is applied while its result is still in cache, which spares a copy of the
-widest states there are.
+A pruned model multiplies few rows at a time, so an ordinary matrix product spends its time on loading weights.
+Prepacked weights are stored in the order in which they are used and load up to twice as fast. The copy takes as much
+memory as the weights. The activation after a wide map is applied while the map's result is still in cache, which saves
+a copy of the widest hidden states.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 
-# Numbers in a weight from which on prepacking surely pays: smaller ones stay in cache as they are, and oneDNN prepares
-# anew for each number of rows that it meets, which a small map doesn't make up for.
+# Weights of at least this many elements always gain from prepacking. Smaller ones stay in cache unpacked, and oneDNN's
+# preparation for each new number of rows costs more than a small map saves.
 LARGE = 2**18
 
 
@@ -23,7 +23,7 @@ def can_prepack() -> bool:
 
 
 def _same_map(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
-    """Return a linear map of class `cls` that shares the parameters of `linear`."""
+    """Return a map of class `cls` that shares the parameters of `linear`."""
     other = cls.__new__(cls)
     nn.Module.__init__(other)
     other.in_features, other.out_features, other.training = linear.in_features, linear.out_features, linear.training
@@ -32,20 +32,20 @@ def _same_map(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
 
 
 class PrepackedLinear(nn.Linear):
-    """Linear map that uses a prepacked copy of its weight where possible: in float32, on a CPU, without gradients.
+    """A linear map that uses a prepacked copy of its weight for float32 inference on a CPU.
 
-    The weight is prepacked lazily, and repacked when it changes, be it in place; what is written past autograd,
-    through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
+    The weight is prepacked lazily, and repacked when it changes, also in place. A change that bypasses autograd,
+    through `weight.data`, goes unnoticed until the model is moved, set to training or prepacked again.
     """
 
     plain_class: type[nn.Linear] = nn.Linear
     _packed = _packed_from = None
 
     def forward(self, states: torch.Tensor, activation: nn.Module | None = None) -> torch.Tensor:
-        """Apply the map; `activation`: also apply the exact GELU, fused."""
+        """Apply the map and, if given, `activation`, the exact GELU that follows it."""
         weight = self.weight
-        # Not while training: checkpointed layers run with gradients off, and are run again with them on, which has to
-        # give the same.
+        # Not while training: gradient checkpointing runs a layer without gradients and then again with them, and both
+        # runs must give the same result.
         if (
             self.training
             or torch.is_grad_enabled()
@@ -59,7 +59,7 @@ class PrepackedLinear(nn.Linear):
         version = 0 if weight.is_inference() else weight._version
         now = (id(weight), weight.data_ptr(), version)
         if self._packed_from != now:
-            # Past nn.Module's own bookkeeping: it belongs to no state dictionary.
+            # Written to `__dict__`, so that nn.Module does not register the copy in the state dict.
             self.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             self.__dict__["_packed_from"] = now
         fused = ("none", [], "") if activation is None else ("gelu", [], "none")
@@ -79,7 +79,7 @@ class PrepackedLinear(nn.Linear):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self):
-        # Copies of the model, and what is pickled of it, make their own.
+        # Copied and unpickled models prepack their own weights.
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_packed")}
 
 
@@ -94,19 +94,18 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class FusedFeedForward(nn.Module):
-    """Replacement of a `plain` module that consists of a linear map, the exact GELU and, optionally, a second
-    linear map.
+    """Replaces a `plain` module that consists of a map, the exact GELU after it and, optionally, a second map.
 
-    It has the same children. The first map applies the activation, unless something else has taken its place since, as
-    an adapter does.
+    It has the same children. The first map applies the activation, unless something else, such as an adapter, has
+    replaced that map.
     """
 
     def __init__(self, plain: nn.Module, linear: str, activation: str):
         super().__init__()
         self.training, self.linear, self.activation = plain.training, linear, activation
         self.second = next((name for name in plain._modules if name not in (linear, activation)), None)
-        # Past nn.Module's own bookkeeping: what is replaced in one is replaced in the other, and parameters have one
-        # name.
+        # Written to `__dict__`, so that both modules share their children: what replaces a child in one replaces it in
+        # the other, and each parameter has a single name.
         self.__dict__["plain"] = plain
         self.__dict__["_modules"] = plain._modules
 
@@ -126,13 +125,19 @@ def _can_fuse(activation: nn.Module) -> bool:
 def prepack_linear_maps(
     model: nn.Module, classes: tuple[type, ...], activations: dict[type, tuple[str, str]], min_size: int = 0
 ) -> int:
-    """Replace each linear map of one of these `classes` by a `PrepackedLinear`; maps with hooks are left as they
-    are.
+    """Replace the linear maps of a model by `PrepackedLinear`, except those with hooks.
 
-    activations: classes of modules that are a map, an activation and, if they have one, a second map: the names of the
-        first two, to be applied together. min_size: maps whose weights hold fewer numbers stay as they are as well.
+    Args:
+        classes (`tuple[type, ...]`):
+            The classes of linear maps to replace.
+        activations (`dict[type, tuple[str, str]]`):
+            For each class of modules that consist of a map, an activation and, optionally, a second map: the names of
+            the first two, which are fused.
+        min_size (`int`, *optional*, defaults to 0):
+            Maps whose weights have fewer elements are not replaced.
 
-    Returns how many bytes the copies will take.
+    Returns:
+        `int`: the number of bytes that the copies will take.
     """
     size = 0
     for module in list(model.modules()):
@@ -154,7 +159,7 @@ def prepack_linear_maps(
 
 
 def unpack_linear_maps(model: nn.Module) -> None:
-    """Replace all prepacked linear maps by ordinary ones."""
+    """Replace all prepacked maps by ordinary ones."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is PrepackedLinear:

@@ -1,5 +1,4 @@
-"""What models that prune share, whatever their family: the alignment tokens, the switch for pruning, the way in from a
-dense model."""
+"""What all pruned models share: alignment tokens, the switch for pruning, and conversion from a dense model."""
 
 import copy
 from collections.abc import Callable
@@ -22,21 +21,23 @@ logger = logging.get_logger("transformers.models.madtp")
 
 @dataclass
 class PruningOutput:
-    r"""Fields that the outputs of all models have beside transformers' own.
+    r"""
+    Fields that the outputs of all models add to those of transformers.
 
     task_loss (`torch.Tensor`, *optional*):
-        The task's loss; `loss` is this and, with pruning on, `alignment_loss_weight * alignment_loss`.
+        The task's loss; with pruning on, `loss` is `task_loss + alignment_loss_weight * alignment_loss`.
     alignment_loss (`torch.Tensor`, *optional*):
-        How far image and text are from gathering the same at the alignment tokens; 0 with pruning off, and where no
-        text is encoded.
+        The mean over samples and alignment tokens of 1 - cos between image and text features; 0 with pruning off, and
+        if no text is encoded.
     vision_tokens, text_tokens (`torch.LongTensor` of shape `(num_layers + 1, batch_size)`):
-        The number of tokens that enter the encoder and that each of its layers leaves, class token included, padding
-        not. For two images a sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
+        The number of tokens that enter the encoder, then that each of its layers leaves, with the class token and
+        without padding. For two images per sample, vision_tokens is `(num_layers + 1, 2, batch_size)`.
     image_mask (`torch.BoolTensor` of shape `(batch_size, image_length)`, *optional*):
-        True at the real tokens of `image_embeds`; everywhere, where nothing is padded.
+        True at the real tokens of `image_embeds`, and everywhere if nothing is padded.
     vision_positions (`tuple(torch.LongTensor)`, *optional*, returned with `output_positions=True`):
-        For what enters the vision encoder and what each layer leaves, `(batch_size, length)`: where each token was in
-        the input, 0 the class token and n the n-th patch; -1 for merged tokens and padding.
+        For the tokens that enter the vision encoder, then those that each layer leaves, a tensor `(batch_size,
+        length)`: each token's position in the input, 0 for the class token, n for the n-th patch, and -1 for merged
+        tokens and padding.
     """
 
     task_loss: torch.Tensor | None = None
@@ -48,19 +49,22 @@ class PruningOutput:
 
 
 class AlignmentProjection(nn.Linear):
-    """Linear map of a branch's tokens to the width of the alignment tokens; for inference it folds into the
-    alignment tokens.
+    """The linear map from a branch's width to the alignment tokens', folded into the alignment tokens for inference.
 
-    keeps_folded: whether what is folded is kept until a parameter changes, as a prepacked weight is; what is written
-        past autograd, through `weight.data`, goes unseen until the model is moved, set to train or prepacked again.
+    keeps_folded: whether the folded weight is kept until a parameter changes, as a prepacked weight is. A change that
+        bypasses autograd, through `weight.data`, goes unnoticed until the model is moved, set to training or prepacked
+        again.
     """
 
     keeps_folded = False
     _folded = None
 
     def forward(self, states: torch.Tensor | None = None, alignment_tokens: torch.Tensor | None = None):
-        """states (..., D) -> (..., E); or, given alignment tokens (T, E) instead, the weight (T, D) and the bias (T,)
-        of the map that gives the scores at once: (x W^T + b) S^T = x (S W)^T + b S^T."""
+        """Project states (..., D) -> (..., E), or fold the projection into alignment tokens (T, E).
+
+        Folding returns the weight (T, D) and bias (T,) of the map that gives the alignment scores directly:
+        (x W^T + b) S^T = x (S W)^T + b S^T.
+        """
         if alignment_tokens is None:
             return super().forward(states)
         keeps = self.keeps_folded and not self.training
@@ -85,11 +89,10 @@ class AlignmentProjection(nn.Linear):
 
 
 class MadtpAlignment(nn.Module):
-    """The alignment tokens (T, E) that both branches share, and the maps to their width for branches of another
-    width.
+    """The alignment tokens (T, E) that both branches share, and projections for branches of another width.
 
-    A family whose layers have maps of their own overrides `make_projection`; `forward` then answers a list, one for
-    each layer.
+    A model family with one projection per layer overrides `make_projection`; `forward` then returns a list with one
+    entry per layer.
     """
 
     def __init__(self, config):
@@ -100,17 +103,19 @@ class MadtpAlignment(nn.Module):
         self.text_projection = self.make_projection(config.text_config, width)
 
     def make_projection(self, branch, width: int) -> nn.Module | None:
-        """Make the map to the alignment tokens' width for a branch with this configuration; a `ModuleList` has one
-        per layer."""
+        """Return the projection from a branch (given by its configuration) to the alignment tokens' width, if needed.
+
+        A `ModuleList` holds one projection per layer.
+        """
         return None if branch.hidden_size == width else AlignmentProjection(branch.hidden_size, width)
 
     def forward(
         self, modality: str | None, folded: bool = False
     ) -> AlignmentTokens | list[AlignmentTokens] | torch.Tensor:
-        """Return what the layers of a branch, "vision" or "text", score their tokens against; without a branch, a 0
-        that has a gradient for each parameter.
+        """Return the alignment tokens and projections for the layers of a branch, `"vision"` or `"text"`.
 
-        Parameters are read by calling their modules, whose hooks bring in what is offloaded.
+        Without a modality, returns a zero that depends on every parameter, so that each gets a gradient. Parameters
+        are read by calling their modules, because hooks on these load offloaded parameters.
         """
         projections = {"vision": self.vision_projection, "text": self.text_projection}
         if modality is None:
@@ -131,36 +136,38 @@ class MadtpAlignment(nn.Module):
             return AlignmentTokens(self.tokens, projection)
         if projection is None:
             return AlignmentTokens(self.tokens, weight=self.tokens)
-        if type(projection) is not AlignmentProjection:  # an adapter has taken its place
+        if type(projection) is not AlignmentProjection:  # an adapter has replaced it
             return AlignmentTokens(self.tokens, projection)
         return AlignmentTokens(self.tokens, projection, *projection(alignment_tokens=self.tokens))
 
 
 class PrunedModelMixin:
-    """Mixin of a `PreTrainedModel` whose configuration is a `PruningConfigMixin` and whose `alignment` holds the
-    alignment tokens."""
+    """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
+
+    The alignment tokens are in `alignment`.
+    """
 
     task = None  # as `madtp_hf.count_flops` names it
-    _dense_classes = ()  # transformers' models that a model of this class is made from
-    _new_in_task = ("alignment.",)  # parameters that those don't have
+    _dense_classes = ()  # transformers' classes that this one converts from
+    _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
     _prepacked_classes = (nn.Linear,)
-    _fused_activations: dict[type, tuple[str, str]] = {}  # classes of modules: the names of a map and its activation
+    _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
     _roles = {"vision": TokenRoles(), "text": TokenRoles()}
     _min_kept = 1
-    _reduction_method = None  # instead of MADTP
+    _reduction_method = None  # replaces MADTP if set
     _alignment_class = MadtpAlignment
-    # `save_pretrained` brings the code along for `AutoModel`; a task adds its own auto class and pipeline where there
-    # is one.
+    # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
+    # them.
     _auto_class = "AutoModel"
     _task_auto_class = None
     _task_pipeline = None
-    # The loss is a mean over this batch; `Trainer` is to divide it by its accumulation steps.
+    # False, because the loss is a mean over this batch: `Trainer` must divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config):
         super().__init__(config)
         for branch in (config.vision_config, config.text_config):
-            if branch._attn_implementation is None:  # what was chosen for the whole
+            if branch._attn_implementation is None:  # inherits the whole model's
                 branch._attn_implementation = config._attn_implementation
         self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
         family, name = config.model_type, type(self).__name__
@@ -187,21 +194,22 @@ class PrunedModelMixin:
     def set_pruning(
         self, *args, temperature: float | None = None, reduction: float | None = None, factor: float | None = None
     ) -> None:
-        """Set how much the model prunes, from the next forward pass on; the configuration keeps it.
-        `set_pruning(None)` is off.
+        """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
+
+        `set_pruning(None)` turns pruning off.
 
         Args:
             temperature (`float`, *optional*):
-                The threshold's temperature: 0 is off, larger prunes more. `None`, without a reduction, is off.
+                The threshold's temperature: 0 is off, larger values prune more. `None`, without a reduction, is off.
             reduction (`float`, *optional*):
                 The share of FLOPs to save, in [0, 1), by the schedule that `madtp_hf.calibrate` has measured.
             factor (`float`, *optional*):
-                With a temperature, what the threshold is multiplied by, in (0, 1]: smaller prunes less. 1 if not
-                given, as in the paper.
+                Multiplies the threshold of a given temperature, in (0, 1]: smaller values prune less. The default is
+                1, as in the paper.
 
         Raises:
-            TypeError: for a number without its name.
-            ValueError: for a value that can't be set; the model is left as it was.
+            TypeError: if a number is passed without its name.
+            ValueError: if a value can't be set; the model is then unchanged.
         """
         if args and args != (None,):
             raise TypeError(
@@ -228,25 +236,27 @@ class PrunedModelMixin:
 
     @property
     def is_pruning(self) -> bool:
-        """Return whether pruning is on. If it is off, the model computes what transformers' model does."""
+        """Whether pruning is on. If it is off, the model computes what transformers' model does."""
         return self.config.pruning_temperature > 0
 
     def set_reduction_method(self, method: Callable[..., TokenReduction | None] | None) -> None:
-        """Replace MADTP by another token reduction method from the next forward pass on; `None` restores MADTP. The
-        method is not saved.
+        """Reduce tokens by another method than MADTP, from the next forward pass on. The method is not saved.
 
-        To add a method, derive from `encoder.TokenReduction`, whose `choose` answers for each layer which tokens stay,
+        To add a method, derive from `encoder.TokenReduction`; its `choose` returns for each layer which tokens stay,
         where each of the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction`
-        and is made by `madtp_reduction`.
+        and is created by `madtp_reduction`.
+
+        The temperature still decides how the text is computed: at 0 with padding, as in transformers, above 0 without
+        padding. A method that reduces the text needs a temperature above 0.
 
         Args:
             method (`Callable` or `None`):
-                `method(model, modality, with_feature)`, called once for each branch, "vision" or "text", and forward
-                pass, returns the branch's `TokenReduction`, a new one in each pass, or `None` for a branch that stays
-                dense. `with_feature` tells whether the loss takes an alignment feature, should the method have one.
+                A function `method(model, modality, with_feature)`, called in each forward pass for each branch,
+                `"vision"` or `"text"`. It returns a new `TokenReduction` for that pass, or `None` if the branch stays
+                dense. `with_feature` tells whether the loss needs an alignment feature. `None` restores MADTP.
 
-        The temperature remains what decides how the text is computed: at 0 with its padding, as transformers does,
-        above 0 without. A method that reduces the text needs a temperature above 0.
+        Raises:
+            TypeError: if `method` is neither callable nor `None`.
         """
         if method is not None and not callable(method):
             raise TypeError(
@@ -259,8 +269,19 @@ class PrunedModelMixin:
     def madtp_reduction(
         self, modality: str, with_feature: bool, reduction_class: Callable[..., TokenReduction] = MadtpReduction
     ) -> TokenReduction | None:
-        """Make the `MadtpReduction`, or its subclass `reduction_class`, of one branch and one forward pass, as the
-        configuration says; `None` if the branch stays dense."""
+        """Create MADTP's reduction of a branch for one forward pass, with the options of the configuration.
+
+        Args:
+            modality (`str`):
+                The branch, `"vision"` or `"text"`.
+            with_feature (`bool`):
+                Whether the loss needs the alignment feature.
+            reduction_class (`Callable`, *optional*, defaults to `MadtpReduction`):
+                `MadtpReduction`, or a variant of it.
+
+        Returns:
+            The reduction, or `None` if the branch stays dense.
+        """
         config = self.config
         prunes = modality in config.pruning_modalities
         if not self.is_pruning or not (prunes or with_feature):
@@ -278,18 +299,22 @@ class PrunedModelMixin:
         )
 
     def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:
-        """Make the token reduction of a branch for one forward pass, or None. Only this reads the configuration; no
-        layer does."""
+        """Create the reduction of a branch for one forward pass, None for a dense branch.
+
+        The configuration is read here, and not in the layers.
+        """
         if self._reduction_method is not None:
             reduction = self._reduction_method(self, modality, with_feature)
             if reduction is not None:
-                reduction.roles = self._roles[modality]  # which tokens are protected is the host's to say
+                reduction.roles = self._roles[modality]  # the host decides which tokens are protected
             return reduction
         return self.madtp_reduction(modality, with_feature)
 
     def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
-        """Compute the alignment loss. It is 0 where a branch has no feature, as with pruning off; the alignment
-        parameters still get a gradient, which distributed training waits for."""
+        """Compute the alignment loss, 0 if a branch has no feature, as with pruning off.
+
+        The 0 depends on all alignment parameters, because distributed training waits for the gradient of each.
+        """
         if image_feature is None or text_feature is None:
             return self.alignment(None)
         return alignment_loss(image_feature, text_feature)
@@ -297,8 +322,7 @@ class PrunedModelMixin:
     # Arguments of `forward`
 
     def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """Resolve what the vision encoder returns: the arguments of `forward`, by default the configuration's
-        fields."""
+        """Return which outputs the vision encoder computes: `forward`'s arguments, else the configuration's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -335,15 +359,16 @@ class PrunedModelMixin:
     # Inference on a CPU
 
     def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
-        """Prepack the weights of linear maps for faster inference on a CPU in float32, or undo it with
-        `prepacked=False`.
+        """Prepack the weights of linear maps for fast float32 inference on a CPU.
 
-        Outputs are the same to rounding; what is saved doesn't change. It takes as much memory again as the weights.
-        Training, other devices and other types go on with the weights as they are.
+        Outputs are equal up to rounding, and saved checkpoints don't change. The prepacked copies take as much memory
+        as the weights. Training, other devices and other dtypes use the original weights.
 
         Args:
+            prepacked (`bool`, *optional*, defaults to `True`):
+                `False` drops the prepacked weights again.
             min_size (`int`, *optional*, defaults to 0):
-                How many numbers a weight has to hold to be prepacked.
+                Weights with fewer elements are not prepacked.
 
         Returns:
             The model itself.
@@ -372,8 +397,10 @@ class PrunedModelMixin:
         return self.prepack_weights(packed)
 
     def prepack_for_inference(self):
-        """Prepack the weights that are large enough to gain from it, if the machine supports it. Pipelines and
-        commands call it."""
+        """Prepack the weights that are large enough to gain from it, if the model runs in float32 on a CPU.
+
+        Pipelines and commands call this. Returns the model itself.
+        """
         on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
         return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
 
@@ -381,8 +408,10 @@ class PrunedModelMixin:
 
     @classmethod
     def _from_dense(cls, source, config_overrides: dict, config_class, method: str):
-        """Load transformers' model for the same task (a model, a path or a Hub id) as a model of this class; only
-        the alignment parameters are new."""
+        """Convert transformers' model for the same task, or a path or Hub id of one.
+
+        Only the alignment parameters are new.
+        """
         classes = (*cls._dense_classes, cls)
         expected = " or a ".join(dense_class.__name__ for dense_class in classes)
         defaults = config_class()
@@ -449,7 +478,7 @@ class PrunedModelMixin:
 
 
 def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
-    """Move a model to where a `device_map`, as `from_pretrained` takes it, says."""
+    """Move a model according to a `device_map` as in `from_pretrained`; None leaves it where it is."""
     if device_map is None:
         return model
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -464,11 +493,11 @@ def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
 
 @torch.no_grad()
 def init_alignment(module: MadtpAlignment) -> None:
-    """Initialise alignment tokens at random, with norms graded down to a hundredth of the largest.
+    """Initialise the alignment tokens at random, with norms that fall geometrically to a hundredth of the first.
 
-    At a temperature, alignment tokens of small norm look at all tokens alike and those of large norm at their
-    likeliest alone: graded norms let the threshold, the least of what they see, move smoothly from the lowest
-    importance to the mean, so that an untrained model reaches small reductions and large ones.
+    At a given temperature, an alignment token of small norm attends to all tokens equally, and one of large norm only
+    to its best match. The threshold is the smallest importance that they average. With graded norms it moves smoothly
+    from the lowest importance to the mean, so that an untrained model reaches both small and large reductions.
     """
     scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
     init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))

@@ -1,7 +1,7 @@
-"""The losses that teach images and texts to find each other: contrastive over a batch, matching with hard negatives.
+"""The losses of image-text retrieval: contrastive over a batch, and matching with hard negatives.
 
-Shapes: B samples on this process, W on all of them together, K keys to contrast with, E the width of the common space.
-As in BLIP (arXiv 2201.12086) after ALBEF (arXiv 2107.07651).
+They follow BLIP (arXiv 2201.12086) and ALBEF (arXiv 2107.07651). Shapes: B samples on this process, W samples on all
+processes, K keys to contrast with, E the width of the shared embedding space.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,12 @@ TEMPERATURE = 0.07
 
 
 class ContrastiveKeys(NamedTuple):
-    """The keys that a batch is contrasted with: features of a momentum (EMA) encoder, from this batch and from
-    earlier ones.
+    """The keys that a batch is contrasted with: features of a momentum (EMA) encoder, from this and earlier batches.
 
-    image, text (K, E): L2-normalised; image_targets, text_targets (B, K): how much of each sample's likelihood is each
-    text's, and each image's; temperature: of the similarities, a scalar tensor, or None for one that is the model's
-    own, as CLIP's.
+    image, text (K, E): L2-normalised features.
+    image_targets (B, K): the target distribution of each image over the texts.
+    text_targets (B, K): the target distribution of each text over the images.
+    temperature: a scalar tensor that divides the similarities; None if the model has its own, as CLIP does.
     """
 
     image: torch.Tensor
@@ -31,8 +31,10 @@ class ContrastiveKeys(NamedTuple):
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Gather the rows of all processes; gradients flow back to each. torch's own function needs a collective that
-    gloo lacks."""
+    """Gathers the rows of all processes, and sums the gradients that each process has for this one's rows.
+
+    torch's own function needs a collective that gloo lacks.
+    """
 
     @staticmethod
     def forward(ctx, rows):
@@ -56,14 +58,18 @@ def process_rank() -> int:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Gather (B, ...) from all processes -> (W, ...), in order of rank and with gradients; all must have the same
-    B."""
+    """Gather the rows of all processes in order of rank, with gradients: (B, ...) -> (W, ...).
+
+    Each process must have the same number of rows.
+    """
     return _GatherWithGradient.apply(rows) if is_distributed() else rows
 
 
 def gather_padded(rows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather sequences (B, L, ...) and their mask (B, L) or None from all processes -> (W, M, ...) and (W, M),
-    padded to the longest M."""
+    """Gather padded sequences (B, L, ...) and their mask (B, L) or None from all processes.
+
+    Returns (W, M, ...) and the mask (W, M), where M is the largest L of all processes.
+    """
     if mask is None:
         mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
     if not is_distributed():
@@ -76,8 +82,10 @@ def gather_padded(rows: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.
 
 
 def same_image_targets(ids: torch.Tensor, key_ids: torch.Tensor) -> torch.Tensor:
-    """Compute contrastive targets from ids (B,) and key_ids (K,) -> (B, K): a probability of 1, shared among the
-    keys of the same image."""
+    """Return the targets (B, K) of ids (B,) over key_ids (K,): uniform over the keys of the same image.
+
+    There can be several such keys, because an image may have several texts.
+    """
     same = (ids.unsqueeze(1) == key_ids).float()
     return same / same.sum(dim=1, keepdim=True)
 
@@ -89,11 +97,20 @@ def contrastive_loss(
     keys: ContrastiveKeys | None,
     temperature: torch.Tensor | float = TEMPERATURE,
 ) -> torch.Tensor:
-    """Compute the contrastive loss: the cross-entropy of each sample's similarities (B, K), averaged over both
-    directions; features (B, E), image_ids (B,).
+    """Compute the contrastive loss: the cross-entropy of the similarities (B, K), averaged over both directions.
 
-    Without `keys`, the batches of all processes are contrasted with one another. `temperature` counts where the keys
-    have none.
+    Args:
+        image_feature, text_feature (`torch.Tensor` of shape `(B, E)`):
+            L2-normalised features.
+        image_ids (`torch.Tensor` of shape `(B,)`, *optional*):
+            The image of each sample; needed without `keys`.
+        keys (`ContrastiveKeys`, *optional*):
+            What to contrast with; by default, the samples of all processes.
+        temperature (`torch.Tensor` or `float`, *optional*, defaults to 0.07):
+            Divides the similarities, unless the keys have a temperature.
+
+    Returns:
+        `torch.Tensor`: a scalar.
     """
     if keys is None:
         targets = same_image_targets(image_ids, gather_rows(image_ids))
@@ -108,10 +125,23 @@ def contrastive_loss(
 def draw_hard_negatives(
     feature: torch.Tensor, other_features: torch.Tensor, ids: torch.Tensor, other_ids: torch.Tensor, temperature
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a hard negative for each sample, feature (B, E), among other_features (W, E) of other images; more
-    similar ones are more likely.
+    """Draw a hard negative for each sample: a counterpart of another image, more likely the more similar it is.
 
-    Returns which samples have one, (N,), and which it is, (N,).
+    Args:
+        feature (`torch.Tensor` of shape `(B, E)`):
+            The samples' features.
+        other_features (`torch.Tensor` of shape `(W, E)`):
+            The candidates' features, in the other modality.
+        ids, other_ids (`torch.Tensor` of shape `(B,)` and `(W,)`):
+            The images of samples and candidates.
+        temperature (`torch.Tensor` or `float`):
+            Divides the similarities.
+
+    Returns:
+        The indices (N,) of the samples that have a negative, and the indices (N,) of their negatives.
+
+    Raises:
+        ValueError: if no sample has a negative, because all candidates are of one image.
     """
     likelihood = ((feature @ other_features.T).float() / temperature).softmax(dim=1) + 1e-6
     likelihood = likelihood.masked_fill(ids.unsqueeze(1) == other_ids, 0)

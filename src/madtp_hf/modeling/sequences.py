@@ -1,7 +1,8 @@
-"""How the sequences of a batch lie in memory.
+"""The memory layout of a batch of sequences: padded or varlen.
 
-States are (R, ...): R rows, the tokens of one sequence after those of the other. Linear maps, norms and feed-forward
-need to know no more. What needs to know which rows are whose, attention above all, asks the batch's `Sequences`.
+States are (R, ...): R rows, the tokens of one sequence after those of another. Linear maps, norms and feed-forward
+layers work on rows alone. Operations that need to know which rows belong to which sequence, attention above all, ask
+the batch's `Sequences`.
 """
 
 import itertools
@@ -10,27 +11,28 @@ from typing import NamedTuple
 import torch
 
 
-# On a CPU, where a call costs little beside the work, attention takes some consecutive sequences of a batch at a time.
-# Beyond so many numbers in their states they are taken one by one; of their rows, this share or so many numbers may be
-# padding.
-PART_SIZE = 2**18
-PART_PADDING_SHARE = 1 / 8
-PART_PADDING = 2**16
-PART_AREA = 2**15  # or so many numbers of an attention map
+# On a CPU, a call costs little compared with its work, so attention takes a part of a batch at a time: sequences of
+# similar length.
+PART_SIZE = 2**18  # elements in the states of a part of several sequences, at most
+PART_PADDING_SHARE = 1 / 8  # padding up to this share of a part's rows is always accepted
+PART_PADDING = 2**16  # more padding is accepted up to this many elements of the states
+PART_AREA = 2**15  # and, at the same time, up to this many elements of an attention map
 
 
-# Set to False, a CPU takes the path of other devices.
+# If False, a CPU takes the path of other devices.
 CPU_TAKES_PARTS = True
 
 
 def takes_parts(device: torch.device) -> bool:
-    """Return whether attention processes a batch part by part, as on a CPU, where reading values costs no
-    synchronisation; on other devices it takes the batch at once."""
+    """Return whether attention takes a batch part by part, as on a CPU, where reading values costs nothing.
+
+    Other devices take the whole batch at once and avoid waiting for values.
+    """
     return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class cached_property:
-    """`functools.cached_property` without a lock, which torch.compile can't trace (Python 3.12 dropped it)."""
+    """`functools.cached_property` without its lock, which torch.compile can't trace (Python 3.12 removed it)."""
 
     def __init__(self, function):
         self.function = function
@@ -45,23 +47,26 @@ class cached_property:
 
 
 class Division(NamedTuple):
-    """A division of a batch into parts: the order of the sequences, and where in it each part begins, followed by
-    the number of sequences; None keeps the order."""
+    """A division of a batch into parts.
+
+    bounds: the place in `order` at which each part begins, then the number of sequences.
+    order: the sequences in the order in which the parts take them; None for the batch's own order.
+    """
 
     bounds: tuple[int, ...]
     order: tuple[int, ...] | None = None
 
 
 class Sequences:
-    """The layout of a batch's rows: which rows belong to which sequence. There are two cases.
+    """The layout of a batch: which rows belong to which sequence.
 
     *padded*: each of the `batch_size` sequences has `max_seqlen` rows. `mask` (batch_size, max_seqlen) is True at real
-    tokens;
-    None: all are.
-    *varlen*: the sequences have rows of their real tokens alone, from `offsets[i]` to `offsets[i + 1]`.
+    tokens; None means that all are real.
+    *varlen*: the rows are the real tokens only. Those of sequence i go from `offsets[i]` to `offsets[i + 1]`.
 
-    `num_rows`: all rows; `first_row`: where they begin, if this is a part of a batch, or `batch_rows`, which they are,
-    padded.
+    num_rows: the number of rows.
+    first_row: in a part of a batch, the part's first row in the batch.
+    batch_rows: in a part whose rows are not contiguous, their numbers in the batch, padded; else None.
     """
 
     def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):
@@ -69,7 +74,7 @@ class Sequences:
         self.offsets, self.first_row = offsets, first_row
         self.num_rows = batch_size * max_seqlen if offsets is None else offsets[-1]
         if mask is not None:
-            self.mask = mask  # instead of the property's
+            self.mask = mask  # replaces the cached property's value
         if lengths is not None:
             self.lengths = lengths
         self.batch_rows: torch.Tensor | None = None
@@ -77,7 +82,7 @@ class Sequences:
 
     @classmethod
     def padded(cls, batch_size: int, max_seqlen: int, device, mask: torch.Tensor | None = None, lengths=None):
-        """Make the layout of padded states (batch_size, max_seqlen, ...)."""
+        """Return the layout of padded states (batch_size, max_seqlen, ...)."""
         sequences = cls(batch_size, max_seqlen, device, mask, lengths=lengths)
         if mask is None:
             sequences.mask = None
@@ -85,11 +90,15 @@ class Sequences:
 
     @classmethod
     def varlen(cls, lengths: list[int], device, device_lengths=None, first_row: int = 0, before=None):
-        """Make the layout of contiguous (varlen) rows of sequences of these lengths; if all are equal, that of
-        padded states without padding.
+        """Return the varlen layout of sequences of these lengths, or a padded one without a mask if all are equal.
 
-        device_lengths: the same lengths (B,) on the device, if they are there already; before: the `Sequences` that
-        these come from.
+        Args:
+            device_lengths (`torch.Tensor` of shape `(B,)`, *optional*):
+                The same lengths on the device, if they are already there.
+            first_row (`int`, *optional*, defaults to 0):
+                For a part of a batch, its first row in the batch.
+            before (`Sequences`, *optional*):
+                The layout that the tokens were pruned from, whose `slots` are reused.
         """
         longest = max(lengths, default=0)
         if min(lengths, default=0) == longest:
@@ -115,11 +124,11 @@ class Sequences:
             return [end - start for start, end in itertools.pairwise(self.offsets)]
         return [self.max_seqlen] * self.batch_size
 
-    # What is derived from the lengths, each made once.
+    # Derived from the lengths and cached
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """The number of real tokens of each sequence, (B,) int64."""
+        """(B,) int64: the number of real tokens of each sequence."""
         if self.is_varlen:
             return torch.tensor(self.row_counts, device="cpu").to(self.device, non_blocking=True)
         if self.mask is not None:
@@ -128,7 +137,7 @@ class Sequences:
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
-        """The cumulative sequence lengths (B + 1,) int32 that varlen attention kernels take."""
+        """(B + 1,) int32: where each sequence's rows begin and end, as varlen attention kernels expect it."""
         if self.is_varlen:
             return torch.nn.functional.pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
         step = max(self.max_seqlen, 1)
@@ -136,7 +145,7 @@ class Sequences:
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
-        """A mask (B, max_seqlen) that is True at the real tokens of padded states, or None without padding."""
+        """(B, max_seqlen) bool: True at the real tokens of padded states; None without padding."""
         return self.slots < self.lengths.unsqueeze(1)
 
     @cached_property
@@ -146,13 +155,12 @@ class Sequences:
 
     @cached_property
     def real(self) -> torch.Tensor | None:
-        """`mask` as floats, 1.0 at real tokens."""
+        """`mask` as floats: 1.0 at real tokens, 0.0 at padding."""
         return None if self.mask is None else self.mask.float()
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
-        """The number of the row, counted from 1, at each slot of padded states, (B * max_seqlen,); at padding, that
-        of the last row before it."""
+        """(B * max_seqlen,): the row of each slot of padded states, counted from 1; at padding, the row before it."""
         return self.mask.flatten().cumsum(0)
 
     @cached_property
@@ -161,19 +169,22 @@ class Sequences:
 
     @cached_property
     def _slot_to_row(self) -> torch.Tensor:
-        """`_row_number` with 0 at padding."""
+        """(B * max_seqlen,): `_row_number`, but 0 at padding."""
         return self._row_number * self.mask.flatten()
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """The position (R,) of each row in its sequence."""
+        """(R,): each row's position in its sequence."""
         return self.unpad(self.slots.expand(self.batch_size, -1))
 
     # Rows to padded states and back
 
     def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Pad rows (R, ...) of this batch, or of the batch that this is a part of, -> (B, max_seqlen, ...), with
-        copies of a sequence's last row at padding. dim: the dimension of the rows."""
+        """Gather rows (R, ...) into padded states (B, max_seqlen, ...).
+
+        If this is a part of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies of
+        their last row. dim: the dimension of the rows.
+        """
         if self.batch_rows is not None:
             states = states.index_select(dim, self.batch_rows)
         else:
@@ -184,28 +195,28 @@ class Sequences:
         return states.unflatten(dim, (self.batch_size, self.max_seqlen))
 
     def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
-        """Pad rows (R, ...) -> (B, max_seqlen, ...), with 0 at padding of varlen states."""
+        """Gather rows (R, ...) into padded states (B, max_seqlen, ...); varlen sequences are padded with zeros."""
         padded = self.pad(states)
         if not self.is_varlen:
             return padded
         return padded.masked_fill(~self.mask.view(self.mask.shape + (1,) * (padded.ndim - 2)), 0)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
-        """Remove padding: (B, max_seqlen, ...) -> (R, ...)."""
+        """Turn padded states (B, max_seqlen, ...) into rows (R, ...)."""
         return self.unpad_rows(padded.flatten(0, 1))
 
     def unpad_rows(self, padded: torch.Tensor) -> torch.Tensor:
-        """Remove padding: (B * max_seqlen, ...) -> (R, ...)."""
+        """Turn the slots (B * max_seqlen, ...) of padded states into rows (R, ...)."""
         return scatter_rows(padded, self._slot_to_row, self.num_rows) if self.is_varlen else padded
 
     def first(self, states: torch.Tensor) -> torch.Tensor:
-        """Take each sequence's first row, the class token: (R, D) -> (B, D)."""
+        """Gather each sequence's first row, the class token: (R, D) -> (B, D)."""
         if not self.is_varlen:
             return states.unflatten(0, (self.batch_size, self.max_seqlen))[:, 0]
         return states.index_select(0, self.cu_seqlens[:-1])
 
     def last(self, states: torch.Tensor) -> torch.Tensor:
-        """Take each sequence's last real row, which is CLIP's end of text: (R, D) -> (B, D)."""
+        """Gather each sequence's last real row, such as CLIP's end of text: (R, D) -> (B, D)."""
         if self.is_varlen:
             return states.index_select(0, self.cu_seqlens[1:] - 1)
         padded = states.unflatten(0, (self.batch_size, self.max_seqlen))
@@ -215,12 +226,11 @@ class Sequences:
 
     @property
     def whole(self) -> Division:
-        """Make a division of one part: the whole batch."""
+        """The division that takes the whole batch as one part."""
         return Division((0, self.batch_size))
 
     def divide(self, width: int) -> Division:
-        """Divide the batch into the parts that attention over states of `width` processes one by one; sequences of
-        similar length share a part."""
+        """Divide the batch for attention over states of `width`: sequences of similar length form a part."""
         if not takes_parts(self.device) or self.batch_size == 1:
             return self.whole
         counts = self.row_counts
@@ -238,13 +248,13 @@ class Sequences:
                 rows, area = length, length**2
         if len(bounds) == 1:
             return self.whole
-        if len(bounds) == self.batch_size:  # one by one, as they lie
+        if len(bounds) == self.batch_size:  # one sequence a part, in the batch's order
             return Division(tuple(range(self.batch_size + 1)))
         ordered = order == sorted(order)
         return Division((*bounds, self.batch_size), None if ordered else tuple(order))
 
     def parts(self, division: Division) -> list["Sequences"]:
-        """Make a `Sequences` for each part, which takes its rows from those of the batch."""
+        """Return each part as a `Sequences`, which selects its rows from those of the batch."""
         if len(division.bounds) == 2:
             return [self]
         if division not in self._parts:
@@ -269,7 +279,7 @@ class Sequences:
         return part
 
     def _rows_of(self, samples: list[int], length: int) -> torch.Tensor:
-        """Index the rows of these samples, (samples * length,), each padded up to `length` with its last row."""
+        """Return the row numbers (samples * length,) of these samples, each padded to `length` with its last row."""
         counts = torch.tensor(self.row_counts, device="cpu")
         starts = (counts.cumsum(0) - counts)[samples].to(self.device)
         last = counts[samples].to(self.device) - 1
@@ -277,8 +287,10 @@ class Sequences:
         return (starts.unsqueeze(1) + torch.minimum(slots, last.unsqueeze(1))).flatten()
 
     def join_rows(self, outputs: list[torch.Tensor], division: Division, row_counts: list[int] | None = None):
-        """Join what was computed for the rows of each part into rows of the batch; row_counts: rows of each
-        sequence, if they have changed."""
+        """Join the rows that were computed for each part into rows of the batch.
+
+        row_counts: the number of rows of each sequence, if it is no longer this layout's.
+        """
         rows = join(outputs)
         if division.order is None:
             return rows
@@ -290,15 +302,17 @@ class Sequences:
         return rows.index_select(0, (shift + torch.arange(len(shift), device="cpu")).to(rows.device))
 
     def join_samples(self, outputs: list[torch.Tensor], division: Division) -> torch.Tensor:
-        """Join what was computed for the sequences of each part, (n, ...), into that of the batch."""
+        """Join what was computed for the sequences of each part, (n, ...), into that of the batch, (B, ...)."""
         samples = join(outputs)
         if division.order is None:
             return samples
         return samples.index_select(0, torch.tensor(division.order, device="cpu").argsort().to(samples.device))
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
-        """Select the sequences first, first + 2, ...: their rows and layout. 0 gives the left, 1 the right image of
-        each pair."""
+        """Select every other sequence from `first` on; return their rows and their layout.
+
+        For a batch of image pairs, `first` is 0 for the left images and 1 for the right ones.
+        """
         if not self.is_varlen:
             padded = states.unflatten(0, (-1, 2, self.max_seqlen))[:, first]
             mask = None if self.mask is None else self.mask[first::2]
@@ -307,7 +321,10 @@ class Sequences:
         return torch.cat(states.split(self.row_counts)[first::2]), chosen
 
     def to(self, device, non_blocking: bool = False) -> "Sequences":
-        """Move the layout to a device. Models on several devices move it along with the states."""
+        """Move the layout to a device.
+
+        In models whose layers are on several devices, the code that moves a layer's inputs calls this as for tensors.
+        """
         if torch.device(device) == self.device:
             return self
         moved = Sequences(self.batch_size, self.max_seqlen, device, offsets=self.offsets, first_row=self.first_row)
@@ -320,16 +337,18 @@ class Sequences:
 
 
 def take_slots(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Gather slots (n, M) of padded states (n, L, D) -> (n, M, D). `take_along_dim` would fix the batch size of
-    exported models."""
+    """Gather slots (n, M) of padded states (n, L, D) -> (n, M, D).
+
+    Uses `gather`, because `take_along_dim` fixes the batch size of exported models.
+    """
     return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
 
 
 def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fill: int | None = None) -> torch.Tensor:
-    """Scatter states (S, ...) to the rows that their numbers (S,), counted from 1, give -> (num_rows, ...); 0 drops
-    a state.
+    """Scatter states (S, ...) into rows (num_rows, ...).
 
-    fill: what rows hold that none goes to, if there are any.
+    numbers (S,): the row of each state, counted from 1; states with 0 are dropped.
+    fill: the value of rows that no state goes to; None only if there are no such rows.
     """
     shape = (num_rows + 1, *states.shape[1:])
     rows = states.new_empty(shape) if fill is None else states.new_full(shape, fill)
@@ -337,25 +356,26 @@ def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fil
 
 
 def count_tokens(layers: list[Sequences]) -> torch.Tensor:
-    """Count the real tokens in each layout: (layers, B) int64."""
+    """Count the real tokens of each sequence in each layer: (layers, B) int64."""
     if torch.compiler.is_compiling() or not any(sequences.is_varlen for sequences in layers):
         return torch.stack([sequences.lengths for sequences in layers])
     device = layers[-1].device
-    if all(sequences.is_varlen or sequences.mask is None for sequences in layers):  # as the host knows them
+    if all(sequences.is_varlen or sequences.mask is None for sequences in layers):  # the host knows the counts
         counts = torch.tensor([sequences.row_counts for sequences in layers], device="cpu")
         return counts.to(device, non_blocking=True)
     return torch.stack([sequences.lengths.to(device) for sequences in layers])
 
 
 def join(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Join what was computed for the parts of a batch."""
+    """Concatenate what was computed for the parts of a batch."""
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def unpad(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, Sequences]:
-    """Unpad states (B, L, ...) with mask (B, L), real tokens first -> rows (R, ...) and their layout.
+    """Return the rows (R, ...) of the real tokens of padded states (B, L, ...), and their layout.
 
-    Waits for the device once, if there is a mask.
+    mask (B, L): the real tokens, which come first in each sequence; None means that all are real. With a mask, the
+    host waits for the device once.
     """
     batch_size, length = padded.shape[:2]
     if mask is None:

@@ -1,7 +1,7 @@
-"""How a batch's tokens become fewer: what a method answers for a layer, and the one place that turns it into new rows.
+"""Token reduction: what a method returns for a layer, and the one place that repacks the rows accordingly.
 
-Shapes: in a part of the batch n sequences of up to L tokens; N tokens of each can go (its first token, and where the
-host says so its last, are protected).
+Shapes: in a part of the batch, n sequences of up to L tokens; N tokens of each are removable (the first token and, if
+the host says so, the last are protected).
 """
 
 import itertools
@@ -17,14 +17,15 @@ from .triton_kernels import merge
 
 
 class Reduction(NamedTuple):
-    """The decision of a method for one layer: which tokens stay, and how the others merge.
+    """What a method returns for a layer: which tokens stay, and how the others are merged.
 
-    stays (n, N) bool: the tokens that stay, False at padding.
-    merges (n, 1) bool: the sequences that get a new token, behind those that stay, for those that go.
-    weight (n, N): the weight of each token that goes in the token that it enters; 0 at those that stay and at padding.
-    into (n, N) int64, optional: instead of a new token, the slot of the staying token that each enters, whose own
-        weight is then 1 less what enters it.
-    length: how many rows each sequence gets, if that is fixed: those that need fewer are padded.
+    stays (n, N) bool: True at the tokens that stay, False at padding.
+    merges (n, 1) bool: the sequences that get a merged token, placed after the removable tokens that stay.
+    weight (n, N): the weight of each removed token in the token that it is merged into; 0 at tokens that stay and at
+        padding.
+    into (n, N) int64, optional: the slot of the staying token that each removed token is merged into, instead of a new
+        token. The staying token's own weight is 1 minus the weights that are merged into it.
+    length: the number of rows of each sequence, if it is fixed; sequences that need fewer rows are padded.
     """
 
     stays: torch.Tensor
@@ -35,11 +36,14 @@ class Reduction(NamedTuple):
 
 
 class Repacking(NamedTuple):
-    """Where the tokens of a part of the batch go when surviving tokens are repacked.
+    """The new rows of a part of the batch.
 
-    numbers (n, C): of each column's new row, counted from 1, or 0 for none, among `num_rows`; columns are the first
-        token, those that can go, the merged one and, where it is protected, the last. For a fixed length instead
-        `order` (n, length): the columns that are taken.
+    There are C columns: the first token, the removable tokens, the merged token and, if it is protected, the last
+    token.
+
+    num_rows: the number of new rows.
+    numbers (n, C): the new row of each column, counted from 1; 0 if the column gets none.
+    order (n, length), instead of `numbers` for a fixed length: the columns that become the new rows.
     """
 
     part: Sequences
@@ -49,7 +53,7 @@ class Repacking(NamedTuple):
     order: torch.Tensor | None = None
 
     def __call__(self, padded: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-        """Repack padded states (n, L, D) and merged tokens (n, D) into new rows (num_rows, D)."""
+        """Repack padded states (n, L, D) and merged tokens (n, D) into the new rows (num_rows, D)."""
         columns = [padded[:, : 1 + self.roles.num_removable(self.part)], merged.unsqueeze(1)]
         if self.roles.protects_last:
             columns.append(self._last(padded))
@@ -67,15 +71,17 @@ class Repacking(NamedTuple):
 
 
 def stay_table(reduction: Reduction, part: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """Return a mask (n, C) of the columns that become new rows."""
+    """Return an (n, C) bool table of the columns that become new rows."""
     always = torch.ones_like(reduction.merges) if part.mask is None else part.mask[:, :1]
     merges = reduction.merges if reduction.into is None else ~always
     return torch.cat([always, reduction.stays, merges, *[always] * roles.protects_last], dim=1)
 
 
 def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add dropped tokens to the tokens that absorb them: padded states (n, L, D) -> the same, and the merged tokens
-    (n, D)."""
+    """Merge the removed tokens; return the padded states (n, L, D) and the merged tokens (n, D).
+
+    With `into`, tokens are merged into padded states, and the merged tokens are placeholders.
+    """
     num_removable = reduction.stays.shape[1]
     tokens = padded[:, 1 : 1 + num_removable]
     if reduction.into is None:
@@ -89,26 +95,26 @@ def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tens
 
 
 class KernelReduction(NamedTuple):
-    """The decision of Triton's gate for one layer (see `triton_kernels.gate`): importance (R,), destination (R,),
-    new_cu_seqlens (B + 1,)."""
+    """What `triton_kernels.gate` returns for a layer: importance (R,), destination (R,), new_cu_seqlens (B + 1,)."""
 
     importance: torch.Tensor
     destination: torch.Tensor
     new_cu_seqlens: torch.Tensor
 
 
-# What follows the positions (R,) of a layer's rows to those that it leaves (R',), -1 for merged tokens.
+# Maps the positions (R,) of a layer's rows to those of the rows that it leaves (R',), -1 for merged tokens.
 Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 def reduce(
     states: torch.Tensor, sequences: Sequences, division: Division, reductions: list[Reduction], roles: TokenRoles
 ) -> tuple[torch.Tensor, Sequences, Move | None]:
-    """Repack the surviving tokens, as a method decided for each part of the batch: states (R, D) -> (R', D), their
-    layout, and where the rows went.
+    """Apply the reductions of a batch's parts to its states (R, D).
 
-    Waits for the device once, to learn how many rows there are; not where lengths are fixed. The last is None where
-    nothing changed.
+    The host waits for the device once, to learn the number of rows, unless lengths are fixed.
+
+    Returns:
+        The new states (R', D), their layout, and the `Move` of the rows, which is None if no row was removed.
     """
     if isinstance(reductions[0], KernelReduction):
         return _reduce_by_kernel(states, sequences, reductions[0])
@@ -118,7 +124,7 @@ def reduce(
     tables = [stay_table(reduction, part, roles) for part, reduction in zip(parts, reductions)]
     lengths = sequences.join_samples([table.sum(dim=1) for table in tables], division)
     row_counts = lengths.tolist()
-    if sum(row_counts) == sequences.num_rows:  # one that merges has fewer
+    if sum(row_counts) == sequences.num_rows:  # a sequence that merges loses rows
         return states, sequences, None
     ordered = row_counts if division.order is None else [row_counts[sample] for sample in division.order]
     outputs, repackings = [], []
@@ -142,7 +148,7 @@ def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles:
         return states, sequences, None
     table = stay_table(reduction, sequences, roles)
     num_columns = table.shape[1]
-    # The columns that are rows come first, in their order; by an operation that ONNX knows.
+    # The columns that become rows come first, in their order. `topk` can be exported to ONNX, unlike a stable sort.
     order = (table * LONGER_THAN_ANY - torch.arange(num_columns, device=table.device)).topk(length).indices
     repacking = Repacking(sequences, sequences.batch_size * length, roles, order=order)
     mask = lengths = None
@@ -155,7 +161,7 @@ def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles:
 
 
 def move_along(repacking: Repacking, positions: torch.Tensor) -> torch.Tensor:
-    """Map positions (R,) of a batch's rows to those of a part's new rows; -1 for merged tokens."""
+    """Map the positions (R,) of a batch's rows to those of a part's new rows, -1 for merged tokens."""
     nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
     return repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere).squeeze(1)
 

@@ -1,16 +1,17 @@
 """Triton kernels for varlen batches on CUDA: attention, attention with scores, the gate, and the merge. No gradients.
 
-Layout: the rows of all samples lie end to end, without padding. R rows, B samples, H heads, d head width, T alignment
-tokens, D width. `cu_seqlens` (B + 1,) int32, on the device: 0, then the running sums of the lengths, each 1 or more.
-The first row of a sample is protected (BLIP's class token); with `protects_last` so is the last (CLIP's end of text).
-All other rows are tokens that can go. The *reader* is the first row, or with `protects_last` the last.
+Layout: varlen, that is, the rows of all samples are contiguous and without padding. R rows, B samples, H heads, d head
+width, T alignment tokens, D width. `cu_seqlens` (B + 1,) int32, on the device: 0, then the cumulative sums of the
+lengths, each at least 1. The first row of a sample is protected (BLIP's class token); with `protects_last` so is the
+last (CLIP's end of text). All other rows are removable tokens. The *reader* is the first row, or with `protects_last`
+the last.
 
-Arithmetic is in float32. Attention uses exponentials and logarithms of base 2, which is what the hardware has. Nothing
-is added atomically, and block sizes depend on dtypes and head width alone: results repeat to the last bit, and a
-sample's do not depend on its batch.
+Arithmetic is in float32. Attention uses exponentials and logarithms of base 2, because the hardware computes these.
+There are no atomic additions, and block sizes depend on dtypes and head width alone. So results are bitwise
+reproducible, and a sample's results do not depend on its batch.
 
-Without triton the module imports, and `is_available` returns False. A caller catches `KERNEL_ERRORS`, calls `disable`,
-and goes on in torch.
+The module can be imported without triton; `is_available` then returns False. Callers catch `KERNEL_ERRORS`, call
+`disable`, and fall back to torch.
 """
 
 import math
@@ -29,14 +30,13 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (16, 32, 64, 128)
-COMPUTE_CAPABILITY = (8, 0)  # of the GPU, at least
+COMPUTE_CAPABILITY = (8, 0)  # the GPU's, at least
 GATE_BLOCKS = {"ROWS": 128, "COLUMNS": 128, "num_warps": 16}
 MERGE_BLOCKS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
 
 
 class KernelError(RuntimeError):
-    """Triton could not build, load or launch a kernel: no C compiler, no driver, or a driver that refuses the
-    binary."""
+    """Raised if Triton can't build, load or launch a kernel: no C compiler, no driver, a driver that refuses it."""
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
@@ -46,17 +46,17 @@ def _kernel_errors() -> tuple[type[Exception], ...]:
     found = (
         getattr(triton, "CompilationError", None),
         getattr(triton, "OutOfResources", None),
-        getattr(errors, "PTXASError", None),  # younger than the others
+        getattr(errors, "PTXASError", None),  # added to triton later than the others
     )
     return (KernelError, *(error for error in found if error is not None))
 
 
-KERNEL_ERRORS = _kernel_errors()  # kernels can't be compiled here, or don't fit the GPU; () without triton
+KERNEL_ERRORS = _kernel_errors()  # kernels can't be compiled, or don't fit the GPU; () without triton
 _enabled = triton is not None
 
 
 def disable(error: Exception) -> None:
-    """Switch the kernels off for the rest of the process; the first call warns, naming the `error`."""
+    """Switch the kernels off for the rest of the process; the first call warns and names the `error`."""
     global _enabled
     if _enabled:
         _enabled = False
@@ -64,8 +64,7 @@ def disable(error: Exception) -> None:
 
 
 def is_available(query: torch.Tensor) -> bool:
-    """Return whether the kernels support queries (R, H, d) like these; keys, values and scores then are supported
-    as well."""
+    """Return whether the kernels support queries (R, H, d) like these, and so their keys, values and scores."""
     return (
         _enabled
         and query.is_cuda
@@ -79,8 +78,7 @@ def is_available(query: torch.Tensor) -> bool:
 
 
 def block_sizes(dtype: torch.dtype, width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Choose block sizes and launch options of the two attention kernels, by what fits into registers and shared
-    memory."""
+    """Return block sizes and launch options of the two attention kernels that fit registers and shared memory."""
     narrow = width <= 64
     if dtype == torch.float32:  # no tensor cores
         blocks = {"QUERIES": 64 if narrow else 32, "KEYS": 32, "num_warps": 8, "num_stages": 1}
@@ -101,11 +99,20 @@ def varlen_attention(
     max_seqlen_q: int,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Compute varlen attention of each sample's queries to the sample's own keys, in one launch.
+    """Compute attention of each sample's queries to the sample's own keys, in one launch.
 
-    query (Rq, H, d), key and value (Rk, H, d), any strides (copied where the last one is not 1)
-    -> (Rq, H, d), contiguous. max_seqlen_q: the largest number of queries of a sample, or more. is_causal: query i of
-    a sample sees keys 0 to i; both `cu_seqlens` are then the same.
+    Args:
+        query (`torch.Tensor` of shape `(Rq, H, d)`):
+            Queries, with any strides; copied if the last stride is not 1.
+        key, value (`torch.Tensor` of shape `(Rk, H, d)`):
+            Keys and values, likewise.
+        max_seqlen_q (`int`):
+            The largest number of queries in a sample, or more.
+        is_causal (`bool`, *optional*, defaults to `False`):
+            Query i of a sample attends to keys 0 to i; both `cu_seqlens` must then be the same.
+
+    Returns:
+        `torch.Tensor` of shape `(Rq, H, d)`, contiguous.
     """
     query, key, value = (_last_stride_1(x) for x in (query, key, value))
     output = query.new_empty(query.shape)
@@ -122,23 +129,29 @@ def scored_varlen_attention(
     is_causal: bool = False,
     protects_last: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute varlen self-attention and the evidence for token importance in two launches, without materialising
-    the probabilities A.
+    """Compute self-attention, and the evidence for token importance from its probabilities A, in two launches.
 
-    query, key and value (R, H, d), any strides (copied where the last one is not 1). max_seqlen: the largest length,
-    or more.
+    A is never materialised.
 
-    Returns, each valid in all of its entries, those of protected rows included:
-    output (R, H, d), contiguous
-    received (query blocks, R) float32: sum over a block of the sample's queries, its first row left out, of the
-        maximum over heads of A; to be summed over the blocks. 0 in blocks beyond the sample.
-    from_reader (H, R) float32: the probability with which the sample's reader attends to each row
-    output_norm (H, R) float32: L2 norm of each row of the output, as rounded to its dtype
+    Args:
+        query, key, value (`torch.Tensor` of shape `(R, H, d)`):
+            With any strides; copied if the last stride is not 1.
+        max_seqlen (`int`):
+            The largest length of a sample, or more.
+
+    Returns:
+        Four tensors, in which all entries are valid, also those of protected rows:
+
+        output (R, H, d), contiguous
+        received (query blocks, R) float32: the maximum over heads of A, summed over a block of the sample's queries
+            without its first row; to be summed over the blocks. 0 in blocks beyond the sample.
+        from_reader (H, R) float32: the probability with which the sample's reader attends to each row
+        output_norm (H, R) float32: the L2 norm of each row of the output, after rounding to its dtype
     """
     query, key, value = (_last_stride_1(x) for x in (query, key, value))
     num_rows, num_heads, width = query.shape
     output = query.new_empty(query.shape)
-    # Not slices of one tensor: Triton's layouts, and so the order of sums, depend on the alignment of pointers.
+    # Separate tensors, because Triton's layouts, and so the order of sums, depend on the alignment of pointers.
     log_sums, from_reader, output_norm = (query.new_empty(num_heads, num_rows, dtype=torch.float32) for _ in range(3))
     _launch_attend(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, is_causal, output, log_sums, output_norm)
 
@@ -165,18 +178,26 @@ def gate(
     protects_last: bool = False,
     factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute importance, threshold and which rows stay, in one launch and one cumulative sum, without
-    synchronising with the host.
+    """Compute importance and threshold, and select the rows that stay, in one launch and one cumulative sum.
 
-    scores (R, T), any floating dtype: the alignment scores a; those of protected rows are not read. received,
-    from_reader and output_norm: as `scored_varlen_attention` returns them. A sample merges if at least `min_kept` of
-    its tokens stay and at least two go; else all stay. factor: what the threshold is multiplied by.
+    The host does not wait for the device. A sample merges if at least `min_kept` of its removable tokens stay and at
+    least two go; otherwise all stay.
 
-    Returns
-    importance (R,) float32: s of the tokens that can go, 0 at protected rows
-    destination (R,) int32: the row's position among its sample's new rows, if it stays; -1 - the position of the
-        merged row, if it goes. The merged row is the sample's last, with `protects_last` the last but one.
-    new_cu_seqlens (B + 1,) int32
+    Args:
+        scores (`torch.Tensor` of shape `(R, T)`):
+            The alignment scores a, in any floating dtype; those of protected rows are not read.
+        received, from_reader, output_norm (`torch.Tensor`):
+            The evidence that `scored_varlen_attention` returns.
+        temperature (`float`):
+            The threshold's temperature, above 0.
+        factor (`float`, *optional*, defaults to 1.0):
+            Multiplies the threshold.
+
+    Returns:
+        importance (R,) float32: s of the removable tokens, 0 at protected rows
+        destination (R,) int32: for a row that stays, its position among its sample's new rows; for a row that goes,
+            -1 - the position of the merged row, which is the sample's last, with `protects_last` the last but one
+        new_cu_seqlens (B + 1,) int32
     """
     scores = _last_stride_1(scores)
     num_rows, num_heads, batch_size = scores.shape[0], from_reader.shape[0], cu_seqlens.shape[0] - 1
@@ -201,11 +222,18 @@ def merge(
     new_cu_seqlens: torch.Tensor,
     num_rows: int,
 ) -> torch.Tensor:
-    """Move the rows that stay to their new places and merge the others into one row, their mean weighted by
-    importance.
+    """Repack the rows that stay, and merge each sample's others into their importance-weighted mean, in one launch.
 
-    states (R, D) and what `gate` returns; num_rows: the last of `new_cu_seqlens` -> (num_rows, D) in states' dtype.
-    One launch.
+    Args:
+        states (`torch.Tensor` of shape `(R, D)`):
+            The rows before the reduction.
+        importance, destination, new_cu_seqlens (`torch.Tensor`):
+            What `gate` returns.
+        num_rows (`int`):
+            The last entry of `new_cu_seqlens`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rows, D)`, in the dtype of `states`.
     """
     states = _last_stride_1(states)
     width = states.shape[1]
@@ -227,11 +255,11 @@ def _scale(width: int) -> float:
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Launch on the device of the first argument; builtin exceptions that Triton raises become `KernelError`."""
+    """Launch a kernel on the device of its first argument; builtin exceptions of Triton become `KernelError`."""
     with torch.cuda.device_of(arguments[0]):
         try:
             kernel[grid](*arguments, **options)
-        # Nothing but Triton runs here: it looks for a C compiler and for the driver, and loads what it has built.
+        # Only Triton runs here: it looks for a C compiler and the driver, builds the kernel and loads it.
         except (RuntimeError, OSError, AssertionError, subprocess.CalledProcessError) as error:
             raise KernelError(f"{kernel.__name__} can't be built or launched: {error}") from error
 
@@ -253,13 +281,13 @@ if triton is not None:
 
     @triton.jit
     def _sample_rows(cu_seqlens, sample):
-        """First row, int64 as offsets are multiples of it, and length of a sample."""
+        """Load a sample's first row, int64 because offsets are multiples of it, and its length."""
         start = tl.load(cu_seqlens + sample)
         return start.to(tl.int64), tl.load(cu_seqlens + sample + 1) - start
 
     @triton.jit
     def _head_rows(states, row_stride, head_stride, start, head, rows, WIDTH: tl.constexpr):
-        """Pointers to some of a sample's rows of a head in (R, H, d): (rows, d)."""
+        """Return pointers (rows, d) to a head's entries in some rows of a sample, in (R, H, d)."""
         first = states + start * row_stride + head.to(tl.int64) * head_stride
         return first + rows[:, None] * row_stride + tl.arange(0, WIDTH)[None, :]
 
@@ -269,7 +297,10 @@ if triton is not None:
         cu_seqlens_q, cu_seqlens_k, output, log_sums, output_norm, num_rows, scale,
         WIDTH: tl.constexpr, CAUSAL: tl.constexpr, SCORED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
-        """Some queries of a head: output (R, H, d); if SCORED, its norms and log2 of the softmax's sums (H, R)."""
+        """Attend from a block of a head's queries: store output (R, H, d).
+
+        If SCORED, also store the output's norms and the log2 of the softmax's sums, (H, R) each.
+        """
         head, sample = tl.program_id(1), tl.program_id(2)
         start, num_queries = _sample_rows(cu_seqlens_q, sample)
         key_start, num_keys = _sample_rows(cu_seqlens_k, sample)
@@ -293,7 +324,7 @@ if triton is not None:
             seen = keys[None, :] < num_keys
             if CAUSAL:
                 seen = seen & (keys[None, :] <= rows[:, None])
-            # Every query sees the first key: `highest` is finite from the first block on.
+            # Every query attends to the first key, so `highest` is finite from the first block on.
             logits = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
             now_highest = tl.maximum(highest, tl.max(logits, 1))
             p = tl.exp2(logits - now_highest[:, None])
@@ -317,7 +348,7 @@ if triton is not None:
         HEADS: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, PROTECTS_LAST: tl.constexpr,
         QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
-        """Some queries and keys of a sample: what the keys receive, into (blocks, R), and from_reader (H, R)."""
+        """Recompute A for a block of queries and keys of a sample: store received (blocks, R), from_reader (H, R)."""
         block, sample = tl.program_id(1), tl.program_id(2)
         start, length = _sample_rows(cu_seqlens, sample)
         first_row, first_key = block * QUERIES, tl.program_id(0) * KEYS
@@ -333,10 +364,10 @@ if triton is not None:
         nothing = first_row >= length
         if CAUSAL:
             nothing = nothing | ((first_key > first_row + QUERIES - 1) & (holds_reader == 0))
-        if nothing:  # no queries, or none that sees these keys
+        if nothing:  # no queries, or none that attends to these keys
             tl.store(received + place, tl.zeros([KEYS], tl.float32), keys < length)
             return
-        # The exponential grows with its argument: the maximum over the heads can be taken first.
+        # The exponential is monotonic, so the maximum over heads can be taken before it.
         strongest = tl.full([QUERIES, KEYS], float("-inf"), tl.float32)
         for index in range(HEADS):
             head = index + 0 * block  # a tensor, for `_head_rows`
@@ -362,10 +393,10 @@ if triton is not None:
         NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """What some rows receive, their s_cls, and their highest alignment score: (rows,), 0 at protected rows."""
+        """Compute a block of rows' received, s_cls and largest alignment score: (rows,), 0 at protected rows."""
         place = start + rows
         from_all = tl.zeros([ROWS], tl.float32)
-        # Eight blocks at a time, whatever their number, so that the order of the sum does not depend on the batch.
+        # Always eight blocks at a time, so that the order of summation does not depend on the batch.
         for first in range(0, query_blocks, 8):
             blocks = first + tl.arange(0, 8)[:, None]
             of_block = received + blocks.to(tl.int64) * num_rows + place[None, :]
@@ -385,7 +416,7 @@ if triton is not None:
 
     @triton.jit
     def _score_block(scores, scores_row, rows, columns, is_token, NUM_COLUMNS: tl.constexpr):
-        """Alignment scores of some rows, float32 (rows, columns); -inf at protected rows and beyond the columns."""
+        """Load alignment scores as float32 (rows, columns); -inf at protected rows and beyond the last column."""
         inside = is_token[:, None] & (columns[None, :] < NUM_COLUMNS)
         a = tl.load(scores + rows[:, None] * scores_row + columns[None, :], inside, float("-inf"))
         return a.to(tl.float32)
@@ -395,7 +426,7 @@ if triton is not None:
         scores, scores_row, importance, start, length, num_tokens, temperature,
         NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """theta of a sample: the smallest importance that an alignment token sees, its softmax at `temperature`."""
+        """Compute a sample's threshold theta (without `factor`), see `token_pruning.importance_threshold`."""
         lowest = tl.full([COLUMNS], float("inf"), tl.float32)
         for first_column in range(0, NUM_COLUMNS, COLUMNS):
             columns = first_column + tl.arange(0, COLUMNS)
@@ -418,8 +449,9 @@ if triton is not None:
                 s = tl.load(importance + start + rows, is_token, 0.0)
                 total += tl.sum(weight, 0)
                 seen += tl.sum(weight * s[:, None], 0)
-            # The softmax's division comes last. At small temperatures an alignment token sees one token alone, theta
-            # is its importance to the last bit, and rounding decides: this order decides as the published code does.
+            # The softmax's division comes last. At small temperatures an alignment token attends to a single token,
+            # theta equals its importance to the last bit, and rounding decides: this order rounds as the published
+            # code does.
             lowest = tl.minimum(lowest, tl.where(columns < NUM_COLUMNS, tl.div_rn(seen, total), float("inf")))
         return tl.min(lowest, 0)
 
@@ -430,14 +462,14 @@ if triton is not None:
         NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PROTECTS_LAST: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """One sample: importance and destination of its rows, and its new length, into lengths (B + 1,) from 1 on."""
+        """Gate one sample: store its rows' importance and destination, and its new length in lengths[sample + 1]."""
         sample = tl.program_id(0)
         start, length = _sample_rows(cu_seqlens, sample)
         num_tokens = length - 1
         if PROTECTS_LAST:
             num_tokens = tl.maximum(length - 2, 0)
         scores += start * scores_row  # offsets in the sample fit into int32, which saves registers
-        # Row r of the sample is a token that can go if 1 <= r <= num_tokens.
+        # Row r of the sample is removable if 1 <= r <= num_tokens.
         received_sums = tl.zeros([ROWS], tl.float32)
         aligned_sums = tl.zeros([ROWS], tl.float32)
         for first in range(0, length, ROWS):
@@ -453,7 +485,7 @@ if triton is not None:
             tl.store(parts + num_rows + start + rows, by_reader, is_token)
             tl.store(parts + 2 * num_rows + start + rows, aligned, is_token)
         received_sum, aligned_sum = tl.sum(received_sums, 0) + 1e-8, tl.sum(aligned_sums, 0) + 1e-8
-        tl.debug_barrier()  # what some threads have written, others read
+        tl.debug_barrier()  # threads read what other threads have written
         for first in range(0, length, ROWS):
             rows = first + tl.arange(0, ROWS)
             is_token = (rows >= 1) & (rows <= num_tokens)
@@ -481,7 +513,7 @@ if triton is not None:
         if sample == 0:
             tl.store(lengths, 0)
 
-        before = 1  # the first row, then the tokens that stay, of the rows so far
+        before = 1  # the new rows so far: the first row, and the tokens that stay
         for first in range(0, length, ROWS):
             rows = first + tl.arange(0, ROWS)
             is_token = (rows >= 1) & (rows <= num_tokens)
@@ -497,7 +529,7 @@ if triton is not None:
         states, states_row, importance, destination, cu_seqlens, new_cu_seqlens, output,
         WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """Some columns of a sample: its new rows into output (R', D)."""
+        """Repack and merge a block of a sample's columns: store its new rows in output (R', D)."""
         sample = tl.program_id(1)
         start, length = _sample_rows(cu_seqlens, sample)
         new_start = tl.load(new_cu_seqlens + sample).to(tl.int64)
@@ -515,7 +547,7 @@ if triton is not None:
             new_place = output + (new_start + to)[:, None] * WIDTH + columns[None, :]
             tl.store(new_place, x, inside & (to[:, None] >= 0))
             weight = tl.load(importance + place, goes, 0.0)
-            # Not 0 times a row that stays, which may hold infinities.
+            # `where`, because 0 times a row that stays is NaN if the row holds infinities.
             mixed += tl.where(goes[:, None], weight[:, None] * x.to(tl.float32), 0.0)
             weights += weight
             merged_row = tl.maximum(merged_row, -1 - to)

@@ -1,7 +1,6 @@
-"""Which version of madtp_hf this code is, and with which versions of transformers it was tested.
+"""The version of this code, and the versions of transformers that it was tested with.
 
-It travels with every checkpoint: years later, with another transformers around it, the code says at once what it was
-made for.
+This file is part of every checkpoint, so that the code can warn if it is loaded years later with another transformers.
 """
 
 import re
@@ -11,20 +10,20 @@ from transformers.utils import logging
 
 
 VERSION = "0.2.0"
-# The oldest and the newest that `make test-matrix` has passed with.
+# The oldest and the newest version that `make test-matrix` passed with.
 TESTED_TRANSFORMERS = ("5.0.0", "5.24.0")
 
-# Below transformers' own, so that its verbosity, and TRANSFORMERS_VERBOSITY, count.
+# A child of transformers' logger, so that its verbosity and TRANSFORMERS_VERBOSITY apply.
 logger = logging.get_logger("transformers.models.madtp_blip")
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Return major and minor version: patch releases of a tested version need no warning."""
+    """Return the major and minor version; patch releases of a tested version need no warning."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def warn_if_untested() -> None:
-    """Warn, once a process, of a transformers outside the tested range."""
+    """Warn once per process if the installed transformers is outside the tested range."""
     installed, (oldest, newest) = transformers.__version__, TESTED_TRANSFORMERS
     if _release(installed) < _release(oldest):
         logger.warning_once(
