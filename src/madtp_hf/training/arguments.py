@@ -1,4 +1,4 @@
-"""What the example scripts are told about pruning, and what follows from it."""
+"""Command-line arguments of the example scripts for pruning and data, and what the scripts derive from them."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ class _HelpAll(argparse.Action):
 class ScriptParser(HfArgumentParser):
     """`HfArgumentParser` whose `--help` shows a script's own options; `--help-all` shows all of them.
 
-    dataclass_types: as of `HfArgumentParser`; defaults (`dict`): of any option, in place of the classes' own.
+    dataclass_types: as in `HfArgumentParser`; defaults (`dict`): values that override the classes' own defaults.
     """
 
     def __init__(self, dataclass_types, description: str, **defaults):
@@ -58,7 +58,7 @@ class ScriptParser(HfArgumentParser):
 
 @dataclass
 class PruningArguments:
-    """For `HfArgumentParser`, beside `TrainingArguments`."""
+    """Pruning options for `HfArgumentParser`, to use with `TrainingArguments`."""
 
     dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
     target_reduction: list[float] = field(
@@ -80,8 +80,7 @@ class PruningArguments:
             self.reductions = []
 
     def load_model(self, model_class, source: str):
-        """A model that was pruned before, as it is; a dense one with new alignment tokens. `source`: a folder or Hub
-        id."""
+        """Load a pruned model unchanged, or a dense one with new alignment tokens; `source` is a folder or Hub id."""
         if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
             model = model_class.from_pretrained(source)
         else:
@@ -89,10 +88,10 @@ class PruningArguments:
             model = from_dense(
                 source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
             )
-        return model.float()  # whatever it was stored in: weights in half precision don't train
+        return model.float()  # always float32: weights in half precision don't train
 
     def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
-        """Fit new alignment tokens to training batches, and calibrate for where training, or evaluation, begins."""
+        """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation."""
         if self.dense:
             return
         if not model.config.pruning_schedule and not self.random_alignment:
@@ -100,19 +99,19 @@ class PruningArguments:
         calibrate(model, validation_batches, self.target_reduction if do_train else self.reductions)
 
     def budgets(self, model) -> list[float]:
-        """The reductions to evaluate: 0, and those to calibrate that the model was found to reach."""
+        """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""
         reached = {entry[0] for entry in model.config.pruning_schedule or ()}
         return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
 
     def callbacks(self) -> list:
-        """What steers the temperature while a model trains."""
+        """Return the callbacks that control the temperature during training."""
         if self.dense:
             return []
         target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
         return [ReductionCallback(target, num_targets=self.num_targets)]
 
     def settings(self, args, trainer) -> dict:
-        """What a script trained with, for its results and the model card; `args` has `model` and `train_samples`."""
+        """Return the training settings for results and model card; `args` has `model` and `train_samples`."""
         training = trainer.args
         steps = trainer.state.global_step
         settings = {"from": public_name(args.model), "steps": steps}
@@ -138,7 +137,7 @@ class PruningArguments:
 
 @dataclass
 class RetrievalArguments:
-    """For `HfArgumentParser`: the data and the contrastive training of image-text retrieval."""
+    """Options for `HfArgumentParser`: data and contrastive training of image-text retrieval."""
 
     model: str = field(metadata={"help": "A dense model, or a pruned one to go on with: a folder or Hub id."})
     dataset: str | None = field(
@@ -158,7 +157,7 @@ class RetrievalArguments:
     distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the momentum encoder's."})
 
     def load_data(self) -> tuple:
-        """The rows to train, calibrate and evaluate on."""
+        """Return the rows for training, calibration and evaluation."""
         numbers = (self.train_samples, self.validation_samples, self.test_samples)
         splits = ("train", "validation", self.evaluation_split)
         return tuple(self._load(split, rows) for split, rows in zip(splits, numbers))
@@ -172,6 +171,6 @@ class RetrievalArguments:
         return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
     def dataset_facts(self, example: str) -> dict:
-        """What results and the model card say of the data."""
+        """Return the facts about the data that results and model card report."""
         name = public_name(self.dataset) if self.dataset else "digit scenes"
         return {"name": name, "split": self.evaluation_split, "example": example}
