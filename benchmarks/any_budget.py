@@ -1,10 +1,12 @@
-"""Does calibration reach any budget on any model? Random models of all tasks, from 3 to 12 layers, 32 to 128 wide,
-settings as they come.
+"""Test whether calibration reaches any budget on any model, on random models of all tasks.
+
+The models have from 3 to 12 layers, widths from 32 to 128, and default settings.
 
     python benchmarks/any_budget.py --output benchmarks/results/any_budget.json
 
 Every model is calibrated for every reduction on the same random images and texts, then measured on them once more. A
-reduction that its schedule lacks is beyond the largest that it reaches: the warning that names it is kept.
+reduction that is missing from a model's schedule is larger than the model can reach; the file keeps the warning that
+names it.
 """
 
 import argparse
@@ -20,12 +22,12 @@ from madtp_hf.calibration import measure_reduction
 from madtp_hf.tasks import TASKS
 
 
-SHAPES = ((3, 32), (4, 64), (6, 96), (9, 48), (12, 128))  # layers of each encoder, their width
+SHAPES = ((3, 32), (4, 64), (6, 96), (9, 48), (12, 128))  # layers of each encoder, width
 IMAGE_SIZE, PATCH_SIZE, VOCABULARY, LONGEST = 64, 8, 100, 16
 
 
 def random_model(task: str, num_layers: int, width: int, seed: int):
-    """A model of that task with random weights, alignment tokens included; what isn't its size is the default."""
+    """Build a model of the task with random weights and alignment tokens; everything but its size is the default."""
     torch.manual_seed(seed)
     sizes = {
         "hidden_size": width,
@@ -44,7 +46,7 @@ def random_model(task: str, num_layers: int, width: int, seed: int):
 
 
 def random_batches(task: str, num_samples: int, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Images of noise, each of a strength of its own, and texts of random words and lengths."""
+    """Return images of noise, each with its own amplitude, and texts of random words and lengths."""
     generator, batches = torch.Generator().manual_seed(seed), []
     images = (2,) if TASKS[task].num_images == 2 else ()
     for _ in range(num_samples // batch_size):
@@ -61,13 +63,12 @@ def random_batches(task: str, num_samples: int, batch_size: int, seed: int) -> l
 
 
 def reach(model, batches, reductions: list[float]) -> dict:
-    """What calibration finds, and what is measured at it: {"reached": {asked: measured}, "schedule", "told": its
-    warnings}."""
+    """Calibrate and measure a model: {"reached": {asked: measured}, "schedule", "told": calibration's warnings}."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             schedule = calibrate(model, batches, reductions)
-        except ValueError as error:  # none of them
+        except ValueError as error:  # no reduction was reached
             return {"reached": {}, "schedule": [], "told": [str(error)]}
     reached = {asked: measure_reduction(model, batches, *threshold) for asked, *threshold in schedule}
     return {"reached": reached, "schedule": schedule, "told": [str(warning.message) for warning in told]}

@@ -1,11 +1,10 @@
-"""Is one checkpoint for every budget as good as one per budget? Digit scenes, the same number of training steps for
-each.
+"""Compare one checkpoint for all budgets with one checkpoint per budget, on digit scenes, at equal training steps.
 
     python benchmarks/budgets.py --tasks vqa --output benchmarks/results/budgets_digits.json
 
-For each task `examples/run_TASK.py` fine-tunes the shipped dense BLIP once with its reduction drawn from a range at
-each step, then once for each reduction alone; all are calibrated for every reduction and evaluated on the same unseen
-scenes.
+For each task, `examples/run_TASK.py` fine-tunes the shipped dense BLIP once with the reduction drawn from a range at
+each step, and then once for each single reduction. All models are calibrated for every reduction and evaluated on the
+same unseen scenes.
 """
 
 import argparse
@@ -22,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def fine_tune(task: str, targets: list[float], reductions: list[float], folder: Path, options: list[str]) -> dict:
-    """One training run: what the script reports, and the seconds that it took."""
+    """Run one training; return the script's results and the seconds that it took."""
     command = [sys.executable, str(EXAMPLES / f"run_{task}.py"), "--output_dir", str(folder), *options]
     command += ["--target_reduction", *map(str, targets), "--reductions", *map(str, reductions)]
     if len(targets) > 1:

@@ -1,14 +1,15 @@
-"""Whether bulk captioning keeps its word: bad images, memory, kills, several processes, Ray.
+"""Test the guarantees of bulk captioning: bad images, memory, kills, several processes, Ray.
 
     python benchmarks/bulk.py --output benchmarks/results/bulk.json
-    python benchmarks/bulk.py --images 600 --fewer 300 --resumed 600      # does it run?
+    python benchmarks/bulk.py --images 600 --fewer 300 --resumed 600      # a quick trial
 
-The model is the example's for captions of digits, pruned at 0.5; what is measured is the job around it.
+The model is the captioning example for digits, pruned at 0.5; the job around it is what is measured.
 
-- `bad_images`: of many small images 37 are broken or odd, in different ways. Every readable one has its own caption,
-  each in a file of its own; the rest are listed.
-- `memory`: the peak of all processes' resident memory, at many images and at few.
-- `killed`: kill -9 three times, then to the end: the same file, byte for byte, as without; in one process and in two.
+- `bad_images`: among many small images, 37 are broken or unusual in different ways. Each readable image gets its own
+  caption in its own file; the others are listed as errors.
+- `memory`: the peak resident memory of all processes, with many images and with few.
+- `killed`: killed with kill -9 three times, then run to the end, in one process and in two: the output equals an
+  uninterrupted job's byte for byte.
 - `ray`: the same rows from examples/caption_with_ray.py with two workers.
 """
 
@@ -55,7 +56,7 @@ def _scenes(number: int) -> list[Image.Image]:
 
 
 def make_images(folder: Path, number: int) -> tuple[set[str], set[str]]:
-    """Write `number` images, 37 odd ones among them; returns the paths of the readable and of the unreadable ones."""
+    """Write `number` images, 37 of them unusual or broken; return the paths of readable and of unreadable ones."""
     scenes = _scenes(200)
     odd = {**odd_images(scenes[0]), **broken_images(scenes[0])}
     readable, unreadable = set(), set()
@@ -66,7 +67,7 @@ def make_images(folder: Path, number: int) -> tuple[set[str], set[str]]:
         scene.save(folder / name)
         readable.add(name)
     for index, (name, write) in enumerate(odd.items()):
-        # Spread over the folders, so that each is in the middle of good ones.
+        # Spread the odd images over the folders, each among good ones.
         stem, suffix = os.path.splitext(name)
         name = f"{index % 7}/{index * 250:06d}-{stem}{suffix}"
         write(folder / name)
@@ -75,7 +76,7 @@ def make_images(folder: Path, number: int) -> tuple[set[str], set[str]]:
 
 
 def odd_images(scene: Image.Image) -> dict:
-    """Kinds that are no plain RGB file and yet can be read: file name -> what writes it."""
+    """Return image kinds that are not plain RGB files but can be read: file name -> function that writes it."""
 
     def deep(path):
         Image.fromarray(np.asarray(scene.convert("L"), dtype=np.uint16) * 257).save(path)
@@ -114,7 +115,7 @@ def odd_images(scene: Image.Image) -> dict:
 
 
 def broken_images(scene: Image.Image) -> dict:
-    """Kinds that can't be read: file name -> what writes it."""
+    """Return kinds of files that can't be read: file name -> function that writes it."""
 
     def part_of(kind: str, share: float):
         def write(path):
@@ -164,7 +165,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def run(arguments: list[str]) -> tuple[str, int]:
-    """The last line that a command prints, and the peak of the resident memory of all its processes, in bytes."""
+    """Run a command; return its last line of output and the peak resident memory of all its processes, in bytes."""
     process, peak = start(arguments), 0
     watched = psutil.Process(process.pid)
     while process.poll() is None:
@@ -181,19 +182,19 @@ def run(arguments: list[str]) -> tuple[str, int]:
 
 
 def run_killed(arguments: list[str], out: Path, num_parts: int, kills: int = 3) -> list[int]:
-    """Run a command that is killed with all its processes, some parts on each time, and then let it end."""
+    """Run a command, kill it with all its processes after some more parts each time, then let it run to the end."""
     done = []
     for kill in range(1, kills + 1):
         process = start(arguments)
         wanted = max(1, num_parts * kill // (kills + 1))
         while process.poll() is None and len(list(out.with_name(out.name + ".job").glob("part-*"))) < wanted:
             time.sleep(0.02)
-        time.sleep(0.3)  # in the middle of a part
+        time.sleep(0.3)  # kill in the middle of a part
         if process.poll() is not None:
             raise SystemExit(
                 f"It ended before it could be killed: give more images.\n{process.communicate()[1][-2000:]}"
             )
-        # torchrun's processes are sessions of their own, and outlive it.
+        # torchrun's processes have their own sessions and would outlive it.
         for killed in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             killed.kill()
         process.communicate()
@@ -247,7 +248,7 @@ def check_ray(model: Path, work: Path, images: Path) -> dict:
 
 
 def report(results: dict, output: Path | None) -> None:
-    """Print results, and put them among those in the file."""
+    """Print the results and merge them into the output file."""
     print(json.dumps(results, indent=2), flush=True)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

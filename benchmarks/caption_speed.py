@@ -1,13 +1,13 @@
-"""Captions a second: `madtp-hf caption` against transformers' pipeline("image-text-to-text") on the same files.
+"""Measure captions per second: `madtp-hf caption` against transformers' pipeline("image-text-to-text"), same files.
 
     python benchmarks/caption_speed.py --output benchmarks/results/caption_speed.json
     python benchmarks/caption_speed.py --size tiny --images 8 --calibration_images 8 --pipeline_batches 1 4   # a try
 
-BLIP-base with random weights, crops of photographs as JPEG files, captions of exactly 10 tokens, greedy and with 3
-beams. Timed is what a user waits for once a model is loaded: reading, resizing, generating, writing. `pipeline` is
-transformers' at its defaults, one image at a time; `pipeline-best` at the batch size that is its best here, found
-first on a part of the images; `off`, `0.5` and `0.8` are the job behind `madtp-hf caption` at its defaults, pruned to
-these reductions. Each round times every run once.
+The models are BLIP-base with random weights, the images crops of photographs as JPEG files, the captions exactly 10
+tokens long, greedy and with 3 beams. The time covers reading, resizing, generating and writing, but not loading the
+model. `pipeline` is transformers' pipeline with its defaults, one image at a time; `pipeline-best` uses the batch size
+that is fastest on this machine, found first on a part of the images. `off`, `0.5` and `0.8` are the job behind
+`madtp-hf caption` with its defaults, unpruned or pruned to these reductions. Each round times every run once.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NEW_TOKENS, BEAMS, REDUCTIONS = 10, (1, 3), (0.5, 0.8)
 
 
 def save_crops(folder: Path, number: int) -> None:
-    """Square crops of two photographs, of random place and size, as JPEG files."""
+    """Save square crops of two photographs, with random positions and sizes, as JPEG files."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     for index in range(number):
@@ -46,7 +46,7 @@ def save_crops(folder: Path, number: int) -> None:
 
 
 def save_models(folder: Path, args) -> None:
-    """A dense model with random weights, and ours with the same ones, calibrated on other crops."""
+    """Save a dense model with random weights, and ours with the same weights, calibrated on other crops."""
     torch.manual_seed(0)
     dense = BlipForConditionalGeneration(blip_config(args.size)).eval()
     text, side = dense.config.text_config, dense.config.vision_config.image_size
@@ -75,7 +75,7 @@ def make_pipeline(folder: Path, args):
 
 
 def time_pipeline(ask, files: list[str], beams: int, batch_size: int) -> float:
-    """Seconds for all files."""
+    """Return the seconds that the pipeline takes for all files."""
     settings = {"num_beams": beams, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     began = time.perf_counter()
     written = ask(images=files, text=["a"] * len(files), batch_size=batch_size, generate_kwargs=settings)
@@ -84,7 +84,7 @@ def time_pipeline(ask, files: list[str], beams: int, batch_size: int) -> float:
 
 
 def time_job(writer: ImageToText, images: Path, args) -> float:
-    """Seconds for all files, the job's own start and end included."""
+    """Return the seconds that the job takes for all files, including its own start and end."""
     with TemporaryDirectory() as work:
         source = open_source(images)
         output = Output(Path(work, "captions.jsonl"), {}, len(source), "caption")
@@ -100,7 +100,7 @@ def measure(folder: Path, images: Path, args) -> dict:
     files = [str(file) for file in sorted(images.iterdir())]
     ask = make_pipeline(folder, args)
     config = MadtpBlipForConditionalGeneration.config_class.from_pretrained(folder / "pruned")
-    reached = [entry[0] for entry in config.pruning_schedule]  # small models don't reach all
+    reached = [entry[0] for entry in config.pruning_schedule]  # small models don't reach all reductions
     results = {}
     for beams in args.beams:
         tried = files[: max(args.pipeline_batches)]
@@ -113,7 +113,7 @@ def measure(folder: Path, images: Path, args) -> dict:
             for reduction in (0, *reached):
                 generation = Generation(float(reduction), max_new_tokens=NEW_TOKENS, num_beams=beams)
                 writer = ImageToText(folder / "pruned", "captioning", generation, args.device, args.dtype)
-                # Weights are prepacked when they are first used, which is no matter of how many images there are.
+                # Weights are prepacked lazily, at a cost that doesn't depend on the number of images: exclude it.
                 side = writer.model.config.vision_config.image_size
                 writer(np.zeros((1, 3, side, side), dtype=np.uint8))
                 seconds.setdefault(str(reduction or "off"), []).append(time_job(writer, images, args))

@@ -1,16 +1,16 @@
-"""What pruning costs CLIP on digit scenes: mean recall, dense, pruned, and fine-tuned under pruning.
+"""Measure what pruning costs CLIP on digit scenes: mean recall, dense, pruned, and fine-tuned under pruning.
 
     python benchmarks/clip_digits.py --output benchmarks/results/clip_digits.json
 
-Rows, each measured once and kept in the file, so that a run that was cut short goes on:
+Each row is measured once and kept in the file, so that an interrupted run can resume:
 
 - `dense`: the shipped checkpoint;
 - `tome`: the same weights with Token Merging of the image tokens, at each reduction of the pair's FLOPs, not trained;
-- `training-free`: MADTP on the same weights, random alignment tokens, calibrated; one row a seed;
-- `fine-tuned`: `examples/run_clip_retrieval.py` with its defaults, one checkpoint for all reductions; one row a seed;
-- `tome fine-tuned`: the same training with Token Merging instead, one checkpoint for each reduction; one row a seed.
+- `training-free`: MADTP on the same weights, random alignment tokens, calibrated; one row per seed;
+- `fine-tuned`: `examples/run_clip_retrieval.py` as is, one checkpoint for all reductions; one row per seed;
+- `tome fine-tuned`: the same training with Token Merging, one checkpoint for each reduction; one row per seed.
 
-Recall is the mean over 1, 5 and 10, both ways, among the images of the test split and all of their captions.
+Recall is the mean over 1, 5 and 10 and both directions, among the images of the test split and all their captions.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KINDS = ("dense", "tome", "training-free", "fine-tuned", "tome fine-tuned")
 
 
 class Benchmark:
-    """The data and the shipped model, loaded when first needed."""
+    """The data and the shipped model, loaded lazily."""
 
     def __init__(self, args):
         self.args = args
@@ -54,7 +54,7 @@ class Benchmark:
 
     @torch.no_grad()
     def score(self, model) -> dict:
-        """Mean recall, and the reduction of FLOPs of an image and one of its captions."""
+        """Return the mean recall, and the reduction of FLOPs of an image and one of its captions."""
         queries = self.queries
         scores = score_by_features(model.eval(), queries.pixel_batches, queries.input_ids, queries.attention_mask)
         saved = []
@@ -69,14 +69,14 @@ class Benchmark:
         model.set_reduction_method(make_method("tome", schedule))
         return model
 
-    # Each answers {reduction: what was measured}.
+    # Each method returns {reduction: measurements}.
 
     def dense(self, seed) -> dict:
         return {0.0: self.score(self.model())}
 
     @torch.no_grad()
     def facts(self) -> dict:
-        """What the dense checkpoint's model card tells: all recalls, and what chance gives."""
+        """Return the facts of the dense checkpoint's model card: all recalls, and the chance level."""
         queries = self.queries
         scores = score_by_features(self.model(), queries.pixel_batches, queries.input_ids, queries.attention_mask)
         title = f"{self.args.images} images, {len(queries.texts)} captions"
@@ -110,7 +110,7 @@ class Benchmark:
         return rows
 
     def tome_fine_tuned(self, seed) -> dict:
-        """With the script's settings, which its results tell, but another method."""
+        """Fine-tune with Token Merging, with the training settings that the script reports in its results."""
         settings = json.loads((self.args.work_dir / f"fine-tuned-{seed}" / "results.json").read_text())["settings"]
         train = load_digit_captions("train", settings["training rows"])
         rows = {}
@@ -136,14 +136,14 @@ class Benchmark:
                 train_dataset=train,
                 data_collator=self.collator,
                 optimizers=(create_optimizer(model, settings["learning rate"]), None),
-                queue_size=1024,  # the script's default, as are the trainer's
+                queue_size=1024,  # the script's default, like the trainer's other settings
             ).train()
             rows[reduction] = self.score(model)
         return rows
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Mean and standard deviation over seeds of each kind and reduction."""
+    """Return mean and standard deviation over seeds for each kind and reduction."""
     grouped = {}
     for row in rows:
         for reduction, measured in row["results"].items():

@@ -1,29 +1,31 @@
-"""Is it right on a GPU, and how fast? One call, some minutes, torch and transformers alone beside this repository.
+"""Check correctness and measure speed on a GPU, in one call of some minutes.
+
+It needs only torch and transformers besides this repository.
 
     python benchmarks/cuda.py                                        # on a GPU, 8.5 minutes at most
     python benchmarks/cuda.py --stages facts compiled --output benchmarks/results/cuda_compiled.json
-    python benchmarks/cuda.py --device cpu --size tiny --minutes 2    # does it run?
+    python benchmarks/cuda.py --device cpu --size tiny --minutes 2    # a quick trial
 
-The second is for what the first did not get to. It HAS NOT BEEN RUN ON A GPU YET, only on a CPU, where whatever needs
-CUDA says "skipped: no CUDA".
+The second call is for the stages that the first did not reach. It HAS NOT BEEN RUN ON A GPU YET, only on a CPU, where
+everything that needs CUDA reports "skipped: no CUDA".
 
-Stages, each in a process of its own, so that one that breaks the device or hangs takes no other along:
+Each stage runs in a process of its own, so that a stage that crashes the device or hangs doesn't affect the others:
 - `facts`: GPU, versions.
 - `checks`: golden cases; pruning off against transformers' BLIP, in float32 and bfloat16; a sample alone against the
-  same in a batch; Triton's kernels against the plain path; generation; a training step. See gpu/cuda_checks.py.
+  same sample in a batch; Triton's kernels against the plain path; generation; a training step. See gpu/cuda_checks.py.
 - `speed`: question answering (a forward pass with one decoder token), captioning (a teacher-forced forward pass) and
-  writing captions (ten tokens, greedy) in bfloat16: transformers' BLIP as it ships and, where it has one, with sdpa;
-  ours off, pruned ("instance"), pruned to fixed numbers of tokens ("frozen"), and these as CUDA graphs. Weights are
-  random, images textures. See gpu/cuda_speed.py.
+  caption generation (ten tokens, greedy) in bfloat16: transformers' BLIP with its defaults and, where supported, with
+  sdpa; ours with pruning off, pruned ("instance"), pruned to fixed token counts ("frozen"), and these as CUDA graphs.
+  Weights are random, images are textures. See gpu/cuda_speed.py.
 - `compiled`: transformers' BLIP with torch.compile, and ours frozen with torch.compile(mode="reduce-overhead").
 
-Runs of a task and batch size take turns, timed by CUDA events. Columns: `images/s` and `ms`, medians; `faster`,
-transformers' time over the run's, median over rounds; `FLOPs`, the reduction reached on the batch; `MB`, the most
-memory over what lay there before (of CUDA graphs and compiled models with all that they keep); `ops`, `launches` and
-`waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and 8); `idle`, the share of
-the time in which the device does nothing; `differs`, of the largest output (of written tokens, the share), from the
-same model neither captured nor compiled, on images that it wasn't captured with. Results are written as they come, to
-`--output`; what was not reached in time is named there.
+Runs of a task and batch size are interleaved and timed by CUDA events. Columns: `images/s` and `ms`, medians;
+`faster`, transformers' time over the run's, median over rounds; `FLOPs`, the reduction reached on the batch; `MB`,
+peak memory above the memory in use before (for CUDA graphs and compiled models, with everything they keep); `ops`,
+`launches` and `waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and 8);
+`idle`, the share of the time in which the device is idle; `differs`, the difference from the same model neither
+captured nor compiled, on images that it wasn't captured with, relative to the largest output (for generated tokens,
+the share that differs). Results are written to `--output` as they come; it names what was not reached in time.
 """
 
 import argparse
@@ -38,12 +40,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
-    # Libraries look for a module `cuda`, which this file is not; imported by one of them, it does nothing.
+    # Take this folder off the path: libraries that import a module named `cuda` would find this file instead.
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
     sys.path.insert(0, str(HERE / "gpu"))
 
 STAGES = ("facts", "checks", "speed", "compiled")
-# Until which share of the time each stage may begin something.
+# The share of the time until which each stage may start new work.
 SHARES = {"facts": 0.1, "checks": 0.25, "speed": 0.55, "compiled": 0.82}
 SPEED_TASKS = ("vqa", "captioning-generate", "captioning")
 
@@ -67,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=default_output(), help="default: $OUT/cuda.json or benchmarks/results/cuda.json"
     )
-    parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)  # a stage, in its own process
+    parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)  # a stage in its own process
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--no_kernels", action="store_true", help="without Triton's kernels")
     args = parser.parse_args()
@@ -115,16 +117,16 @@ def facts(device: str) -> dict:
 
 
 def order_of(stage: str, tasks: list[str], batch_sizes: list[int], done: set) -> list[tuple[str, int]]:
-    """The cells of a stage, what tells most first, without those that are done."""
+    """Return the cells of a stage that are not done, most informative first."""
     first = sorted(batch_sizes, key=lambda size: [8, 1, 64, 256].index(size) if size in (8, 1, 64, 256) else 9)
     cells = [(task, size) for task in tasks for size in first]
-    if stage == "compiled":  # minutes for a cell
+    if stage == "compiled":  # a cell takes minutes
         cells.sort(key=lambda cell: (first.index(cell[1]) + 1) * (tasks.index(cell[0]) + 1))
     return [cell for cell in cells if cell not in done]
 
 
 def run_child(args) -> None:
-    """One stage; each finding is a line of JSON behind those of the others."""
+    """Run one stage; append each finding as a line of JSON."""
     lines = args.output.with_suffix(".jsonl")
 
     def record(kind: str, finding: dict) -> None:
@@ -179,7 +181,7 @@ def run_child(args) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The findings; the last line of a process that was ended may be a part of one."""
+    """Read the findings; the last line of a killed process may be incomplete."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -213,9 +215,9 @@ def collect(args, state: dict) -> dict:
 
 
 def run_stage(stage: str, args, started: float, state: dict, no_kernels: bool = False) -> int | None:
-    """Run a stage to its end or its deadline, a little longer where something has begun.
+    """Run a stage until it ends or reaches its deadline; work in progress gets a little longer.
 
-    Returns its exit status, None if it was ended by force.
+    Returns its exit status, or None if it was killed.
     """
     total = 60 * args.minutes
     soft, hard = started + total * SHARES[stage], started + total * min(SHARES[stage] + 0.15, 0.97)

@@ -1,7 +1,7 @@
-"""Triton's kernels in plain torch, one sample at a time, so that the path through them runs, and is counted, without a
-GPU.
+"""Stand-ins for the Triton kernels in plain torch, one sample at a time.
 
-Shapes and meanings are those of `madtp_hf.modeling.triton_kernels`.
+With them the kernel path runs, and its launches are counted, without a GPU. Shapes and meanings are those of
+`madtp_hf.modeling.triton_kernels`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from madtp_hf.modeling.token_pruning import (
 from madtp_hf.modeling.triton_kernels import DTYPES, HEAD_WIDTHS
 
 
-# What each function launches.
+# The kernels that each function launches.
 LAUNCHES = {
     "varlen_attention": ("_attend",),
     "scored_varlen_attention": ("_attend", "_sum_received"),
@@ -34,14 +34,14 @@ LAUNCHES = {
 
 
 def is_available(query: torch.Tensor) -> bool:
-    """As if there were a GPU."""
+    """Report the kernels as available, as if there were a GPU."""
     needs_gradient = torch.is_grad_enabled() and query.requires_grad
     compiling = torch.compiler.is_compiling()
     return not (needs_gradient or compiling) and query.dtype in DTYPES and query.shape[-1] in HEAD_WIDTHS
 
 
 def samples(cu_seqlens: torch.Tensor) -> list[slice]:
-    """Each sample's rows."""
+    """Return the row slice of each sample."""
     return [slice(*ends) for ends in itertools.pairwise(cu_seqlens.tolist())]
 
 
@@ -106,9 +106,9 @@ def merge(states, importance, destination, cu_seqlens, new_cu_seqlens, num_rows)
 
 @contextlib.contextmanager
 def kernel_path(call: Callable = lambda function, names, *args: function(*args)):
-    """Models run as with Triton on a GPU, these functions in place of the kernels. CPU only.
+    """Run models as with Triton on a GPU, with these functions in place of the kernels. CPU only.
 
-    call(function, names, *args): runs one of them, which stands for launches of these names.
+    call(function, names, *args): runs one of the functions, which stands for launches of these names.
     """
 
     def standing_in(function):

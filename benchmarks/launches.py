@@ -1,17 +1,18 @@
-"""What a forward pass asks of a device: its operations, and how often the host waits for one.
+"""Count a forward pass's operations on the device and how often the host waits for a result.
 
-On a GPU a pass costs its arithmetic or its launches, whichever is more. This counts them on any machine: question
-answering runs on the path of devices other than the CPU, where every operation that torch dispatches and that is no
-view is one launch, and every value that the host reads is a wait. With `--kernels` the path through Triton's kernels
-is counted beside it: each kernel as the launch that it is, while plain torch computes its result (kernel_standins.py).
+On a GPU a pass takes the time of its arithmetic or of its launches, whichever is longer. This script counts launches
+on any machine: question answering runs on the path of devices other than the CPU, where every operation that torch
+dispatches and that is not a view counts as one launch, and every value that the host reads as one wait. `--kernels`
+also counts the path through Triton's kernels: each kernel counts as one launch, while plain torch computes its result
+(kernel_standins.py).
 
     python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
-    python benchmarks/launches.py --size tiny --batch_sizes 4   # does it run?
+    python benchmarks/launches.py --size tiny --batch_sizes 4   # a quick trial
 
-What counts are layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers a branch, and is
-narrow, so that counting is quick. `off` is ours with pruning off; the numbers are reductions of FLOPs that pruning is
-calibrated to, on images and texts of their own. In the file `by_name` tells the operations and kernels, `by_place` the
-functions that asked for them.
+The counts depend on layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers per branch, and
+is narrow, so that counting is fast. `off` is our model with pruning off; the numbers are the reductions of FLOPs that
+pruning is calibrated to, on separate images and texts. In the file, `by_name` counts by operation and kernel,
+`by_place` by calling function.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from madtp_hf.modeling import sequences
 
 
-# No launch: views, and what only allocates.
+# Not launches: views, and operations that only allocate.
 FREE = set(
     "view _unsafe_view reshape expand transpose t permute select slice unsqueeze squeeze unflatten flatten split"
     " split_with_sizes unbind narrow as_strided alias detach view_as empty new_empty empty_like empty_strided"
@@ -44,7 +45,7 @@ WAITS = set("item tolist __bool__ __int__ __float__ __index__ nonzero masked_sel
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations by name and by the function of the package that asked for them."""
+    """Count operations by name and by the calling function of the package."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +54,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        is_itself = bool(args) and result is args[0] and not name.endswith("_")  # nothing to convert
+        is_itself = bool(args) and result is args[0] and not name.endswith("_")  # a conversion without effect
         if not self.paused and name not in FREE and not is_itself:
             self.add(name)
         return result
@@ -64,7 +65,7 @@ class Launches(TorchDispatchMode):
 
 
 class Waits(TorchFunctionMode):
-    """Counts the values that the host reads."""
+    """Count the values that the host reads."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +78,7 @@ class Waits(TorchFunctionMode):
 
 
 def place() -> str:
-    """The innermost function of the package on the stack, or else of transformers."""
+    """Return the innermost function on the stack that belongs to the package, or else to transformers."""
     frame, fallback = sys._getframe(1), "elsewhere"
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -91,7 +92,7 @@ def place() -> str:
 
 @torch.no_grad()
 def count(model, inputs: dict, kernels: bool) -> dict:
-    """Launches and waits of one forward pass."""
+    """Count launches and waits of one forward pass."""
     launches, waits = Launches(), Waits()
 
     def call(function, names, *args):
@@ -136,7 +137,7 @@ def count_all(args) -> list[dict]:
 
 
 def print_counts(title: str, rows: list[dict]) -> None:
-    """One line a run, each path's counts and how many times as many as with pruning off."""
+    """Print one line per run: each path's counts, and their ratio to those with pruning off."""
     found = {(row["batch_size"], row["run"], row["path"]): row for row in rows}
     paths = list(dict.fromkeys(row["path"] for row in rows))
     table = Table("batch", "run", title=title)
@@ -156,7 +157,7 @@ def print_counts(title: str, rows: list[dict]) -> None:
 
 
 def print_makers(title: str, rows: list[dict], key: str, number: int = 20) -> None:
-    """What makes the most of the counts: a line each, a column a row of results."""
+    """Print the largest contributors to the counts: one per line, with a column for each row of results."""
     table = Table(key.replace("_", " ").removeprefix("by "), title=title)
     totals = collections.Counter()
     for row in rows:

@@ -1,8 +1,7 @@
-"""LoRA against full fine-tuning under pruning, on the digit questions: same data, same steps, same alignment tokens to
-begin with.
+"""Compare LoRA with full fine-tuning under pruning, on the digit questions.
 
-Writes the accuracy of both at the trained reduction and with pruning off, the share of parameters that learned, and
-the size of what is saved.
+Both use the same data, number of steps and initial alignment tokens. The script writes the accuracy of both at the
+trained reduction and with pruning off, the share of trained parameters, and the size of the saved files.
 
     python benchmarks/lora.py                                              # as in benchmarks/results/lora_digits.json
     python benchmarks/lora.py --split validation --train_questions 3200 --methods lora --rank 8 \\
@@ -37,8 +36,8 @@ def folder_bytes(folder: str) -> int:
 
 
 def run(method: str, args, processor, data: dict, collator) -> dict:
-    """Fine-tune in one way, calibrate, evaluate, save; what there is to compare."""
-    set_seed(args.seed)  # the new alignment tokens are the same for both
+    """Fine-tune with one method, calibrate, evaluate, save; return the results."""
+    set_seed(args.seed)  # both methods start with the same new alignment tokens
     model = MadtpBlipForQuestionAnswering.from_blip(args.model, num_alignment_tokens=256, alignment_dim=24)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     learning_rate = args.learning_rate
@@ -52,7 +51,7 @@ def run(method: str, args, processor, data: dict, collator) -> dict:
     batches = {
         split: DataLoader(data[split], args.batch_size, collate_fn=collator) for split in ("calibration", "evaluation")
     }
-    calibrate(model, batches["calibration"], [args.reduction])  # where the callback begins
+    calibrate(model, batches["calibration"], [args.reduction])  # gives the callback its starting point
     started = time.process_time()
     with TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -141,7 +140,7 @@ def main():
     collator = QuestionAnsweringCollator(processor, start_token)
     data = {
         "train": load_digit_questions("train", args.train_questions, args.seed),
-        # Not what is evaluated on, where settings are chosen by the validation split.
+        # Not the evaluation data, even when settings are chosen on the validation split.
         "calibration": load_digit_questions("validation", 512, args.seed),
         "evaluation": load_digit_questions(args.split, args.evaluation_questions, args.seed + (args.split != "test")),
     }

@@ -1,13 +1,14 @@
-"""Other ways to make tokens fewer, on the same BLIP weights, to compare MADTP with.
+"""Other token reduction methods on the same BLIP weights, to compare MADTP with.
 
-Three leave a fixed number of image tokens, the same for all images, and the text dense. The *schedule* says how many:
-a list of layers + 1 numbers, the tokens that enter the encoder and those that each layer leaves, class token included.
+Three keep a fixed number of image tokens, the same for all images, and leave the text dense. The *schedule* gives the
+counts: a list of layers + 1 numbers, the tokens that enter the encoder and those that each layer leaves, class token
+included.
 
-- `tome`: Token Merging (arXiv 2210.09461). In every layer, some tokens merge into those that they are most like.
-- `evit`: EViT (arXiv 2202.07800). In three layers, the tokens that the class token attends to least become one.
-- `random`: in every layer, a random share of the tokens becomes one, their mean.
+- `tome`: Token Merging (arXiv 2210.09461). In every layer, some tokens merge into the most similar others.
+- `evit`: EViT (arXiv 2202.07800). In three layers, the tokens with the least class token attention merge into one.
+- `random`: in every layer, a random share of the tokens merges into one, their mean.
 
-The others are MADTP with another importance s of a token, and reduce both branches by MADTP's temperature:
+The others are MADTP with another importance s of a token; they reduce both branches by MADTP's temperature:
 
 - `class_attention`: the class token's attention alone, s = s_cls;
 - `without_self`, `without_class`, `without_alignment`: the mean of two of MADTP's three terms.
@@ -37,15 +38,17 @@ from madtp_hf.modeling.token_reduction import Reduction
 from madtp_hf.tasks import TASKS
 
 
-SEARCH_STEPS = 40  # bisections; the numbers of tokens are whole, so fewer would do
+SEARCH_STEPS = 40  # bisections; enough, since token counts are integers
 
 
-# How many tokens each layer leaves
+# Schedules
 
 
 def tome_schedule(length: int, num_layers: int, r: float) -> list[int]:
-    """`r` tokens merge in each layer; of a fractional `r`, some layers merge one more. No layer merges more than half
-    of its tokens."""
+    """Merge `r` tokens in each layer; if `r` is fractional, some layers merge one more.
+
+    No layer merges more than half of its tokens.
+    """
     tokens = [length]
     for layer in range(num_layers):
         wanted = math.floor((layer + 1) * r) - math.floor(layer * r)
@@ -54,15 +57,19 @@ def tome_schedule(length: int, num_layers: int, r: float) -> list[int]:
 
 
 def _keep_share(tokens: int, keep_rate: float) -> int:
-    """Of the tokens without the class token, the share `keep_rate` stays and the others become one; all stay if that
-    saves none."""
+    """Return the token count if the share `keep_rate` stays, the others merge into one, and the class token stays.
+
+    All tokens stay if merging would save none.
+    """
     kept = math.ceil(keep_rate * (tokens - 1))
     return kept + 2 if kept < tokens - 2 else tokens
 
 
 def evit_schedule(length: int, num_layers: int, keep_rate: float) -> list[int]:
-    """The share `keep_rate` stays in three layers: a quarter, a half and three quarters of the way up (of 12, in the
-    4th, 7th and 10th)."""
+    """Keep the share `keep_rate` in three layers, at a quarter, a half and three quarters of the depth.
+
+    With 12 layers these are the 4th, 7th and 10th.
+    """
     tokens = [length]
     for layer in range(num_layers):
         reduces = layer in (num_layers // 4, num_layers // 2, 3 * num_layers // 4)
@@ -71,7 +78,7 @@ def evit_schedule(length: int, num_layers: int, keep_rate: float) -> list[int]:
 
 
 def random_schedule(length: int, num_layers: int, keep_rate: float) -> list[int]:
-    """The share `keep_rate` stays in every layer."""
+    """Keep the share `keep_rate` in every layer."""
     tokens = [length]
     for _ in range(num_layers):
         tokens.append(_keep_share(tokens[-1], keep_rate))
@@ -79,15 +86,17 @@ def random_schedule(length: int, num_layers: int, keep_rate: float) -> list[int]
 
 
 def _schedule(method: str, length: int, num_layers: int, strength: float) -> list[int]:
-    """`strength` in [0, 1]: from all tokens to as few as the method can leave."""
+    """Return the schedule for a `strength` in [0, 1]: from all tokens to as few as the method can keep."""
     if method == "tome":
         return tome_schedule(length, num_layers, strength * (length - 1) / 2)
     return {"evit": evit_schedule, "random": random_schedule}[method](length, num_layers, 1 - strength)
 
 
 def schedule_reduction(config, task: str, schedule: list[int], text_tokens=None, answer_tokens=0) -> float:
-    """The reduction of FLOPs of the whole forward pass, text side included, averaged over texts of lengths
-    `text_tokens` (B,)."""
+    """Return the reduction of FLOPs of the whole forward pass, text side included.
+
+    It is the mean over texts of lengths `text_tokens` (B,).
+    """
     config = copy.copy(config)
     config.pruning_temperature = 0.0  # no alignment scores
     num_samples = 1 if text_tokens is None else len(text_tokens)
@@ -103,15 +112,17 @@ def schedule_reduction(config, task: str, schedule: list[int], text_tokens=None,
 def find_schedule(
     method: str, config, task: str, reduction: float, text_tokens=None, answer_tokens=0
 ) -> tuple[list[int], float]:
-    """The schedule of "tome", "evit" or "random" whose reduction of FLOPs is nearest to the one asked for, and its
-    reduction.
+    """Find the schedule of "tome", "evit" or "random" whose reduction of FLOPs is nearest to the requested one.
 
     Args:
         config (`MadtpBlipConfig`), task (`str`): as in `madtp_hf.count_flops`; the temperature doesn't matter.
-        reduction (`float`): of the whole forward pass; the nearest that the method reaches.
-        text_tokens (`torch.LongTensor` of shape `(batch_size,)`, *optional*): the lengths of the texts; captioning's
-        encoder has none.
-        answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*): what a decoder reads.
+        reduction (`float`): the reduction of the whole forward pass.
+        text_tokens (`torch.LongTensor` of shape `(batch_size,)`, *optional*): the lengths of the texts; not for
+            captioning, which has no text encoder.
+        answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*): the number of tokens that the
+            decoder reads.
+
+    Returns: the schedule, and the reduction that it reaches.
     """
     _check_name(method, FIXED)
     vision = config.vision_config
@@ -133,12 +144,11 @@ def find_schedule(
     return min(candidates, key=lambda candidate: abs(candidate[1] - reduction))
 
 
-# A fixed number of tokens
+# Methods with a fixed number of tokens
 
 
 class FixedReduction(TokenReduction):
-    """A number of image tokens that is fixed for each layer, by `schedule`. All sequences have one length and no
-    padding."""
+    """Keep a number of image tokens that `schedule` fixes for each layer; sequences have equal lengths, no padding."""
 
     def __init__(self, schedule: list[int]):
         self.schedule = schedule
@@ -153,7 +163,7 @@ class FixedReduction(TokenReduction):
         return self.schedule[layer + 1] < self.schedule[layer]
 
     def divide(self, sequences, width):
-        """The batch in one part: fused attention keeps no maps that would have to fit a cache."""
+        """Keep the batch in one part: fused attention stores no attention maps that would have to fit a cache."""
         return sequences.whole
 
     def attend_part(self, layer, query_key_value, part, dropout, all_maps=None):
@@ -165,38 +175,37 @@ class FixedReduction(TokenReduction):
         return part.unpad(output.transpose(1, 2).flatten(2)), self.evidence(query, key)
 
     def attention_bias(self, layer) -> torch.Tensor | None:
-        """(B, L): what is added to the logits of each key."""
+        """Return the bias (B, L) that is added to the logits of each key, or None."""
 
     def evidence(self, query, key):
-        """What `choose` is to know of queries and keys (B, H, L, d)."""
+        """Return what `choose` needs of queries and keys (B, H, L, d)."""
 
     def keep(self, layer: int, priority: torch.Tensor, weight: torch.Tensor) -> Reduction:
-        """Keep the tokens of highest `priority` (B, N); the others become one, with `weight` (B, N)."""
+        """Keep the tokens of highest `priority` (B, N); the others merge into one, weighted by `weight` (B, N)."""
         length = self.schedule[layer + 1]
-        kept = priority.topk(length - 2).indices  # beside the class token and the new one
+        kept = priority.topk(length - 2).indices  # besides the class token and the merged one
         stays = torch.zeros_like(priority, dtype=torch.bool).scatter(1, kept, True)
         return Reduction(stays, torch.ones_like(stays[:, :1]), weight.masked_fill(stays, 0), length=length)
 
 
 class ToMeReduction(FixedReduction):
-    """Every other token may merge into one of those between; the pairs that are most alike do. The class token stays.
+    """Token Merging: every other token may merge into one of the tokens between; the most similar pairs merge.
 
-    Alike: the cosine of the keys' mean over heads. A merged token is the mean of all patches in it, and draws the
-    attention of all. As in ToMe, the tokens that are paired next lie in the order: those that could have merged, then
-    those between. Rows keep theirs.
+    The class token stays. Similarity is the cosine of the keys' means over heads. A merged token is the mean of all
+    its patches, and its attention logits are biased by the log of their number. As in ToMe, the next layer pairs the
+    tokens in this order: first the unmerged candidates, then the tokens between. Their rows in memory keep the
+    original order.
     """
 
     def __init__(self, schedule: list[int]):
         super().__init__(schedule)
-        self.sizes: dict[
-            int, torch.Tensor
-        ] = {}  # by layer, (B, L): the number of patches in each token that enters it
-        self.orders: dict[
-            int, torch.Tensor
-        ] = {}  # by layer, (B, L): the tokens that enter it in the order of their pairing
+        # By layer, (B, L): the number of patches in each token that enters the layer.
+        self.sizes: dict[int, torch.Tensor] = {}
+        # By layer, (B, L): the tokens that enter the layer, in the order in which they are paired.
+        self.orders: dict[int, torch.Tensor] = {}
 
     def reduces(self, layer, sequences):
-        return super().reduces(layer, sequences) or layer in self.sizes  # whose attention is biased from there on
+        return super().reduces(layer, sequences) or layer in self.sizes  # attention is biased from there on
 
     def attention_bias(self, layer):
         return self.sizes[layer].log() if layer in self.sizes else None
@@ -216,7 +225,7 @@ class ToMeReduction(FixedReduction):
             of_leaving = sizes.gather(1, leaving)
             sizes = sizes.scatter_add(1, entered, of_leaving)
             weight = weight.scatter(1, leaving, of_leaving / sizes.gather(1, entered))
-            # Slots of `into` count from the first token that can go, behind the class token.
+            # `into` counts from the first token after the class token.
             stays, into = stays.scatter(1, leaving, False), into.scatter(1, leaving, entered - 1)
             sizes = sizes.gather(1, staying.sort(dim=1).values)
             order = (stays.cumsum(dim=1) - 1).gather(1, staying)
@@ -225,11 +234,13 @@ class ToMeReduction(FixedReduction):
 
     @staticmethod
     def _pairs(keys: torch.Tensor, order: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
-        """Keys (B, L, d) -> the slots of `number` tokens that leave, of those that they enter, and of all that stay,
-        in ToMe's order."""
+        """From keys (B, L, d), choose the `number` tokens that leave; also return their targets and all that stay.
+
+        All three are slots; those that stay are in ToMe's order.
+        """
         metric = F.normalize(keys.gather(1, order.unsqueeze(-1).expand_as(keys)), dim=-1)
         even, odd = order[:, ::2], order[:, 1::2]
-        # The class token is the first of the even ones.
+        # The class token is the first of the even tokens, and never merges.
         likeness, partner = (metric[:, 2::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=-1)
         ranked = likeness.argsort(dim=-1, descending=True)
         leaving, remaining = ranked[:, :number], ranked[:, number:].sort(dim=-1).values
@@ -239,11 +250,10 @@ class ToMeReduction(FixedReduction):
 
 
 class EViTReduction(FixedReduction):
-    """The tokens that the class token attends to most stay; the others become their sum weighted by its attention, as
-    in EViT."""
+    """EViT: keep the tokens that the class token attends to most; the others become their attention-weighted sum."""
 
     def evidence(self, query, key):
-        # Fused attention keeps no probabilities: the class token's are computed once more, one query of all.
+        # Fused attention keeps no probabilities: compute the class token's again, for this one query.
         logits = query[:, :, :1] @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:].mean(dim=1)
 
@@ -252,7 +262,7 @@ class EViTReduction(FixedReduction):
 
 
 class RandomReduction(FixedReduction):
-    """Random tokens stay, drawn by `generator` (on the CPU); the others become their mean."""
+    """Keep random tokens, drawn by `generator` (on the CPU); the others merge into their mean."""
 
     def __init__(self, schedule: list[int], generator: torch.Generator):
         super().__init__(schedule)
@@ -270,7 +280,7 @@ class RandomReduction(FixedReduction):
 
 
 class TermsReduction(MadtpReduction):
-    """MADTP whose importance is the mean of some of its `terms`."""
+    """MADTP whose importance is the mean of a subset of its `terms`."""
 
     has_kernels = False
     terms = ("self", "class", "alignment")
@@ -303,7 +313,7 @@ class WithoutAlignmentReduction(TermsReduction):
     terms = ("self", "class")
 
 
-# By name
+# Lookup by name
 
 FIXED = {"tome": ToMeReduction, "evit": EViTReduction, "random": RandomReduction}
 VARIANTS = {
@@ -315,13 +325,13 @@ VARIANTS = {
 
 
 def make_method(name: str, schedule: list[int] | None = None, seed: int = 0) -> Callable[..., TokenReduction | None]:
-    """What `model.set_reduction_method` takes.
+    """Return the argument for `model.set_reduction_method`.
 
     Args:
         name (`str`): one of FIXED, for images only, or of VARIANTS.
-        schedule (`list[int]`): of FIXED: how many tokens enter and how many each layer leaves, as from
-        `find_schedule`.
-        seed (`int`, *optional*): of "random", whose draws go on from pass to pass.
+        schedule (`list[int]`): for FIXED: how many tokens enter and how many each layer leaves, as returned by
+            `find_schedule`.
+        seed (`int`, *optional*): for "random", whose draws continue from pass to pass.
     """
     _check_name(name, (*FIXED, *VARIANTS))
     if (schedule is not None) != (name in FIXED):

@@ -1,7 +1,7 @@
-"""NLVR2's BLIP as transformers would have it, which doesn't: built from transformers' own parts, eager attention and
-all, to time against.
+"""A dense NLVR2 BLIP as a timing reference, built from transformers' own parts with eager attention.
 
-Parameters are named as in `MadtpBlipForImagesAndTextClassification`, and load from its state dictionary.
+transformers has no such model. Parameters are named as in `MadtpBlipForImagesAndTextClassification`, and load from its
+state dictionary.
 """
 
 import copy
@@ -63,7 +63,7 @@ class PairTextLayer(nn.Module):
 
 
 class BlipForImagesAndText(nn.Module):
-    """input_ids, attention_mask (B, L), pixel_values (B, 2, 3, H, W) -> logits (B, 2)."""
+    """Classify input_ids, attention_mask (B, L) and pixel_values (B, 2, 3, H, W) -> logits (B, 2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -78,8 +78,8 @@ class BlipForImagesAndText(nn.Module):
 
     @classmethod
     def from_madtp(cls, model) -> "BlipForImagesAndText":
-        """The dense twin of a `MadtpBlipForImagesAndTextClassification`."""
-        # A copy: transformers' parts write the attention that they use, eager, into their configuration.
+        """Build the dense counterpart of a `MadtpBlipForImagesAndTextClassification`, with its weights."""
+        # Copied because transformers' parts write their attention implementation, eager, into the configuration.
         twin = cls(copy.deepcopy(model.config)).to(device=model.device, dtype=model.dtype)
         weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("alignment.")}
         twin.load_state_dict(weights)
@@ -89,7 +89,7 @@ class BlipForImagesAndText(nn.Module):
         images = self.vision_model(pixel_values.flatten(0, 1)).last_hidden_state
         left, right = images.unflatten(0, (-1, 2)).unbind(1)
         states = self.text_encoder.embeddings(input_ids)
-        # What transformers' eager attention adds to the scores.
+        # The mask that transformers' eager attention adds to the scores.
         mask = (attention_mask == 0)[:, None, None, :].to(states.dtype) * torch.finfo(states.dtype).min
         for layer in self.text_encoder.encoder.layer:
             states = layer(states, mask, left, right)

@@ -1,11 +1,10 @@
-"""What scoring and gating cost in a pruned forward pass: the time within the functions that do it, as a share of the
-pass.
+"""Measure the cost of scoring and pruning in a pruned forward pass, as a share of the pass.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
 
-Counted are the alignment scores, importance, threshold, selection and merging, and of the attention that also gives
-scores what it takes longer than fused attention of the same queries, keys and values, which is measured beside it and
-taken out of the pass again.
+It includes the alignment scores, importance, threshold, selection and merging. For the attention that also returns
+scores, it includes the extra time over fused attention of the same queries, keys and values, which runs beside it and
+is subtracted from the pass.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from madtp_hf.modeling import encoder
 from madtp_hf.modeling.attention import attend
 
 
-# What is timed: where the engine looks it up.
+# The timed functions, patched where the engine looks them up.
 STEPS = {
     "alignment scores": (encoder.MadtpReduction, "read_input"),
     "importance": (encoder, "token_importance"),
@@ -36,7 +35,7 @@ STEPS = {
 
 
 class Clock(contextlib.ExitStack):
-    """Seconds by step. While it runs the engine's functions are replaced by ones that take the time."""
+    """Measure the seconds of each step; while active, timed wrappers replace the engine's functions."""
 
     def __enter__(self):
         self.seconds = dict.fromkeys((*STEPS, "scored attention", "fused attention"), 0.0)
@@ -49,7 +48,7 @@ class Clock(contextlib.ExitStack):
 
         def both(query_key_value, part, *options):
             query, key, value = part.pad(query_key_value).flatten(0, 1).unbind(1)
-            # In turn, so that neither always finds the other's data in cache.
+            # Alternate the order, so that neither always finds the other's data in cache.
             first = next(fused_first)
             if first:
                 fused(None, "sdpa", query, key, value, part)

@@ -1,7 +1,6 @@
-"""Images to time with, none of which is downloaded: crops of the two photographs that scikit-learn ships, and digit
-scenes.
+"""Images for timing that need no download: crops of the two photographs in scikit-learn, and digit scenes.
 
-How many tokens a pruned model keeps depends on what it sees, and on noise it keeps other numbers than on photographs.
+How many tokens a pruned model keeps depends on the image; on noise the counts differ from those on photographs.
 """
 
 import numpy as np
@@ -17,7 +16,7 @@ SMALLEST_CROP = 96  # pixels; the largest is as high as the photograph, 427
 
 
 def to_pixel_values(images, size: int) -> torch.Tensor:
-    """PIL images -> pixel_values (n, 3, size, size), resized and normalised as BLIP's image processor does."""
+    """Convert PIL images to pixel_values (n, 3, size, size), resized and normalised as in BLIP's image processor."""
     resized = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
     pixels = torch.from_numpy(np.stack(resized)).float() / 255
     normalised = (pixels - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
@@ -25,7 +24,7 @@ def to_pixel_values(images, size: int) -> torch.Tensor:
 
 
 def photograph_crops(n: int, size: int, seed: int) -> torch.Tensor:
-    """`n` square crops, of either photograph, of random position and size -> pixel_values (n, 3, size, size)."""
+    """Return `n` random square crops of either photograph as pixel_values (n, 3, size, size)."""
     rng = np.random.default_rng(seed)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     crops = []
@@ -38,8 +37,7 @@ def photograph_crops(n: int, size: int, seed: int) -> torch.Tensor:
 
 
 def mixed_images(n: int, size: int, seed: int) -> torch.Tensor:
-    """`n` images, half of them photograph crops and half digit scenes, in random order -> pixel_values (n, 3, size,
-    size)."""
+    """Return `n` images, half photograph crops and half digit scenes, shuffled, as pixel_values (n, 3, size, size)."""
     rng = np.random.default_rng(seed)
     num_scenes = n // 2
     scenes = [Image.fromarray(image) for image in draw_scenes(num_scenes, "test", rng).images] if num_scenes else []

@@ -1,10 +1,9 @@
-"""Draw what speed.py has measured, the time of a forward pass against its FLOPs, both as ratios to transformers' BLIP,
-and print it as a table.
+"""Plot the results of speed.py, time against FLOPs as ratios to transformers' BLIP, and print them as a table.
 
     python benchmarks/plot.py benchmarks/results/speed_cpu.json   # writes speed_cpu.png beside it
 
-On the line, everything that is saved on paper is saved on the clock; bars are the quartiles over the rounds. In the
-table, in Markdown, `of ours` is the efficiency against our own model with pruning off.
+On the line, the speed-up equals the FLOPs reduction; bars are the quartiles over the rounds. In the Markdown table,
+`of ours` is the efficiency against our own model with pruning off.
 """
 
 import argparse
@@ -53,7 +52,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw_panel(axes, rows: list[dict], title: str) -> None:
-    """One task and batch size."""
+    """Draw one task and batch size."""
     for run, (label, color, marker) in SERIES.items():
         points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["flops_ratio"])
         if not points:
@@ -62,7 +61,7 @@ def draw_panel(axes, rows: list[dict], title: str) -> None:
         bars = [[abs(row["time_quartiles"][side] - row["time_ratio"]) for row in points] for side in (0, 1)]
         axes.errorbar(flops, times, yerr=bars, label=label, color=color, marker=marker, markersize=4, linewidth=1)
     highest = max([1.05, *(1.05 * row["time_ratio"] for row in rows)])
-    # What prunes next to nothing has more FLOPs than the dense model: those of its scores.
+    # A run that prunes almost nothing has more FLOPs than the dense model, because of its scores.
     widest = max([1.05, *(1.05 * row["flops_ratio"] for row in rows)])
     axes.plot([0, widest], [0, widest], color="gray", linestyle=":", label="time as FLOPs")
     axes.set(title=title, xlim=(0, widest), ylim=(0, highest), xlabel="FLOPs ratio", ylabel="time ratio")

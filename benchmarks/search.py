@@ -1,11 +1,11 @@
-"""Image search on digit scenes: what a query costs after loading, and whether it finds what brute force finds.
+"""Measure image search on digit scenes: the time of a query after loading, and the agreement with brute force.
 
-Scenes of the test split are written as PNG files, embedded into an index by the shipped retrieval model, and asked for
-by captions of some of them. Brute force is the inner product, in float64, with every embedding that the index holds;
-of some images the embedding is computed again and compared.
+The script writes scenes of the test split as PNG files, embeds them into an index with the shipped retrieval model,
+and searches for captions of some of them. Brute force is the inner product, in float64, with every embedding in the
+index; for some images the embedding is computed again and compared.
 
     python benchmarks/search.py --output benchmarks/results/search.json
-    python benchmarks/search.py --images 200 --queries 10   # does it run?
+    python benchmarks/search.py --images 200 --queries 10   # a quick trial
 """
 
 import argparse
@@ -30,7 +30,7 @@ TOP_K = 10
 
 
 def draw(folder: Path, number: int, seed: int) -> list[str]:
-    """Write the scenes as files; a caption of each, from one of its four sides."""
+    """Write the scenes as files; return a caption of each, read from one of its four sides."""
     rng, captions = np.random.default_rng(seed), []
     for start in range(0, number, 250):
         scenes = draw_scenes(min(250, number - start), "test", rng)
@@ -45,15 +45,15 @@ def row_of(hit: dict) -> int:
 
 
 def ask(index, captions: list[str], asked: np.ndarray, brute_force: list[np.ndarray], **options) -> dict:
-    """Time per query, the share of captions whose own scene comes first, and the overlap with brute force."""
-    search(index, captions[0], TOP_K, **options)  # loads the model, where it isn't yet
+    """Return the time per query, how many captions find their own scene first, and the overlap with brute force."""
+    search(index, captions[0], TOP_K, **options)  # loads the model if necessary
     seconds, first, shared, equal = [], [], [], []
     for row, products in zip(asked, brute_force):
         started = time.perf_counter()
         hits = search(index, captions[row], TOP_K, **options)
         seconds.append(time.perf_counter() - started)
         first.append(row_of(hits[0]) == row)
-        # By value, for two images may be alike to the last digit.
+        # Compare by value, since two images may have equal scores.
         exact, found = np.sort(products)[::-1][:TOP_K], products[[row_of(hit) for hit in hits]]
         shared.append(np.mean(np.sort(found)[::-1] >= exact[-1] - 1e-6))
         equal.append(np.allclose(np.sort(found)[::-1], exact, atol=1e-6))
@@ -98,7 +98,7 @@ def main():
         some = np.sort(rng.choice(args.images, min(256, args.images), replace=False))
         computed = encode_images(model, processor, [again.path(row) for row in some])
         for kind in ("flat", "hnsw", "ivf"):
-            # Nothing is embedded: another kind of index of the same vectors.
+            # This embeds nothing; it builds another kind of index from the same vectors.
             index_images(model, processor, photos, Path(scratch, "flat"), kind=kind)
             started = time.perf_counter()
             index = load_index(Path(scratch, "flat"))

@@ -1,9 +1,8 @@
-"""How much faster pruned models are on the clock, against transformers' BLIP and CLIP as they ship, and against other
-token reduction at equal FLOPs.
+"""Measure the speed-up of pruned models over transformers' BLIP and CLIP, and over other token reduction methods.
 
-Everything runs in one process, interleaved: each round times every run once, so that a machine that slows down slows
-all of them, and transformers' time in a round is compared with the run's in the same round. Weights are random, of
-BLIP-base's size; images are crops of real photographs.
+The other methods run at equal FLOPs. All runs are interleaved in one process: each round times every run once, so that
+a slowdown of the machine affects all of them, and transformers' time in a round is compared with the run's time in the
+same round. Weights are random, sizes are BLIP-base's; images are crops of real photographs.
 
     python benchmarks/speed.py --output benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --device cuda --dtype bfloat16 --batch_sizes 1 32 256 \\
@@ -11,19 +10,19 @@ BLIP-base's size; images are crops of real photographs.
     python benchmarks/speed.py --tasks --training_step --output benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --tasks clip clip-large --baselines tome \\
         --output benchmarks/results/speed_clip_cpu.json
-    python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # does it run?
+    python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # a quick trial
 
-Runs: `transformers`, its BLIP (of NLVR2, which it lacks, a reference made of its parts); `off`, ours without pruning;
-`instance` and `batch`, pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is timed
-twice, reading a caption in one pass (`captioning`) and writing one (`captioning-generate`); retrieval is the pass that
-matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at 336; texts are padded to
-CLIP's 77 tokens, as its tokenizer can and many do, and are timed alone as well (`clip-text`).
+Runs: `transformers`, its BLIP (for NLVR2, which it lacks, a reference built from its parts); `off`, ours without
+pruning; `instance` and `batch`, pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is
+timed twice, as a teacher-forced forward pass (`captioning`) and as generation (`captioning-generate`); retrieval is
+the pass that matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at 336; texts are
+padded to CLIP's 77 tokens, a common use of its tokenizer, and are timed alone as well (`clip-text`).
 
-Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise, exactly, of the
-batch that is timed; `efficiency`, time ratio over FLOPs ratio, 1 if all that is saved on paper is saved on the clock;
-`memory ratio`, the run's highest sum of activations over transformers'; `computed`, tokens that the feed-forward
-layers of the encoders computed over those that were there to compute. Tokens a layer are in the file. `mixed` rows, at
-the largest batch size, are not timed: they show what images of different kinds in one batch do to the tokens.
+Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise and exact for the
+timed batch; `efficiency`, time ratio over FLOPs ratio, 1 if the speed-up equals the FLOPs reduction; `memory
+ratio`, the run's peak memory of activations over transformers'; `computed`, tokens that the encoders' feed-forward
+layers computed over those that had to be computed. Token counts per layer are in the file. `mixed` rows, at the
+largest batch size, are not timed: they show how images of different kinds in one batch affect the token counts.
 """
 
 import argparse
@@ -62,7 +61,7 @@ from madtp_hf.flops import dense_flops
 from madtp_hf.tasks import TASKS
 
 
-# transformers' model that ours is made from.
+# The transformers model that ours is made from.
 MODELS = {
     "vqa": BlipForQuestionAnswering,
     "nlvr2": BlipForImageTextRetrieval,
@@ -72,12 +71,12 @@ MODELS = {
     "clip-large": CLIPModel,
 }
 TEXT_TOKENS = {"vqa": 12, "nlvr2": 36, "captioning": 12, "retrieval": 12, "clip": 14}  # special tokens included
-TEXT_SPREAD = 0.3  # the texts of a batch are up to that share shorter and longer
-ANSWER_TOKENS = 4  # of a training step's answers
-NUM_BEAMS, NEW_TOKENS = 3, 10  # of a caption that is written
+TEXT_SPREAD = 0.3  # the texts of a batch are shorter or longer by up to this share
+ANSWER_TOKENS = 4  # of the answers in a training step
+NUM_BEAMS, NEW_TOKENS = 3, 10  # for caption generation
 CALIBRATION_BATCH = 8
 SIZES = ("base", "narrow", "tiny")
-# What transformers' model and ours are to agree on with pruning off.
+# The output that transformers' model and ours must agree on with pruning off.
 SHARED_OUTPUT = {
     "vqa": "image_embeds",
     "nlvr2": "logits",
@@ -91,15 +90,15 @@ SHARED_OUTPUT = {
 
 
 def blip_config(size: str) -> BlipConfig:
-    """base; narrow, as many layers and tokens as base; or tiny."""
+    """Return a BLIP configuration of size base, narrow (with base's layers and tokens) or tiny."""
     if size == "base":
         return BlipConfig(
             text_config={"num_attention_heads": 12},
-            # transformers' own default for the vision tower, 1e-10, makes all patches the same.
+            # with transformers' default for the vision tower, 1e-10, all patches are equal
             vision_config={"image_size": 384, "initializer_range": 0.02},
         )
     width = {"narrow": 64, "tiny": 32}[size]
-    # Heads of 16, which is the least that the kernels take.
+    # Heads of 16, the smallest size that the kernels accept.
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 16}
     shared = {**sizes, "initializer_range": 0.2}
     text = {"vocab_size": 200, "bos_token_id": 198, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0, **shared}
@@ -111,7 +110,10 @@ def blip_config(size: str) -> BlipConfig:
 
 
 def clip_config(task: str, size: str) -> CLIPConfig:
-    """base: ViT-B/16 at 224 pixels, or of `clip-large` ViT-L/14 at 336; narrow, as many layers and tokens; or tiny."""
+    """Return a CLIP configuration: base (ViT-B/16 at 224 pixels; `clip-large`: ViT-L/14 at 336), narrow or tiny.
+
+    narrow has base's layers and tokens.
+    """
     large = task == "clip-large"
     vision = {"num_hidden_layers": 24, "patch_size": 14, "image_size": 336} if large else {"patch_size": 16}
     text = {}
@@ -125,14 +127,14 @@ def clip_config(task: str, size: str) -> CLIPConfig:
         vision |= {name: value for name, value in text.items() if name.endswith(("size", "heads")) and name[0] != "v"}
     if size == "tiny":
         vision |= {"num_hidden_layers": 6, "image_size": 96, "patch_size": 8}
-    # Of patches that differ: with CLIP's own factor random weights make all the same.
+    # A larger factor, so that patches differ: with CLIP's own, random weights make them all equal.
     return CLIPConfig(
         text_config=text, vision_config=vision, projection_dim=768 if large else 512, initializer_factor=2.0
     )
 
 
 def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
-    """transformers' model and ours, with the same random weights."""
+    """Return transformers' model and ours with the same random weights."""
     torch.manual_seed(args.seed)
     is_clip = MODELS[task] is CLIPModel
     config = clip_config(task, args.size) if is_clip else blip_config(args.size)
@@ -144,15 +146,17 @@ def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
 
 
 def make_inputs(task: str, config, batch_size: int, args, images=photograph_crops, seed: int = 0) -> dict:
-    """What a forward pass of the task takes: images, and texts of random words and different lengths, padded on the
-    right; CLIP's to the most that it reads."""
+    """Return the inputs of a task's forward pass: images, and texts of random words and different lengths.
+
+    Texts are padded on the right; CLIP's are padded to its maximum length.
+    """
     text = config.text_config
     generator = torch.Generator().manual_seed(args.seed + seed)
     spread = torch.linspace(-TEXT_SPREAD, TEXT_SPREAD, batch_size) if batch_size > 1 else torch.zeros(1)
     lengths = (TEXT_TOKENS[task] * (1 + spread)).round().long()
     width = text.max_position_embeddings if task == "clip" else int(lengths.max())
     mask = (torch.arange(width) < lengths[:, None]).long()
-    words = (text.vocab_size // 20, text.vocab_size // 2)  # none of the special tokens
+    words = (text.vocab_size // 20, text.vocab_size // 2)  # excludes special tokens
     ids = torch.randint(*words, mask.shape, generator=generator).where(mask == 1, text.pad_token_id)
     num_images = TASKS[task].num_images
     pixel_values = images(num_images * batch_size, config.vision_config.image_size, args.seed + seed)
@@ -169,8 +173,10 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
 
 
 def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
-    """`calibrate`, with an empty schedule where nothing is asked for or in reach: an hour's benchmark is not to end
-    there."""
+    """Calibrate; return an empty schedule if no reduction is requested or reachable.
+
+    An hour-long benchmark should not fail there.
+    """
     if not reductions:
         return []
     try:
@@ -208,8 +214,7 @@ def training_step(model, inputs):
 
 
 class Run(NamedTuple):
-    """One of the things that a round times: labels, how its row is called; setup, what brings the model into its
-    state."""
+    """A run that a round times; the labels name its row, and setup puts the model into the run's state."""
 
     labels: dict
     model: nn.Module
@@ -217,8 +222,10 @@ class Run(NamedTuple):
 
 
 def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines) -> list[Run]:
-    """What a round times: the dense models, each granularity at each reduction, and each baseline, on `model`'s
-    weights."""
+    """Return the runs of a round: the dense models, each granularity at each reduction, and each baseline.
+
+    All of ours use `model`'s weights.
+    """
 
     def setup(temperature=0.0, factor=1.0, granularity="instance", method=None):
         def apply():
@@ -258,7 +265,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device, function: Callable) -> tuple[int, object]:
-    """The most bytes allocated at once while `function` runs, over what was allocated before, and its result."""
+    """Return the peak of allocated bytes while `function` runs, above those allocated before, and its result."""
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -274,8 +281,7 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[int, object]:
 
 
 def reduction_reached(model, inputs: dict, output, call: Callable) -> float:
-    """The exact reduction of FLOPs of a batch, from the tokens that the model says it had; padding is none of its
-    tokens."""
+    """Return the exact reduction of FLOPs of a batch, from the model's token counts, which exclude padding."""
     if call is encode_texts:
         return text_reduction(model.config, output)
     if call is not generate:
@@ -283,7 +289,7 @@ def reduction_reached(model, inputs: dict, output, call: Callable) -> float:
 
     def flops(count):
         encoder = count(model.config, model.task, output.vision_tokens)
-        # With its cache each beam reads each token once, and the image's keys and values are made once a beam.
+        # With the cache each beam computes each token once, and the image's keys and values once per beam.
         written = count(model.config, model.task, output.vision_tokens, answer_tokens=NEW_TOKENS)
         return encoder + NUM_BEAMS * (written - encoder)
 
@@ -291,7 +297,7 @@ def reduction_reached(model, inputs: dict, output, call: Callable) -> float:
 
 
 def text_reduction(config, output) -> float:
-    """The reduction of the FLOPs of CLIP's text tower alone."""
+    """Return the reduction of the FLOPs of CLIP's text tower alone."""
 
     def flops(count):
         pair = count(config, "clip", output.vision_tokens, output.text_tokens)
@@ -301,7 +307,7 @@ def text_reduction(config, output) -> float:
 
 
 def feed_forwards(model) -> list[nn.Module]:
-    """The feed-forward layers of both encoders, those of decoders not."""
+    """Return the feed-forward layers of both encoders, without the decoders'."""
     ends = (("vision_model.", ".mlp"), ("text_encoder.", ".intermediate"), ("text_model.", ".mlp"))
     return [
         module
@@ -311,7 +317,7 @@ def feed_forwards(model) -> list[nn.Module]:
 
 
 def inspect(run: Run, call: Callable, inputs: dict) -> tuple[dict, object]:
-    """One pass that is not timed: memory, tokens and FLOPs. It serves as warming up, too."""
+    """Measure memory, tokens and FLOPs in an untimed pass, which is also the warm-up."""
     computed = []
     run.setup()
     hooks = [
@@ -337,7 +343,7 @@ def inspect(run: Run, call: Callable, inputs: dict) -> tuple[dict, object]:
 
 
 def time_runs(runs: list[Run], call: Callable, inputs: dict, rounds: int, description: str) -> list[list[float]]:
-    """Seconds of each run in each round; another run is the first one in each round."""
+    """Return the seconds of each run in each round; each round starts with another run."""
     device = inputs["pixel_values"].device
     seconds = [[] for _ in runs]
     for turn in tqdm(range(rounds), desc=description, leave=False):
@@ -353,7 +359,7 @@ def time_runs(runs: list[Run], call: Callable, inputs: dict, rounds: int, descri
 
 
 def check_same_output(task: str, theirs, mine, dtype) -> None:
-    """With pruning off our model is to compute what transformers' does: else their times are not to be compared."""
+    """Check that our model with pruning off computes transformers' output; otherwise times are not comparable."""
     theirs, mine = (output[SHARED_OUTPUT[task]].float() for output in (theirs, mine))
     difference = ((theirs - mine).abs().max() / theirs.abs().max()).item()
     if difference > (1e-3 if dtype == torch.float32 else 0.1):
@@ -361,7 +367,7 @@ def check_same_output(task: str, theirs, mine, dtype) -> None:
 
 
 def measure_runs(name: str, task: str, runs: list[Run], call: Callable, inputs: dict, rounds: int, args) -> list[dict]:
-    """The rows of one task and batch size; the first two runs are `transformers` and `off`."""
+    """Return the rows of one task and batch size; the first two runs are `transformers` and `off`."""
     batch_size = len(inputs["pixel_values"])
     description = f"{name}, batches of {batch_size}"
     rows, outputs = [], []
@@ -385,7 +391,7 @@ def measure_runs(name: str, task: str, runs: list[Run], call: Callable, inputs: 
     return rows
 
 
-# The rows of the tasks, and of training
+# Rows of the tasks and of training
 
 
 def rounds_for(batch_size: int, index: int, args) -> int:
@@ -397,7 +403,7 @@ def rounds_for(batch_size: int, index: int, args) -> int:
 
 
 def calibration_batches(task: str, config, args) -> list[dict]:
-    """Crops and texts that no batch to be timed has."""
+    """Return crops and texts that occur in no timed batch."""
     starts = range(0, args.calibration_samples, CALIBRATION_BATCH)
     sizes = [min(CALIBRATION_BATCH, args.calibration_samples - start) for start in starts]
     return [make_inputs(task, config, size, args, seed=1000 + index) for index, size in enumerate(sizes)]
@@ -416,7 +422,7 @@ def time_task(row_name: str, args, save: Callable) -> None:
         rounds = rounds_for(batch_size, index, args)
         for call in (forward, *MORE_CALLS.get(model.task, ())):
             name = row_name + {generate: "-generate", encode_texts: "-text"}.get(call, "")
-            baselines = [] if call is encode_texts else args.baselines  # which leave texts as they are
+            baselines = [] if call is encode_texts else args.baselines  # baselines don't reduce texts
             runs = make_runs(task, dense, model, inputs, args, reductions, baselines)
             rows = measure_runs(name, task, runs, call, inputs, rounds, args)
             if batch_size == max(args.batch_sizes) and call is forward and batch_size > 1:
@@ -425,12 +431,12 @@ def time_task(row_name: str, args, save: Callable) -> None:
                     if run.labels["run"] in args.granularities:
                         row, _ = inspect(run, call, mixed)
                         rows.append({"task": name, "batch_size": batch_size, "images": "mixed", **row})
-            model.set_reduction_method(None)  # a baseline's may be left
+            model.set_reduction_method(None)  # a baseline may have set one
             save(name, batch_size, rows, schedule)
 
 
 def time_training(args, save: Callable) -> None:
-    """Forward and backward pass of question answering, the optimizer's step not."""
+    """Time a forward and backward pass of question answering, without the optimizer step."""
     dense, model = make_models("vqa", args)
     inputs = make_inputs("vqa", model.config, args.training_batch_size, args)
     batches = [inputs] if args.calibrate_on_batch else calibration_batches("vqa", model.config, args)

@@ -1,7 +1,7 @@
-"""See what a pruned model drops, in a browser: ask it, move the reduction.
+"""Show in a browser what a pruned model drops: ask questions and move the reduction.
 
-Without a checkpoint, it prunes one of the tiny dense models that lie here, on digit scenes and without training, which
-takes some seconds.
+Without a checkpoint, the script prunes one of the tiny dense models in this folder, on digit scenes and without
+training, which takes some seconds.
 
     python examples/app.py
     python examples/app.py outputs/demo/checkpoint
@@ -24,13 +24,13 @@ HERE = Path(__file__).parent
 
 
 def prune_digit_model(task: str, num_samples: int = 256, seed: int = 1):
-    """Prune the dense digit model of a task without training; returns it and its processor."""
+    """Prune the dense digit model of a task without training; return the model and its processor."""
     set_seed(seed)
     source, load = HERE / f"blip-{task}-digits", load_digit_questions if task == "vqa" else load_digit_captions
     processor = AutoProcessor.from_pretrained(source)
     model = TASKS[task].model_class.from_blip(source, num_alignment_tokens=64).eval()
     collator = TASKS[task].collator(processor, model.config.text_config.bos_token_id)
-    if TASKS[task].text_encoder:  # captioning begins with random alignment tokens
+    if TASKS[task].text_encoder:  # captioning has no text encoder and starts with random alignment tokens
         init_alignment_from(model, DataLoader(load("train", num_samples, seed), batch_size=64, collate_fn=collator))
     batches = list(DataLoader(load("validation", num_samples, seed), batch_size=64, collate_fn=collator))
     calibrate(model, batches, [0.3, 0.5, 0.7, 0.8])

@@ -1,4 +1,4 @@
-"""Ask a saved checkpoint through its own pipeline, without this package: importing `madtp_hf` is made to fail first.
+"""Ask a saved checkpoint through its own pipeline, without this package: `madtp_hf` is made unimportable first.
 
     python examples/ask_checkpoint.py CHECKPOINT '[["scene.png", "how many sevens are there?"]]'
 
@@ -12,7 +12,7 @@ import sys
 
 
 def read_pairs(text: str) -> list[tuple[str, str]]:
-    """The pairs of an image's path and a question in a JSON list."""
+    """Parse a JSON list of pairs of an image path and a question."""
     expected = """expected a JSON list of pairs, '[["scene.png", "how many sevens are there?"]]'"""
     try:
         pairs = json.loads(text)
@@ -31,11 +31,11 @@ def main():
         "asked", type=read_pairs, help="what to ask: a JSON list of pairs, an image's path and a question"
     )
     args = parser.parse_args()
-    if not os.path.isdir(args.checkpoint):  # a Hub id would run whatever code that repository holds by then
+    if not os.path.isdir(args.checkpoint):  # a Hub id would run whatever code that repository holds at that time
         sys.exit(f"There is no folder {args.checkpoint}: expected one with a saved checkpoint.")
 
     sys.modules["madtp_hf"] = None
-    from transformers import pipeline  # late, so that --help is quick
+    from transformers import pipeline  # imported late so that --help is fast
 
     answer = pipeline("visual-question-answering", model=args.checkpoint, trust_remote_code=True)
     for image, question in args.asked:

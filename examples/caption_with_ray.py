@@ -3,8 +3,8 @@
     python examples/caption_with_ray.py org/blip-madtp photos/ captions.jsonl --reduction 0.5 --workers 2
     python examples/caption_with_ray.py org/blip-madtp "s/train-{000..099}.tar" captions.parquet --workers 8 --gpus 1
 
-Ray reads and resizes images in tasks of its own, and keeps a model in each of `--workers` actors. A row that can't be
-read is one with an error; it is listed beside the output. Every machine has to see IMAGES under the same path.
+Ray reads and resizes images in separate tasks, and keeps a model in each of `--workers` actors. A row that can't be
+read becomes a row with an error; it is listed beside the output. All machines must see IMAGES under the same path.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse_args():
 
 
 class Read:
-    """Reads and resizes the images of a batch's place: a row of the data set is a whole batch."""
+    """Reads and resizes the images of a batch's place; a row of the Ray data set is a whole batch."""
 
     def __init__(self, images: str, model: str):
         from transformers import AutoProcessor
@@ -45,7 +45,7 @@ class Read:
 
 
 class Caption:
-    """A model in an actor."""
+    """Generates captions with a model that stays in an actor."""
 
     def __init__(self, model: str, generation: Generation):
         self.write = ImageToText(model, "captioning", generation)
@@ -78,10 +78,10 @@ def main():
             num_gpus=args.gpus,
         )
     )
-    # Blocks arrive in any order: a part is written as soon as all its rows are there.
+    # Blocks arrive in any order; a part is written once all its rows have arrived.
     waiting: dict[int, list] = {}
     for row in captions.iter_rows():
-        # In the command's order of columns, which Ray does not keep.
+        # Restore the command's order of columns, which Ray does not keep.
         row = {name: row[name] for name in ("row", "key", "caption", "error") if row[name] is not None}
         part = row["row"] // output.rows_per_part
         waiting.setdefault(part, []).append(row)

@@ -1,7 +1,7 @@
-"""BLIP's four tasks and CLIP on digit scenes, one table: what pruning saves and what it costs.
+"""Report in one table what pruning saves and costs for BLIP's four tasks and CLIP, on digit scenes.
 
 Runs `run_vqa.py`, `run_nlvr2.py`, `run_captioning.py`, `run_retrieval.py` and `run_clip_retrieval.py` with their
-defaults, one after the other; arguments that this script doesn't know go to each of them.
+defaults, one after the other; arguments that this script doesn't know are passed to each of them.
 
     python examples/demo_all.py --output_dir outputs/demo-all
 """

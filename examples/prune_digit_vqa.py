@@ -1,8 +1,8 @@
-"""Prune a fine-tuned BLIP for visual question answering, on the digit scenes: the whole way, in one file.
+"""Prune a fine-tuned BLIP for visual question answering on the digit scenes: the whole workflow in one file.
 
-Loads the dense checkpoint, fine-tunes it under pruning with the stock `Trainer`, calibrates, evaluates at several
-budgets, saves, draws, and asks the saved checkpoint through a pipeline in a process of its own. For a BLIP of your
-own, change the checkpoint and the data.
+Loads the dense checkpoint, fine-tunes it under pruning with the standard `Trainer`, calibrates, evaluates at several
+budgets, saves, draws, and asks the saved checkpoint through a pipeline in a separate process. For a BLIP of your own,
+change the checkpoint and the data.
 
     python examples/prune_digit_vqa.py --output_dir outputs/demo
 """
@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 
 
 def evaluate(model, processor, dataset, collator, reductions, batch_size):
-    """Accuracy, FLOPs and time at every reduction, relative to the first."""
+    """Return accuracy, FLOPs and time at every reduction, relative to the first."""
 
     def predict(batch):
         written = model.generate(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], max_new_tokens=3)
@@ -52,8 +52,8 @@ def evaluate(model, processor, dataset, collator, reductions, batch_size):
 
 
 def fine_tune(model, dataset, collator, args) -> int:
-    """Train under pruning for one epoch; the number of steps."""
-    # The callback steers the temperature; the alignment parameters learn slowly.
+    """Train under pruning for one epoch; return the number of steps."""
+    # The callback controls the temperature; the alignment parameters learn slowly.
     target = args.target_reduction[0] if len(args.target_reduction) == 1 else tuple(args.target_reduction)
     optimizer = create_optimizer(model, args.learning_rate)
     steps = math.ceil(len(dataset) / args.batch_size)
@@ -81,7 +81,7 @@ def fine_tune(model, dataset, collator, args) -> int:
 
 
 def draw_and_ask(model, processor, scenes, folder) -> None:
-    """Draw which patches survive, and ask the saved checkpoint where this package can't be imported."""
+    """Draw the patches that survive, and ask the saved checkpoint in a process that can't import this package."""
     layers = [layer for layer in (1, 2, 3, 4, 6, 8, 10, 12) if layer <= model.config.vision_config.num_hidden_layers]
     images, questions = [row["image"] for row in scenes], [row["question"] for row in scenes]
     draw_surviving_patches(model, processor, images, questions, layers=layers).save(folder / "surviving_patches.png")
@@ -119,7 +119,7 @@ def main():
     started = time.time()
     set_seed(args.seed)
 
-    # 1. The dense model, with alignment tokens beside it.
+    # 1. Load the dense model with new alignment tokens.
     processor = AutoProcessor.from_pretrained(args.model)
     model = MadtpBlipForQuestionAnswering.from_blip(
         args.model, num_alignment_tokens=args.num_alignment_tokens, alignment_dim=args.alignment_dim
@@ -129,17 +129,17 @@ def main():
     validation = load_digit_questions("validation", 512, args.seed)
     test = load_digit_questions("test", args.test_questions, args.seed)
 
-    # 2. Pruned without any training: alignment tokens from what questions are made of, and which threshold saves how
-    # much.
+    # 2. Prune without training: initialise the alignment tokens from training questions, and calibrate the thresholds.
     init_alignment_from(model, DataLoader(train, batch_size=args.batch_size, collate_fn=collator))
     validation_batches = DataLoader(validation, batch_size=args.batch_size, collate_fn=collator)
     schedule = calibrate(model, validation_batches, args.reductions)
     untrained = evaluate(model, processor, test, collator, [0.0, schedule[-1][0]], args.batch_size)
 
-    # 3. Fine-tune it under pruning.
+    # 3. Fine-tune under pruning.
     steps = fine_tune(model, train, collator, args)
 
-    # 4. One checkpoint, every budget. It is saved at the largest that costs at most a point on validation data.
+    # 4. Evaluate one checkpoint at every budget. It is saved at the largest budget that costs at most one point on
+    # validation data.
     schedule = calibrate(model, validation_batches, args.reductions)
     budgets = [0.0, *(entry[0] for entry in schedule)]
     results = evaluate(model, processor, test, collator, budgets, args.batch_size)
@@ -169,7 +169,7 @@ def main():
         f" {untrained[-1]['accuracy %']:.1%}. From the words of the questions alone: {baseline:.1%}."
     )
 
-    # 5. What it looks at, and its answers through a pipeline.
+    # 5. Draw what the model looks at, and ask it through a pipeline.
     model.set_pruning(reduction=budgets[-1])
     draw_and_ask(model, processor, [test[index] for index in range(3)], args.output_dir)
     print(f"Wrote {args.output_dir / 'surviving_patches.png'}; {time.time() - started:.0f} s in all.")

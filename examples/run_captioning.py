@@ -1,11 +1,11 @@
-"""Prune BLIP for image captioning: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+"""Prune BLIP for image captioning: fine-tune it under pruning (or dense), evaluate it at several budgets, save it.
 
     python examples/run_captioning.py                                          # on the digit scenes
     python examples/run_captioning.py --dataset coco/ --model Salesforce/blip-image-captioning-base \\
         --output_dir outputs/captioning
     accelerate launch --num_processes 2 examples/run_captioning.py --per_device_train_batch_size 32
 
-All of `TrainingArguments` are options as well.
+All options of `TrainingArguments` are accepted as well.
 """
 
 import functools
@@ -66,7 +66,7 @@ def load_data(args, split):
 
 
 def make_predict(model, processor, collator, args):
-    """The function that captions a batch of images."""
+    """Return a function that captions a batch of images."""
     room = model.config.text_config.max_position_embeddings - collator.prompt_ids(1).shape[1]
 
     def predict(batch):
@@ -113,7 +113,7 @@ def main():
     args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
-    # 1. Model and data.
+    # 1. Load model and data.
     processor = BlipProcessor.from_pretrained(args.model)
     model = pruning_args.load_model(MadtpBlipForConditionalGeneration, args.model)
     collator = CaptioningCollator(processor, model.config.text_config.bos_token_id, args.prompt, args.max_length)
@@ -124,7 +124,7 @@ def main():
         for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
     pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = Trainer(
         model=model,
@@ -134,15 +134,15 @@ def main():
         callbacks=pruning_args.callbacks(),
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
-    # 3. Predictions and their score, before any training.
+    # 3. Define predictions and their score before training.
     predict = make_predict(model, processor, collator, args)
     score = functools.partial(score_captions, metrics=tuple(args.metrics))
     test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
     before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
-    # What a writer who never sees the image gets: captions of other images.
+    # The image-blind baseline: captions of other images.
     baseline = score([train[index % len(train)]["captions"][0] for index in range(len(test))], test)
 
-    # 4. Training; then every budget, from the one model.
+    # 4. Train, then evaluate this one model at every budget.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if not pruning_args.dense:
@@ -152,7 +152,7 @@ def main():
     validated = evaluate_budgets(model, validation_shards, budgets, predict, trainer.accelerator)
     on_validation = {r.reduction_asked: score(r.predictions, validation)["bleu_4 %"] for r in validated}
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # 5. Save a complete checkpoint with its model card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         save_run(

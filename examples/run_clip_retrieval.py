@@ -1,11 +1,11 @@
-r"""Prune CLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+r"""Prune CLIP for image-text retrieval: fine-tune it under pruning (or dense), evaluate at several budgets, save it.
 
     python examples/run_clip_retrieval.py                                      # on the digit scenes
     python examples/run_clip_retrieval.py --dataset flickr30k/ --model openai/clip-vit-base-patch16 \
         --learning_rate 1e-5 --queue_size 57600 --train_samples 0 --test_samples 0
     accelerate launch --num_processes 2 examples/run_clip_retrieval.py --per_device_train_batch_size 32
 
-All of `TrainingArguments` are options as well.
+All options of `TrainingArguments` are accepted as well.
 """
 
 import time
@@ -40,7 +40,7 @@ def parse_arguments():
         train_samples=6400,
         validation_samples=256,
         num_alignment_tokens=100,
-        alignment_dim=0,  # the text tower's: each layer has a map to it
+        alignment_dim=0,  # 0: the text tower's width; each layer has a linear map to it
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
         num_train_epochs=1,
@@ -58,7 +58,7 @@ def main():
     args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
-    # 1. Model and data.
+    # 1. Load model and data.
     processor = CLIPProcessor.from_pretrained(args.model)
     model = pruning_args.load_model(MadtpClipModel, args.model)
     collator = RetrievalCollator(processor, args.max_length)
@@ -73,7 +73,7 @@ def main():
         for rows in (test, validation.select(range(min(len(validation), len(test)))))
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
     pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = RetrievalTrainer(
         model=model,
@@ -100,7 +100,7 @@ def main():
         if not pruning_args.dense:
             calibrate(model, validation_batches, pruning_args.reductions)
 
-    # 3. Every budget, from the one model. FLOPs are those of an image and one of its captions.
+    # 3. Evaluate this one model at every budget. FLOPs are those of one image and one of its captions.
     test_batches = trainer.accelerator.prepare(test_batches)
 
     def similarities(batch):
@@ -112,7 +112,7 @@ def main():
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
     on_validation = {reduction: score_at(reduction, validation_queries)[0]["mean %"] for reduction in budgets}
 
-    # 4. What is saved is a whole checkpoint with its card, ready to publish.
+    # 4. Save a complete checkpoint with its model card, ready to publish.
     if trainer.is_world_process_zero():
         save_run(
             model,

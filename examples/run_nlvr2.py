@@ -1,12 +1,13 @@
-"""Prune BLIP for visual reasoning over two images (NLVR2): fine-tune it under pruning, or dense, evaluate it at
-several budgets, save it.
+"""Prune BLIP for visual reasoning over two images (NLVR2).
+
+The script fine-tunes the model under pruning (or dense), evaluates it at several budgets, and saves it.
 
     python examples/run_nlvr2.py                                               # on the digit scenes
     python examples/run_nlvr2.py --dataset nlvr2/ --image_dir nlvr2/images --model blip-nlvr2 \\
         --output_dir outputs/nlvr2
     accelerate launch --num_processes 2 examples/run_nlvr2.py --per_device_train_batch_size 32
 
-All of `TrainingArguments` are options as well.
+All options of `TrainingArguments` are accepted as well.
 """
 
 import json
@@ -93,7 +94,7 @@ def main():
     args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
-    # 1. Model and data.
+    # 1. Load model and data.
     processor = BlipProcessor.from_pretrained(args.model)
     model = pruning_args.load_model(MadtpBlipForImagesAndTextClassification, args.model)
     collator = VisualReasoningCollator(processor, args.max_length)
@@ -104,7 +105,7 @@ def main():
         for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
     pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = Trainer(
         model=model,
@@ -115,16 +116,16 @@ def main():
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
 
-    # 3. Predictions and their score, before any training.
+    # 3. Define predictions and their score before training.
     def predict(batch):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs).logits.argmax(dim=-1).tolist()
 
     test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
     before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
-    baseline = {"accuracy %": question_only_accuracy(train, test, "sentence", "label")}  # from the words alone
+    baseline = {"accuracy %": question_only_accuracy(train, test, "sentence", "label")}  # language-only baseline
 
-    # 4. Training; then every budget, from the one model.
+    # 4. Train, then evaluate this one model at every budget.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if not pruning_args.dense:
@@ -134,7 +135,7 @@ def main():
     validated = evaluate_budgets(model, validation_shards, budgets, predict, trainer.accelerator)
     on_validation = {r.reduction_asked: score(r.predictions, validation)["accuracy %"] for r in validated}
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # 5. Save a complete checkpoint with its model card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         save_run(

@@ -1,11 +1,11 @@
-"""Prune BLIP for image-text retrieval: fine-tune it under pruning, or dense, evaluate it at several budgets, save it.
+"""Prune BLIP for image-text retrieval: fine-tune it under pruning (or dense), evaluate it at several budgets, save it.
 
     python examples/run_retrieval.py                                           # on the digit scenes
     python examples/run_retrieval.py --dataset flickr30k/ --model Salesforce/blip-itm-base-flickr \\
         --queue_size 57600 --output_dir outputs/retrieval
     accelerate launch --num_processes 2 examples/run_retrieval.py --per_device_train_batch_size 32
 
-All of `TrainingArguments` are options as well.
+All options of `TrainingArguments` are accepted as well.
 """
 
 import time
@@ -62,7 +62,7 @@ def main():
     args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
-    # 1. Model and data.
+    # 1. Load model and data.
     processor = BlipProcessor.from_pretrained(args.model)
     model = pruning_args.load_model(MadtpBlipForImageTextRetrieval, args.model)
     collator = RetrievalCollator(processor, args.max_length)
@@ -73,7 +73,7 @@ def main():
         for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
     pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = RetrievalTrainer(
         model=model,
@@ -86,7 +86,7 @@ def main():
         momentum=args.momentum,
         distillation=args.distillation,
     )
-    # 3. All images against all captions, and the score of that, before any training.
+    # 3. Define the scores of all images against all captions, and their metric, before training.
     queries, validation_queries = (
         CaptionedImages(rows, processor, args.max_length, training_args.per_device_eval_batch_size)
         for rows in (test, validation.select(range(min(len(validation), len(test)))))
@@ -102,7 +102,7 @@ def main():
 
     before, _ = score_at(0.0)
 
-    # 4. Training; then every budget, from the one model. FLOPs are those of matching an image with one of its
+    # 4. Train, then evaluate this one model at every budget. FLOPs are those of matching an image with one of its
     # captions.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -119,7 +119,7 @@ def main():
     results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
     on_validation = {reduction: score_at(reduction, validation_queries)[0]["mean %"] for reduction in budgets}
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # 5. Save a complete checkpoint with its model card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         save_run(

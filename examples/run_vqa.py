@@ -1,12 +1,13 @@
-"""Prune BLIP for visual question answering: fine-tune it under pruning, or dense, evaluate it at several budgets, save
-it.
+"""Prune BLIP for visual question answering.
+
+The script fine-tunes the model under pruning (or dense), evaluates it at several budgets, and saves it.
 
     python examples/run_vqa.py                                                 # on the digit scenes
     python examples/run_vqa.py --dataset vqav2/ --image_dir coco/ --model Salesforce/blip-vqa-base \\
         --test_split validation --output_dir outputs/vqa
     accelerate launch --num_processes 2 examples/run_vqa.py --per_device_train_batch_size 32
 
-All of `TrainingArguments` are options as well.
+All options of `TrainingArguments` are accepted as well.
 """
 
 import json
@@ -70,7 +71,7 @@ def load_data(args, part):
 
 
 def make_predict(model, processor, answers: list[str] | None):
-    """The function that answers a batch of questions: the best of `answers`, or written ones without."""
+    """Return a function that answers a batch of questions: it ranks `answers` or, without them, generates."""
     if answers:
         candidates = processor.tokenizer(answers, padding=True, return_tensors="pt").to(model.device)
 
@@ -86,7 +87,7 @@ def make_predict(model, processor, answers: list[str] | None):
 
 
 def score(predictions, rows) -> dict[str, float]:
-    # Of a digit scene there is one answer: all ten annotators agree on it.
+    # A digit scene has one answer: treat it as the answer of all ten annotators.
     references = rows["answers"] if "answers" in rows.column_names else [[answer] * 10 for answer in rows["answer"]]
     return {
         "accuracy %": load_metric("vqa_accuracy").compute(predictions=predictions, references=references)["accuracy"]
@@ -116,7 +117,7 @@ def main():
     args, pruning_args, training_args = parse_arguments()
     set_seed(training_args.seed)
 
-    # 1. Model and data.
+    # 1. Load model and data.
     processor = BlipProcessor.from_pretrained(args.model)
     model = pruning_args.load_model(MadtpBlipForQuestionAnswering, args.model)
     collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id, args.max_length)
@@ -127,7 +128,7 @@ def main():
         for rows in (train, validation, test)
     )
 
-    # 2. Fine-tuning. Under pruning, the callback steers the temperature, from where calibration tells it to begin.
+    # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
     pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
     trainer = Trainer(
         model=model,
@@ -137,15 +138,15 @@ def main():
         callbacks=pruning_args.callbacks(),
         optimizers=(create_optimizer(model, training_args.learning_rate), None),
     )
-    # 3. Predictions and their score, before any training.
+    # 3. Define predictions and their score before training.
     answers = json.loads(Path(args.answer_list).read_text()) if args.answer_list else None
     predict = make_predict(model, processor, answers)
     test_batches, validation_shards = trainer.accelerator.prepare(test_batches, validation_batches)
     before = score(evaluate_budgets(model, test_batches, [0.0], predict, trainer.accelerator)[0].predictions, test)
-    # From the words alone.
+    # Language-only baseline.
     baseline = None if args.dataset else {"accuracy %": question_only_accuracy(train, test)}
 
-    # 4. Training; then every budget, from the one model.
+    # 4. Train, then evaluate this one model at every budget.
     if training_args.do_train:
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         if not pruning_args.dense:
@@ -155,7 +156,7 @@ def main():
     validated = evaluate_budgets(model, validation_shards, budgets, predict, trainer.accelerator)
     on_validation = {r.reduction_asked: score(r.predictions, validation)["accuracy %"] for r in validated}
 
-    # 5. What is saved is a whole checkpoint with its card, ready to publish: `AutoModel.from_pretrained(folder,
+    # 5. Save a complete checkpoint with its model card, ready to publish: `AutoModel.from_pretrained(folder,
     # trust_remote_code=True)`.
     if trainer.is_world_process_zero():
         save_run(

@@ -1,10 +1,10 @@
-"""Train the tiny dense BLIP that the examples prune: digit scenes, from scratch, on a CPU.
+"""Train the tiny dense BLIP that the examples prune: on digit scenes, from scratch, on a CPU.
 
-As BLIP itself was trained: the vision tower on labelled images, then the whole to caption scenes, then to answer
-questions about them, the question encoder and the answer decoder both starting from the caption decoder. Then the
-class token learns to look at the digits in every layer, as class tokens of large vision towers come to do by
-themselves, at last while patches without a digit are dropped at random. Scenes are drawn afresh at every step. With
-`--plain` training ends before these two stages: nothing prepares that model for pruning.
+Training follows BLIP: first the vision tower on labelled images, then the whole model on captions of scenes, then on
+questions about them, with question encoder and answer decoder both initialised from the caption decoder. In the next
+stage the class token learns to attend to the digits in every layer, as class tokens of large vision towers come to do
+by themselves; in the last stage patches without a digit are also dropped at random. Scenes are drawn anew at every
+step. `--plain` skips these two stages: nothing prepares that model for pruning.
 
     python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
     python examples/train_dense_blip.py --plain --output_dir examples/blip-vqa-digits-plain
@@ -31,8 +31,7 @@ from madtp_hf.data import digit_scenes as ds
 
 
 def build_processor() -> BlipProcessor:
-    """A BLIP processor with a word-piece vocabulary of just the words that the scenes' questions, answers and captions
-    use."""
+    """Build a BLIP processor whose word-piece vocabulary has just the words of questions, answers and captions."""
     words = (
         "is there a does the image show how many are what number of in which digit color have next first from".split()
     )
@@ -77,21 +76,20 @@ def build_config(tokenizer, args) -> BlipConfig:
 
 
 def to_pixels(images: np.ndarray, image_processor) -> torch.Tensor:
-    """What the image processor does to images of the right size, on a whole batch at once."""
+    """Normalise a whole batch of images at once, as the image processor does for images of the right size."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (image_processor.image_mean, image_processor.image_std))
     return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def answer_ids(tokenizer, answers):
-    """Decoder inputs `[DEC] answer [SEP]` and labels, padding at -100."""
+    """Return decoder inputs `[DEC] answer [SEP]` and labels, with padding at -100."""
     ids = tokenizer(answers, padding=True, return_tensors="pt").input_ids
     ids[:, 0] = tokenizer.bos_token_id
     return ids, ids.masked_fill(ids == tokenizer.pad_token_id, -100)
 
 
 def init_position_embeddings(model, config) -> None:
-    """Start from two-dimensional sines and cosines: from noise, telling the rows and columns apart takes long to
-    learn."""
+    """Initialise with two-dimensional sines and cosines: from noise, rows and columns take long to learn."""
     grid, quarter = ds.GRID_SIZE, config.vision_config.hidden_size // 4
     frequency = 1 / 100 ** (torch.arange(quarter) / quarter)
     angle = torch.arange(grid)[:, None] * frequency
@@ -104,9 +102,9 @@ def init_position_embeddings(model, config) -> None:
 
 
 def patch_loss(vision_model, head, processor, scenes):
-    """Name each patch's digit and colour, or neither, and where the digit ranks from the left and from the top.
+    """Compute the loss of naming each patch's digit and colour (or neither) and the digit's rank from left and top.
 
-    BLIP's vision tower has seen a million labelled images before its first caption; this is its tiny sibling's share.
+    It stands in for the labelled images on which BLIP's vision tower is pretrained before its first caption.
     """
     states = vision_model(to_pixels(scenes.images, processor.image_processor)).last_hidden_state
     cells = torch.from_numpy(scenes.rows * ds.GRID_SIZE + scenes.columns)
@@ -132,16 +130,15 @@ def caption_step(model, processor, scenes, rng):
     directions = rng.choice(["left", "right", "top", "bottom"], len(scenes))
     captions = [ds.describe(scenes, i, directions[i]) for i in range(len(scenes))]
     ids, labels = answer_ids(processor.tokenizer, captions)
-    labels[:, :4] = -100  # the direction is given, as a prompt is
+    labels[:, :4] = -100  # the direction is given, like a prompt
     pixels = to_pixels(scenes.images, processor.image_processor)
     return model(pixel_values=pixels, input_ids=ids, labels=labels)
 
 
 def encode_images(vision_model, pixels, is_digit, rng):
-    """The vision tower on what is left when patches without a digit are dropped at random: all but a share drawn anew
-    each time.
+    """Encode images from which a random share of the patches without a digit is dropped; the share varies per call.
 
-    Returns the states (S, L, D), the layers' attention maps and where digits are among the L.
+    Returns the hidden states (S, L, D), the layers' attention maps and which of the L tokens are digits.
     """
     states = vision_model.embeddings(pixels)
     kept = int(rng.integers(1 + 2 * ds.MAX_DIGITS, states.shape[1] + 1))
@@ -161,7 +158,7 @@ def encode_images(vision_model, pixels, is_digit, rng):
 
 
 def question_loss(model, processor, scenes, rng, stage):
-    """One question of every kind about every scene; a scene is encoded once for all its questions."""
+    """Compute the loss of one question of every kind about every scene; a scene is encoded once for all questions."""
     kinds = ds.QUESTION_KINDS
     asked = [ds.ask(scenes, i, kind, rng) for i in range(len(scenes)) for kind in kinds]
     questions, answers = zip(*asked)
@@ -187,7 +184,7 @@ def question_loss(model, processor, scenes, rng, stage):
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     right = (logits[:, 0].argmax(-1) == labels[:, 1]).view(len(scenes), len(kinds)).float().mean(0)
     if stage in ("settle", "thin"):
-        # The class token's attention is to be shared by the scene's digits alike, in each layer.
+        # In each layer the class token's attention should be spread evenly over the scene's digits.
         attended = torch.stack([layer[:, :, 0].float().mean(1) for layer in maps])
         share = is_digit / is_digit.sum(1, keepdim=True)
         missed = (share * (share.clamp(min=1e-6) / attended.clamp(min=1e-6)).log()).sum(-1).mean()
@@ -238,7 +235,7 @@ def parse_arguments():
 
 
 def train(stage: str, parameters: list, steps: int, args, step_loss, say) -> None:
-    """Train for some steps; `step_loss()` gives the loss and what else is logged."""
+    """Train for some steps; `step_loss()` returns the loss and the values to log."""
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     scheduler = schedule(optimizer, max(steps, 1))
     for step in range(1, steps + 1):
@@ -254,7 +251,7 @@ def train(stage: str, parameters: list, steps: int, args, step_loss, say) -> Non
 
 
 def train_captioner(config, processor, args, rng, say) -> BlipForConditionalGeneration:
-    """The first two stages: a vision tower that names what is in its patches, then captions."""
+    """Run the first two stages: a vision tower that labels its patches, then captioning."""
     captioner = BlipForConditionalGeneration(config)
     say(stage="caption", parameters=sum(p.numel() for p in captioner.parameters()))
     init_position_embeddings(captioner, config)
@@ -277,7 +274,7 @@ def train_captioner(config, processor, args, rng, say) -> BlipForConditionalGene
 
 
 def train_questions(model, stage: str, steps: int, processor, args, rng, say) -> None:
-    """One of the later stages, on questions."""
+    """Run one of the later stages, on questions."""
     average = None
 
     def question():

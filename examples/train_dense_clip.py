@@ -1,9 +1,9 @@
-"""Train the tiny dense CLIP that the examples prune: digit scenes and their captions, on a CPU.
+"""Train the tiny dense CLIP that the examples prune: on digit scenes and their captions, on a CPU.
 
-The image tower goes on from the one of the BLIP for retrieval; the text tower, causal as CLIP's, starts from nothing,
-and so does the vocabulary, of byte pairs that make words of the captions' words. Scenes are drawn afresh at every
-step. As in `train_dense_tasks.py`, the class token is held to look at the digits, while patches without a digit are
-dropped at random.
+The image tower starts from that of the BLIP for retrieval. The text tower, causal as in CLIP, starts from scratch, as
+does the vocabulary, whose byte pairs build the captions' words. Scenes are drawn anew at every step. As in
+`train_dense_tasks.py`, the class token is trained to attend to the digits, while patches without a digit are dropped
+at random.
 
     python examples/train_dense_clip.py --output_dir examples/clip-digits
 """
@@ -33,11 +33,11 @@ from madtp_hf.data import digit_scenes as ds
 
 
 MAX_LENGTH = 32
-NUM_MERGES = 150  # more than the captions' words have
+NUM_MERGES = 150  # more than the captions' words need
 
 
 def build_processor() -> CLIPProcessor:
-    """CLIP's image processor and tokenizer, of all bytes and the captions' pairs; start and end of text come last."""
+    """Build CLIP's image processor and a tokenizer of all bytes and the captions' pairs; special tokens come last."""
     scenes = ds.draw_scenes(512, "train", np.random.default_rng(0))
     captions = [caption for i in range(len(scenes)) for caption in ds.describe_from_all_sides(scenes, i)]
     letters = sorted(ByteLevel.alphabet())
@@ -65,7 +65,7 @@ def build_processor() -> CLIPProcessor:
 
 
 def start_from(path, processor: CLIPProcessor) -> CLIPModel:
-    """A CLIP whose image tower has the weights of the BLIP at `path`."""
+    """Build a CLIP whose image tower has the weights of the BLIP at `path`."""
     blip = BlipForImageTextRetrieval.from_pretrained(path).float()
     tower, tokenizer = blip.config.vision_config, processor.tokenizer
     same = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -96,7 +96,7 @@ def start_from(path, processor: CLIPProcessor) -> CLIPModel:
             weights |= {name.replace("qkv", f"{kind}_proj"): part for kind, part in zip("qkv", tensor.chunk(3))}
         else:
             weights[name.replace("self_attn.projection", "self_attn.out_proj")] = tensor
-    # CLIP's patches have no bias: it goes to the patches' positions.
+    # CLIP's patch embedding has no bias: add it to the position embeddings.
     positions = weights.pop("embeddings.position_embedding")[0]
     positions[1:] += weights.pop("embeddings.patch_embedding.bias")
     weights["embeddings.position_embedding.weight"] = positions
@@ -104,19 +104,19 @@ def start_from(path, processor: CLIPProcessor) -> CLIPModel:
     missing, unexpected = model.vision_model.load_state_dict(weights, strict=False)
     assert not unexpected and all("pre_layrnorm" in name for name in missing), (missing, unexpected)
     with torch.no_grad():
-        # BLIP has no norm here: this one leaves states about as large as they are.
+        # BLIP has no norm here: initialise this one so that hidden states keep about the same scale.
         scenes = ds.draw_scenes(8, "train", np.random.default_rng(0))
         states = model.vision_model.embeddings(to_pixels(scenes.images, processor.image_processor))
         model.vision_model.pre_layrnorm.weight.fill_(states.std(dim=-1).mean())
         model.visual_projection.weight.copy_(blip.vision_proj.weight)
-    model.set_attn_implementation({"vision_config": "eager"})  # whose maps are looked at
+    model.set_attn_implementation({"vision_config": "eager"})  # training reads the attention maps
     return model
 
 
 def encode_images(model: CLIPModel, pixels, is_digit, rng):
-    """Image features (S, E) of what is left when patches without a digit are dropped at random.
+    """Return image features (S, E), computed while patches without a digit are dropped at random.
 
-    Beside them, how far the class token's attention is from the scene's digits, the mean over layers.
+    Also returns how far the class token's attention is from the scene's digits, averaged over layers.
     """
     tower, maps = model.vision_model, []
     states = tower.embeddings(pixels)
@@ -140,7 +140,7 @@ def encode_images(model: CLIPModel, pixels, is_digit, rng):
 
 
 def pair_loss(model, processor, batch_size, rng):
-    """One caption of every scene, contrasted with those of the others."""
+    """Compute the contrastive loss of one caption per scene against those of the other scenes."""
     scenes = ds.draw_scenes(batch_size, "train", rng)
     sides = rng.integers(0, 4, batch_size)
     captions = [ds.describe_from_all_sides(scenes, i)[side] for i, side in enumerate(sides)]
@@ -178,7 +178,7 @@ def main():
             args,
             say,
         )
-        processor.tokenizer.backend_tokenizer.no_padding()  # as training has last padded is nobody's default
+        processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
         processor.save_pretrained(args.output_dir)
         model.set_attn_implementation("sdpa")
         model.half().save_pretrained(args.output_dir)

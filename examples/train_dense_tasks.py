@@ -1,8 +1,9 @@
 """Train the tiny dense BLIPs for visual reasoning, captioning and retrieval, from the one for question answering.
 
-As BLIP's own fine-tuned models start from one that was trained on much: its vision tower and its text encoder go on,
-here on digit scenes drawn afresh at every step. As in the last stage of `train_dense_blip.py`, the class token is held
-to look at the digits, while patches without a digit are dropped at random.
+BLIP's own fine-tuned models start from a pretrained one; likewise, the vision tower and text encoder of the question
+answering model are trained further here, on digit scenes drawn anew at every step. As in the last stage of
+`train_dense_blip.py`, the class token is trained to attend to the digits, while patches without a digit are dropped at
+random.
 
     python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits
 """
@@ -32,21 +33,14 @@ from madtp_hf.tasks import TASKS
 NEW_WORDS = "both only neither all an of picture".split()
 PROMPT = "a picture of"
 NUM_QUESTIONS = 3  # about each pair of scenes
-NUM_TOKENS = (
-    11,
-    21,
-    31,
-    41,
-    61,
-    81,
-    101,
-)  # that thinned images keep: few numbers, for a CPU's kernels are made anew for each shape
-# What is saved: transformers' own model where it has one.
+# Token counts after random dropping; only a few, since a CPU's kernels are prepared anew for each shape.
+NUM_TOKENS = (11, 21, 31, 41, 61, 81, 101)
+# The classes to save: transformers' own model where it has one.
 DENSE = {"captioning": BlipForConditionalGeneration, "retrieval": BlipForImageTextRetrieval}
 
 
 def extend_processor(processor: BlipProcessor) -> BlipProcessor:
-    """The processor with the words that statements and captions use besides."""
+    """Add the further words of statements and captions to the processor's vocabulary."""
     words = sorted(processor.tokenizer.get_vocab(), key=processor.tokenizer.get_vocab().get)
     special = words[-2:]  # [DEC] and [ENC] stay last
     vocab = [*words[:-2], *(word for word in NEW_WORDS if word not in words), *special]
@@ -60,8 +54,10 @@ def extend_processor(processor: BlipProcessor) -> BlipProcessor:
 
 
 def start_from(path, task: str):
-    """The task's model, with pruning off, its processor, and the decoder of the question answering model at `path`
-    with its tokenizer."""
+    """Build the task's model, with pruning off, and its processor from the question answering model at `path`.
+
+    Also returns that model's decoder and tokenizer.
+    """
     trained = DenseBlip.from_pretrained(path)
     old = BlipProcessor.from_pretrained(path)
     processor = extend_processor(old)
@@ -70,7 +66,7 @@ def start_from(path, task: str):
     fields.pop("model_type")
     fields["text_config"].update(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
     fields["image_text_hidden_size"] = 64
-    # As the original BLIP: a text that meets an image begins with a token of its own.
+    # As in the original BLIP, a text with cross-attention to an image begins with [ENC].
     config = MadtpBlipConfig(**fields, encoder_token_id=tokenizer.convert_tokens_to_ids("[ENC]"))
     model = TASKS[task].model_class(config)
 
@@ -95,11 +91,10 @@ def start_from(path, task: str):
 
 
 def encode_images(vision_model, pixels, is_digit, rng):
-    """The vision tower on what is left when patches without a digit are dropped at random: all but a number drawn anew
-    each time.
+    """Encode images from which patches without a digit are dropped at random, down to a random number of tokens.
 
-    Returns the tower's output, L tokens of each image, and how far the class token's attention, in each layer, is from
-    the scene's digits.
+    Returns the tower's output, L tokens for each image, and how far the class token's attention is from the scene's
+    digits, averaged over layers.
     """
     states = vision_model.embeddings(pixels)
     kept = int(rng.choice(NUM_TOKENS))
@@ -133,12 +128,11 @@ def digit_patches(scenes) -> torch.Tensor:
 
 
 def statement_loss(model, processor, batch_size, rng, answerer):
-    """A statement of every kind about every pair of scenes, and a few questions; a pair is encoded once for all of
-    them.
+    """Compute the loss of statements of every kind about every pair of scenes, and of a few questions.
 
-    A statement's truth is one bit, too little to learn from scratch what the words point at. The questions, "left
-    image: how many sevens are there?", are answered from the same states by the question answering model's decoder,
-    which goes when training ends.
+    A pair is encoded once for all of them. A statement's truth is one bit, too little to learn from scratch what the
+    words refer to. The questions ("left image: how many sevens are there?") are answered from the same hidden states
+    by the question answering model's decoder, which is discarded after training.
     """
     pairs = ds.draw_pairs(batch_size, "train", rng)
     kinds = ds.STATEMENT_KINDS
@@ -178,7 +172,7 @@ def statement_loss(model, processor, batch_size, rng, answerer):
 
 
 def caption_loss(model, processor, batch_size, rng, answerer):
-    """All four captions of every scene."""
+    """Compute the loss of all four captions of every scene."""
     scenes = ds.draw_scenes(batch_size, "train", rng)
     captions = [f"{PROMPT} {c}" for i in range(batch_size) for c in ds.describe_from_all_sides(scenes, i)]
     ids, labels = answer_ids(processor.tokenizer, captions)
@@ -188,7 +182,7 @@ def caption_loss(model, processor, batch_size, rng, answerer):
     states = images.hidden_states
     logits = model.text_decoder(input_ids=ids, encoder_hidden_states=states.repeat_interleave(4, dim=0)).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    # The word behind "digits from the" is anybody's guess; those behind it are not.
+    # The word after "digits from the" can't be predicted; those after it can.
     counted = labels[:, 1:] != -100
     counted[:, : 3 + len(PROMPT.split())] = False
     right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].float().mean()
@@ -196,8 +190,7 @@ def caption_loss(model, processor, batch_size, rng, answerer):
 
 
 def retrieval_loss(model, processor, batch_size, rng, answerer):
-    """One caption of every scene, contrasted with those of the others; matched with its own and with hard
-    negatives."""
+    """Compute the contrastive loss of one caption per scene, and the matching loss with it and hard negatives."""
     from madtp_hf.modeling.retrieval_loss import contrastive_loss
 
     scenes = ds.draw_scenes(batch_size, "train", rng)
@@ -225,12 +218,11 @@ LOSSES = {"nlvr2": statement_loss, "captioning": caption_loss, "retrieval": retr
 
 
 def save(model, processor, task: str, folder) -> None:
-    """Write transformers' own dense model where it has one of the task, in half precision, as large
-    checkpoints are."""
-    processor.tokenizer.backend_tokenizer.no_padding()  # as training has last padded is nobody's default
+    """Save transformers' own dense model if it has one for the task, in half precision, as for large checkpoints."""
+    processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
     processor.save_pretrained(folder)
     if task in DENSE:
-        # encoder_token_id stays in the configuration, for `from_blip` to take over.
+        # `encoder_token_id` stays in the configuration, so that `from_blip` takes it over.
         ours = ("model_type", "auto_map", "architectures")
         fields = {name: value for name, value in model.config.to_dict().items() if name not in ours}
         dense = DENSE[task](DenseBlip.config_class(**fields))
@@ -239,7 +231,7 @@ def save(model, processor, task: str, folder) -> None:
     else:
         dense = model
     dense.half().save_pretrained(folder)
-    # The installed package loads what is ours: the folder holds no code, so its configuration must refer to none.
+    # The installed package loads our classes: the folder holds no code, so its configuration must not refer to any.
     for code in Path(folder).glob("*.py"):
         code.unlink()
     path = Path(folder, "config.json")
@@ -250,7 +242,7 @@ def save(model, processor, task: str, folder) -> None:
 
 @contextlib.contextmanager
 def opened_log(args):
-    """A function that prints a record and writes it to the output folder's train.log, the arguments first."""
+    """Yield a function that prints a record and writes it to the output folder's train.log, after the arguments."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
     with open(args.output_dir / "train.log", "w") as log:
@@ -265,8 +257,10 @@ def opened_log(args):
 
 
 def train(parameters: list, draw_loss, args, say) -> None:
-    """Train for `args.steps` steps; `draw_loss()` gives a new batch's loss, how far the class token is from the
-    digits, and what is right."""
+    """Train for `args.steps` steps.
+
+    `draw_loss()` returns a new batch's loss, how far the class token's attention is from the digits, and the accuracy.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     scheduler = schedule(optimizer, args.steps)
     average = None

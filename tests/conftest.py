@@ -27,7 +27,7 @@ from .helpers.loopback_hub import LoopbackHub
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)  # the models are small: more threads only wait for each other
+torch.set_num_threads(1)  # the models are small: more threads would only wait for each other
 WORDS = "is there a seven three how many sevens are which digit leftmost yes no".split()
 WORDS += "one two what color red of the image".split()
 
@@ -42,14 +42,14 @@ def seed():
 
 @pytest.fixture(params=["cpu path", "device path"])
 def path(request, monkeypatch):
-    """Runs a test twice: as a CPU does it, part by part, and as other devices do, all at once."""
+    """Run a test twice: on the CPU's path, part by part, and on other devices' path, all at once."""
     monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", request.param == "cpu path")
     return request.param
 
 
 @pytest.fixture
 def device_path(monkeypatch):
-    """Takes the path of other devices, on the CPU."""
+    """Use the path of other devices on the CPU."""
     monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", False)
 
 
@@ -86,7 +86,7 @@ def blip_config(**overrides) -> BlipConfig:
 
 
 def make_blip(**overrides) -> BlipForQuestionAnswering:
-    """A small random BLIP whose tokens differ from one another, as trained ones do."""
+    """Build a small random BLIP whose tokens differ from one another, as in trained models."""
     torch.manual_seed(1)
     return BlipForQuestionAnswering(blip_config(**overrides)).eval()
 
@@ -102,12 +102,12 @@ def model(blip):
 
 
 def make_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Tensor]:
-    """Questions of the given lengths, padded on the right, an image for each of them, and answers."""
+    """Return questions of the given lengths, padded on the right, an image for each of them, and answers."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids = torch.randint(4, 38, (len(lengths), longest), generator=generator)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-    # Images of different busyness, so that samples keep different numbers of tokens.
+    # Images of different contrast, so that samples keep different token counts.
     scale = torch.linspace(0.3, 2.0, len(lengths))[:, None, None, None]
     return {
         "input_ids": ids * mask,
@@ -118,7 +118,7 @@ def make_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Ten
 
 
 def one_sample(inputs, index, sequences=("input_ids", "attention_mask")):
-    """Row `index` of a batch, by itself and without the padding of its `sequences`."""
+    """Return row `index` of a batch alone, without the padding of its `sequences`."""
     length = int(inputs["attention_mask"][index].sum())
     sample = {name: value[index : index + 1] for name, value in inputs.items()}
     for name in sequences:
@@ -126,11 +126,11 @@ def one_sample(inputs, index, sequences=("input_ids", "attention_mask")):
     return sample
 
 
-# The same for each of the four tasks.
+# The same for each of the four tasks
 
 
 def make_caption_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Tensor]:
-    """Captions that begin with the start token; the word behind it is a prompt, and not learned."""
+    """Return captions that begin with the start token; the word after it is a prompt, which is not learned."""
     inputs = make_inputs(lengths, seed, image_size)
     inputs["input_ids"][:, 0] = 38
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -139,7 +139,7 @@ def make_caption_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, t
 
 
 def make_pair_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str, torch.Tensor]:
-    """Sentences about two images: the busier the left one, the calmer the right one."""
+    """Return sentences about two images; the higher the left image's contrast, the lower the right one's."""
     inputs = make_inputs(lengths, seed, image_size)
     right = make_inputs(lengths, seed + 100, image_size)["pixel_values"].flip(0)
     inputs["pixel_values"] = torch.stack([inputs["pixel_values"], right], dim=1)
@@ -154,11 +154,11 @@ def make_retrieval_inputs(lengths=(9, 5, 7), seed=0, image_size=48) -> dict[str,
 
 class Task(NamedTuple):
     model_class: type
-    blip_class: type  # transformers' model that it is made from
+    blip_class: type  # transformers' model that ours is made from
     make_inputs: Callable
-    scores: str  # the output that an answer is read from
-    to_train: dict = {}  # what `forward` takes besides the inputs to give a loss
-    sequences: tuple = ("input_ids", "attention_mask")  # the inputs that are as long as the text
+    scores: str  # the output from which an answer is read
+    to_train: dict = {}  # additional arguments with which `forward` returns a loss
+    sequences: tuple = ("input_ids", "attention_mask")  # the inputs with the text's length
 
 
 TASKS = {
@@ -182,8 +182,10 @@ TASKS = {
 
 
 def padded_otherwise(inputs, task):
-    """The inputs with the padding in front of the texts, and with more of it behind; for captions, the latter
-    alone."""
+    """Return the inputs with padding on the left of the texts, and with more padding on the right.
+
+    For captions, only the latter.
+    """
     names = TASKS[task].sequences
     lengths = inputs["attention_mask"].sum(1).tolist()
     left, longer = dict(inputs), dict(inputs)
@@ -195,13 +197,13 @@ def padded_otherwise(inputs, task):
 
 
 def make_task_blip(task, **overrides):
-    """transformers' BLIP for a task, small and random."""
+    """Build transformers' BLIP for a task, small and random."""
     torch.manual_seed(1)
     return TASKS[task].blip_class(blip_config(initializer_range=0.2, **overrides)).eval()
 
 
 def make_task_model(task, config_overrides=None, **overrides):
-    """A small random model of ours; for NLVR2, what transformers' BLIP doesn't have is random as well."""
+    """Build a small random model of ours; for NLVR2, the parts that transformers' BLIP lacks are random as well."""
     blip = make_task_blip(task, **overrides)
     model = TASKS[task].model_class.from_blip(blip, **{"num_alignment_tokens": 12, **(config_overrides or {})})
     if task == "nlvr2":
@@ -226,13 +228,11 @@ def processor():
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_cache(tmp_path_factory):
-    """Where the code of checkpoints goes that this process loads: one folder for all tests, as Python looks where it
-    found the first.
-    """
+    """Keep the code of loaded checkpoints in one folder for all tests: Python looks where it found the first."""
     folder = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)  # before the user's own, which some import has put there already
+        patch.syspath_prepend(folder)  # before the user's own, which an import may have added already
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
             patch.delitem(sys.modules, name)
         yield
@@ -240,8 +240,9 @@ def modules_cache(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of our own that huggingface_hub, in this process, takes for the real one. No token is stored: pass
-    `token="hf_alice"`.
+    """Start a local hub that huggingface_hub, in this process, uses as the real one.
+
+    No token is stored: pass `token="hf_alice"`.
     """
     from huggingface_hub import constants
 
@@ -259,8 +260,8 @@ def hub(monkeypatch, tmp_path):
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
     }.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, with the endpoint of then
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # as well; peft asks it whether a file exists
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # holds the endpoint of its creation
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # peft uses it to check whether a file exists
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     yield hub

@@ -1,9 +1,10 @@
-"""Holds a frozen checkpoint against what was recorded with it, with torch, transformers and Pillow alone: no madtp_hf,
-no pytest, no network.
+"""Check a frozen checkpoint against its recorded outputs, without madtp_hf, pytest or network.
+
+It needs only torch, transformers and Pillow.
 
 python tests/helpers/check_checkpoint.py tests/fixtures/checkpoint-v0.1.0
 
-prints a line a check, "passed" or the error, and last all of them as JSON; the exit code is 1 if one failed.
+prints one line per check, "passed" or the error, and finally all of them as JSON; the exit code is 1 if one failed.
 """
 
 import json
@@ -29,14 +30,14 @@ def _forward(model, inputs: dict, *names: str) -> dict:
 
 @contextmanager
 def _at_another_budget(model):
-    """Leave the model at the threshold that it had; version 0.1.0 knew no factor on it."""
+    """Run at another threshold, then restore the model's own; version 0.1.0 had no threshold factor."""
     temperature, factor = model.config.pruning_temperature, getattr(model.config, "pruning_threshold_factor", 1.0)
     yield
     model.set_pruning(temperature=temperature, **({"factor": factor} if factor != 1 else {}))
 
 
 def pruned(model, inputs: dict) -> dict:
-    """As the checkpoint comes."""
+    """Return the outputs with the checkpoint's own settings."""
     return _forward(model, inputs, "logits", "loss", "vision_tokens", "text_tokens")
 
 
@@ -61,8 +62,9 @@ def generate(model, inputs: dict) -> dict:
 
 
 def train_step(model, inputs: dict) -> dict:
-    """The norm of all gradients, and the loss after a step of plain descent; the recorded models have no dropout. The
-    model is left as it was.
+    """Return the norm of all gradients, and the loss after a step of plain gradient descent.
+
+    The recorded models have no dropout. The model is left unchanged.
     """
     import torch
 
@@ -82,7 +84,7 @@ RECORDED = {function.__name__: function for function in (pruned, pruned_more, pr
 
 
 def ask(pipeline) -> list[dict]:
-    """A pipeline's likeliest answers about an image that is the same everywhere, and not flat."""
+    """Return a pipeline's top answers about a fixed image that is not uniform."""
     from PIL import Image
 
     image = Image.linear_gradient("L").resize((48, 48)).convert("RGB")
@@ -90,8 +92,9 @@ def ask(pipeline) -> list[dict]:
 
 
 def compare(found: dict, recorded: dict, name: str) -> None:
-    """Raise an `AssertionError` unless these are the tensors recorded as `name`: numbers to 1e-4, counts and ids
-    exactly.
+    """Raise an `AssertionError` unless these tensors equal those recorded as `name`.
+
+    Floats are compared to 1e-4, counts and ids exactly.
     """
     import torch
 
@@ -103,14 +106,14 @@ def compare(found: dict, recorded: dict, name: str) -> None:
 
 
 def compare_answers(found: list[dict], recorded: list[dict]) -> None:
-    """The same of a pipeline's answers."""
+    """Compare a pipeline's answers with the recorded ones in the same way."""
     assert [answer["answer"] for answer in found] == [answer["answer"] for answer in recorded], (found, recorded)
     for one, other in zip(found, recorded):
         assert abs(one["score"] - other["score"]) < TOLERANCE, (found, recorded)
 
 
 def load_whole(model_class, folder: Path, **options):
-    """The model, once it is sure that every tensor found its place."""
+    """Load the model and check that no key is missing or unexpected."""
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     amiss = {name: keys for name, keys in info.items() if name.endswith("_keys") and keys}
     assert not amiss, amiss
@@ -118,7 +121,7 @@ def load_whole(model_class, folder: Path, **options):
 
 
 def main(folder: Path) -> int:
-    sys.modules["madtp_hf"] = None  # makes its import fail
+    sys.modules["madtp_hf"] = None  # makes importing it fail
     os.environ["HF_HUB_OFFLINE"] = "1"
     scratch = tempfile.TemporaryDirectory(prefix="madtp-hf-")
     os.environ["HF_MODULES_CACHE"] = str(Path(scratch.name, "modules"))
@@ -157,7 +160,7 @@ def main(folder: Path) -> int:
         try:
             check()
             found[name] = "passed"
-        except Exception as error:  # whatever another version raises: the other checks are still to be made
+        except Exception as error:  # another version may raise anything; the other checks must still run
             if not loaded and name not in ("load", "pipeline"):
                 found[name] = "not run, nothing was loaded"
             else:

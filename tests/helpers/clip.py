@@ -6,7 +6,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from madtp_hf import MadtpClipModel
 
 
-START, END = 96, 97  # of text; END is the highest id, as in CLIP's vocabulary
+START, END = 96, 97  # START and END of text; END is the highest id, as in CLIP's vocabulary
 
 
 def clip_config(text_config=None, vision_config=None, **overrides) -> CLIPConfig:
@@ -37,7 +37,7 @@ def clip_config(text_config=None, vision_config=None, **overrides) -> CLIPConfig
 
 
 def make_clip(**overrides) -> CLIPModel:
-    """A small random CLIP whose tokens differ from one another, as trained ones do."""
+    """Build a small random CLIP whose tokens differ from one another, as in trained models."""
     torch.manual_seed(1)
     model = CLIPModel(clip_config(**overrides)).eval()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def make_clip_model(config_overrides=None, **overrides) -> MadtpClipModel:
 
 
 def make_texts(lengths=(9, 5, 7), width=None, pad=0, seed=0) -> torch.Tensor:
-    """Texts of these lengths, start and end included, padded on the right to `width` or the longest."""
+    """Return texts of these lengths, with start and end tokens, padded on the right to `width` or the longest."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((len(lengths), width or max(lengths)), pad)
     for row, length in zip(ids, lengths):
@@ -64,7 +64,7 @@ def make_texts(lengths=(9, 5, 7), width=None, pad=0, seed=0) -> torch.Tensor:
 
 
 def make_clip_inputs(lengths=(9, 5, 7), seed=0, image_size=48, width=None, pad=0) -> dict[str, torch.Tensor]:
-    """Texts, their masks, and images of different busyness, so that samples keep different numbers of tokens."""
+    """Return texts, their masks, and images of different contrast, so that samples keep different token counts."""
     ids = make_texts(lengths, width, pad, seed)
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(0.3, 2.0, len(lengths))[:, None, None, None]
@@ -76,7 +76,7 @@ def make_clip_inputs(lengths=(9, 5, 7), seed=0, image_size=48, width=None, pad=0
 
 
 def make_clip_processor() -> CLIPProcessor:
-    """A tokenizer of single letters with as many words as the small models have, and images of 48 x 48 pixels."""
+    """Build a processor for the small models: a tokenizer of single letters and 48 x 48 pixel images."""
     letters = "abcdefghijklmnopqrstuvwxyz.,?"
     words = [*letters, *(f"{letter}</w>" for letter in letters)]
     words += [f"<|unused{index}|>" for index in range(START - len(words))] + ["<|startoftext|>", "<|endoftext|>"]

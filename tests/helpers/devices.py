@@ -1,6 +1,6 @@
-"""Finds tensors that are made on the default device instead of on that of the inputs.
+"""Find tensors that are created on the default device instead of the inputs' device.
 
-On a machine with a CPU alone such a tensor is no error. `with no_default_device():` makes it one.
+On a machine with only a CPU such a tensor raises no error. `with no_default_device():` makes it raise one.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def _is_on_a_device(value) -> bool:
-    """Whether `value` is a tensor, or an array of a library that torch takes the device from."""
+    """Return whether `value` is a tensor, or another library's array from which torch takes the device."""
     return isinstance(value, torch.Tensor) or hasattr(value, "__cuda_array_interface__")
 
 
@@ -44,19 +44,19 @@ FACTORIES = {
         torch.zeros,
     )
 }
-# These take the device of a tensor that they are given.
+# These take the device of a tensor argument.
 CONVERSIONS = {function: function.__name__ for function in (torch.as_tensor, torch.asarray, torch.tensor)}
 
 PASSED = ("torch", "transformers", "accelerate", "peft")
 
 
 class no_default_device(TorchFunctionMode):
-    """A context in which a factory call without `device` is a `RuntimeError` that names the function and the caller.
+    """A context in which a factory call without `device` raises a `RuntimeError` that names function and caller.
 
-    `torch.tensor`, `as_tensor` and `asarray` of a tensor pass: they stay on its device. So do `zeros_like`,
-    `new_zeros` and the like, and `normal(mean_tensor, ...)`. A call with `device=None` is a call without one.
-    Calls from the modules of `PASSED` pass: their code is not ours to mend. What a checkpoint brings along is in
-    `transformers_modules`, and does not pass.
+    `torch.tensor`, `as_tensor` and `asarray` of a tensor are allowed, since they stay on its device. So are
+    `zeros_like`, `new_zeros` and the like, and `normal(mean_tensor, ...)`. A call with `device=None` counts as a call
+    without `device`. Calls from the modules in `PASSED` are allowed, since that code is not ours. The code of a
+    checkpoint, in `transformers_modules`, is not exempt.
     """
 
     def __torch_function__(self, function: Callable, types, args=(), kwargs=None):

@@ -1,6 +1,4 @@
-"""A training that dies where it is told to. Not a test by itself: `tests/test_resuming.py` runs it in processes of its
-own.
-"""
+"""A training that kills itself at a given point. `tests/test_resuming.py` runs it in separate processes."""
 
 import os
 import signal
@@ -17,7 +15,7 @@ from madtp_hf.data import QuestionAnsweringCollator
 from ..conftest import make_blip, make_processor
 
 
-SAVE_STEPS = 4  # 6 steps are an epoch: training is resumed inside of epochs
+SAVE_STEPS = 4  # an epoch has 6 steps, so training resumes within epochs
 STEPS = 18
 
 
@@ -47,10 +45,10 @@ class Death(TrainerCallback):
 
 
 def train(folder, resume=False, step=None, saving=None, **settings):
-    """Everything that is drawn while training: order, answers, dropout, targets. Dies after a `step`, or half-way
-    through `saving` at a step.
+    """Train with everything that is drawn at random: order, answers, dropout, targets.
 
-    resume: as `Trainer.train` takes it, or "last_checkpoint". What there is to compare goes to `folder`/final.pt.
+    The process dies after `step`, or half-way through `saving` at a step. `resume` is passed to `Trainer.train`, or is
+    "last_checkpoint". The values to compare are written to `folder`/final.pt.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -89,7 +87,7 @@ def train(folder, resume=False, step=None, saving=None, **settings):
     with mock.patch.object(Trainer, "_save_optimizer_and_scheduler", save_or_die):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last_checkpoint" else resume)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReductionCallback))
-    metrics = [trainer.evaluate()["eval_loss"]]  # at the temperature of the largest target
+    metrics = [trainer.evaluate()["eval_loss"]]  # at the threshold of the largest target
     history = trainer.state.log_history
     for name in ("loss", "reduction", "pruning_temperature", "learning_rate"):
         metrics.append([entry[name] for entry in history if name in entry])

@@ -1,13 +1,11 @@
-"""A small model hub on 127.0.0.1 that the unmodified huggingface_hub client works against, uploads and downloads
-alike.
+"""A small model hub on 127.0.0.1 for the unmodified huggingface_hub client, with uploads and downloads.
 
-    hub = LoopbackHub({"hf_alice": ("alice", "org")})  # a token; its user's namespace, and others
+    hub = LoopbackHub({"hf_alice": ("alice", "org")})  # a token, its user's namespace, and other namespaces
     hub.start()
     HfApi(endpoint=hub.url, token="hf_alice").create_repo("org/model")
 
-Repositories are held in memory, models by their names and Spaces as "spaces/name"; a commit is a snapshot of all
-files. What is large goes through LFS; Xet is not
-spoken: set HF_HUB_DISABLE_XET.
+Repositories are held in memory, models under their names and Spaces as "spaces/name"; a commit is a snapshot of all
+files. Large files use LFS. Xet is not supported: set HF_HUB_DISABLE_XET.
 """
 
 import base64
@@ -30,7 +28,7 @@ class File(NamedTuple):
 
     @property
     def oid(self) -> str:
-        """As git names it, or, of a large file, its SHA-256."""
+        """Return git's object id or, for a large file, its SHA-256."""
         if self.is_lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -55,7 +53,7 @@ class Repository:
         self.commits: dict[str, Commit] = {}
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
-        # As on the real one, a repository is never without a commit.
+        # As on the real hub, a repository always has a commit.
         self.commit("main", "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)})
 
     def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
@@ -69,7 +67,7 @@ class Repository:
         return self.commits.get(self.branches.get(revision) or self.tags.get(revision) or revision)
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """Newest first."""
+        """Return the commits, newest first."""
         commits, commit = [], self.find(revision)
         while commit is not None:
             commits.append(commit)
@@ -87,9 +85,9 @@ class LoopbackHub:
         self.tokens = tokens
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
-        self.requests: list[str] = []  # "METHOD /path" of each, in order
-        # Faults: the numbers of the uploads of large files that are to fail, counted from 1, and files to be served
-        # cut in half.
+        self.requests: list[str] = []  # "METHOD /path" of each request, in order
+        # Faults to inject: the numbers of the large-file uploads that fail, counted from 1, and files that are served
+        # truncated to half.
         self.failing_uploads: set[int] = set()
         self.truncated_files: set[tuple[str, str]] = set()  # (repo_id, path)
         self.uploads = 0
@@ -171,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        """Those that the request's token may read and write all of; none without a token."""
+        """Return the namespaces that the request's token can read and write; none without a token."""
         if self.token is None:
             return ()
         if self.token not in self.hub.tokens:
@@ -182,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(repo_id)
         is_member = repo_id.removeprefix("spaces/").partition("/")[0] in self.namespaces
         if repository is None or (repository.private and not is_member):
-            # Whether it is there is not for everyone to know.
+            # Don't reveal whether a private repository exists.
             raise Refusal(404 if self.token else 401, "Repository not found", "RepoNotFound")
         if write and not is_member:
             raise Refusal(403, f"Forbidden: pass a token with write access to {repo_id}")
@@ -194,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    # Each answers with a status, a content and, where there is need, headers.
+    # Each method returns a status, a content and, if needed, headers.
 
     def whoami(self):
         if not self.namespaces:
@@ -291,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.sha}
         file = commit.files.get(path)
         if file is None:
-            # Whoever asks is told the commit all the same, and remembers that it has no such file.
+            # The commit is returned even so; clients use it to cache that the file doesn't exist.
             return 404, {"error": "Entry not found"}, {**headers, "X-Error-Code": "EntryNotFound"}
         headers |= {"ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
         if file.is_lfs:
@@ -369,8 +367,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def card_problems(content: str) -> list[str]:
-    """What keeps the metadata of a model card from being taken: the client's own parser says so, and what the real hub
-    asks for besides.
+    """Return the problems for which the hub rejects a model card's metadata.
+
+    They come from the client's own parser and from the real hub's further requirements.
     """
     header = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
     if header is None:
@@ -379,7 +378,7 @@ def card_problems(content: str) -> list[str]:
         data = yaml.safe_load(header[1])
         ModelCard(content)
         if isinstance(data, dict) and "model-index" in data:
-            # A malformed list of results is only logged about where a card is read.
+            # Loading a card only logs a malformed list of results: check it here.
             model_index_to_eval_results(data["model-index"])
     except Exception as error:
         return [f"Invalid YAML metadata: {type(error).__name__} {error}"]
@@ -399,7 +398,7 @@ def card_problems(content: str) -> list[str]:
 
 
 def space_problems(content: str) -> list[str]:
-    """What keeps the header of a Space's README.md from being taken: what its page and its build are made from."""
+    """Return the problems of the header of a Space's README.md, which configures its page and its build."""
     header = re.match(r"\s*---\r?\n(.*?)\r?\n---", content, re.DOTALL)
     data = yaml.safe_load(header[1]) if header else None
     if not isinstance(data, dict):

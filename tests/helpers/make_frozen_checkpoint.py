@@ -1,12 +1,12 @@
-"""Writes tests/fixtures/checkpoint-v<version>: a tiny checkpoint as this version saves it, with its code, and its
-outputs.
+"""Write tests/fixtures/checkpoint-v<version>: a tiny checkpoint saved by this version, with its code and outputs.
 
-Run it once a release, from the repository's root, and commit what it writes:
+Run it once per release, from the repository's root, and commit the result:
 
     python -m tests.helpers.make_frozen_checkpoint
 
-It makes only the folder of a new version. A folder that is there keeps its own code and weights for good: beside it,
-`checkpoint-v<version>.sha256` has the hash of each file, and a test compares them. Later versions have to load it.
+It only creates the folder of a new version. Existing folders keep their own code and weights permanently:
+`checkpoint-v<version>.sha256` beside each folder has the hash of each file, and a test compares them. Later versions
+must load them.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def hashes(folder: Path) -> str:
-    """A line a file, as `sha256sum *` in the folder prints it."""
+    """Return one line per file, as `sha256sum *` prints it in the folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
 
 
 def write(folder: Path) -> None:
-    """The checkpoint, its outputs and, beside the folder, its hashes."""
+    """Write the checkpoint, its outputs and, beside the folder, its hashes."""
     folder.mkdir(parents=True)
     small = {"hidden_size": 16, "intermediate_size": 32}
     blip = make_blip(text_config={**small, "num_hidden_layers": 2}, vision_config=small)

@@ -1,8 +1,7 @@
-"""A few steps with parameters sharded over two processes by torch's `fully_shard` (FSDP2), layer by layer. Not a test
-by itself: `tests/test_sharded_training.py` runs it under torchrun with two processes, and its functions with
-one, and compares.
+"""Train a few steps with parameters sharded over two processes by torch's `fully_shard` (FSDP2), layer by layer.
 
-Not by `Trainer(fsdp=True)`: on CPUs accelerate passes that over, and trains with copies of the model (DDP).
+`tests/test_sharded_training.py` runs it under torchrun with two processes, calls its functions with one, and compares.
+It doesn't use `Trainer(fsdp=True)`: on CPUs accelerate ignores that and trains with copies of the model (DDP).
 """
 
 import sys
@@ -19,28 +18,24 @@ from ..conftest import TASKS, make_task_model
 
 
 STEPS = 3
-TASK_NAMES = (
-    "vqa",
-    "captioning",
-    "nlvr2",
-)  # retrieval's negatives are of all processes; its loss is no mean of theirs
+# Without retrieval: its negatives come from all processes, so its loss is not the mean of the processes' losses.
+TASK_NAMES = ("vqa", "captioning", "nlvr2")
 
 
 def make_batches(task):
     batches = [TASKS[task].make_inputs((8,) * 8, seed=seed) for seed in range(STEPS)]
     for batch in batches:
-        batch["attention_mask"][::3, 5:] = (
-            0  # texts of different lengths; but answers and captions, whose means are averaged, of one
-        )
+        # Vary the lengths of texts, but not of answers and captions, whose means over tokens are averaged.
+        batch["attention_mask"][::3, 5:] = 0
     return batches
 
 
 def train(task, processes: int, rank: int = 0) -> dict:
-    """What there is to compare."""
+    """Train and return the values to compare."""
     model = make_task_model(task, {"alignment_dim": 8})
     if processes > 1:
         mesh = init_device_mesh("cpu", (processes,))
-        # Without the embeddings: the decoder's words are tied to what it writes with, outside of them.
+        # Don't shard the embeddings: the decoder's output weights, outside of them, are tied to the word embeddings.
         names = set(model._no_split_modules) - {"BlipTextEmbeddings"}
         layers = [module for module in model.modules() if type(module).__name__ in names]
         for module in (*layers, model):

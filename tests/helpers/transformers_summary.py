@@ -1,4 +1,4 @@
-"""A pytest plugin that ends a run of `test_transformers_mixins.py` with a table of outcomes by class."""
+"""A pytest plugin that ends a run of `test_transformers_mixins.py` with a table of outcomes per class."""
 
 from collections import Counter
 

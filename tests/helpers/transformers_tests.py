@@ -1,10 +1,10 @@
-"""Fetches and imports the common model tests of the installed transformers.
+"""Fetch and import the common model tests of the installed transformers.
 
 python tests/helpers/transformers_tests.py
 
-downloads the source distribution of the installed transformers with pip, as the wheel has no tests, and keeps the top
-level of its `tests/` in `${XDG_CACHE_HOME:-~/.cache}/madtp_hf/transformers-<version>`, with `parameterized`, which
-those tests import.
+downloads the source distribution of the installed transformers with pip, since the wheel has no tests, and keeps the
+top level of its `tests/` in `${XDG_CACHE_HOME:-~/.cache}/madtp_hf/transformers-<version>`, together with
+`parameterized`, which those tests import.
 """
 
 import importlib
@@ -21,9 +21,9 @@ from types import ModuleType
 import transformers
 
 
-PACKAGE = "transformers_tests"  # `tests` is this package's own
+PACKAGE = "transformers_tests"  # `tests` is the name of this package's own tests
 MODULES = ("test_modeling_common", "test_configuration_common")
-# What the fetched files import and the source distribution leaves out: only files directly in `tests/` are in it.
+# Modules that the fetched files import but the source distribution, with only the files directly in `tests/`, lacks.
 ABSENT = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
@@ -34,7 +34,7 @@ ABSENT = {
 
 
 def cache_folder() -> Path:
-    """Where the tests of the installed transformers are kept."""
+    """Return the folder that keeps the tests of the installed transformers."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "madtp_hf" / f"transformers-{transformers.__version__}"
 
@@ -44,7 +44,7 @@ def is_fetched() -> bool:
 
 
 def fetch() -> Path:
-    """Download the tests into the cache, unless they are there; returns the folder."""
+    """Download the tests into the cache unless they are there; return the folder."""
     folder = cache_folder()
     if is_fetched():
         return folder
@@ -91,7 +91,7 @@ def load() -> tuple[ModuleType, ModuleType]:
             sys.modules[f"{PACKAGE}.{name}"] = ModuleType(f"{PACKAGE}.{name}")
             vars(sys.modules[f"{PACKAGE}.{name}"]).update(contents)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its marks are unknown here
+        warnings.simplefilter("ignore")  # their marks are not registered here
         return tuple(importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES)
 
 

@@ -1,6 +1,6 @@
-"""What several processes must do as one does: each task trained, budgets evaluated, rows gathered. Not a test by
-itself: `tests/test_distributed.py` runs it under torchrun with two processes, and its functions with one, and
-compares.
+"""Run what several processes must do like a single one: train each task, evaluate budgets, gather rows.
+
+`tests/test_distributed.py` runs it under torchrun with two processes, calls its functions with one, and compares.
 
     torchrun --nproc_per_node 2 -m tests.helpers.two_process_training FOLDER
 """
@@ -42,8 +42,8 @@ from .clip import make_clip_inputs, make_clip_model
 
 GLOBAL_BATCH = 8
 STEPS = 4
-EVALUATED = (1, 5, 7, 8)  # numbers of samples, which don't fill the processes' batches of 2
-# Of each run: the task's class and whether its trainer is the one with a memory.
+EVALUATED = (1, 5, 7, 8)  # sample counts that don't fill the processes' batches of 2
+# For each run: the task's class and whether it uses the trainer with a memory.
 RUNS = {
     "vqa": (MadtpBlipForQuestionAnswering, False),
     "captioning": (MadtpBlipForConditionalGeneration, False),
@@ -56,7 +56,7 @@ RUNS = {
 
 
 def make_model(model_class):
-    """A small random model."""
+    """Build a small random model."""
     if model_class is MadtpClipModel:
         return make_clip_model()
     torch.manual_seed(1)
@@ -69,8 +69,9 @@ def make_model(model_class):
 
 
 def make_rows(model_class, count):
-    """Answers and captions are of one length: a process's loss is the mean over its tokens, that of all the mean of
-    those means.
+    """Return rows whose answers and captions all have one length.
+
+    Otherwise the mean of the processes' losses, each a mean over tokens, would differ from the mean over all tokens.
     """
     captioning, clip = model_class is MadtpBlipForConditionalGeneration, model_class is MadtpClipModel
     make = make_clip_inputs if clip else make_inputs
@@ -99,7 +100,7 @@ def without_index(batch):
 
 
 def most_similar(feature, other_features, ids, other_ids, temperature):
-    """Instead of drawing hard negatives, which each process does for itself: the hardest."""
+    """Return the hardest negatives, instead of drawing hard negatives, which each process does separately."""
     similarity = (feature @ other_features.T).masked_fill(ids.unsqueeze(1) == other_ids, -torch.inf)
     return torch.arange(len(ids)), similarity.argmax(dim=1)
 
@@ -111,9 +112,7 @@ class FirstGradients(TrainerCallback):
 
 
 def run_training(run, folder, processes) -> dict:
-    """Train; what there is to compare: the first step's gradients, the last weights, the memory, where the
-    temperatures are.
-    """
+    """Train and return the values to compare: first gradients, last weights, the memory and the temperatures."""
     model_class, with_memory = RUNS[run]
     accumulated = 2 if with_memory else 1
     settings = {
@@ -121,9 +120,9 @@ def run_training(run, folder, processes) -> dict:
         "max_steps": STEPS,
         "per_device_train_batch_size": GLOBAL_BATCH // accumulated // processes,
         "gradient_accumulation_steps": accumulated,
-        "optim": "sgd",  # Adam would make much of little differences
+        "optim": "sgd",  # Adam would amplify small differences
         "learning_rate": 1e-3,
-        "max_grad_norm": 0.0,  # nor must a wrong scale be clipped away
+        "max_grad_norm": 0.0,  # clipping would hide a wrong scale
         "ddp_find_unused_parameters": False,
         "ddp_timeout": 60,
         "logging_steps": 1,
@@ -135,9 +134,9 @@ def run_training(run, folder, processes) -> dict:
         "remove_unused_columns": False,
         "restore_callback_states_from_checkpoint": True,
     }
-    settings = TrainingArguments(**settings)  # which starts the process group
+    settings = TrainingArguments(**settings)  # this starts the process group
     model = make_model(model_class)
-    if process_rank() > 0:  # without a seed, what is new in a model is another on each process
+    if process_rank() > 0:  # without a common seed, new parameters differ between processes
         torch.nn.init.normal_(model.alignment.tokens)
     callback, first = ReductionCallback((0.3, 0.5), num_targets=2), FirstGradients()
     options = {"queue_size": 20, "momentum": 0.8} if with_memory else {}
@@ -152,7 +151,7 @@ def run_training(run, folder, processes) -> dict:
     checkpoint = str(Path(settings.output_dir) / "checkpoint-2") if run.endswith("_resumed") else None
     with mock.patch.object(modeling_madtp_blip, "draw_hard_negatives", most_similar):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if checkpoint:  # it has brought a callback of its own
+    if checkpoint:  # the checkpoint restored its own callback
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReductionCallback))
     return {
         "gradients": getattr(first, "gradients", {}),
@@ -164,7 +163,7 @@ def run_training(run, folder, processes) -> dict:
 
 
 def run_evaluation(count, accelerator=None) -> list[tuple]:
-    """Each budget's predictions, which name their sample, and its reduction and GFLOPs."""
+    """Return each budget's predictions, which name their samples, its reduction and its GFLOPs."""
     model_class = MadtpBlipForImagesAndTextClassification
     model = make_model(model_class)
     model.config.pruning_schedule = [[0.2, 0.5], [0.4, 2.0]]
@@ -189,7 +188,7 @@ def run_scoring() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_gathering() -> dict:
-    """Rank r brings 2 sequences of 3 + 2 r; the loss is r + 1 times the sum of the squares of all that is gathered."""
+    """Gather 2 sequences of 3 + 2 r from rank r; the loss is r + 1 times the sum of squares of all gathered rows."""
     rank = process_rank()
     rows = (torch.arange(2 * (3 + 2 * rank) * 4).view(2, 3 + 2 * rank, 4) + 100.0 * rank).requires_grad_()
     mask = None if rank == 0 else torch.tensor([[True] * 5, [True] * 4 + [False]])
@@ -214,7 +213,7 @@ def main(folder: Path):
     results["scoring"] = run_scoring()
     results["gathering"] = run_gathering()
     torch.save(results, folder / f"rank{process_rank()}.pt")
-    run_example("retrieval", folder / "dense", folder / "pruned-twice")  # and leaves the process group
+    run_example("retrieval", folder / "dense", folder / "pruned-twice")  # this ends the process group
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Holds the package against other versions of transformers: `make test-matrix`, or
+"""Test the package with other versions of transformers: `make test-matrix`, or
 
 python tests/helpers/version_matrix.py [--transformers 5.0.0 5.12.1 5.24.0] [--torch torch==2.13.0] [--suite]
 
-For each version an environment of its own under --folder, kept for the next time. In it the frozen checkpoints of
-tests/fixtures run by their own code, where madtp_hf is not installed (tests/helpers/check_checkpoint.py). With
---suite, the package's own tests of checkpoints and tasks follow, in the
-same environment with `src` on the path. Downloads packages; not a part of `make test`.
+creates an environment for each version under --folder and keeps it for the next time. In it the frozen checkpoints of
+tests/fixtures run with their own code, without madtp_hf installed (tests/helpers/check_checkpoint.py). With --suite,
+the package's own tests of checkpoints and tasks follow in the same environment, with `src` on the path. It downloads
+packages and is not part of `make test`.
 
-After a pass with a newer transformers set TESTED_TRANSFORMERS in src/madtp_hf/modeling/versions.py.
+After a pass with a newer transformers, set TESTED_TRANSFORMERS in src/madtp_hf/modeling/versions.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-VERSIONS = ["5.0.0", "5.12.1", "5.24.0"]  # the oldest that the package takes, one in the middle, the newest there was
+VERSIONS = ["5.0.0", "5.12.1", "5.24.0"]  # the oldest supported version, one in the middle, the newest available
 SUITE = [
     "tests/test_checkpoint.py",
     "tests/test_question_answering.py",
@@ -35,8 +35,9 @@ SUITE = [
 
 
 def make_environment(folder: Path, version: str, torch: str, suite: bool) -> Path:
-    """The Python of an environment with that transformers; torch goes in first, so that pip does not choose another
-    build of it.
+    """Create an environment with that transformers and return its Python.
+
+    torch is installed first, so that pip does not choose another build of it.
     """
     python = folder / f"transformers-{version}" / "bin" / "python"
     if not python.exists():
@@ -58,7 +59,7 @@ def run(command: list, **environment: str) -> subprocess.CompletedProcess:
 
 
 def check_version(python: Path, suite: bool) -> dict[str, str]:
-    """What was checked -> "passed" or what went wrong."""
+    """Run the checks; return check -> "passed" or the error."""
     found = {}
     for checkpoint in sorted(path for path in (ROOT / "tests" / "fixtures").glob("checkpoint-v*") if path.is_dir()):
         result = run([python, "tests/helpers/check_checkpoint.py", checkpoint])

@@ -1,8 +1,7 @@
-"""Builds the wheel, installs it into an environment of its own and runs README's quick start there, out of sight of
-the repository: `make test-wheel`.
+"""Build the wheel, install it into a new environment and run README's quick start outside the repository.
 
-What README loads from the Hub is the shipped examples/blip-vqa-digits here, and the Trainer is left out; all else runs
-as it is printed.
+`make test-wheel` runs it. The shipped examples/blip-vqa-digits replaces the model that README loads from the Hub, and
+the Trainer is left out; everything else runs as printed.
 """
 
 import argparse
@@ -26,7 +25,7 @@ torch.set_num_threads(1)
 
 
 def check_contents(wheel: Path) -> None:
-    """All of the package, and nothing but the package."""
+    """Check that the wheel contains the whole package and nothing else."""
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {name for name in names if not name.startswith("madtp_hf-")}
     stray = {
@@ -43,7 +42,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def quick_start() -> str:
-    """README's blocks of code that prune a model and that ask it, as they stand."""
+    """Return README's code blocks that prune a model and ask it, unchanged."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     code = "\n".join(block for block in blocks if "from_blip(" in block or "pipeline(" in block)
@@ -65,7 +64,7 @@ def main() -> None:
             print("$", *(part if len(str(part)) < 80 else "..." for part in command), flush=True)
             subprocess.run(list(map(str, command)), cwd=cwd, check=True, env={**environment, **variables})
 
-        # Built from a copy: setuptools leaves its build folder, and would take stale files from it.
+        # Build from a copy: setuptools leaves its build folder behind, and would include stale files from it.
         copy = shutil.copytree(
             ROOT / "src", Path(scratch, "copy", "src"), ignore=shutil.ignore_patterns("*.egg-info")
         ).parent

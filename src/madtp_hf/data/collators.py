@@ -1,9 +1,9 @@
-"""Collators: rows of a data set -> the tensors that a model's `forward` takes, one collator for each task.
+"""Collators that turn rows of a data set into the tensors that a model's `forward` takes: one collator per task.
 
-A collator is made with the model's processor; `max_length` cuts longer texts to so many tokens. An image is a PIL
-image, an array (height, width, 3) of uint8, or a path (`str` or `pathlib.Path`); it is turned upright by its EXIF
-orientation, as the pipeline does. A row that can't be used is named in a `ValueError`. With `Trainer`, pass
-`TrainingArguments(remove_unused_columns=False)`: it would remove the columns that `forward` doesn't know.
+A collator is created with the model's processor; `max_length` truncates longer texts to that many tokens. An image is
+a PIL image, an array (height, width, 3) of uint8, or a path (`str` or `pathlib.Path`); its EXIF orientation is
+applied, as in the pipeline. A row that can't be used raises a `ValueError` that names it. With `Trainer`, pass
+`TrainingArguments(remove_unused_columns=False)`: by default it removes the columns that `forward` doesn't know.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from ..modeling.pipeline_madtp_blip import read_image
 
 
 def _column(rows: list[dict], name: str) -> list:
-    """The values of a column; a `ValueError` for a row that has none."""
+    """Return the values of a column; raise a `ValueError` for a row that lacks it."""
     for index, row in enumerate(rows):
         if name in row and row[name] is None:
             raise ValueError(f"Row {index} of the batch has None as {name!r}: expected a value, or leave the row out.")
@@ -33,7 +33,7 @@ def _column(rows: list[dict], name: str) -> list:
 
 
 def _texts(rows: list[dict], name: str) -> list[str]:
-    """The values of a column of strings; a `ValueError` for a row with anything else."""
+    """Return the values of a column of strings; raise a `ValueError` for a row with anything else."""
     texts = _column(rows, name)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
@@ -42,7 +42,7 @@ def _texts(rows: list[dict], name: str) -> list[str]:
 
 
 def _captions(rows: list[dict]) -> list[list[str]]:
-    """The captions of each row, at least one; a string is one caption."""
+    """Return the captions of each row, at least one; a string counts as one caption."""
     of_rows = [[captions] if isinstance(captions, str) else list(captions) for captions in _column(rows, "captions")]
     for index, captions in enumerate(of_rows):
         if not captions or not all(isinstance(caption, str) for caption in captions):
@@ -54,13 +54,13 @@ def _captions(rows: list[dict]) -> list[list[str]]:
 
 
 def _answers(rows: list[dict]) -> list[list[str]] | None:
-    """The answers of each row, at least one that isn't blank; None if no row has any, as for prediction."""
+    """Return the non-blank answers of each row, at least one; None if no row has any, as in prediction."""
     found = []
     for row in rows:
         given = row.get("answer") or row.get("answers") or []
         given = given if isinstance(given, (list, tuple)) else [given]
         found.append([answer for answer in given if isinstance(answer, str) and answer.strip()])
-    # An empty string is an answer that went missing; no column, None or an empty list is a question to be answered.
+    # An empty string is a missing answer; no column, None or an empty list marks a question to be answered.
     if all(row.get(name) in (None, [], ()) for row in rows for name in ("answer", "answers")):
         return None
     for index, (row, answers) in enumerate(zip(rows, found)):
@@ -75,12 +75,12 @@ def _answers(rows: list[dict]) -> list[list[str]] | None:
 
 
 def _labels(rows: list[dict]) -> torch.Tensor | None:
-    """The labels (B,); None if no row has one, as for prediction."""
+    """Return the labels (B,); None if no row has one, as in prediction."""
     labels = [row.get("label") for row in rows]
     if all(label is None for label in labels):
         return None
     for index, (row, label) in enumerate(zip(rows, labels)):
-        # -1 stands for "unknown" in test splits of the Hub, and the model would refuse it without saying where.
+        # Test splits on the Hub use -1 for "unknown"; the model would reject it without naming the row.
         if isinstance(label, str) or label not in (0, 1):
             raise ValueError(
                 f"Row {index} of the batch, sentence {row['sentence']!r}, has the label {label!r}: expected 1"
@@ -90,7 +90,7 @@ def _labels(rows: list[dict]) -> torch.Tensor | None:
 
 
 def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
-    """The images of the columns `names`, row by row, as the model takes them: (B * len(names), 3, H, W)."""
+    """Return the images of the columns `names`, row by row, as pixel values (B * len(names), 3, H, W)."""
     columns = [_column(rows, name) for name in names]
     images = []
     for index, of_row in enumerate(zip(*columns)):
@@ -115,23 +115,23 @@ def _tokens(processor, texts: list[str], max_length: int | None = None, **option
 
 
 def _decoder_tokens(processor, texts, start_token_id: int, max_length: int | None = None) -> dict[str, torch.Tensor]:
-    """Padding behind the text, whatever the tokenizer does; the first token is what the decoder starts with."""
+    """Tokenize with padding on the right, whatever the tokenizer's default; the first token is `start_token_id`."""
     encoded = _tokens(processor, texts, max_length, padding_side="right")
     encoded["input_ids"][:, 0] = start_token_id
     return encoded
 
 
 def _hash(text: str) -> int:
-    """A number of 56 bits, the same in every process."""
+    """Return a 56-bit hash of the text that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
-    """A generator for a batch's draws: it follows from the seed, the rows and `seen`, how often they came together.
+    """Return the random generator for a batch's draws, seeded by `seed`, the rows and how often they came together.
 
-    Not from the draws before: so training that is resumed goes on with the draws that it would have made. In a data
-    loader's workers, most of which begin anew every epoch and so count in vain, it follows from the loader's seed of
-    the epoch as well.
+    `seen` counts how often each batch has occurred. The generator doesn't depend on earlier draws, so resumed training
+    makes the same draws as uninterrupted training. Most data loader workers are restarted every epoch and lose their
+    count, so in a worker the generator also depends on the loader's seed for that epoch.
     """
     batch = _hash(repr(rows))
     seen[batch] += 1
@@ -141,21 +141,21 @@ def _generator(seed: int, seen: Counter, rows: list) -> random.Random:
 
 @dataclass
 class QuestionAnsweringCollator:
-    """Collate rows with `image`, `question` and `answer`, or several people's `answers`, for question answering.
+    """Collate rows for question answering: `image`, `question` and `answer`, or `answers` by several people.
 
-    Of several answers one is drawn, so that each counts as often as people gave it, as BLIP weighs them. Gives
-    `pixel_values`, `input_ids`, `attention_mask` and `labels`; no labels if no row has an answer, and a `ValueError`
-    that names the row if only some have one.
+    One of several answers is drawn at random, so each answer is weighted by how often it was given, as in BLIP.
+    Returns `pixel_values`, `input_ids`, `attention_mask` and `labels`. There are no labels if no row has an answer; if
+    only some rows have one, a `ValueError` names the first row without.
 
     Args:
         processor (`BlipProcessor`):
-            The model's.
+            The model's processor.
         decoder_start_token_id (`int`):
-            What answers start with: `model.config.text_config.bos_token_id`.
+            The token that answers start with: `model.config.text_config.bos_token_id`.
         max_length (`int`, *optional*):
-            Longer questions are cut to so many tokens.
+            Longer questions are truncated to this many tokens.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw.
+            Seed for drawing answers.
     """
 
     processor: object
@@ -178,9 +178,10 @@ class QuestionAnsweringCollator:
 
 @dataclass
 class VisualReasoningCollator:
-    """Collate rows with `left_image`, `right_image`, `sentence` and `label` for NLVR2.
+    """Collate rows for NLVR2: `left_image`, `right_image`, `sentence` and `label`.
 
-    Gives `pixel_values` (B, 2, 3, H, W), `input_ids`, `attention_mask` and `labels` (B,); no labels if no row has one.
+    Returns `pixel_values` (B, 2, 3, H, W), `input_ids`, `attention_mask` and `labels` (B,); no labels if no row has
+    one.
     """
 
     processor: object
@@ -195,22 +196,22 @@ class VisualReasoningCollator:
 
 @dataclass
 class CaptioningCollator:
-    """Collate rows with `image` and `captions` for captioning; one caption of each image is drawn.
+    """Collate rows for captioning: `image` and `captions`, of which one is drawn for each image.
 
-    Gives `pixel_values`, `input_ids`, `attention_mask` and `labels`, where the tokens of the prompt, which is given
-    and not learned, are at -100.
+    Returns `pixel_values`, `input_ids`, `attention_mask` and `labels`. Labels are -100 at the prompt's tokens: the
+    prompt is given, not learned.
 
     Args:
         processor (`BlipProcessor`):
-            The model's.
+            The model's processor.
         decoder_start_token_id (`int`):
-            What captions start with: `model.config.text_config.bos_token_id`.
+            The token that captions start with: `model.config.text_config.bos_token_id`.
         prompt (`str`, *optional*, defaults to `"a picture of"`):
-            What stands before each caption.
+            The prompt that precedes each caption.
         max_length (`int`, *optional*):
-            Longer captions are cut to so many tokens.
+            Longer captions are truncated to this many tokens.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw.
+            Seed for drawing captions.
     """
 
     processor: object
@@ -221,7 +222,7 @@ class CaptioningCollator:
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def prompt_ids(self, batch_size: int) -> torch.Tensor:
-        """Return the prompt for `generate`, (batch_size, length)."""
+        """Return the prompt's token ids (batch_size, length), as `generate` takes them."""
         return self.processor.tokenizer([self.prompt] * batch_size, return_tensors="pt").input_ids
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -230,16 +231,16 @@ class CaptioningCollator:
         captions = [f"{self.prompt} {draw.choice(captions)}".strip() for captions in given]
         batch = _decoder_tokens(self.processor, captions, self.decoder_start_token_id, self.max_length)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        labels[:, : self.prompt_ids(1).shape[1] - 1] = -100  # its last token is the tokenizer's [SEP]
+        labels[:, : self.prompt_ids(1).shape[1] - 1] = -100  # the prompt's last token is the tokenizer's [SEP]
         return {**batch, "labels": labels, "pixel_values": _pixels(self.processor, rows, "image")}
 
 
 @dataclass
 class RetrievalCollator:
-    """Collate rows with `image`, `captions` and `image_id` for retrieval; one caption of each image is drawn.
+    """Collate rows for retrieval training: `image`, `captions` (one is drawn for each image) and `image_id`.
 
-    Gives `pixel_values`, `input_ids`, `attention_mask`, `image_ids` (B,) and `return_loss=True`. Rows of one
-    `image_id` are no negatives of each other.
+    Returns `pixel_values`, `input_ids`, `attention_mask`, `image_ids` (B,) and `return_loss=True`. Rows with the same
+    `image_id` are not negatives of each other.
     """
 
     processor: object

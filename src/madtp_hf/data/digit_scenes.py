@@ -1,11 +1,11 @@
-"""Digit scenes: real scans of handwritten digits on a cluttered canvas; questions, statements about two of them,
-captions.
+"""Digit scenes: real scans of handwritten digits on a cluttered canvas, with questions, captions and statements.
 
-scikit-learn ships 1,797 scans of handwritten digits, 8x8 pixels each. A scene lays four or five of them, in colour,
-on a canvas of 80x80 pixels among strokes and blobs that are no digits. Every digit has a row and a column of its own,
-so "leftmost" and "below" have one answer. Nothing is downloaded: a seed gives the same scenes on every machine.
+scikit-learn ships 1,797 scans of handwritten digits of 8x8 pixels. A scene places four or five of them, in colour, on
+a canvas of 80x80 pixels among strokes and blobs that are not digits. Every digit has a row and a column of its own, so
+"leftmost" and "below" have one answer. Questions and captions are about one scene, statements about two. Nothing is
+downloaded: a seed gives the same scenes on every machine.
 
-The splits are by scan: a digit seen in the test split was never seen, in any scene, in training.
+Splits are made by scan: no scan of the test split appears in any training scene.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ STATEMENT_KINDS = ("more", "same", "both", "only", "neither", "total", "extreme"
 ANSWERS = ("yes", "no", *DIGIT_NAMES, *COLOR_NAMES)
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
-# Which order a direction reads, and which way: the rank 0 digit of "left" is the leftmost one.
+# The axis along which a direction orders digits, and the sign: the digit of rank 0 for "left" is the leftmost one.
 _DIRECTIONS = {
     "left": ("columns", 1, "leftmost", "left of"),
     "right": ("columns", -1, "rightmost", "right of"),
@@ -52,7 +52,7 @@ class Scenes:
     """A batch of S scenes with up to K = `MAX_DIGITS` digits each; missing digits are -1 in `digits`.
 
     images (S, 80, 80, 3) uint8; digits, colors, rows, columns (S, K) int64; targets, counts (S,) int64: the one digit
-    that may occur several times (or not at all) in its scene, and how often it does.
+    that may occur several times in its scene (or not at all), and how often it occurs.
     """
 
     images: np.ndarray
@@ -69,9 +69,9 @@ class Scenes:
 
 @lru_cache
 def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The scans of a split: (n, 8, 8) float32 in [0, 1] and their digits (n,) int64.
+    """Return the scans of a split, (n, 8, 8) float32 in [0, 1], and their digits (n,) int64.
 
-    Two thirds of each digit's scans are for training, a ninth for validation, the rest for the test split.
+    Two thirds of each digit's scans are for training, a ninth for validation, the rest for testing.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
@@ -79,7 +79,7 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     bunch = load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
-    # Every ninth scan of a digit, in shuffled order, plays the same part: 6 train, 1 validation, 2 test.
+    # Of every nine scans of a digit, in shuffled order, six are for training, one for validation, two for testing.
     part = np.empty(len(order), dtype=np.int64)
     for digit in range(10):
         members = order[bunch.target[order] == digit]
@@ -90,7 +90,7 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def _clutter_patterns(count: int = 512) -> np.ndarray:
-    """(count, 8, 8) float32 in [0, 1]: short strokes, bars and blobs, none of them a digit."""
+    """Return short strokes, bars and blobs, none of them a digit: (count, 8, 8) float32 in [0, 1]."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[0:CELL_SIZE, 0:CELL_SIZE].astype(np.float32)
     center = rng.uniform(1.5, 5.5, (count, 2, 1, 1)).astype(np.float32)
@@ -104,8 +104,7 @@ def _clutter_patterns(count: int = 512) -> np.ndarray:
 
 
 def _stamp(canvas, patterns, colors, top, left) -> None:
-    """Blend `patterns` (S, K, 8, 8), each in its colour (S, K, 3), into `canvas` (S, 80, 80, 3) at `top`, `left` (S,
-    K)."""
+    """Blend `patterns` (S, K, 8, 8) with colours (S, K, 3) into `canvas` (S, 80, 80, 3) at `top`, `left` (S, K)."""
     offset = np.arange(CELL_SIZE)
     scene = np.arange(len(canvas))[:, None, None, None]
     y = (top[:, :, None] + offset)[:, :, :, None]
@@ -117,15 +116,17 @@ def _stamp(canvas, patterns, colors, top, left) -> None:
 def draw_scenes(
     num_scenes: int, split: str, rng: np.random.Generator, targets: np.ndarray | None = None, counts=None
 ) -> Scenes:
-    """Draw `num_scenes` scenes from the scans of `split`, all at once; `targets` and `counts` (S,) are drawn as well
-    if not given."""
+    """Draw `num_scenes` scenes from the scans of `split`, all at once.
+
+    `targets` and `counts` (S,) are drawn as well if not given.
+    """
     scans, scan_digits = digit_scans(split)
     palette = np.array(list(COLORS.values()), dtype=np.float32)
     shape = (num_scenes, MAX_DIGITS)
 
-    # One digit, the target, occurs 0 to 3 times, each equally often; the others are distinct and different from it.
+    # The target digit occurs 0 to 3 times, each equally often; the others are distinct and different from it.
     names = rng.permuted(np.broadcast_to(np.arange(10), (num_scenes, 10)), axis=1)
-    if targets is not None:  # to the front with them
+    if targets is not None:  # move them to the front
         names[names == targets[:, None]] = names[:, 0]
         names[:, 0] = targets
     targets, others = names[:, 0], names[:, 1 : 1 + MAX_DIGITS]
@@ -152,7 +153,7 @@ def draw_scenes(
             cells * CELL_SIZE + rng.integers(-MAX_JITTER, MAX_JITTER + 1, cells.shape), 0, CANVAS_SIZE - CELL_SIZE
         )
 
-    # Clutter takes cells that hold no digit: theirs get a key beyond every other.
+    # Clutter goes into cells without a digit: the cells of digits get the largest keys.
     key = rng.random((num_scenes, GRID_SIZE * GRID_SIZE))
     np.put_along_axis(key, rows * GRID_SIZE + columns, np.where(present, 2.0, 1.5), axis=1)
     cells = np.argpartition(key, NUM_CLUTTER, axis=1)[:, :NUM_CLUTTER]
@@ -166,7 +167,7 @@ def draw_scenes(
         jittered(cells % GRID_SIZE),
     )
 
-    # A scan of each digit: the n-th of those of its kind, n drawn per slot.
+    # Draw a scan for each slot among the scans of its digit.
     by_digit = np.argsort(scan_digits, kind="stable")
     per_digit = np.bincount(scan_digits, minlength=10)
     first = np.concatenate([[0], np.cumsum(per_digit)[:-1]])
@@ -180,17 +181,17 @@ def draw_scenes(
 
 
 def _in_order(scenes: Scenes, index: int, direction: str) -> np.ndarray:
-    """The slots of scene `index`'s digits, the one furthest in `direction` first."""
+    """Return the slots of scene `index`'s digits, starting with the one furthest in `direction`."""
     axis, sign, _, _ = _DIRECTIONS[direction]
     slots = np.flatnonzero(scenes.digits[index] >= 0)
     return slots[np.argsort(sign * getattr(scenes, axis)[index, slots])]
 
 
 def ask(scenes: Scenes, index: int, kind: str, rng: np.random.Generator) -> tuple[str, str]:
-    """A question of `kind` about scene `index`, and its answer.
+    """Return a question of `kind` about scene `index`, and its answer.
 
-    Balanced so that the question's words don't give the answer away: "exists" is yes half of the time, "count" is each
-    of zero to three a quarter of the time, colours and digits are uniform.
+    Answers are balanced so that the question's words don't give the answer away: "exists" is yes half of the time,
+    "count" is each of zero to three a quarter of the time, colours and digits are uniform.
     """
     digits = scenes.digits[index]
     if kind == "exists":
@@ -239,22 +240,22 @@ def ask(scenes: Scenes, index: int, kind: str, rng: np.random.Generator) -> tupl
 
 
 def describe(scenes: Scenes, index: int, direction: str) -> str:
-    """A caption of scene `index`: its digits with their colours, read from `direction` on."""
+    """Return a caption of scene `index`: its digits with their colours, read starting from side `direction`."""
     slots = _in_order(scenes, index, direction)
     words = " ".join(f"{COLOR_NAMES[scenes.colors[index, s]]} {DIGIT_NAMES[scenes.digits[index, s]]}" for s in slots)
     return f"from the {direction}: {words}"
 
 
 def describe_from_all_sides(scenes: Scenes, index: int) -> list[str]:
-    """Four captions of scene `index`, all true: its digits from the left, the right, the top and the bottom."""
+    """Return four true captions of scene `index`: its digits read from the left, the right, the top and the bottom."""
     return [f"digits {describe(scenes, index, direction)}" for direction in _DIRECTIONS]
 
 
 def draw_pairs(num_pairs: int, split: str, rng: np.random.Generator) -> tuple[Scenes, Scenes]:
-    """Draw a left and a right scene for each of `num_pairs`; the digit that may occur several times is the same in
-    both.
+    """Draw a left and a right scene for each of `num_pairs`, with the same target digit in both.
 
-    It occurs equally often in both in about two thirds of them, so that there is something to say of that.
+    The target is the digit that may occur several times. Its counts are equal in about two thirds of the pairs, so
+    that statements about equal counts can be true.
     """
     targets = rng.integers(0, 10, num_pairs)
     left, right = rng.integers(0, 4, (2, num_pairs))
@@ -271,8 +272,10 @@ def _a(digit: int) -> str:
 
 
 def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Generator) -> tuple[str, bool]:
-    """A statement of `kind` about pair `index` of two scenes, and whether it is true; either is tried for equally
-    often."""
+    """Return a statement of `kind` about pair `index` of two scenes, and whether it is true.
+
+    The draw aims at true and false statements equally often.
+    """
     truth = bool(rng.integers(2))
     pair = (left, right)
     if kind in ("extreme", "color"):
@@ -292,7 +295,7 @@ def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Gen
             color = (color + rng.integers(1, len(COLORS))) % len(COLORS)
         return f"the {DIGIT_NAMES[digits[slot]]} of the {where} image is {COLOR_NAMES[color]}", truth
 
-    # How often each digit occurs on either side, and of which digits the statement would be true.
+    # Count each digit on either side, to find the digits for which the statement is true.
     here, there = ((scenes.digits[index][:, None] == np.arange(10)).sum(axis=0) for scenes in pair)
     names = ("left", "right")
     if kind in ("more", "only") and rng.integers(2):
@@ -331,7 +334,7 @@ def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Gen
 
 
 def _chunks(num_rows: int, chunk: int = 256):
-    """Numbers of scenes to draw at a time: few enough for the processor's cache."""
+    """Yield (start, count) of chunks of scenes, small enough for the processor's cache."""
     for start in range(0, num_rows, chunk):
         yield start, min(chunk, num_rows - start)
 
@@ -375,8 +378,7 @@ def _caption_rows(split: str, num_images: int, seed: int, source: str):
 
 
 def _load(rows, features: dict, split: str, seed: int, **number):
-    """A `datasets.Dataset` of what the generator `rows` yields, made once and then read from the cache of
-    `datasets`."""
+    """Return a `datasets.Dataset` of what the generator `rows` yields, cached by `datasets`."""
     from datasets import Dataset, Features
 
     ((name, count),) = number.items()
@@ -384,7 +386,7 @@ def _load(rows, features: dict, split: str, seed: int, **number):
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if count < 1:
         raise ValueError(f"{name}={count}: expected at least 1")
-    # `datasets` knows the generator by its name alone: this makes scenes of other code than this be drawn anew.
+    # `datasets` identifies the generator by name and arguments only; the hash makes a changed module redraw scenes.
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return Dataset.from_generator(
         rows,
@@ -394,16 +396,15 @@ def _load(rows, features: dict, split: str, seed: int, **number):
 
 
 def load_digit_questions(split: str, num_questions: int, seed: int = 0):
-    """Load questions about digit scenes, one scene each: a `datasets.Dataset`, generated once and then read from
-    the cache of `datasets`.
+    """Return questions about digit scenes, one scene per question, as a `datasets.Dataset` that `datasets` caches.
 
     Args:
         split (`str`):
-            `"train"`, `"validation"` or `"test"`: whose scans the scenes are made of.
+            `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
         num_questions (`int`):
-            How many rows; the kinds of question take turns.
+            The number of rows; the kinds of question alternate.
         seed (`int`, *optional*, defaults to 0):
-            The same split, number and seed give the same rows.
+            Seed for drawing; the same split, number and seed give the same rows.
 
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.
@@ -415,7 +416,9 @@ def load_digit_questions(split: str, num_questions: int, seed: int = 0):
 
 
 def load_digit_statements(split: str, num_statements: int, seed: int = 0):
-    """Load statements about two digit scenes, true or false; arguments as of `load_digit_questions`.
+    """Return true and false statements about pairs of digit scenes, one pair per statement.
+
+    Arguments are those of `load_digit_questions`.
 
     Returns:
         `datasets.Dataset` with the columns `left_image`, `right_image` (80x80 RGB), `sentence`, `label` (1 is true)
@@ -434,7 +437,7 @@ def load_digit_statements(split: str, num_statements: int, seed: int = 0):
 
 
 def load_digit_captions(split: str, num_images: int, seed: int = 0):
-    """Load digit scenes with four captions each; arguments as of `load_digit_questions`.
+    """Return digit scenes with four captions each; arguments are those of `load_digit_questions`.
 
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `captions` (list of strings) and `image_id`.
@@ -446,12 +449,12 @@ def load_digit_captions(split: str, num_images: int, seed: int = 0):
 
 
 def question_only_accuracy(train, test, question: str = "question", answer: str = "answer") -> float:
-    """Compute the language-only baseline: the accuracy of answering each question of `test` with the most frequent
-    answer to the same words in `train`.
+    """Return the accuracy of the language-only baseline, which sees no image.
+
+    It answers each question of `test` with the most frequent answer to the same words in `train`. Since there are few
+    wordings and each recurs many times, no model can do better from the question alone.
 
     `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
-
-    With so few wordings that each recurs many times, no model can get more out of a question alone.
     """
     answers = defaultdict(Counter)
     for asked, answered in zip(train[question], train[answer]):

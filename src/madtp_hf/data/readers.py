@@ -1,18 +1,17 @@
-"""Readers of NLVR2, VQAv2, and COCO and Flickr30k captions, from their publishers' files or from the Hub.
+"""Read NLVR2, VQAv2, COCO captions and Flickr30k, from the files that their publishers ship or from the Hub.
 
-Of each data set the readers know the files of its authors (of COCO's and Flickr30k's splits, Karpathy's as well),
-those of BLIP's, who wrote JSON lists of their own, and of Flickr30k Kaggle's. Tables of your own are for `tables.py`.
-A reader takes
+For each data set, the readers know its authors' files (for the splits of COCO and Flickr30k, Karpathy's as well),
+BLIP's own JSON lists and, for Flickr30k, Kaggle's file. For tables of your own see `tables.py`. A reader takes
 
-- a file, or a folder with the split's file under its publisher's name (the authors' before BLIP's). Every image is
-  looked for below the image folder at the path that the file gives or implies, and in the folder itself by its name. A
-  path that leads out of the image folder is refused; links in the folder, which are its owner's, are followed. No
-  archive is opened.
-- where there is no such file or folder, a data set on the Hub, and what its columns are called.
+- a file, or a folder that holds the split's file under its publisher's name (the authors' files are tried before
+  BLIP's). Each image is looked up in the image folder, at the path that the file gives or implies and then directly
+  by its name. A path that leads out of the image folder is refused; links inside the folder are followed, since they
+  are its owner's. Archives are not opened.
+- if there is no such file or folder, the name of a data set on the Hub, and optionally its column names.
 
-It gives a `datasets.Dataset` whose images are paths: all exist when the reader returns, none is opened before its row
-is read. Nothing is read by halves: an error names the file and the line, or, in a JSON list, the entry, counted from
-1.
+It returns a `datasets.Dataset` whose images are paths. All of them exist when the reader returns; an image is opened
+only when its row is read. A reader never returns partial data: an error names the file and the line or, for JSON
+lists, the entry, counted from 1.
 """
 
 import json
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 
 LABELS = ("False", "True")
 
-# From the split that a caller asks for to what its publisher calls it, in names of files and of images.
+# From the split that a caller asks for to its publisher's name for it, in file names and image names.
 _NLVR2_SPLITS = {
     "train": "train",
     "validation": "dev",
@@ -46,41 +45,42 @@ _VQAV2_SPLITS = {
 _KARPATHY_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
 _AS_SHIPPED = "take the file as its publisher ships it, or mend that place"
-# Absolute, with a drive, or with a ".." anywhere: on Windows as on POSIX, whichever this machine runs.
+# Absolute, with a drive, or with ".." anywhere, in Windows or POSIX syntax, whatever the system of this machine.
 _LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
 _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
 def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None):
-    """Load NLVR2: statements about two images, true or false.
+    """Read NLVR2: is the sentence true of the two images?
 
     Args:
         path (`str` or `Path`):
-            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (an object a line), BLIP's
+            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (one object per line), BLIP's
             `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data set on the
             Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, what the data set calls
-            it.
+            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, the data set's own name
+            of the split.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: the authors' images are in its `train/<directory>/`, `dev/`,
-            `test1/`, or in the same below `images/`.
+            The image folder, by default the file's folder. The authors' images are in its `train/<directory>/`,
+            `dev/`, `test1/`, or in the same folders below `images/`.
         columns (`dict[str, str]`, *optional*):
-            For the Hub, from columns named below to what the data set calls them, where that differs:
+            For the Hub, a mapping from the columns named below to the data set's names, where they differ:
             `{"sentence": "text"}`.
         where (`dict[str, str]`, *optional*):
-            For the Hub, the rows to take, where the split is a column: `{"split": "val"}`.
+            For the Hub, keep only rows with these values, for data sets with a column for the split:
+            `{"split": "val"}`.
 
     Returns:
         `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class
-        label, 0 "False" and 1 "True") and `identifier` (string, `<split>-<set>-<pair>-<sentence>`; rows that differ in
-        the pair alone ask about the same sentence, as NLVR2's consistency has it). BLIP's files lack the last part: it
-        is which of its set's sentences, in order of appearance, the sentence is.
+        label, 0 "False" and 1 "True") and `identifier` (string, `<split>-<set>-<pair>-<sentence>`; rows that differ
+        only in the pair ask about the same sentence, which NLVR2's consistency metric relies on). BLIP's files lack
+        the last part; there it is the sentence's index within its set, in order of appearance.
 
     Raises:
         `FileNotFoundError`: no such file, folder, image or data set. `ValueError`: an unknown split, a file that is
-        empty, malformed or of another split, an image path that leads out of the image folder; of the Hub, a missing
-        column or one of another type.
+        empty, malformed or of another split, an image path that leads out of the image folder; on the Hub, a column
+        that is missing or has another type.
     """
     from datasets import ClassLabel, Features, Image, Value
 
@@ -123,7 +123,7 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
 
 
 def _official_pairs(text: str, file: Path):
-    """(place, entry, identifier, paths of the two images) of each of the authors' lines."""
+    """Yield (place, entry, identifier, paths of the two images) for each of the authors' lines."""
     for number, line in _lines(text):
         where = f"{file}, line {number}"
         entry = _checked_entry(_parse(line, file, number), where)
@@ -135,8 +135,8 @@ def _official_pairs(text: str, file: Path):
 
 
 def _blip_pairs(text: str, file: Path):
-    """The same of each of BLIP's entries."""
-    sentences = defaultdict(dict)  # of each set, the number of each sentence
+    """Yield the same as `_official_pairs` for each of BLIP's entries."""
+    sentences = defaultdict(dict)  # for each set, the index of each sentence
     seen = Counter()
     for where, entry in _entries(_parse(text, file), file):
         images = _texts(entry, "images", where)
@@ -145,14 +145,14 @@ def _blip_pairs(text: str, file: Path):
         pair = PurePosixPath(images[0]).stem.removesuffix("-img0")
         of_set = sentences[pair.rpartition("-")[0]]
         sentence = _field(entry, "sentence", where, str)
-        # Were two sentences of a set the same words, a pair would have them twice: identifiers stay unique.
+        # If a set has two identical sentences, the pair occurs twice; counting keeps the identifiers unique.
         number = of_set.setdefault((sentence, seen[pair, sentence]), len(of_set))
         seen[pair, sentence] += 1
         yield where, entry, f"{pair}-{number}", images
 
 
 def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict[str, str] | None = None, where=None):
-    """Load VQAv2: questions about COCO's images, each with ten people's answers.
+    """Read VQAv2: questions about COCO's images, each with answers by ten people.
 
     Args:
         path (`str` or `Path`):
@@ -160,20 +160,20 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
             `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or
             a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`), `"test"` or, of the authors' files, `"test-dev"`; on the Hub, what the
-            data set calls it.
+            `"train"`, `"validation"` (`"val"`), `"test"` or, for the authors' files, `"test-dev"`; on the Hub, the
+            data set's own name of the split.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: the authors' images are in its `train2014/`, `val2014/`,
+            The image folder, by default the file's folder. The authors' images are in its `train2014/`, `val2014/`,
             `test2015/`.
         annotations (`str` or `Path`, *optional*):
             The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test
             splits have none.
         columns, where (`dict[str, str]`, *optional*):
-            As `load_nlvr2`'s.
+            As in `load_nlvr2`.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of
-        strings: all that were given, in their order, usually ten; none in the test splits).
+        strings: all given answers in their order, usually ten; empty in the test splits).
 
     Raises:
         As `load_nlvr2`; also `ValueError` for a question without annotation.
@@ -209,7 +209,7 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
 
 
 def _blip_questions(document: list, subset: str, file: Path, annotations):
-    """(place, entry, path of the image, answers) of each of BLIP's entries."""
+    """Yield (place, entry, path of the image, answers) for each of BLIP's entries."""
     if annotations is not None:
         raise ValueError(f"{file} has its answers in it: leave annotations= out")
     for where, entry in _entries(document, file):
@@ -218,7 +218,7 @@ def _blip_questions(document: list, subset: str, file: Path, annotations):
 
 
 def _official_questions(document, subset: str, file: Path, annotations):
-    """The same of each of the authors' questions."""
+    """Yield the same as `_blip_questions` for each of the authors' questions."""
     questions = _field(_checked_entry(document, file), "questions", file, list)
     if document.get("data_subtype", subset) != subset:
         raise ValueError(
@@ -226,7 +226,7 @@ def _official_questions(document, subset: str, file: Path, annotations):
         )
     is_test = subset.startswith("test")
     answers = {} if is_test else _official_answers(file, annotations)
-    folder = "test2015" if is_test else subset  # test-dev is a part of test
+    folder = "test2015" if is_test else subset  # test-dev is a subset of test
     for where, entry in _entries(questions, f"{file}, questions"):
         question_id = _field(entry, "question_id", where, int)
         if not is_test and question_id not in answers:
@@ -238,7 +238,7 @@ def _official_questions(document, subset: str, file: Path, annotations):
 
 
 def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
-    """The answers to each question id, from the annotations given or else those beside `questions`."""
+    """Return the answers to each question id, from `annotations` or else the annotations beside `questions`."""
     beside = questions.with_name(questions.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
     file = beside if annotations is None else Path(annotations).expanduser()
     if file == questions or not file.is_file():
@@ -258,24 +258,24 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
 def load_coco_captions(
     path, split: str, image_dir=None, include_restval: bool = True, columns: dict[str, str] | None = None, where=None
 ):
-    """Load COCO captions in Karpathy's splits or COCO's own, one row per image.
+    """Read COCO captions, in Karpathy's splits or COCO's own, one row per image.
 
     Args:
         path (`str` or `Path`):
-            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (a caption an entry, gathered by image
-            here), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`,
-            `captions_val2014.json` or the same of 2017 (whose splits are COCO's, and which has none for `"test"`), a
-            folder with one of them or with COCO's `annotations/`, or a data set on the Hub.
+            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (one caption per entry; the reader groups
+            them by image), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`
+            or `captions_val2014.json` or those of 2017 (with COCO's own splits, so none for `"test"`), a folder with
+            one of them or with COCO's `annotations/`, or a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, the data set's own name of the split.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's, or the one that its `annotations/` is in: images are in its
-            `train2014/` and `val2014/`, or `train2017/` and `val2017/`.
+            The image folder, by default the file's folder or, for a file in `annotations/`, the folder above. Images
+            are in its `train2014/` and `val2014/`, or `train2017/` and `val2017/`.
         include_restval (`bool`, *optional*, defaults to `True`):
-            Whether Karpathy's "restval", the rest of COCO's validation images, belongs to `"train"`. In BLIP's file it
-            does, once and for all.
+            Whether `"train"` includes Karpathy's "restval", the rest of COCO's validation images. BLIP's file always
+            includes it.
         columns, where (`dict[str, str]`, *optional*):
-            As `load_nlvr2`'s.
+            As in `load_nlvr2`.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
@@ -308,24 +308,24 @@ def load_coco_captions(
 def load_flickr30k(
     path, split: str, image_dir=None, columns: dict[str, str] | None = None, where=None, on_error: str = "raise"
 ):
-    """Load Flickr30k captions, one row per image.
+    """Read Flickr30k captions, one row per image.
 
     Args:
         path (`str` or `Path`):
             Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or
-            `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's `results.csv` (which know no
-            splits), a folder with one of them (in this order), or a data set on the Hub.
+            `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's `results.csv` (both without
+            splits), a folder with one of them (tried in this order), or a data set on the Hub.
         split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`, of Karpathy's file also `"all"`, of the authors' nothing
-            else; on the Hub, what the data set calls it.
+            `"train"`, `"validation"` (`"val"`) or `"test"`; also `"all"` for Karpathy's file, and only `"all"` for the
+            files without splits. On the Hub, the data set's own name of the split.
         image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's: images are in it or in its `flickr30k-images/` or
+            The image folder, by default the file's folder. Images are in it or in its `flickr30k-images/` or
             `flickr30k_images/`.
         columns, where (`dict[str, str]`, *optional*):
-            As `load_nlvr2`'s.
+            As in `load_nlvr2`.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do about a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out,
-            with a warning that names it. Kaggle's file has one.
+            What to do with a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out, with
+            a warning that names it. Kaggle's file has one such line.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
@@ -368,7 +368,7 @@ def _caption_features():
 
 
 def _karpathy_entries(document: dict, file: Path, splits: set[str]):
-    """(place, entry in BLIP's form) of each image of `splits`."""
+    """Yield (place, entry in BLIP's form) for each image of `splits`."""
     images = _field(document, "images", file, list)
     for where, entry in _entries(images, f"{file}, images"):
         split = _field(entry, "split", where, str)
@@ -377,7 +377,7 @@ def _karpathy_entries(document: dict, file: Path, splits: set[str]):
         if split not in splits:
             continue
         image = _field(entry, "filename", where, str)
-        if "filepath" in entry:  # COCO's alone
+        if "filepath" in entry:  # only COCO has it
             image = f"{_field(entry, 'filepath', where, str)}/{image}"
         sentences = _entries(_field(entry, "sentences", where, list), f"{where}, sentences")
         captions = [_field(sentence, "raw", place, str) for place, sentence in sentences]
@@ -386,14 +386,14 @@ def _karpathy_entries(document: dict, file: Path, splits: set[str]):
 
 
 def _coco_entries(document: dict, file: Path, split: str):
-    """(place, entry in BLIP's form) of each caption of COCO's own file, after checking that every image has one."""
+    """Yield (place, entry in BLIP's form) for each caption of COCO's own file, then check that all images have one."""
     of_split = re.fullmatch(r"captions_(train|val)\d+\.json", file.name)
     if of_split and of_split[1] != split:
         raise ValueError(f"{file} is of {of_split[1]!r}: expected {split!r}; choose the split that the file is of")
     images = {}
     for where, entry in _entries(_field(document, "images", file, list), f"{file}, images"):
         name = _field(entry, "file_name", where, str)
-        # Neither of the two names says where the images of 2017 are, but COCO's address of them does.
+        # The names in the 2017 files don't tell the image folder, but the images' URLs do.
         folder = re.search(r"(?:train|val)20\d\d(?=[/_])", f"{name}/{entry.get('coco_url', '')}")
         folder = folder[0] if folder else file.stem.removeprefix("captions_")
         images[_field(entry, "id", where, int)] = (where, f"{folder}/{PurePosixPath(name).name}")
@@ -410,7 +410,7 @@ def _coco_entries(document: dict, file: Path, split: str):
             raise ValueError(f"{where}: the image {number} has no caption; {_AS_SHIPPED}")
 
 
-# Of a file with a caption a line: a pattern of the image and the caption, what a line is like, and a heading or None.
+# For files with one caption per line: a line's pattern, its form for messages, and the header's pattern or None.
 _TOKEN_LINE = (re.compile(r"(.+)#\d+\t(.*)"), "<image>#<number><tab><caption>", None)
 _KAGGLE_LINE = (
     re.compile(r"([^|]*[^|\s])\s*\|\s*\d+\s*\|\s*(.*\S)\s*"),
@@ -420,7 +420,7 @@ _KAGGLE_LINE = (
 
 
 def _line_entries(text: str, file: Path, pattern: re.Pattern, form: str, heading: re.Pattern | None, on_error: str):
-    """(place, entry in BLIP's form) of each line."""
+    """Yield (place, entry in BLIP's form) for each line."""
     for number, line in _lines(text):
         if number == 1 and heading is not None and heading.fullmatch(line):
             continue
@@ -435,7 +435,7 @@ def _line_entries(text: str, file: Path, pattern: re.Pattern, form: str, heading
 
 
 def _caption_rows(entries, find_image) -> list[dict]:
-    """A row an image, in the order in which the images first appear, from one entry or more of each."""
+    """Return one row per image, in order of first appearance, from one or more entries for each image."""
     rows = {}
     for where, entry in entries:
         image = _field(entry, "image", where, str)
@@ -445,7 +445,7 @@ def _caption_rows(entries, find_image) -> list[dict]:
         if image not in rows:
             stem = PurePosixPath(image).stem
             number = re.fullmatch(r"COCO_\w+_0*(\d+)", stem)
-            # BLIP has an image_id too, but in its training splits alone.
+            # BLIP's files have an image_id too, but only in the training splits.
             image_id = str(entry["cocoid"]) if "cocoid" in entry else number[1] if number else stem
             rows[image] = {"image": find_image(image, where), "captions": [], "image_id": image_id}
         rows[image]["captions"] += captions
@@ -459,7 +459,7 @@ def _split_name(split: str, names: dict[str, str]) -> str:
 
 
 def _is_local(path, columns, where=None, **local_options) -> bool:
-    """Whether `path` is here, and so no data set on the Hub; options for the other of the two are refused."""
+    """Return whether `path` exists locally and so is not a data set on the Hub; reject options of the other kind."""
     if Path(path).expanduser().exists():
         for name, value in (("columns", columns), ("where", where)):
             if value is not None:
@@ -483,7 +483,7 @@ def _is_local(path, columns, where=None, **local_options) -> bool:
 
 
 def _find_file(path, names: list[str]) -> Path:
-    """`path` itself if it is a file, or the first of `names` that is in it."""
+    """Return `path` if it is a file, or else the first of `names` that exists in it."""
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -505,14 +505,14 @@ def _read_text(file: Path) -> str:
 
 
 def _lines(text: str):
-    """(number, line) of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at what a sentence may hold
+    """Yield (number, line) for each line that is not blank."""
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits inside sentences
         if line.strip():
             yield number, line.rstrip("\r")
 
 
 def _parse(text: str, file: Path, line: int = 1):
-    """What the JSON `text` says, which starts in that line of `file`."""
+    """Parse the JSON `text`, which starts at line `line` of `file`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -523,7 +523,7 @@ def _parse(text: str, file: Path, line: int = 1):
 
 
 def _entries(items, where):
-    """(place, entry) of each object of a JSON list."""
+    """Yield (place, entry) for each object of a JSON list."""
     if not isinstance(items, list) or not items:
         got = "an empty one" if items == [] else type(items).__name__
         raise ValueError(f"{where}: expected a JSON list of objects, got {got}; {_AS_SHIPPED}")
@@ -540,7 +540,7 @@ def _checked_entry(entry, where) -> dict:
 
 
 def _field(entry: dict, name: str, where, *kinds: type):
-    """A field of an entry, of one of `kinds` (`str`, `int`, `list`)."""
+    """Return a field of an entry, which must have one of the types `kinds` (`str`, `int`, `list`)."""
     if type(entry.get(name)) not in kinds:  # not isinstance: JSON's true is no number
         got = (
             repr(entry[name])[:60] if name in entry else f"an entry without it (fields: {', '.join(entry) or 'none'})"
@@ -551,7 +551,7 @@ def _field(entry: dict, name: str, where, *kinds: type):
 
 
 def _texts(entry: dict, name: str, where) -> list[str]:
-    """A field of strings; a single string counts as a list of one."""
+    """Return a field of strings; a single string counts as a list of one."""
     texts = _field(entry, name, where, list, str)
     texts = [texts] if isinstance(texts, str) else texts
     for text in texts:
@@ -561,7 +561,7 @@ def _texts(entry: dict, name: str, where) -> list[str]:
 
 
 def _image_finder(image_dir, file: Path, *subfolders: str):
-    """A function from an image's path in the data to its path on this machine."""
+    """Return a function from an image's path in the data to its path on this machine."""
     folder = os.path.abspath(file.parent if image_dir is None else Path(image_dir).expanduser())
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"image_dir={image_dir} is no folder: expected the one that image paths start from")
@@ -597,7 +597,7 @@ def _dataset(rows: list[dict], features, file: Path):
 
 
 def _rows_where(dataset, where: dict, name: str):
-    """The rows of a data set whose columns have these values; only these columns are read, no image."""
+    """Return the rows whose columns have these values; reads only these columns, no image."""
     values = dataset.select_columns(list(where)).to_dict()
     chosen = [row for row in range(len(dataset)) if all(values[key][row] == wanted for key, wanted in where.items())]
     if not chosen:
@@ -607,7 +607,7 @@ def _rows_where(dataset, where: dict, name: str):
 
 
 def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | None, where: dict | None = None):
-    """A split of a data set on the Hub, or its rows with the values of `where`: our columns, names and types."""
+    """Load a split of a data set on the Hub, filtered by `where`, with our columns, names and types."""
     from datasets import ClassLabel, load_dataset
 
     theirs = {ours: ours for ours in features} | (columns or {})
@@ -635,9 +635,9 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
         given = dataset.features[column]
         try:
             if isinstance(given, ClassLabel) and given.names != getattr(feature, "names", None):
-                # A cast would keep the numbers and turn their meaning.
+                # A cast would keep the numbers but change their meaning.
                 raise TypeError(f"its classes are {given.names}")
-            if getattr(feature, "feature", None) == given:  # one a row, where we have a list
+            if getattr(feature, "feature", None) == given:  # one value per row, where we have a list
                 values = [[value] for value in dataset[column]]
                 dataset = dataset.remove_columns(column).add_column(column, values).select_columns(list(features))
             if dataset.features[column] != feature:

@@ -1,4 +1,4 @@
-"""Rows of data from what a user has: a folder of images, a CSV or JSONL table, or the embedded digit scenes."""
+"""Read a user's data as rows: a folder of images, a CSV or JSONL table, or the embedded digit scenes."""
 
 import csv
 import io
@@ -9,12 +9,12 @@ from pathlib import Path
 from .readers import _checked_entry, _image_finder, _lines, _parse, _read_text
 
 
-DIGITS = "digits"  # the name of the embedded data
+DIGITS = "digits"  # the source name of the embedded data
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
-# A folder's table, named as `datasets` names it for its image folders.
+# The table in a folder, named as in the image folders of `datasets`.
 _FOLDER_TABLES = ("metadata.csv", "metadata.jsonl")
-# A row's columns, and what else tables call them; the first that a table has is taken.
+# Each column of a row and its alternative names in tables; the first name that the table has is used.
 _ALIASES = {
     "image": ("image", "file_name", "image_path", "path"),
     "left_image": ("left_image", "left"),
@@ -31,7 +31,7 @@ _LABELS = {"1": 1, "true": 1, "0": 0, "false": 0}
 
 
 def find_images(folder) -> list[Path]:
-    """All images in a folder and its subfolders, in the order of their paths."""
+    """Return all images in a folder and its subfolders, sorted by path."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: expected one with images ({', '.join(IMAGE_SUFFIXES)}).")
@@ -44,33 +44,34 @@ def find_images(folder) -> list[Path]:
 def load_rows(
     task, source, texts=(), image_dir=None, split: str = "validation", samples: int | None = None, seed: int = 0
 ) -> list[dict]:
-    """Load rows for a task's collator from a folder of images, a table, or the digit scenes.
+    """Read rows for a task's collator.
 
     Args:
         task (`Task`):
-            One of `madtp_hf.tasks.TASKS`: which columns there are.
+            One of `madtp_hf.tasks.TASKS`; it determines the columns.
         source (`str` or `Path`):
-            A folder of images, in which a `metadata.csv` or `metadata.jsonl` is read where there is one; a table
-            (`.csv`, `.tsv`, `.jsonl`, `.json`) with a row for each sample; or `"digits"`, the embedded digit scenes. A
-            table's image paths start from `image_dir`. Captions of one image may stand in several rows.
+            A folder of images, whose `metadata.csv` or `metadata.jsonl` is read if it has one; a table (`.csv`,
+            `.tsv`, `.jsonl`, `.json`) with one row per sample; or `"digits"`, the embedded digit scenes. A table's
+            image paths start from `image_dir`. Captions of one image may be in several rows.
         texts (`list[str]`, *optional*):
-            Questions, sentences or captions for images without any: the first for the first image, and so on, in turn.
+            Questions, sentences or captions for images that have none; they are assigned to the images in turn.
         image_dir (`str` or `Path`, *optional*):
-            The folder that a table's image paths start from; the table's own if not given.
+            The folder that a table's image paths start from; by default the table's folder.
         split (`str`, *optional*, defaults to `"validation"`):
-            Of the digit scenes.
+            The split of the digit scenes.
         samples (`int`, *optional*):
-            How many rows to draw, at random; all if not given, and 200 of the digit scenes.
+            How many rows to draw at random; by default all rows, and 200 for the digit scenes.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw.
+            Seed for drawing rows.
 
     Returns:
-        `list[dict]`: images are paths, of digit scenes PIL images. A row has no answer, label or caption where the
-        data have none.
+        `list[dict]`: rows whose images are paths, or PIL images for digit scenes. A row has no answer, label or
+        caption where the data have none.
 
     Raises:
-        FileNotFoundError: if the source or an image isn't there.
-        ValueError: for a table that can't be read, naming the line, or for data without a text that the task needs.
+        FileNotFoundError: if the source or an image doesn't exist.
+        ValueError: for a table that can't be read (the message names the line), or for data that lack a text that the
+            task needs.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -102,13 +103,13 @@ def _folder_rows(task, folder: Path) -> list[dict]:
     number = len(task.image_columns)
     if len(images) < number:
         raise ValueError(f"{folder} has {len(images)} image: expected at least {number}, for a sample has {number}.")
-    # Images of a pair follow one another.
+    # Consecutive images form a pair.
     groups = [images[index : index + number] for index in range(0, len(images) - number + 1, number)]
     return [{**dict(zip(task.image_columns, group)), "image_id": group[0]} for group in groups]
 
 
 def _entries(table: Path):
-    """(place, entry) of each row of a table."""
+    """Yield (place, entry) for each row of a table."""
     suffix = table.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
         raise ValueError(f"{table} is no table that is known: expected a file ending in {', '.join(TABLE_SUFFIXES)}.")
@@ -116,7 +117,7 @@ def _entries(table: Path):
     if suffix in (".csv", ".tsv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
         for entry in reader:
-            # A row with more fields than names has them under None; one with fewer has None for what lacks.
+            # `DictReader` puts surplus fields of a row under the key None, and fills missing fields with None.
             yield f"{table}, line {reader.line_num}", {name: value for name, value in entry.items() if name and value}
     elif suffix == ".jsonl":
         for number, line in _lines(text):
@@ -131,7 +132,7 @@ def _entries(table: Path):
 
 
 def _as_list(value) -> list[str]:
-    """Answers or captions: a list, a JSON list in a string, as a CSV file has it, or one string."""
+    """Return answers or captions as a list, from a list, a JSON list in a string (as in CSV files) or one string."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -164,7 +165,7 @@ def _table_rows(task, table: Path, image_dir) -> list[dict]:
                 raise ValueError(f"{place}: the label is {row['label']!r}: expected 1 or true, 0 or false.")
             row["label"] = label
         row["image_id"] = str(row.get("image_id", row[task.image_columns[0]]))
-        # What is captioned in several rows is one image; questions about one image are as many samples.
+        # Captions of one image in several rows make one sample; each question about an image is its own sample.
         key = row["image_id"] if "captions" in row else len(rows)
         if key in rows:
             rows[key]["captions"] += row["captions"]
@@ -176,7 +177,7 @@ def _table_rows(task, table: Path, image_dir) -> list[dict]:
 
 
 def _with_text(task, row: dict, texts, index: int) -> dict:
-    """The row with a text where the task needs one."""
+    """Return the row with a text added, if the task needs one and the row has none."""
     column = task.text_column
     if column is None or row.get(column):
         return row

@@ -1,4 +1,4 @@
-"""Read your own tables as rows for the collators: CSV, JSON lines or Parquet, with images as paths or as bytes."""
+"""Read your own data as rows for the collators: CSV, JSON lines or Parquet, images as paths or bytes in the table."""
 
 import csv
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from .readers import _rows_where
 
 
-# Of each task, its columns and the other names that they go by in tables; a * is for columns that may be missing.
+# For each task, its columns and their alternative names in tables; a * marks columns that may be missing.
 _COLUMNS = {
     "vqa": {"image": (), "question": (), "answers*": ("answer",)},
     "captioning": {"image": (), "captions": ("caption",)},
@@ -18,7 +18,7 @@ _COLUMNS = {
 _IMAGES = ("image", "left_image", "right_image")
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
-_SHOWN = 5  # problems that a message names
+_SHOWN = 5  # how many problems a message names
 
 
 def load_table(
@@ -29,35 +29,35 @@ def load_table(
     where: dict[str, str] | None = None,
     on_error: str = "raise",
 ):
-    """Load a table of your own as rows for a task's collator.
+    """Read a table of your own as rows for a task's collator.
 
     Args:
         path (`str`, `Path` or `list` of them):
-            A `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, several of one kind (shards), or a folder of one
-            kind. A `.csv` or `.tsv` starts with a line of columns' names.
+            A `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, several files of one kind (shards), or a folder of
+            files of one kind. A `.csv` or `.tsv` starts with a header of column names.
         task (`str`):
-            `"vqa"`: `image`, `question` and, but for prediction, `answers` (a string or a list). `"captioning"`:
-            `image` and `captions` (a string or a list). `"retrieval"`: the same and, if there is one, `image_id`.
-            `"nlvr2"`: `left_image`, `right_image`, `sentence` and, but for prediction, `label` (0 or 1, true or
-            false). `answer` and `caption` are names of `answers` and `captions` as well. An image is a path, or the
+            `"vqa"`: `image`, `question` and, except for prediction, `answers` (a string or a list). `"captioning"`:
+            `image` and `captions` (a string or a list). `"retrieval"`: the same and, optionally, `image_id`.
+            `"nlvr2"`: `left_image`, `right_image`, `sentence` and, except for prediction, `label` (0 or 1, true or
+            false). `answers` and `captions` may also be called `answer` and `caption`. An image is a path, or the
             bytes of an image file (Parquet).
         image_dir (`str` or `Path`, *optional*):
-            The folder that relative paths start from, by default the table's.
+            The folder that relative image paths start from; by default the table's folder.
         columns (`dict[str, str]`, *optional*):
-            From the columns named above to what the table calls them, where that differs: `{"image": "file_name"}`.
+            A mapping from the columns named above to the table's names, where they differ: `{"image": "file_name"}`.
         where (`dict[str, str]`, *optional*):
-            Only rows with these values, where the split is a column: `{"split": "train"}`.
+            Keep only rows with these values, for tables with a column for the split: `{"split": "train"}`.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do about rows without a value that is needed, or whose image is no file: `"skip"` leaves them out,
-            with a warning that names them.
+            What to do with rows that lack a required value or whose image file doesn't exist: `"skip"` leaves them
+            out, with a warning that names them.
 
     Returns:
-        `datasets.Dataset`. Of captions, rows of one image path are one row, with all its captions. Without `image_id`,
-        retrieval's is the image's path, or, of bytes, the number of the row.
+        `datasets.Dataset`. For captions, rows with the same image path are merged into one row with all its captions.
+        If retrieval data have no `image_id`, it is the image's path or, for images in bytes, the row number.
 
     Raises:
-        FileNotFoundError: if there is no table, or no file where an image should be. ValueError: for a table that
-        can't be read, a missing column or value, an unknown task. Rows are counted from 1, without the line of names.
+        FileNotFoundError: if the table or an image file doesn't exist. ValueError: for a table that can't be read, a
+        missing column or value, an unknown task. Rows are counted from 1, without the header.
     """
     if task not in _COLUMNS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(_COLUMNS)}")
@@ -93,7 +93,7 @@ def load_table(
 
 
 def _assemble(table, values: dict[str, list], rows: list[int], order: list[str]):
-    """The data set of these rows and columns: `values`, and of images in bytes the table's own."""
+    """Build the data set of these rows, in column order: `values`, plus the table's own columns of images in bytes."""
     from datasets import Image, Sequence, Value
 
     texts = Sequence(Value("string"))
@@ -111,7 +111,7 @@ def _assemble(table, values: dict[str, list], rows: list[int], order: list[str])
 
 
 def _find_tables(path) -> list[Path]:
-    """The files of a table, all of one kind."""
+    """Return the files of a table, all of one kind."""
     paths = [Path(one).expanduser() for one in (path if isinstance(path, list) else [path])]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
@@ -130,7 +130,7 @@ def _find_tables(path) -> list[Path]:
 
 
 def _read(files: list[Path]):
-    """The table, and of its malformed rows, counted from 1, what is wrong."""
+    """Read the table; also return, for each malformed row (counted from 1), what is wrong with it."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -146,7 +146,7 @@ def _read(files: list[Path]):
 
 
 def _read_csv(files: list[Path], delimiter: str):
-    """As `_read`, all values strings: an answer "2" is no number."""
+    """Read CSV as `_read` does, with every value a string: an answer "2" is not a number."""
     from datasets import Dataset
 
     names, rows, malformed = None, [], {}
@@ -175,7 +175,7 @@ def _read_csv(files: list[Path], delimiter: str):
 
 
 def _match_columns(found: list[str], expected: dict, columns: dict[str, str], shown) -> dict[str, str]:
-    """From our names to the table's."""
+    """Return the mapping from our column names to the table's."""
     known = [name.rstrip("*") for name in expected]
     unknown = [name for name in columns if name not in known]
     if unknown:
@@ -196,7 +196,7 @@ def _match_columns(found: list[str], expected: dict, columns: dict[str, str], sh
 
 
 def _values(table, folder: str) -> tuple[dict[str, list], dict[int, tuple[type, str]]]:
-    """The values of all columns but images in bytes, as the collators take them; and what is wrong with which row."""
+    """Convert all columns but images in bytes for the collators; also return the problem of each bad row."""
     values, problems = {}, {}
 
     def note(row, error, problem):
@@ -233,7 +233,7 @@ def _are_texts(value) -> bool:
 
 
 def _report(problems: dict, numbers: list[int], shown, on_error: str) -> None:
-    """Raise the first problem, or warn of them all."""
+    """Raise the first problem, or warn about all of them."""
     if on_error == "raise":
         row, (error, problem) = min(problems.items())
         raise error(f"{shown}, row {numbers[row]}: {problem}; mend it, or leave such rows out with on_error='skip'")
@@ -243,7 +243,7 @@ def _report(problems: dict, numbers: list[int], shown, on_error: str) -> None:
 
 
 def _one_row_an_image(values: dict[str, list], rows: list[int]) -> list[int]:
-    """The first row of each image path; it gets the captions of them all."""
+    """Return the first row of each image path, after adding the captions of the path's other rows to it."""
     first = {}
     for row in rows:
         kept = first.setdefault(values["image"][row], row)

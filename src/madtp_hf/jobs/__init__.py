@@ -1,4 +1,4 @@
-"""Captions and answers in bulk: what `madtp-hf caption` and `madtp-hf ask` are made of."""
+"""Bulk captioning and question answering: the parts behind `madtp-hf caption` and `madtp-hf ask`."""
 
 from ..images import UnreadableImage, open_image
 from .image_to_text import Generation, ImageToText, parse_memory, prepare

@@ -1,4 +1,4 @@
-"""A model that writes captions or answers for batches of prepared images."""
+"""Generate captions or answers for batches of preprocessed images."""
 
 import hashlib
 import os
@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoProcessor
 from ..tasks import TASKS
 
 
-# Memory to use if none is given: what is quick on a CPU, and a share of a GPU's. Larger batches gain nothing on a CPU,
-# and large blocks of memory, of another size in each batch, leave gaps between them.
+# Default memory for a batch: a size that is fast on a CPU, and a share of a GPU's memory. On a CPU larger batches gain
+# nothing, and their large blocks, whose size varies with the batch, fragment the memory.
 CPU_MEMORY, GPU_SHARE = 2 * 2**30, 0.25
 MAX_BATCH = {"cpu": 32, "cuda": 256}
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -22,10 +22,10 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 @dataclass(frozen=True)
 class Generation:
-    """Generation settings; the fields are those of `GenerationConfig`.
+    """How texts are generated; fields as in `GenerationConfig`.
 
-    reduction: the budget to prune to, by the checkpoint's schedule; as the checkpoint is configured if None. prompt:
-        what captions go on from; it is left out of the output.
+    reduction: the budget to prune to, by the checkpoint's schedule; None keeps the checkpoint's own setting. prompt:
+        the prompt that captions continue; it is left out of the output.
     """
 
     reduction: float | None = None
@@ -44,16 +44,16 @@ class Generation:
 
 
 def prepare(image: Image.Image, image_processor) -> np.ndarray:
-    """Resize an RGB image as the image processor does -> uint8 (3, height, width); `ImageToText` normalises it.
+    """Resize an RGB image with the image processor -> uint8 (3, height, width); `ImageToText` normalises it.
 
-    Bytes are a quarter of what normalised pixels are: that much less goes from process to process.
+    Transferring uint8 between processes takes a quarter of the bytes of normalised pixels.
     """
     pixels = image_processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
     return np.ascontiguousarray(pixels[0], dtype=np.uint8)
 
 
 def parse_memory(text: str) -> int:
-    """`"2GB"`, `"500 MiB"` or `"2e9"` -> bytes, in units of 1024."""
+    """Parse `"2GB"`, `"500 MiB"` or `"2e9"` as a number of bytes; units are powers of 1024."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?\s*", text, re.IGNORECASE)
     try:
         size = int(float(match[1]) * _UNITS[match[2].lower()])
@@ -65,22 +65,22 @@ def parse_memory(text: str) -> int:
 
 
 class ImageToText:
-    """Writes a caption of each image, or an answer to the question about it.
+    """Generates a caption for each image, or an answer to a question about it.
 
     Args:
-        source (`str` or `Path`): a pruned checkpoint, or a BLIP model of transformers for the task: a folder or Hub
-            id.
+        source (`str` or `Path`): a pruned checkpoint, or transformers' BLIP model for the task: a folder or Hub id.
         task (`str`): `"captioning"` or `"vqa"`.
-        generation (`Generation`): how texts are written.
-        device, dtype: where to run and in which type; a GPU in bfloat16 if there is one, else the CPU in float32.
+        generation (`Generation`): how texts are generated.
+        device, dtype: the device to run on and the dtype; by default a GPU in bfloat16 if there is one, else the CPU
+            in float32.
 
-    Raises: `ValueError` for a model of another task, a reduction that it isn't calibrated for, or a prompt too long;
-        `OSError` if there is no such model.
+    Raises: `ValueError` for a model of another task, a reduction that the model isn't calibrated for, or a prompt that
+        is too long; `OSError` if there is no such model.
     """
 
     def __init__(self, source, task: str, generation: Generation = Generation(), device=None, dtype=None):
         self.task, self.generation = task, generation
-        # Of several processes on one machine, each has a GPU of its own.
+        # With several processes on one machine, each uses its own GPU.
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
         self.dtype = getattr(torch, dtype or ("float32" if self.device.type == "cpu" else "bfloat16"))
@@ -106,18 +106,19 @@ class ImageToText:
         self.max_new_tokens = min(generation.max_new_tokens, room)
 
     def pixel_values(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 (B, 3, H, W), as `prepare` gives them -> normalised, on the model's device and in its type."""
+        """Normalise uint8 (B, 3, H, W), as returned by `prepare`, on the model's device and in its dtype."""
         pixels = torch.from_numpy(pixels).to(self.device).float()
         return pixels.mul_(self._scale).sub_(self._mean).div_(self._std).to(self.dtype)
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray, questions: list[str] | None = None, first: int = 0) -> list[str]:
-        """Write a text for each image.
+        """Generate a text for each image.
 
         Args:
-            pixels (`numpy.ndarray` of shape `(batch_size, 3, height, width)`, uint8): images, as `prepare` gives them.
-            questions (`list[str]`, *optional*): one for each image, of a model that answers.
-            first (`int`): the number of the first row, which sampling is seeded with.
+            pixels (`numpy.ndarray` of shape `(batch_size, 3, height, width)`, uint8): images, as returned by
+                `prepare`.
+            questions (`list[str]`, *optional*): one for each image, for question answering.
+            first (`int`): the index of the first row; it is added to the seed for sampling.
         """
         if not len(pixels):
             return []
@@ -153,14 +154,14 @@ class ImageToText:
         return [text.strip() for text in tokenizer.batch_decode(ids[:, written:], skip_special_tokens=True)]
 
     def batch_size(self, memory: int | None = None) -> int:
-        """How many images fit into so many bytes beside the model: a power of two, within `MAX_BATCH`."""
+        """Return how many images fit into `memory` bytes beside the model: a power of two, at most `MAX_BATCH`."""
         if memory is None:
             memory = CPU_MEMORY
             if self.device.type == "cuda":
                 memory = int(GPU_SHARE * torch.cuda.get_device_properties(self.device).total_memory)
         vision, text = self.model.config.vision_config, self.model.config.text_config
         tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        # The widest moment of an encoder layer: states, queries, keys and values, and the feed-forward's two.
+        # Peak of an encoder layer: hidden states, queries, keys, values, and the feed-forward's two tensors.
         encoder = tokens * (6 * vision.hidden_size + 2 * vision.intermediate_size)
         length = self.max_new_tokens + (0 if self._prompt is None else self._prompt.shape[1])
         kept = 2 * text.num_hidden_layers * text.hidden_size
@@ -170,7 +171,7 @@ class ImageToText:
 
 
 def _load(source, task: str, dtype: torch.dtype):
-    """The model of a checkpoint for `task`, ours or transformers' BLIP."""
+    """Load the model of a checkpoint for `task`, ours or transformers' BLIP."""
     config, model_class = AutoConfig.from_pretrained(source), TASKS[task].model_class
     named = (config.architectures or ["a model without architectures"])[0]
     if named == model_class.__name__:
@@ -181,7 +182,7 @@ def _load(source, task: str, dtype: torch.dtype):
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """A digest of a model's parameters, which tells whether a job goes on with the model that it began with."""
+    """Return a digest of a model's parameters, which shows whether a resumed job uses the model that it began with."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())

@@ -1,10 +1,10 @@
-"""A job's output: written part by part so that it can go on after a stop, and put together at the end.
+"""Write a job's output part by part, so that an interrupted job can resume, and merge the parts at the end.
 
-Beside `captions.parquet` stands the folder `captions.parquet.job` with `manifest.json`, the job's settings, and a file
-for each finished part, `part-00000.jsonl`. Which rows are in a part is fixed, and a part appears as a whole or not at
-all: what is missing is what is left to do, whichever process does it. At the end parts become the output, and those of
-their rows that could not be read `captions.errors.jsonl`. Of the folder the manifest stays, by which a finished job is
-known.
+Beside `captions.parquet`, the folder `captions.parquet.job` holds `manifest.json`, the job's settings, and one file
+for each finished part, `part-00000.jsonl`. The rows of a part are fixed, and a part's file is written atomically:
+missing parts are the remaining work, whichever process does it. At the end the parts are merged into the output, and
+their rows that could not be read into `captions.errors.jsonl`. Only the manifest stays in the folder; it identifies a
+finished job.
 """
 
 import json
@@ -20,26 +20,26 @@ except ImportError:  # Windows
     fcntl = None
 
 ROWS_PER_PART = 256
-_ROWS_PER_GROUP = 2**14  # of a parquet file
+_ROWS_PER_GROUP = 2**14  # row group size of a parquet file
 
 
 @dataclass(frozen=True)
 class Counts:
-    """images: rows with a text. errors: rows without."""
+    """Counts of rows: `images` with a text, `errors` without."""
 
     images: int
     errors: int
 
 
 class Output:
-    """The output of a job.
+    """The destination of a job's rows.
 
     Args:
         out (`str` or `Path`): `*.jsonl` or `*.parquet`; with `suffix`, the folder of the side files.
-        settings (`dict`): what the rows depend on, by the names that a user knows; values as in JSON.
-        num_rows (`int`): how many rows the source has.
-        column (`str`): what the column of the texts is called, `"caption"` or `"answer"`.
-        suffix (`str`, *optional*): write the text of the image `a/b.jpg` to `a/b` and this suffix, below `out`.
+        settings (`dict`): the settings that the rows depend on, by user-facing names, with JSON values.
+        num_rows (`int`): the number of rows of the source.
+        column (`str`): the name of the text column, `"caption"` or `"answer"`.
+        suffix (`str`, *optional*): write the text of the image `a/b.jpg` to `a/b` plus this suffix, below `out`.
     """
 
     def __init__(self, out, settings: dict, num_rows: int, column: str, suffix=None, rows_per_part=ROWS_PER_PART):
@@ -69,15 +69,15 @@ class Output:
         return -(-self.num_rows // self.rows_per_part)
 
     def part_rows(self, part: int) -> tuple[int, int]:
-        """The first row of a part, and the one behind its last."""
+        """Return the index of a part's first row and the index after its last row."""
         return part * self.rows_per_part, min((part + 1) * self.rows_per_part, self.num_rows)
 
     def begin(self, force: bool = False) -> Counts | None:
-        """Start the job, or go on with it; by one process only.
+        """Start or resume the job; called by one process only.
 
-        Returns: the counts of a job that is finished, else None.
+        Returns: the counts of the job if it has finished, else None.
 
-        Raises: `ValueError` if the job was begun with other settings, or there is an output that is not of this job.
+        Raises: `ValueError` if the job was begun with other settings, or if the output exists and isn't this job's.
         """
         try:
             finished = self._begin(force)
@@ -107,22 +107,23 @@ class Output:
         return None
 
     def _lock(self) -> None:
-        """Let no other job write here while this process lives, or one that joined; what they start keeps no lock."""
+        """Keep other jobs from writing here while this or a joined process lives; child processes don't inherit it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # All of the file, so that nobody else has any of it; then its first byte, so that others can join.
+        # Locking the whole file fails if another process holds any byte; then release all but the first byte, so that
+        # others can join.
         self._take_lock(0, 0)
         if fcntl is not None:
             fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 0, 1)
 
     def join(self, process_index: int) -> None:
-        """Take part in a job that the first process has begun."""
+        """Join a job that the first process has begun."""
         self._take_lock(1, process_index)
 
     def _take_lock(self, length: int, first: int) -> None:
         if fcntl is None:
             return
         if self._lock_file is None:
-            self._lock_file = open(self.folder / "lock", "a")  # open as long as the process lives
+            self._lock_file = open(self.folder / "lock", "a")  # stays open while the process lives
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
         except OSError:
@@ -159,17 +160,17 @@ class Output:
         return [part for part in range(self.num_parts) if self._part_file(part).name not in done]
 
     def write_part(self, part: int, rows: list[dict]) -> None:
-        """Write all rows of a part, each with "row", "key" and the text or "error"; side files first."""
+        """Write all rows of a part, each with "row", "key" and the text or "error"; writes side files first."""
         if self.suffix is not None:
             for row in rows:
                 if "error" not in row:
                     write_atomically(self.side_file(row["key"]), row[self.column] + "\n", durable=False)
-        # In ASCII, which holds names of files that are no text as well.
+        # ASCII JSON can also represent file names that are not valid text.
         lines = (json.dumps(row) + "\n" for row in rows)
         write_atomically(self._part_file(part), "".join(lines))
 
     def side_file(self, key: str) -> Path:
-        """The side file of the image with this key."""
+        """Return the path of the side file of the image with this key."""
         if os.path.isabs(key):
             key = os.path.relpath(key, os.path.abspath(self.out))
         name = PurePosixPath(Path(key).as_posix())
@@ -178,7 +179,7 @@ class Output:
         return self.out / name.parent / (name.stem + self.suffix)
 
     def shared_side_files(self, keys: list[str]) -> dict[int, str]:
-        """Rows whose side file is that of an earlier row's image or can't be, with the reason."""
+        """Return, with the reason, the rows whose side file is an earlier row's or would lie outside `out`."""
         owners, refused = {}, {}
         for row, key in enumerate(keys):
             try:
@@ -192,7 +193,7 @@ class Output:
         return refused
 
     def finish(self) -> Counts:
-        """Put the output together from all parts; by one process only, once no part is missing."""
+        """Merge all parts into the output; called by one process only, once no part is missing."""
         scratch = self.folder / "output.writing"
         with open(self.folder / "errors.writing", "w", encoding="utf-8") as errors:
             good = _Counted(self._good_rows(errors))
@@ -221,7 +222,7 @@ class Output:
         return counts
 
     def _good_rows(self, errors) -> Iterator[dict]:
-        """All rows that have a text, in order; the others go to the file `errors`."""
+        """Yield all rows that have a text, in order; write the others to the file `errors`."""
         for part in range(self.num_parts):
             with open(self._part_file(part), encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file]
@@ -240,7 +241,7 @@ class Output:
 
 
 class _Counted:
-    """An iterator that knows how many items it has given."""
+    """An iterator that counts the items it has yielded."""
 
     def __init__(self, items: Iterator):
         self.items, self.number = items, 0
@@ -269,9 +270,10 @@ def _write_parquet(file: Path, rows, column: str) -> None:
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Write a file that appears as a whole; `durable`: also after a power cut, which takes longer.
+    """Write a file atomically; `durable` makes it survive a power failure, which takes longer.
 
-    What a killed process left of it is overwritten: the name is the same each time, as only one process writes a file.
+    The temporary file's name is always the same, so a new attempt overwrites what a killed process left; only one
+    process writes each file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.writing")

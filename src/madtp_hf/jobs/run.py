@@ -1,4 +1,4 @@
-"""The loop of a job: worker processes read and resize images, this one writes texts, part by part."""
+"""Run a job: worker processes read and resize images, this process generates texts, part by part."""
 
 import os
 import sys
@@ -18,16 +18,16 @@ from .output import Output
 from .sources import Row
 
 
-# Processes wait for the slowest of them at the end: for as long as it takes.
+# At the end, processes wait for the slowest one without a practical limit.
 _PATIENCE = timedelta(days=365)
 
 
 @dataclass
 class Batch:
-    """Rows that follow each other: those with an image, and those without, with the reason.
+    """Consecutive rows: those with an image, and those without one together with the reason.
 
-    rows: "row", "key" and, where there is one, "question" of each image. pixels: (len(rows), 3, height, width) uint8.
-    errors: the same of rows without an image, and "error". part: which part of the output they are in.
+    rows: "row", "key" and, if there is one, "question" of each image. pixels: (len(rows), 3, height, width) uint8.
+    errors: rows without an image, with the same fields and "error". part: the output part that they belong to.
     """
 
     part: int
@@ -37,14 +37,14 @@ class Batch:
 
 
 class PreparedBatches(Dataset):
-    """Batches by (part, first row, row behind the last), read and resized; one that can't be read costs no other.
+    """Read and resize batches given as (part, first row, row after the last); an unreadable row affects no other.
 
     Args:
         source: see `open_source`.
         image_processor: the checkpoint's.
         asks (`bool`): whether rows need a question.
-        question (`str`, *optional*): the question to ask of all images.
-        refused (`dict[int, str]`): rows that are not to be read, with the reason.
+        question (`str`, *optional*): a question to ask about all images.
+        refused (`dict[int, str]`): rows not to read, with the reason.
     """
 
     def __init__(self, source, image_processor, asks=False, question=None, max_pixels=MAX_PIXELS, refused=None):
@@ -70,7 +70,7 @@ class PreparedBatches(Dataset):
         return batch
 
     def _rows(self, start: int, stop: int):
-        """(row, None), or (row, reason) of rows that the source can't give, as of a damaged file."""
+        """Yield (row, None), or (row, reason) for rows that the source can't read, such as those of a damaged file."""
         following = start
         try:
             for row in self.source.rows(start, stop):
@@ -95,14 +95,13 @@ class PreparedBatches(Dataset):
             raise UnreadableImage(f"{image.width} x {image.height} pixels: {error}") from None
 
     def allow_large_images(self, *_) -> None:
-        """Let Pillow's own limit be this one, in a worker process."""
+        """Replace Pillow's own size limit by this one in a worker process."""
         Image.MAX_IMAGE_PIXELS = self.max_pixels
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a job: images with a text and without, how many of both this run processed, and the seconds it
-    took."""
+    """A job's result: images with and without a text; how many rows this run processed, and in how many seconds."""
 
     images: int
     errors: int
@@ -111,7 +110,7 @@ class Summary:
 
 
 def finish_batch(batch: Batch, write_texts: Callable, column: str) -> list[dict]:
-    """The rows of a batch in order, each with its text or the reason why it has none."""
+    """Return the rows of a batch in order, each with its text or the reason why it has none."""
     rows = []
     if batch.rows:
         asks = "question" in batch.rows[0]
@@ -122,7 +121,7 @@ def finish_batch(batch: Batch, write_texts: Callable, column: str) -> list[dict]
 
 
 def places(output: Output, parts: list[int], batch_size: int) -> list[tuple[int, int, int]]:
-    """(part, first row, row behind the last) of each batch of these parts. No batch reaches into another part."""
+    """Return (part, first row, row after the last) of each batch of these parts; no batch spans two parts."""
     return [
         (part, start, min(start + batch_size, stop))
         for part in parts
@@ -140,19 +139,21 @@ def run_job(
     force: bool = False,
     show_progress: bool = True,
 ) -> Summary | None:
-    """Write a text for every row of a source; rows that an earlier run has finished are skipped.
+    """Write a text for every row of a source, or for the rows that an earlier run left.
 
-    Processes that `torchrun` or `accelerate launch` started share the parts.
+    Processes started by `torchrun` or `accelerate launch` share the parts.
 
     Args:
         batches (`PreparedBatches`): the rows.
-        write_texts: as `ImageToText.__call__`: pixels, questions or None, number of the first row -> a text each.
-        output (`Output`): where they go.
-        batch_size (`int`): how many images to take at a time, at most.
-        workers (`int`, *optional*): processes that read images; 0 for this one, by default a few.
-        force (`bool`): whether to start anew where there is an output already.
+        write_texts: called like `ImageToText.__call__`: pixels, questions or None, index of the first row -> one text
+            for each image.
+        output (`Output`): where the rows are written.
+        batch_size (`int`): the maximum number of images per batch.
+        workers (`int`, *optional*): the number of processes that read images; 0 reads in this process, by default a
+            few.
+        force (`bool`): whether to start over if the output exists already.
 
-    Returns: `Summary`, to the first process; None to others.
+    Returns: `Summary` in the first process, None in others.
     """
     state = _process_state()
     finished, problem = None, None
@@ -170,7 +171,7 @@ def run_job(
         output.join(state.process_index)
     began, missing = time.perf_counter(), output.missing_parts()
     left = sum(stop - start for start, stop in map(output.part_rows, missing))
-    state.wait_for_everyone()  # all have seen the same parts missing, before any is written
+    state.wait_for_everyone()  # all processes list the missing parts before any part is written
     mine = missing[state.process_index :: state.num_processes]
     bar = tqdm(
         total=sum(stop - start for start, stop in map(output.part_rows, mine)),
@@ -227,14 +228,14 @@ def _as_it_is(batch):
 
 
 def default_workers() -> int:
-    """Processes that read images, unless told: as many as there are processors for, at most 8."""
+    """Return the default number of processes that read images: one per available processor, at most 8."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(8, processors // here - 1))
 
 
 def _process_state():
-    """One process, or accelerate's state of several."""
+    """Return accelerate's process state, or a stand-in for a single process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return _OneProcess()
     from accelerate import PartialState
@@ -258,7 +259,7 @@ class _SeveralProcesses:
         self.process_index, self.num_processes = state.process_index, state.num_processes
 
     def tell(self, values: list) -> list:
-        """What the first process has, in all."""
+        """Broadcast the first process's values to all processes."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list(values)

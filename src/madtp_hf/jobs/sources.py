@@ -1,7 +1,7 @@
-"""Where a job's rows come from: a folder, a list, parquet files, WebDataset tars or a `datasets` data set.
+"""Sources of a job's rows: a folder, a list, parquet files, WebDataset tars or a `datasets` data set.
 
-Each source has a length, gives the rows of any range in order, and has a fingerprint that changes when its rows do. It
-keeps at most one string a row in memory; files are opened, and images read, only when their range is asked for.
+Each source has a length, yields the rows of any range in order, and has a fingerprint that changes with its rows. It
+keeps at most one string per row in memory; files are opened and images read only when their range is requested.
 """
 
 import csv
@@ -25,10 +25,10 @@ _LISTS = (".txt", ".jsonl", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Row:
-    """One image, and the question about it if the source has one.
+    """One image and, if the source has one, the question about it.
 
-    index: which row of the source it is, from 0. key: what the row is called in the output. image: a path, or the
-    bytes of an image file; None if the row has none.
+    index: the row's index in the source, from 0. key: the row's name in the output. image: a path, or the bytes of an
+    image file; None if the row has none.
     """
 
     index: int
@@ -39,14 +39,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table's columns are called; found by their usual names where not given."""
+    """The names of a table's columns; names not given are looked up among the usual ones."""
 
     image: str | None = None
     question: str | None = None
     key: str | None = None
 
     def choose(self, names: Iterable[str], where) -> "Columns":
-        """The columns of a table that has `names`; a missing image column is an error, others are None."""
+        """Choose the columns of a table with `names`; a missing image column is an error, others are None."""
         names, chosen = list(names), {}
         usual_names = {"image": IMAGE_COLUMNS, "question": QUESTION_COLUMNS, "key": KEY_COLUMNS}
         for kind, usual in usual_names.items():
@@ -72,7 +72,7 @@ def require(module: str):
 
 
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of files that Pillow reads as images, in lower case, with their dots."""
+    """Return the suffixes of the image files that Pillow can read, in lower case, with their dots."""
     from PIL import Image
 
     Image.init()
@@ -81,21 +81,21 @@ def image_suffixes() -> frozenset[str]:
 
 
 def open_source(images, columns: Columns = Columns(), split: str | None = None, image_root=None):
-    """Detect what kind of source `images` is, and open it.
+    """Determine what `images` is, and open it as a source.
 
     Args:
-        images (`str` or `Path`): a folder of images, tars or parquet files, or one that `datasets` saved; a list of
-            images (`.txt`, `.jsonl`, `.csv`, `.tsv`); parquet files or tars, also by a pattern such as
+        images (`str` or `Path`): a folder of images, tars or parquet files, or one saved by `datasets`; a list of
+            images (`.txt`, `.jsonl`, `.csv`, `.tsv`); parquet files or tars, also as a pattern such as
             `train-{000..099}.tar` or `data/*.parquet`; else the id of a data set on the Hub.
-        columns (`Columns`): what the columns of a table are called.
+        columns (`Columns`): the names of a table's columns.
         split (`str`, *optional*): the split of a data set with several.
-        image_root (`str` or `Path`, *optional*): what relative paths in a list or table are relative to, by default
-            the folder of the list.
+        image_root (`str` or `Path`, *optional*): the folder that relative paths in a list or table start from, by
+            default the list's folder.
 
     Returns: a source with `len`, `rows(start, stop)`, `fingerprint` and `root`, the folder that keys are relative to,
         if any.
 
-    Raises: `ValueError` or `OSError` for what is none of these, or holds no image.
+    Raises: `ValueError` or `OSError` if `images` is none of these, or holds no image.
     """
     text = os.path.expanduser(os.fspath(images))
     path = Path(text)
@@ -135,19 +135,19 @@ def _open_folder(path: Path, columns: Columns, split: str | None, root: Path | N
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder` of all that is named like an image, in a fixed order; follows no links to folders."""
+    """Yield the paths, relative to `folder`, of all entries named like images, in fixed order; no folder links."""
     suffixes = image_suffixes()
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        # A folder or a link to nowhere that is named like an image is listed as unreadable: nothing is passed over in
-        # silence.
+        # A folder or a broken link that is named like an image is included, and later reported as unreadable: nothing
+        # is skipped silently.
         for name in sorted(files + folders):
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("._"):
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
 def _expand(pattern: str) -> list[str]:
-    """The files of a brace pattern, a glob or a single name."""
+    """Return the files of a brace pattern, a glob or a single name."""
     names = require("braceexpand").braceexpand(pattern) if "{" in pattern else [pattern]
     files = [file for name in names for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     missing = [file for file in files if not os.path.isfile(file)]
@@ -166,7 +166,7 @@ def _digest(parts: Iterable) -> str:
 
 
 class ListSource:
-    """Paths, and questions if there are any. A folder's keys are its paths, so that one list of strings does."""
+    """Paths and, if there are any, questions. A folder's keys are its paths, so one list of strings is enough."""
 
     def __init__(self, keys: list[str], paths: list[str], questions: list[str] | None, root: Path):
         self.keys, self.paths, self.questions, self.root = keys, paths, questions, root
@@ -186,7 +186,7 @@ class ListSource:
 
 
 def _read_list(path: Path, columns: Columns, root: Path | None) -> ListSource:
-    """A list: lines of paths, or of a path, a tab and a question; or a table as JSONL, CSV or TSV."""
+    """Read a list: lines with a path, or a path, a tab and a question; or a table as JSONL, CSV or TSV."""
     keys, paths, questions, has_keys = [], [], [], False
     with open(path, encoding="utf-8-sig", newline="") as file:
         for number, (image, question, key) in enumerate(_list_entries(file, path, columns)):
@@ -202,7 +202,7 @@ def _read_list(path: Path, columns: Columns, root: Path | None) -> ListSource:
 
 
 def _list_entries(file, path: Path, columns: Columns) -> Iterator[tuple]:
-    """(path of the image, question, key) of each row, None for what a row lacks."""
+    """Yield (path of the image, question, key) for each row, with None for missing values."""
     suffix = path.suffix.lower()
     if suffix == ".txt":
         for line in file:
@@ -234,7 +234,7 @@ def _json_lines(file, path: Path) -> Iterator[dict]:
 
 
 def _table_row(index: int, values: dict, columns: Columns, root) -> Row:
-    """A row of a table whose images are paths, bytes, or both in a dictionary, as `datasets` writes them."""
+    """Return a row of a table whose images are paths, bytes, or both in a dictionary, as written by `datasets`."""
     image, path = values[columns.image], None
     if isinstance(image, dict):
         image, path = image.get("bytes"), image.get("path")
@@ -247,7 +247,7 @@ def _table_row(index: int, values: dict, columns: Columns, root) -> Row:
 
 
 class ParquetSource:
-    """Rows of parquet files whose images are paths or bytes. Read row group by row group, a few rows at a time."""
+    """Rows of parquet files whose images are paths or bytes, read one row group, a few rows, at a time."""
 
     root = None
     rows_at_once = 32
@@ -277,7 +277,7 @@ class ParquetSource:
         return _digest((*sizes, self._total, self.columns))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_current": None, "_batches": None}  # open files stay in their process
+        return {**self.__dict__, "_current": None, "_batches": None}  # open files can't move to another process
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
         stop = min(stop, self._total)
@@ -293,7 +293,7 @@ class ParquetSource:
         return bisect_right(self._firsts, row) - 1
 
     def _batch_with(self, row: int):
-        """The first row of a record batch that holds `row`, and the batch; goes on in the row group that is open."""
+        """Return the first row index of the record batch that holds `row`, and the batch; continues the open group."""
         group = self._group_of(row)
         if self._current is not None:
             opened, first, batch = self._current
@@ -318,9 +318,9 @@ class ParquetSource:
 
 
 class TarSource:
-    """Images in uncompressed tars, read where they lie.
+    """Images in uncompressed tars, read in place.
 
-    A sample's question is its `.txt`, or "question" in its `.json`.
+    A sample's question is its `.txt` file, or "question" in its `.json` file.
     """
 
     root = None
@@ -342,7 +342,7 @@ class TarSource:
                             places.append(place)
                         elif suffix in (".txt", ".json"):
                             texts[number, key, suffix] = place
-                        tar.members = []  # or it would remember each of them
+                        tar.members = []  # otherwise tarfile keeps every member in memory
             except tarfile.TarError as error:
                 raise ValueError(
                     f"{name} can't be read ({error}): expected an uncompressed tar; mend it or leave it out."
@@ -361,7 +361,7 @@ class TarSource:
         return {**self.__dict__, "_open": {}}
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
-        # One tar is open at a time: rows come in order.
+        # Only one tar is open at a time, since rows come in order.
         if number not in self._open or self._open["process"] != os.getpid():
             self._open = {number: open(self.files[number], "rb"), "process": os.getpid()}
         self._open[number].seek(offset)
@@ -385,7 +385,7 @@ class TarSource:
 
 
 class DatasetSource:
-    """A `datasets` data set, its images left encoded."""
+    """A `datasets` data set whose images stay encoded."""
 
     root = None
 
@@ -401,7 +401,7 @@ class DatasetSource:
         if columns.image is None and pictures:
             columns = Columns(pictures[0], columns.question, columns.key)
         self.columns, self.image_root = columns.choose(features, name), root
-        self._fingerprint = dataset._fingerprint  # before the cast, which is no change of rows
+        self._fingerprint = dataset._fingerprint  # taken before the cast, which changes no row
         if self.columns.image in pictures:
             dataset = dataset.cast_column(self.columns.image, datasets.Image(decode=False))
         wanted = {self.columns.image, self.columns.question, self.columns.key} - {None}

@@ -1,6 +1,6 @@
-"""The four tasks' metrics, as modules of the `evaluate` library: one folder each, loadable offline by its path.
+"""The metrics of the four tasks, as modules of the `evaluate` library: one folder each, loadable offline by path.
 
-The scripts are self-contained, for `evaluate` copies a script to its cache (a new copy whenever the code changes) and
+The scripts are self-contained, because `evaluate` copies a script to its cache (again whenever the code changes) and
 imports it from there.
 """
 
@@ -11,7 +11,7 @@ METRICS = ("caption_metrics", "nlvr2", "retrieval_recall", "vqa_accuracy")
 
 
 def load_metric(name: str, **kwargs):
-    """Load one of this package's metrics by name: an `evaluate.EvaluationModule`, from disk, without a network.
+    """Load one of this package's metrics by name as an `evaluate.EvaluationModule`, from disk, without a network.
 
     Args:
         name (`str`):
@@ -19,11 +19,11 @@ def load_metric(name: str, **kwargs):
         **kwargs:
             Passed to `evaluate.load`. `keep_in_memory` is on unless given or evaluation is distributed (`num_process`
             above 1), so that metrics loaded in several processes share no file. Distributed evaluation needs files:
-            give every process the same `experiment_id`, different from those of other runs.
+            give all processes the same `experiment_id`, different from those of other runs.
 
     Raises:
-        ValueError: there is no such metric.
-        ImportError: `evaluate` is not installed.
+        ValueError: if there is no such metric.
+        ImportError: if `evaluate` is not installed.
     """
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")

@@ -1,4 +1,4 @@
-"""Command-line arguments of the example scripts, and what follows from them."""
+"""Command-line arguments of the example scripts for pruning and data, and what the scripts derive from them."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ class _HelpAll(argparse.Action):
 class ScriptParser(HfArgumentParser):
     """`HfArgumentParser` whose `--help` shows a script's own options; `--help-all` shows all of them.
 
-    dataclass_types: as of `HfArgumentParser`; defaults (`dict`): of any option, in place of the classes' own.
+    dataclass_types: as in `HfArgumentParser`; defaults (`dict`): values that override the classes' own defaults.
     """
 
     def __init__(self, dataclass_types, description: str, **defaults):
@@ -60,7 +60,7 @@ class ScriptParser(HfArgumentParser):
 
 @dataclass
 class PruningArguments:
-    """Arguments about pruning, for `HfArgumentParser` beside `TrainingArguments`."""
+    """Pruning options for `HfArgumentParser`, to use with `TrainingArguments`."""
 
     dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
     target_reduction: list[float] = field(
@@ -82,7 +82,7 @@ class PruningArguments:
             self.reductions = []
 
     def load_model(self, model_class, source: str):
-        """Load a pruned model, or a dense one with new alignment tokens. `source`: a folder or Hub id."""
+        """Load a pruned model unchanged, or a dense one with new alignment tokens; `source` is a folder or Hub id."""
         if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
             model = model_class.from_pretrained(source)
         else:
@@ -90,10 +90,10 @@ class PruningArguments:
             model = from_dense(
                 source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
             )
-        return model.float()  # whatever it was stored in: weights in half precision don't train
+        return model.float()  # always float32: weights in half precision don't train
 
     def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
-        """Fit new alignment tokens to training batches, and calibrate for where training, or evaluation, begins."""
+        """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation."""
         if self.dense:
             return
         if not model.config.pruning_schedule and not self.random_alignment:
@@ -101,19 +101,19 @@ class PruningArguments:
         calibrate(model, validation_batches, self.target_reduction if do_train else self.reductions)
 
     def budgets(self, model) -> list[float]:
-        """Return the reductions to evaluate: 0, and those of `reductions` that the model reached in calibration."""
+        """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""
         reached = {entry[0] for entry in model.config.pruning_schedule or ()}
         return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
 
     def callbacks(self) -> list:
-        """Make the callbacks for training: the one that steers the reduction."""
+        """Return the callbacks that control the temperature during training."""
         if self.dense:
             return []
         target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
         return [ReductionCallback(target, num_targets=self.num_targets)]
 
     def settings(self, args, trainer) -> dict:
-        """Collect the training settings for the results and the model card; `args` has `model` and `train_samples`."""
+        """Return the training settings for results and model card; `args` has `model` and `train_samples`."""
         training = trainer.args
         steps = trainer.state.global_step
         settings = {"from": public_name(args.model), "steps": steps}
@@ -139,7 +139,7 @@ class PruningArguments:
 
 @dataclass
 class RetrievalArguments:
-    """Arguments about data and contrastive training of image-text retrieval, for `HfArgumentParser`."""
+    """Options for `HfArgumentParser`: data and contrastive training of image-text retrieval."""
 
     model: str = field(metadata={"help": "A dense model, or a pruned one to go on with: a folder or Hub id."})
     dataset: str | None = field(
@@ -159,7 +159,7 @@ class RetrievalArguments:
     distillation: float = field(default=0.4, metadata={"help": "How much of the targets are the momentum encoder's."})
 
     def load_data(self) -> tuple:
-        """Load the rows for training, calibration and evaluation."""
+        """Return the rows for training, calibration and evaluation."""
         numbers = (self.train_samples, self.validation_samples, self.test_samples)
         splits = ("train", "validation", self.evaluation_split)
         return tuple(self._load(split, rows) for split, rows in zip(splits, numbers))
@@ -173,6 +173,6 @@ class RetrievalArguments:
         return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
     def dataset_facts(self, example: str) -> dict:
-        """Describe the data for the results and the model card."""
+        """Return the facts about the data that results and model card report."""
         name = public_name(self.dataset) if self.dataset else "digit scenes"
         return {"name": name, "split": self.evaluation_split, "example": example}

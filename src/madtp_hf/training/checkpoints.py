@@ -1,16 +1,15 @@
-"""Which checkpoint of an interrupted training to go on from."""
+"""Find the checkpoint from which to resume an interrupted training."""
 
 import json
 from pathlib import Path
 
 
 def last_checkpoint(output_dir) -> str | None:
-    """Return the newest complete checkpoint in a `Trainer`'s output folder, for
-    `trainer.train(resume_from_checkpoint=...)`, or None.
+    """Return the newest complete checkpoint in a `Trainer`'s output folder, or None if there is none.
 
-    `resume_from_checkpoint=True` takes the newest folder, complete or not, and fails on one that was being written
-    when the process was killed. `Trainer` writes `trainer_state.json` last; a folder without a whole one is passed
-    over here.
+    Pass it to `trainer.train(resume_from_checkpoint=...)`. `resume_from_checkpoint=True` takes the newest folder,
+    complete or not, and fails on one that was being written when the process was killed. `Trainer` writes
+    `trainer_state.json` last; this function skips folders in which that file is missing or incomplete.
     """
     folders = [
         path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
@@ -18,7 +17,7 @@ def last_checkpoint(output_dir) -> str | None:
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):  # not there, or cut short
+        except (OSError, ValueError):  # missing or incomplete
             continue
         return str(folder)
     return None

@@ -1,20 +1,19 @@
-"""The optimizer that fine-tuning under pruning wants."""
+"""The optimizer for fine-tuning under pruning."""
 
 import torch
 
 
 def create_optimizer(model, learning_rate: float, alignment_rate: float = 0.01, **options) -> torch.optim.AdamW:
-    """Create AdamW with a lower learning rate for the alignment parameters: `alignment_rate` times the
-    `learning_rate` of the others.
+    """Return AdamW whose alignment parameters learn at `alignment_rate` times the `learning_rate` of the others.
 
-    The graded norms that alignment tokens start with are what lets small reductions be reached; they must not be
-    learned away. `options` are AdamW's. For `Trainer(optimizers=(create_optimizer(model, lr), None))`, which makes the
-    schedule. What is frozen stays out: of a peft model, the adapter alone is learned.
+    Alignment tokens start with graded norms, which make small reductions reachable; fast learning would undo them.
+    `options` are AdamW's. Pass it as `Trainer(optimizers=(create_optimizer(model, lr), None))`; `Trainer` creates the
+    schedule. Frozen parameters are left out: of a peft model, only the adapter is trained.
     """
     slow, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # In a peft model the name goes on on both sides:
+            # In a peft model the name has more parts on both sides:
             # base_model.model.alignment.modules_to_save.default.tokens.
             (slow if "alignment" in name.split(".") else others).append(parameter)
     groups = [{"params": others}, {"params": slow, "lr": learning_rate * alignment_rate}]

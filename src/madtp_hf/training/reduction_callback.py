@@ -1,4 +1,4 @@
-"""Steer the pruning threshold to a reduction of FLOPs during training."""
+"""Control the pruning threshold during training so that a model holds a target reduction of FLOPs."""
 
 import math
 
@@ -9,35 +9,35 @@ from transformers.trainer_callback import ExportableState
 from ..calibration import FACTORS, SCAN, measure, threshold_at
 
 
-NOISE = 0.02  # how far batches differ in their reduction: the gain does not adapt to that
-GAINS = (0.02, 12.0)  # the smallest and the largest
+NOISE = 0.02  # how much the reduction varies between batches: the gain does not adapt to smaller errors
+GAINS = (0.02, 12.0)  # the smallest and the largest gain
 
 
 class ReductionCallback(TrainerCallback, ExportableState):
-    """A `Trainer` callback that keeps the reduction of FLOPs at a target during training.
+    """A `Trainer` callback that holds a model at a target reduction of FLOPs while it learns.
 
-    After every step the temperature moves, on a logarithmic scale, in proportion to how far the step's measured
-    reduction is from the target: an integral controller, so that it settles where the mean reduction is the target,
-    whatever the model, data or learning rate, and follows as the model changes. Below a low temperature it is the
-    threshold's factor that moves, on the path that `calibrate` searches. How much the reduction answers to a move
+    After every step the temperature moves, on a logarithmic scale, in proportion to the difference between the target
+    and the step's measured reduction. This is an integral controller: it settles where the mean reduction equals the
+    target, whatever the model, data or learning rate, and follows as the model changes. Below a low temperature, the
+    threshold's factor moves instead, on the path that `calibrate` searches. The reduction's sensitivity to a move
     differs a hundredfold along this path, so each target's gain adapts: it grows while the reduction stays on one side
-    of the target, and is halved when a move has gone past it. `calibrate` afterwards finds the exact thresholds.
+    of the target, and is halved when a move overshoots. `calibrate` afterwards finds the exact thresholds.
 
-    Between steps, when `Trainer` evaluates and saves, the model is at the threshold of the largest target: evaluations
-    compare, and a checkpoint's configuration has it. Training that is resumed goes on with the thresholds of its
-    checkpoint. The model may be one of peft's.
+    Between steps, when `Trainer` evaluates and saves, the model uses the threshold of the largest target, so that
+    evaluations are comparable and a checkpoint's configuration holds that threshold. Resumed training continues with
+    the thresholds of its checkpoint. The model may be a peft model.
 
     Args:
         target_reduction (`float` or `tuple[float, float]`):
             The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced
-            targets between the two, each with a threshold of its own, so that one checkpoint learns them all.
+            targets between the two, each with its own threshold, so that one checkpoint learns all of them.
         num_targets (`int`, *optional*, defaults to 5):
-            How many, with a pair.
+            The number of targets, with a pair.
         gain (`float`, *optional*):
-            By how much the logarithm of the temperature, or of the factor, moves at first for a distance of 1 from the
-            target. Defaults to 0.3 where a calibrated schedule says where to begin, else to 1.5.
+            The initial change of the logarithm of the temperature, or of the factor, for an error of 1 in the
+            reduction. Defaults to 0.3 where a calibrated schedule gives the starting point, else to 1.5.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw.
+            Seed for drawing targets.
     """
 
     def __init__(self, target_reduction, num_targets: int = 5, gain: float | None = None, seed: int = 0):
@@ -55,15 +55,14 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.seed = seed
         self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
         self.first_temperature = None  # of the path, see `threshold_at`
-        self.log_temperatures = None  # the points on it: where the factor is below 1, of temperature times factor
-        self.gains = None  # one for each target
+        self.log_temperatures = None  # points on the path: log of the temperature, times the factor if below 1
+        self.gains = None  # one per target
         self.errors = [0.0] * len(self.targets)
         self._measured = []
         self._hook = None
 
     def state(self) -> dict:
-        """Return the state that a checkpoint stores, so that resumed training continues with it (see
-        `ExportableState`)."""
+        """Return what a checkpoint keeps so that training can resume (see `ExportableState`)."""
         return {
             "args": {
                 "target_reduction": self.target_reduction,
@@ -80,8 +79,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
         }
 
     def _current(self, step: int) -> int:
-        """Return the index of a step's target, drawn from the step's number: the same on every process and after
-        resuming."""
+        """Return the index of a step's target, drawn from its number: the same on all processes and on resuming."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return int(torch.randint(len(self.targets), (), generator=generator))
 
@@ -90,8 +88,11 @@ class ReductionCallback(TrainerCallback, ExportableState):
             self._measured.append(measure(model, kwargs, output).mean())
 
     def _begin(self, config) -> None:
-        """Set the search path and the starting points: by the calibrated schedule, else by the present threshold,
-        else at a moderate temperature."""
+        """Choose the path and the starting point of each target on it.
+
+        The starting point comes from the calibrated schedule if there is one, else from the model's present threshold,
+        else from a moderate temperature.
+        """
         moderate, schedule = config.text_config.hidden_size**0.5 / 4, config.pruning_schedule or ()
         present = config.pruning_temperature or moderate
         with_factor = [entry[1] for entry in schedule if len(entry) > 2 and entry[2] < 1]
@@ -125,15 +126,15 @@ class ReductionCallback(TrainerCallback, ExportableState):
                 ' model.config.pruning_granularity = "instance" (or "batch") while it trains; calibrate with'
                 " freeze=True afterwards."
             )
-        # A resumed training's state holds the callback's, whether or not `Trainer` restores callbacks by itself.
+        # A resumed training's state contains the callback's, whether or not `Trainer` restores callbacks itself.
         saved = state.stateful_callbacks.get(type(self).__name__)
-        begins = self.log_temperatures is None or state.global_step > 0  # also for a callback that has trained before
+        begins = self.log_temperatures is None or state.global_step > 0  # or the callback has trained before
         if begins and isinstance(saved, dict) and type(self)(**saved["args"]).targets == self.targets:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
-        if self.first_temperature is None or self.gains is None:  # also in the state of a version without
+        if self.first_temperature is None or self.gains is None:  # also for an older version's state
             self._begin(model.config)
-        if self._hook is not None:  # of a run that was interrupted
+        if self._hook is not None:  # left by an interrupted run
             self._hook.remove()
         self._hook = model.register_forward_hook(self._measure, with_kwargs=True)
 
@@ -146,7 +147,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(reduction)
             reduction = reduction / torch.distributed.get_world_size()
-        # `global_step` has been advanced since the step began.
+        # `Trainer` has incremented `global_step` since the step began.
         current = self._current(state.global_step - 1)
         self.reduction = reduction.item()
         error, before = self.targets[current] - self.reduction, self.errors[current]
@@ -155,7 +156,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
             self.gains[current] = min(max(adapted, GAINS[0]), GAINS[1])
         self.errors[current] = error
         moved = self.log_temperatures[current] + min(max(self.gains[current] * error, -0.5), 0.5)
-        # A target out of reach must not wind the temperature up or the factor down without end.
+        # Clamp: an unreachable target must not move the temperature up or the factor down without end.
         lowest = math.log(self.first_temperature * FACTORS[0])
         self.log_temperatures[current] = min(max(moved, lowest), math.log(SCAN[-1]))
         self._set(model, -1)

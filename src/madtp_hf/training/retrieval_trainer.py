@@ -1,8 +1,7 @@
-"""Training for image-text retrieval as BLIP's: contrast with a momentum encoder's features, of this batch and of
-queues of earlier ones.
+"""Train image-text retrieval as in BLIP, contrasting with a momentum encoder's features of this and earlier batches.
 
-All of it stays out of the published checkpoint: the model that is trained is a plain `MadtpBlipForImageTextRetrieval`
-or `MadtpClipModel`.
+The momentum (EMA) encoder and its feature queues stay out of the published checkpoint: the trained model is a plain
+`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`.
 """
 
 import copy
@@ -24,19 +23,20 @@ MEMORY_FILE = "contrastive_memory.safetensors"
 
 
 class ContrastiveMemory(nn.Module):
-    """A momentum encoder of a retrieval model, queues of its features, and BLIP's learned temperature of the
-    similarities; CLIP has its own.
+    """A momentum (EMA) encoder of a retrieval model, queues of its features, and BLIP's learned temperature.
+
+    The temperature scales the similarities; CLIP has a `logit_scale` of its own instead.
 
     Args:
         model (`MadtpBlipForImageTextRetrieval` or `MadtpClipModel`):
             The model; the momentum encoder starts as its copy.
         queue_size (`int`):
-            How many image and text features of earlier batches to contrast with.
+            The number of image and text features of earlier batches to contrast with.
         momentum (`float`):
-            How much of the momentum encoder stays at a step; the rest comes from the model.
+            The share of the momentum encoder that is kept at a step; the rest comes from the model.
         distillation (`float`):
-            The share of the targets, at most, that are the momentum encoder's similarities instead of the known pairs
-            of images and texts.
+            The largest share of the momentum encoder's own similarities in the targets; the rest is which image
+            belongs to which text.
     """
 
     def __init__(self, model, queue_size: int = 57600, momentum: float = 0.995, distillation: float = 0.4):
@@ -47,9 +47,9 @@ class ContrastiveMemory(nn.Module):
             raise ValueError(f"{momentum=}, {distillation=}: expected numbers in [0, 1), and in [0, 1].")
         self.momentum = momentum
         self.distillation = distillation
-        # Always in float32: lower precision would round the small steps of a slow average away.
+        # Always float32: half precision would round away the small steps of a slow average.
         self.momentum_encoder = copy.deepcopy(model).float().requires_grad_(False).eval()
-        if is_distributed():  # new parameters are random, and differ between processes: take rank 0's
+        if is_distributed():  # as the model's wrapper does: new parameters are random, and differ between processes
             for parameter in self.momentum_encoder.parameters():
                 dist.broadcast(parameter, 0)
         self.has_temperature = not isinstance(model, MadtpClipModel)
@@ -59,18 +59,18 @@ class ContrastiveMemory(nn.Module):
         width = config.image_text_hidden_size if self.has_temperature else config.projection_dim
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, torch.zeros(queue_size, width, device=model.device))
-        # -1 is no image's id: it marks places in the queue that are not filled yet.
+        # -1 marks places of the queue that are not filled yet; no image has this id.
         self.register_buffer("id_queue", torch.full((queue_size,), -1, dtype=torch.long, device=model.device))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def follow(self, model) -> None:
-        """Move the momentum encoder towards the model, once a step."""
+        """Update the momentum encoder from the model, once per step."""
         for mine, theirs in zip(self.momentum_encoder.parameters(), model.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - self.momentum)
-        if not self.has_temperature:  # similarities are scaled as the model's
+        if not self.has_temperature:  # scale similarities as the model does
             self.momentum_encoder.logit_scale.copy_(model.logit_scale)
-        # The momentum encoder prunes as the model does.
+        # Prune as the model does.
         for name in ("pruning_temperature", "pruning_threshold_factor"):
             setattr(self.momentum_encoder.config, name, getattr(model.config, name))
 
@@ -87,7 +87,7 @@ class ContrastiveMemory(nn.Module):
         self.position = (self.position + len(ids)) % size
 
     def forward(self, inputs: dict[str, torch.Tensor], progress: float) -> ContrastiveKeys:
-        """Return the keys to contrast this batch with, and add the batch to the queues.
+        """Return the keys and targets that this batch is contrasted with, then add its features to the queues.
 
         progress, in [0, 1]: how far distillation has been faded in.
         """
@@ -117,26 +117,26 @@ class ContrastiveMemory(nn.Module):
 
 
 def _normalised(features) -> torch.Tensor:
-    """(B, E), L2-normalised, of what BLIP's and CLIP's methods return."""
+    """Return L2-normalised features (B, E) from what BLIP's and CLIP's methods return."""
     return features if isinstance(features, torch.Tensor) else F.normalize(features.pooler_output, dim=-1)
 
 
 class RetrievalTrainer(Trainer):
     """A `Trainer` for `MadtpBlipForImageTextRetrieval` or `MadtpClipModel` with a `ContrastiveMemory`.
 
-    Batches are those of `RetrievalCollator`. Queues and hard negatives span all processes, whose batches must be of
-    one size (`dataloader_drop_last` is switched on). A checkpoint of the training holds the memory beside the model,
-    so that training resumes where it stopped.
+    It takes the batches of `RetrievalCollator`. Queues and hard negatives span all processes, whose batches must have
+    equal sizes (`dataloader_drop_last` is switched on). A training checkpoint holds the memory beside the model, so
+    that training can resume.
 
     Args:
         queue_size (`int`, *optional*, defaults to 57600), momentum (`float`, *optional*, defaults to 0.995),
             distillation (`float`, *optional*, defaults to 0.4):
-            See `ContrastiveMemory`; the defaults are BLIP's for COCO. A queue must be small beside the data set, or
-            its features are stale and its positives outnumber the batch's.
+            See `ContrastiveMemory`; the defaults are BLIP's for COCO. The queue must be small relative to the data
+            set; otherwise its features are stale and its positives outnumber the batch's.
         distillation_warmup_steps (`int`, *optional*):
-            Over how many steps distillation is faded in; two epochs, as in BLIP, if not given.
+            The number of steps over which distillation is faded in; by default two epochs, as in BLIP.
         kwargs:
-            `Trainer`'s.
+            `Trainer`'s arguments.
     """
 
     def __init__(
@@ -198,10 +198,10 @@ class RetrievalTrainer(Trainer):
         if self._begins_step:
             self.memory.follow(self.model)
             if self.memory.has_temperature:
-                self.memory.temperature.grad = None  # `Trainer` clears the gradients of its model alone
+                self.memory.temperature.grad = None  # `Trainer` only clears the gradients of its model
         loss = super().training_step(*args, **kwargs)
         self._begins_step = self.accelerator.sync_gradients
-        # The model's gradients are averaged over the processes by its wrapper; the temperature is not in it.
+        # The model's wrapper averages the model's gradients over processes; the temperature is not part of the model.
         if self.memory.has_temperature and is_distributed() and self.accelerator.sync_gradients:
             gradient = self.memory.temperature.grad
             dist.all_reduce(gradient)
@@ -209,7 +209,7 @@ class RetrievalTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, *args, **kwargs):
-        # Before the rest: a checkpoint whose `trainer_state.json` is there is complete.
+        # Save the memory first: `trainer_state.json`, which marks a complete checkpoint, is written last.
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial=None), f"checkpoint-{self.state.global_step}")
             os.makedirs(folder, exist_ok=True)

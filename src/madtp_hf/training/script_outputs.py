@@ -1,4 +1,4 @@
-"""Outputs of a training script: results, and a checkpoint that is ready to publish."""
+"""Write a training script's outputs: results, and a checkpoint that is ready to publish."""
 
 import torch
 
@@ -6,23 +6,23 @@ from ..evaluation import conservative_budget, report
 from ..model_card import write_model_card
 
 
-MAX_LOSS = 0.01  # of the metric on validation data, at the budget that a checkpoint is saved at
+MAX_LOSS = 0.01  # largest loss of the metric on validation data at the budget that a checkpoint is saved with
 
 
 def save_run(
     model, processor, folder, title: str, rows: list[dict], metric: str, validation: tuple[int, dict], **facts
 ) -> None:
-    """Write results.json, the checkpoint at a conservative budget and its model card to a folder, and print where.
+    """Write results.json, the checkpoint at a conservative budget, and its model card to a folder, and print where.
 
     Args:
-        model, processor: What was trained, and its processor.
-        folder (`str` or `Path`): Where to.
-        title (`str`): What was evaluated, the heading of the table.
-        rows (`list[dict]`): One for each budget, as [`~madtp_hf.evaluation.budget_rows`] gives them.
-        metric (`str`): The column that counts.
-        validation (`tuple[int, dict]`): How many validation samples, and by reduction the metric on them. The
-            checkpoint is saved at [`~madtp_hf.evaluation.conservative_budget`] of them.
-        facts: What else results.json keeps; of them `base_model` and `datasets` are for the card alone.
+        model, processor: The trained model and its processor.
+        folder (`str` or `Path`): The output folder.
+        title (`str`): What was evaluated; the heading of the table.
+        rows (`list[dict]`): One row per budget, as returned by [`~madtp_hf.evaluation.budget_rows`].
+        metric (`str`): The column of the main metric.
+        validation (`tuple[int, dict]`): The number of validation samples, and the metric on them by reduction. The
+            checkpoint is saved at their [`~madtp_hf.evaluation.conservative_budget`].
+        facts: Further entries of results.json; `base_model` and `datasets` go into the model card only.
     """
     base_model, datasets = facts.pop("base_model"), facts.pop("datasets", None)
     samples, scores = validation
@@ -43,6 +43,6 @@ def save_run(
 
 
 def end_process_group() -> None:
-    """Destroy the process group that `accelerate launch` has initialised, if any."""
+    """Destroy the process group of `accelerate launch`, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

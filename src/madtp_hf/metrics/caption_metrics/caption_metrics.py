@@ -1,4 +1,4 @@
-"""BLEU, CIDEr, ROUGE-L, METEOR and SPICE of captions, by `pycocoevalcap`, as an `evaluate` module."""
+"""BLEU, CIDEr, ROUGE-L, METEOR and SPICE of captions, computed by `pycocoevalcap`, as an `evaluate` module."""
 
 import contextlib
 import io
@@ -64,31 +64,29 @@ _CITATION = """\
 METRICS = ("bleu", "cider", "rouge", "meteor", "spice")
 DEFAULT_METRICS = ("bleu", "cider", "rouge", "meteor")
 TOKENIZERS = ("auto", "ptb", "simple")
-# What may be left out, and what to say then.
+# The metrics that are left out without Java, and their names in the warning.
 _JAVA_METRICS = {"meteor": "METEOR", "spice": "SPICE (it needs Java 8 or 11 and, the first time, a network)"}
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
-# An abbreviation (p.m.), what a contraction leaves ('s), a word or number with marks inside (black-and-white,
-# 1,000.5), a sign.
+# A token: an abbreviation (p.m.), the rest of a contraction ('s), a word or number with marks inside (black-and-white,
+# 1,000.5), or a sign.
 _TOKEN = re.compile(r"(?:[^\W\d_]\.){2,}|'(?:s|re|ve|ll|d|m)(?!\w)|\w+(?:(?:[-./'@]|(?<=\d)[,:](?=\d))\w+)*|[$%&#]")
 
 
 def simple_tokenize(captions: list[str]) -> list[str]:
-    """Captions in lower case, words separated by spaces, punctuation dropped: close to the Penn Treebank's way, in one
-    line.
+    """Lower-case captions, separate words by spaces and drop punctuation, close to the Penn Treebank tokenizer.
 
-    Contractions are split as there: "dog's" -> "dog 's", "don't" -> "do n't".
+    Contractions are split in the same way: "dog's" -> "dog 's", "don't" -> "do n't".
     """
     plain = (caption.lower().replace("\u2019", "'") for caption in captions)
     return [" ".join(_TOKEN.findall(_CLITIC.sub(r" \1 ", caption))) for caption in plain]
 
 
 def ptb_tokenize(captions: list[str]) -> list[str]:
-    """Captions as the COCO evaluation splits them: Stanford's Penn Treebank tokenizer, lower case, punctuation
-    dropped.
+    """Tokenize captions as the COCO evaluation does: Stanford's Penn Treebank tokenizer, lower case, no punctuation.
 
-    The library's own wrapper of the same program writes into the library's folder, depends on the locale's encoding
-    and prints to the terminal; its jar and its list of punctuation marks are used here without it.
+    The library's own wrapper of this program writes into the library's folder, depends on the locale's encoding and
+    prints to the terminal, so only the library's jar and list of punctuation marks are used here.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -105,17 +103,17 @@ def ptb_tokenize(captions: list[str]) -> list[str]:
 
 
 def java_problem() -> str | None:
-    """Why Java programs cannot run here; `None` if they can."""
+    """Return why Java programs cannot run here, or `None` if they can."""
     if shutil.which("java") is None:
         return "Java is not installed"
-    # macOS has a `java` that only says where to get one.
+    # macOS has a stub `java` that only says where to get one.
     if subprocess.run(["java", "-version"], capture_output=True).returncode != 0:
         return "the java command does not work"
     return None
 
 
 def _attempt(run, *inputs):
-    """Run what needs Java: its result and `None`, or `None` and why there is no result."""
+    """Run a function that needs Java; return its result and `None`, or `None` and the reason of the failure."""
     problem = java_problem()
     if problem:
         return None, problem
@@ -127,7 +125,7 @@ def _attempt(run, *inputs):
 
 @contextlib.contextmanager
 def _silence():
-    """Keep what Python code and the programs it starts print to standard output from the terminal."""
+    """Suppress the standard output of Python code and of the programs it starts."""
     sys.stdout.flush()
     terminal = os.dup(1)
     try:
@@ -140,7 +138,7 @@ def _silence():
 
 
 def _score(metric: str, references: dict[int, list[str]], predictions: dict[int, list[str]]) -> dict[str, float]:
-    """The scores of one metric by the library, on captions split into words."""
+    """Compute one metric with the library, on tokenized captions."""
     if metric == "bleu":
         from pycocoevalcap.bleu.bleu import Bleu
 
@@ -161,7 +159,7 @@ def _score(metric: str, references: dict[int, list[str]], predictions: dict[int,
         try:
             return {"meteor": float(scorer.compute_score(references, predictions)[0])}
         finally:
-            # Left to itself the scorer keeps its pipes open and, after a failure, waits for ever for its own lock.
+            # The scorer would keep its pipes open and, after a failure, wait forever for its own lock.
             with contextlib.suppress(BrokenPipeError), scorer.meteor_p:
                 scorer.meteor_p.kill()
             if scorer.lock.locked():
@@ -191,7 +189,7 @@ class CaptionMetrics(evaluate.Metric):
         )
 
     def _download_and_prepare(self, dl_manager):
-        # Nothing to download, but the time to say that something is missing is before the captions are generated.
+        # There is nothing to download, but a missing library is reported before captions are generated.
         try:
             import pycocoevalcap.bleu.bleu  # noqa: F401
         except ImportError as error:
@@ -210,11 +208,11 @@ class CaptionMetrics(evaluate.Metric):
             if not captions:
                 raise ValueError(f"image {index} has no reference caption: expected one at least")
 
-        # All captions in one go, as starting Java takes longer than its work. "|||" is METEOR's separator.
+        # All captions in one call, since starting Java takes longer than tokenizing. "|||" is METEOR's separator.
         captions = [caption for group in ([predictions], references) for row in group for caption in row]
         captions = [" ".join(caption.replace("|||", " ").split()) for caption in captions]
         words = None
-        differences = {}  # cause -> what is not as usual because of it
+        differences = {}  # cause -> its effects on the results
         if tokenizer != "simple":
             words, problem = _attempt(ptb_tokenize, captions)
             if problem and tokenizer == "ptb":

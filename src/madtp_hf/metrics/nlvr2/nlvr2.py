@@ -1,4 +1,4 @@
-"""NLVR2 accuracy and consistency, as in the data set's own evaluation script, as an `evaluate` module."""
+"""NLVR2 accuracy and consistency as in the data set's own evaluation script, as an `evaluate` module."""
 
 import datasets
 import evaluate
@@ -41,7 +41,7 @@ _CITATION = """\
 
 
 def _sentence(identifier: str) -> tuple[str, ...]:
-    """What names the sentence in an identifier: "dev-850-0-1" -> ("dev", "850", "1")."""
+    """Return the parts of an identifier that name the sentence: "dev-850-0-1" -> ("dev", "850", "1")."""
     parts = identifier.split("-")
     if len(parts) != 4:
         raise ValueError(f"identifier {identifier!r} is not of the form split-set-pair-sentence, as in 'dev-850-0-1'")

@@ -1,4 +1,4 @@
-"""Recall at 1, 5 and 10 of image-text retrieval, both ways, as an `evaluate` module."""
+"""Recall at 1, 5 and 10 of image-text retrieval in both directions, as an `evaluate` module."""
 
 import datasets
 import evaluate
@@ -47,7 +47,7 @@ KS = (1, 5, 10)
 
 
 def _score_matrix(scores, name: str) -> np.ndarray:
-    """(Q, C) float32 of the rows `scores`."""
+    """Return the rows `scores` as a matrix (Q, C) float32."""
     lengths = {len(row) for row in scores}
     if len(lengths) > 1:
         raise ValueError(
@@ -63,7 +63,7 @@ def _score_matrix(scores, name: str) -> np.ndarray:
 
 
 def _relevance(references, num_texts: int) -> np.ndarray:
-    """(I, T) bool: which of the texts belong to which image."""
+    """Return which texts belong to which image: (I, T) bool."""
     relevant = np.zeros((len(references), num_texts), dtype=bool)
     for image, texts in enumerate(references):
         texts = np.asarray(texts, dtype=np.int64)
@@ -85,9 +85,9 @@ def _relevance(references, num_texts: int) -> np.ndarray:
 
 
 def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """How many candidates rank ahead of each query's best relevant one: scores, relevant (Q, C) -> (Q,) int64.
+    """Count the candidates ahead of each query's best relevant one: scores, relevant (Q, C) -> (Q,) int64.
 
-    Counting takes one pass where sorting would take many, and ties are settled by index.
+    Counting takes one pass, where sorting would take many; ties are broken by index.
     """
     best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
     tied = scores == best
@@ -109,8 +109,8 @@ class RetrievalRecall(evaluate.Metric):
                 }
             ),
         )
-        # Rows come back as arrays: as Python floats, 5,000 images by 25,000 texts would take gigabytes. Set here, for
-        # the constructor allows a format with scalar features only, although rows work just as well.
+        # Return rows as arrays: as Python floats, 5,000 images by 25,000 texts would take gigabytes. The format is set
+        # here because the constructor rejects it for features that are not scalar, although such rows work.
         info.format = "numpy"
         return info
 

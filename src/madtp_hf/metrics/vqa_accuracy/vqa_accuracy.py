@@ -1,4 +1,4 @@
-"""VQA accuracy: what the official evaluation of VQA v1 and v2 computes, as an `evaluate` module."""
+"""VQA accuracy as computed by the official evaluation of VQA v1 and v2, as an `evaluate` module."""
 
 import re
 from functools import lru_cache
@@ -46,7 +46,7 @@ _CITATION = """\
 
 MIN_ANSWERS = 4
 
-# Apostrophe and colon stay: "girl's" is not "girls", and 2:50 is a time.
+# Apostrophe and colon are kept: "girl's" differs from "girls", and 2:50 is a time.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _DIGIT_COMMA = re.compile(r"\d,\d")
@@ -65,23 +65,23 @@ _CONTRACTIONS_IN_FULL = """
 
 
 def _missing_one(word: str) -> list[str]:
-    """The spellings of `word` with one of its apostrophes left out."""
+    """Return the spellings of `word` with one of its apostrophes left out."""
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
 _CONTRACTIONS = {typed: word for word in _CONTRACTIONS_IN_FULL.split() for typed in _missing_one(word)}
-_CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the wrong way round
+_CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this entry reversed
 
 
 def _remove_punctuation(text: str) -> str:
-    # As in the official tool, the text as it came decides what becomes of a mark: beside a space anywhere it goes,
-    # otherwise it becomes a space; and where a comma stands between digits ("1,000"), all marks go.
+    # As in the official tool, the original text decides how to treat a mark: if the mark is next to a space anywhere,
+    # it is removed, otherwise replaced by a space; if a comma is between digits ("1,000"), all marks are removed.
     digit_comma = _DIGIT_COMMA.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
         goes = digit_comma or mark + " " in text or " " + mark in text
         result = result.replace(mark, "" if goes else " ")
-    return _PERIOD.sub("", result, count=32)  # the official tool's limit, by a flag passed in the place of the count
+    return _PERIOD.sub("", result, count=32)  # the official tool's limit: it passes a flag as the count
 
 
 @lru_cache(maxsize=1 << 18)
@@ -95,7 +95,7 @@ def _question_accuracy(prediction: str, answers: list[str]) -> float:
     if len(set(answers)) > 1:
         prediction, *answers = map(_normalize, (prediction, *answers))
     count, matches = len(answers), answers.count(prediction)
-    # Leaving out each annotator in turn takes a match away `matches` times.
+    # Of the leave-one-out subsets of annotators, `matches` have one match fewer.
     kept, lost = min(1, matches / 3), min(1, (matches - 1) / 3)
     return ((count - matches) * kept + matches * lost) / count
 
