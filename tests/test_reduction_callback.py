@@ -27,7 +27,7 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-def train(model, callback, folder, **settings):
+def train(model, callback, folder, rows=None, data_collator=None, **settings):
     defaults = {
         "output_dir": str(folder),
         "max_steps": 60,
@@ -43,7 +43,8 @@ def train(model, callback, folder, **settings):
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**{**defaults, **settings}),
-        train_dataset=Rows(),
+        train_dataset=rows or Rows(),
+        data_collator=data_collator,
         callbacks=[callback],
     )
     trainer.train()
@@ -141,24 +142,7 @@ def test_it_holds_the_target_where_the_reduction_answers_steeply(tmp_path):
     batches = DataLoader(rows, 64, collate_fn=collator)
     init_alignment_from(model, batches)
     calibrate(model, list(batches)[:1], [0.5])
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=12,
-            per_device_train_batch_size=24,
-            learning_rate=1e-5,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        ),
-        train_dataset=rows,
-        data_collator=collator,
-        callbacks=[ReductionCallback(0.5)],
-    )
-    trainer.train()
+    settings = {"max_steps": 12, "per_device_train_batch_size": 24, "learning_rate": 1e-5}
+    trainer = train(model, ReductionCallback(0.5), tmp_path, rows, collator, **settings)
     reductions = [entry["reduction"] for entry in trainer.state.log_history if "reduction" in entry]
     assert sum(abs(reduction - 0.5) for reduction in reductions) / 12 < 0.05

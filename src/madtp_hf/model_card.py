@@ -320,7 +320,7 @@ def create_model_card(
             a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%" holds shares.
             From the dictionary's facts, the card takes `metric` (the main column), `dataset` (a name, or a dictionary
             of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`, `before_fine_tuning`,
-            `dense_before_training`, `default_budget`, `floor`, `seconds`, `machine` and `source`.
+            `dense_before_training`, `default_budget`, `baseline`, `seconds`, `machine` and `source`.
         base_model (`str`, *optional*):
             What the checkpoint was made from: a Hub id, or a folder, which the text names but the metadata does not.
         license (`str`, *optional*):

@@ -29,13 +29,17 @@ def save_run(
     reduction = conservative_budget(scores, MAX_LOSS)
     default = {"reduction": reduction, "metric": metric, "samples": samples, "loss": MAX_LOSS}
     default["scores"] = {f"{budget:g}": score for budget, score in scores.items()}
-    report(title, rows, folder, metric=metric, default_budget=default, **facts)
+    if len(scores) > 1:  # else there was no budget to choose from
+        facts["default_budget"] = default
+    report(title, rows, folder, metric=metric, **facts)
     model.set_pruning(reduction=reduction)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_model_card(folder, base_model=base_model, datasets=datasets)
     name, points = metric.removesuffix("%").strip(), f"{100 * MAX_LOSS:g} point below that of pruning off"
-    if reduction:
+    if len(scores) == 1:
+        loads = "with pruning off"
+    elif reduction:
         loads = f"at reduction {reduction:g}, the largest whose validation {name} is at most {points}"
     else:
         loads = f"with pruning off: at every budget, the validation {name} is more than {points}"
