@@ -66,7 +66,7 @@ class Benchmark:
     def with_tome(self, model, reduction: float) -> MadtpClipModel:
         lengths = torch.cat([batch["attention_mask"].sum(dim=1) for batch in self.pairs])
         schedule, _ = find_schedule("tome", model.config, "clip", reduction, lengths)
-        model.set_reduction_method(make_method("tome", schedule))
+        model.set_pruning_method(make_method("tome", schedule))
         return model
 
     # Each method returns {reduction: measurements}.

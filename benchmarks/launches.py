@@ -104,7 +104,7 @@ def count(model, inputs: dict, kernels: bool) -> dict:
         finally:
             launches.paused = waits.paused = False
 
-    path = kernel_path(call) if kernels else mock.patch.object(sequences, "CPU_TAKES_PARTS", False)
+    path = kernel_path(call) if kernels else mock.patch.object(sequences, "CPU_TAKES_CHUNKS", False)
     with contextlib.ExitStack() as stack:
         for context in (path, waits, launches):
             stack.enter_context(context)

@@ -15,12 +15,12 @@ The others are MADTP with another importance s of a token; they reduce both bran
 
     schedule, reached = find_schedule("tome", model.config, model.task, 0.5, text_tokens)
     model.set_pruning(None)
-    model.set_reduction_method(make_method("tome", schedule))
+    model.set_pruning_method(make_method("tome", schedule))
     ...
-    model.set_reduction_method(make_method("class_attention"))
+    model.set_pruning_method(make_method("class_attention"))
     model.set_pruning(temperature=3.0)
     ...
-    model.set_reduction_method(None)  # MADTP again
+    model.set_pruning_method(None)  # MADTP again
 """
 
 import copy
@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 
 from madtp_hf.flops import reduction_of_flops
-from madtp_hf.modeling.encoder import MadtpReduction, TokenReduction
-from madtp_hf.modeling.token_pruning import reader_importance, strongest_alignment, sum_over_tokens
-from madtp_hf.modeling.token_reduction import Reduction
+from madtp_hf.modeling.encoder import MadtpMethod, PruningMethod
+from madtp_hf.modeling.token_pruning import pooling_importance, strongest_alignment, sum_over_tokens
+from madtp_hf.modeling.repack import Decision
 from madtp_hf.tasks import TASKS
 
 
@@ -147,13 +147,13 @@ def find_schedule(
 # Methods with a fixed number of tokens
 
 
-class FixedReduction(TokenReduction):
+class FixedMethod(PruningMethod):
     """Keep a number of image tokens that `schedule` fixes for each layer; sequences have equal lengths, no padding."""
 
     def __init__(self, schedule: list[int]):
         self.schedule = schedule
 
-    def reduces(self, layer, sequences):
+    def prunes(self, layer, sequences):
         if sequences.max_seqlen != self.schedule[layer] or sequences.mask is not None:
             raise ValueError(
                 f"Layer {layer} gets sequences of up to {sequences.max_seqlen} tokens: the schedule expects"
@@ -163,32 +163,32 @@ class FixedReduction(TokenReduction):
         return self.schedule[layer + 1] < self.schedule[layer]
 
     def divide(self, sequences, width):
-        """Keep the batch in one part: fused attention stores no attention maps that would have to fit a cache."""
+        """Keep the batch in one chunk: fused attention stores no attention maps that would have to fit a cache."""
         return sequences.whole
 
-    def attend_part(self, layer, query_key_value, part, dropout, all_maps=None):
-        query, key, value = part.pad(query_key_value).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+    def attend_chunk(self, layer, query_key_value, chunk, dropout, all_maps=None):
+        query, key, value = chunk.pad(query_key_value).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
         bias = self.attention_bias(layer)
         output = F.scaled_dot_product_attention(
             query, key, value, None if bias is None else bias.to(query.dtype)[:, None, None, :], dropout
         )
-        return part.unpad(output.transpose(1, 2).flatten(2)), self.evidence(query, key)
+        return chunk.unpad(output.transpose(1, 2).flatten(2)), self.statistics(query, key)
 
     def attention_bias(self, layer) -> torch.Tensor | None:
         """Return the bias (B, L) that is added to the logits of each key, or None."""
 
-    def evidence(self, query, key):
-        """Return what `choose` needs of queries and keys (B, H, L, d)."""
+    def statistics(self, query, key):
+        """Return what `decide` needs of queries and keys (B, H, L, d)."""
 
-    def keep(self, layer: int, priority: torch.Tensor, weight: torch.Tensor) -> Reduction:
+    def keep(self, layer: int, priority: torch.Tensor, weight: torch.Tensor) -> Decision:
         """Keep the tokens of highest `priority` (B, N); the others merge into one, weighted by `weight` (B, N)."""
         length = self.schedule[layer + 1]
         kept = priority.topk(length - 2).indices  # besides the class token and the merged one
         stays = torch.zeros_like(priority, dtype=torch.bool).scatter(1, kept, True)
-        return Reduction(stays, torch.ones_like(stays[:, :1]), weight.masked_fill(stays, 0), length=length)
+        return Decision(stays, torch.ones_like(stays[:, :1]), weight.masked_fill(stays, 0), length=length)
 
 
-class ToMeReduction(FixedReduction):
+class ToMeMethod(FixedMethod):
     """Token Merging: every other token may merge into one of the tokens between; the most similar pairs merge.
 
     The class token stays. Similarity is the cosine of the keys' means over heads. A merged token is the mean of all
@@ -204,24 +204,24 @@ class ToMeReduction(FixedReduction):
         # By layer, (B, L): the tokens that enter the layer, in the order in which they are paired.
         self.orders: dict[int, torch.Tensor] = {}
 
-    def reduces(self, layer, sequences):
-        return super().reduces(layer, sequences) or layer in self.sizes  # attention is biased from there on
+    def prunes(self, layer, sequences):
+        return super().prunes(layer, sequences) or layer in self.sizes  # attention is biased from there on
 
     def attention_bias(self, layer):
         return self.sizes[layer].log() if layer in self.sizes else None
 
-    def evidence(self, query, key):
+    def statistics(self, query, key):
         return key.mean(dim=1)
 
-    def choose(self, layer, evidence, scores, part):
-        device, shape = evidence.device, evidence.shape[:2]
+    def decide(self, layer, statistics, scores, chunk):
+        device, shape = statistics.device, statistics.shape[:2]
         number, length = shape[1] - self.schedule[layer + 1], self.schedule[layer + 1]
         sizes = self.sizes.get(layer, torch.ones(shape, device=device))
         order = self.orders.get(layer, torch.arange(shape[1], device=device).expand(shape))
         stays = torch.ones(shape, dtype=torch.bool, device=device)
         into, weight = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros_like(sizes)
         if number:
-            leaving, entered, staying = self._pairs(evidence, order, number)
+            leaving, entered, staying = self._pairs(statistics, order, number)
             of_leaving = sizes.gather(1, leaving)
             sizes = sizes.scatter_add(1, entered, of_leaving)
             weight = weight.scatter(1, leaving, of_leaving / sizes.gather(1, entered))
@@ -230,7 +230,7 @@ class ToMeReduction(FixedReduction):
             sizes = sizes.gather(1, staying.sort(dim=1).values)
             order = (stays.cumsum(dim=1) - 1).gather(1, staying)
         self.sizes[layer + 1], self.orders[layer + 1] = sizes, order
-        return Reduction(stays[:, 1:], torch.ones_like(stays[:, :1]), weight[:, 1:], into[:, 1:], length)
+        return Decision(stays[:, 1:], torch.ones_like(stays[:, :1]), weight[:, 1:], into[:, 1:], length)
 
     @staticmethod
     def _pairs(keys: torch.Tensor, order: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
@@ -249,29 +249,29 @@ class ToMeReduction(FixedReduction):
         return even.gather(1, leaving + 1), entered, staying
 
 
-class EViTReduction(FixedReduction):
+class EViTMethod(FixedMethod):
     """EViT: keep the tokens that the class token attends to most; the others become their attention-weighted sum."""
 
-    def evidence(self, query, key):
+    def statistics(self, query, key):
         # Fused attention keeps no probabilities: compute the class token's again, for this one query.
         logits = query[:, :, :1] @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         return logits.softmax(dim=-1, dtype=torch.float32)[:, :, 0, 1:].mean(dim=1)
 
-    def choose(self, layer, evidence, scores, part):
-        return self.keep(layer, evidence, evidence)
+    def decide(self, layer, statistics, scores, chunk):
+        return self.keep(layer, statistics, statistics)
 
 
-class RandomReduction(FixedReduction):
+class RandomMethod(FixedMethod):
     """Keep random tokens, drawn by `generator` (on the CPU); the others merge into their mean."""
 
     def __init__(self, schedule: list[int], generator: torch.Generator):
         super().__init__(schedule)
         self.generator, self.drawn = generator, {}
 
-    def choose(self, layer, evidence, scores, part):
+    def decide(self, layer, statistics, scores, chunk):
         if layer not in self.drawn:
-            self.drawn[layer] = torch.rand(part.batch_size, part.max_seqlen - 1, generator=self.generator)
-        priority = self.drawn[layer].to(part.device)
+            self.drawn[layer] = torch.rand(chunk.batch_size, chunk.max_seqlen - 1, generator=self.generator)
+        priority = self.drawn[layer].to(chunk.device)
         number_that_goes = self.schedule[layer] - self.schedule[layer + 1] + 1
         return self.keep(layer, priority, torch.full_like(priority, 1 / number_that_goes))
 
@@ -279,53 +279,53 @@ class RandomReduction(FixedReduction):
 # MADTP with another importance
 
 
-class TermsReduction(MadtpReduction):
+class TermsMethod(MadtpMethod):
     """MADTP whose importance is the mean of a subset of its `terms`."""
 
     has_kernels = False
     terms = ("self", "class", "alignment")
 
-    def importance(self, evidence, scores, mask):
+    def importance(self, statistics, scores, mask):
         terms = []
         if "self" in self.terms:
-            terms.append(evidence.received / sum_over_tokens(evidence.received))
+            terms.append(statistics.received / sum_over_tokens(statistics.received))
         if "class" in self.terms:
-            terms.append(reader_importance(evidence))
+            terms.append(pooling_importance(statistics))
         if "alignment" in self.terms:
             aligned = strongest_alignment(scores, mask)
             terms.append(aligned / sum_over_tokens(aligned))
         return sum(terms) / len(terms)
 
 
-class ClassAttentionReduction(TermsReduction):
+class ClassAttentionMethod(TermsMethod):
     terms = ("class",)
 
 
-class WithoutSelfReduction(TermsReduction):
+class WithoutSelfMethod(TermsMethod):
     terms = ("class", "alignment")
 
 
-class WithoutClassReduction(TermsReduction):
+class WithoutClassMethod(TermsMethod):
     terms = ("self", "alignment")
 
 
-class WithoutAlignmentReduction(TermsReduction):
+class WithoutAlignmentMethod(TermsMethod):
     terms = ("self", "class")
 
 
 # Lookup by name
 
-FIXED = {"tome": ToMeReduction, "evit": EViTReduction, "random": RandomReduction}
+FIXED = {"tome": ToMeMethod, "evit": EViTMethod, "random": RandomMethod}
 VARIANTS = {
-    "class_attention": ClassAttentionReduction,
-    "without_self": WithoutSelfReduction,
-    "without_class": WithoutClassReduction,
-    "without_alignment": WithoutAlignmentReduction,
+    "class_attention": ClassAttentionMethod,
+    "without_self": WithoutSelfMethod,
+    "without_class": WithoutClassMethod,
+    "without_alignment": WithoutAlignmentMethod,
 }
 
 
-def make_method(name: str, schedule: list[int] | None = None, seed: int = 0) -> Callable[..., TokenReduction | None]:
-    """Return the argument for `model.set_reduction_method`.
+def make_method(name: str, schedule: list[int] | None = None, seed: int = 0) -> Callable[..., PruningMethod | None]:
+    """Return the argument for `model.set_pruning_method`.
 
     Args:
         name (`str`): one of FIXED, for images only, or of VARIANTS.
@@ -339,7 +339,7 @@ def make_method(name: str, schedule: list[int] | None = None, seed: int = 0) -> 
             f"{schedule=} with {name!r}: expected a schedule for {', '.join(FIXED)}, and None for the others."
         )
     if name in VARIANTS:
-        return lambda model, modality, with_feature: model.madtp_reduction(modality, with_feature, VARIANTS[name])
+        return lambda model, modality, with_feature: model.madtp_method(modality, with_feature, VARIANTS[name])
     make = functools.partial(FIXED[name], schedule)
     if name == "random":
         make = functools.partial(make, torch.Generator().manual_seed(seed))

@@ -25,7 +25,7 @@ from madtp_hf.modeling.attention import attend
 
 # The timed functions, patched where the engine looks them up.
 STEPS = {
-    "alignment scores": (encoder.MadtpReduction, "read_input"),
+    "alignment scores": (encoder.MadtpMethod, "read_input"),
     "importance": (encoder, "token_importance"),
     "threshold": (encoder, "importance_threshold"),
     "selection": (encoder, "select_tokens"),
@@ -42,7 +42,7 @@ class Clock(contextlib.ExitStack):
         for name, (owner, attribute) in STEPS.items():
             timed = self.timed(name, getattr(owner, attribute))
             self.enter_context(mock.patch.object(owner, attribute, timed))
-        scored = self.timed("scored attention", encoder.attend_with_evidence)
+        scored = self.timed("scored attention", encoder.attend_with_statistics)
         fused = self.timed("fused attention", attend)
         fused_first = itertools.cycle((True, False))
 
@@ -57,7 +57,7 @@ class Clock(contextlib.ExitStack):
                 fused(None, "sdpa", query, key, value, part)
             return result
 
-        self.enter_context(mock.patch.object(encoder, "attend_with_evidence", both))
+        self.enter_context(mock.patch.object(encoder, "attend_with_statistics", both))
         return super().__enter__()
 
     def timed(self, name, function):

@@ -102,7 +102,7 @@ def run_adaptive(method, task, folder, seed, evaluation, validation, reductions)
     if method == "madtp_data":
         init_from_training_data(model, task, evaluation.collator, seed)
     elif method in VARIANTS:
-        model.set_reduction_method(make_method(method))
+        model.set_pruning_method(make_method(method))
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions)
 
@@ -123,7 +123,7 @@ def text_lengths(model, batches: list[dict]) -> dict:
 
 
 def fixed_methods(method: str, model, validation: list[dict], reductions: list[float], seed: int) -> dict:
-    """By reduction, what `set_reduction_method` takes for ToMe, EViT or random tokens: the schedule nearest to it."""
+    """By reduction, what `set_pruning_method` takes for ToMe, EViT or random tokens: the schedule nearest to it."""
     lengths = text_lengths(model, validation)
     schedules = {r: find_schedule(method, model.config, model.task, r, **lengths)[0] for r in reductions}
     return {reduction: make_method(method, schedule, seed) for reduction, schedule in schedules.items()}
@@ -132,7 +132,7 @@ def fixed_methods(method: str, model, validation: list[dict], reductions: list[f
 def fixed_points(method: str, model, evaluation, validation: list[dict], reductions: list[float], seed: int):
     points = []
     for reduction, reduce in fixed_methods(method, model, validation, reductions, seed).items():
-        model.set_reduction_method(reduce)
+        model.set_pruning_method(reduce)
         points.append(evaluation.at(model, [0.0])[0] | {"asked": reduction})
     return points
 

@@ -72,7 +72,7 @@ class DrawnScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
-        model.set_reduction_method(self.methods[int(torch.randint(len(self.methods), (), generator=generator))])
+        model.set_pruning_method(self.methods[int(torch.randint(len(self.methods), (), generator=generator))])
 
 
 def train(model, task: str, dataset, collator, callbacks: list, seed: int, learning_rate: float) -> None:
@@ -115,7 +115,7 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
         return []
     init_from_training_data(model, task, collator, seed)
     if method in VARIANTS:
-        model.set_reduction_method(make_method(method))
+        model.set_pruning_method(make_method(method))
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])

@@ -229,7 +229,7 @@ def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines
 
     def setup(temperature=0.0, factor=1.0, granularity="instance", method=None):
         def apply():
-            model.set_reduction_method(method)
+            model.set_pruning_method(method)
             model.config.pruning_granularity = granularity
             model.set_pruning(temperature=temperature, factor=factor)
 
@@ -431,7 +431,7 @@ def time_task(row_name: str, args, save: Callable) -> None:
                     if run.labels["run"] in args.granularities:
                         row, _ = inspect(run, call, mixed)
                         rows.append({"task": name, "batch_size": batch_size, "images": "mixed", **row})
-            model.set_reduction_method(None)  # a baseline may have set one
+            model.set_pruning_method(None)  # a baseline may have set one
             save(name, batch_size, rows, schedule)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from madtp_hf import MadtpClipModel
-from madtp_hf.modeling.encoder import TokenReduction
-from madtp_hf.modeling.token_reduction import Reduction
+from madtp_hf.modeling.encoder import PruningMethod
+from madtp_hf.modeling.repack import Decision
 
 from .conftest import close
 from .helpers.clip import make_clip_inputs, make_clip_model
@@ -94,22 +94,22 @@ def test_half_precision(dtype, tmp_path):
     assert (similarity > 0.9).all()
 
 
-class EveryOther(TokenReduction):
+class EveryOther(PruningMethod):
     """Drops every other word of those that can go, without a trace."""
 
-    def choose(self, layer, evidence, scores, part):
-        number = self.roles.num_removable(part)
-        real = self.roles.removable(part)
-        stays = torch.arange(number).expand(part.batch_size, -1) % 2 == 0
+    def decide(self, layer, statistics, scores, chunk):
+        number = self.spec.num_removable(chunk)
+        real = self.spec.removable(chunk)
+        stays = torch.arange(number).expand(chunk.batch_size, -1) % 2 == 0
         stays = stays if real is None else stays & real
-        merges = torch.zeros(part.batch_size, 1, dtype=torch.bool)
-        return Reduction(stays, merges, torch.zeros_like(stays, dtype=torch.float32))
+        merges = torch.zeros(chunk.batch_size, 1, dtype=torch.bool)
+        return Decision(stays, merges, torch.zeros_like(stays, dtype=torch.float32))
 
 
 @torch.no_grad()
 def test_another_method_keeps_the_end_of_text(path):
     model, inputs = pruned(), make_clip_inputs(LENGTHS)
-    model.set_reduction_method(lambda model, modality, with_feature: EveryOther() if modality == "text" else None)
+    model.set_pruning_method(lambda model, modality, with_feature: EveryOther() if modality == "text" else None)
     output = model(**inputs)
     expected = torch.tensor(LENGTHS)
     for counts in output.text_tokens[1:]:

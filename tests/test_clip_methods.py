@@ -25,7 +25,7 @@ def test_a_schedule_reaches_its_reduction_and_leaves_the_text(method):
     dense = model(**inputs)
     schedule, reached = find_schedule(method, model.config, "clip", 0.4, torch.tensor(LENGTHS))
     assert reached == pytest.approx(0.4, abs=0.06)
-    model.set_reduction_method(make_method(method, schedule))
+    model.set_pruning_method(make_method(method, schedule))
     output = model(**inputs)
     assert (output.vision_tokens == torch.tensor(schedule)[:, None]).all()
     assert measure(model, inputs, output).mean().item() == pytest.approx(reached, abs=1e-6)
@@ -34,7 +34,7 @@ def test_a_schedule_reaches_its_reduction_and_leaves_the_text(method):
     alone = model(**{name: value[:1] for name, value in inputs.items()})
     if method != "random":
         torch.testing.assert_close(alone.image_embeds, output.image_embeds[:1], atol=1e-5, rtol=0)
-    model.set_reduction_method(make_method(method, [schedule[0]] * len(schedule)))
+    model.set_pruning_method(make_method(method, [schedule[0]] * len(schedule)))
     torch.testing.assert_close(model(**inputs).image_embeds, dense.image_embeds, atol=1e-5, rtol=0)
 
 
@@ -44,7 +44,7 @@ def test_variants_reduce_both_towers_otherwise_than_madtp(method, path):
     model, inputs = make_clip_model(), make_clip_inputs(LENGTHS)
     model.set_pruning(temperature=3.0)
     madtp = model(**inputs)
-    model.set_reduction_method(make_method(method))
+    model.set_pruning_method(make_method(method))
     variant = model(**inputs)
     for tokens in ("vision_tokens", "text_tokens"):
         assert (variant[tokens][-1] <= variant[tokens][0]).all() and (variant[tokens][-1] < variant[tokens][0]).any()

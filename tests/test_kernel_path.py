@@ -90,7 +90,7 @@ def test_other_settings(setting):
 @torch.no_grad()
 def test_another_importance_is_not_the_gates():
     model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
-    model.set_reduction_method(make_method("class_attention"))
+    model.set_pruning_method(make_method("class_attention"))
     expected = model(**inputs, output_positions=True)
     found, called = run_on_kernel_path(model, inputs)
     check_same(found, expected, "logits")

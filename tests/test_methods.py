@@ -37,7 +37,7 @@ every_variant = pytest.mark.parametrize("method", list(VARIANTS))
 
 def reduced_model(task, method, schedule=None, **overrides):
     model = make_task_model(task, **overrides)
-    model.set_reduction_method(make_method(method, SCHEDULES[method] if schedule is None else schedule))
+    model.set_pruning_method(make_method(method, SCHEDULES[method] if schedule is None else schedule))
     return model
 
 
@@ -58,7 +58,7 @@ def test_schedules():
 def test_nothing_to_reduce_is_the_dense_model(method):
     model, inputs = make_task_model("vqa"), make_inputs()
     dense = model(**inputs)
-    model.set_reduction_method(make_method(method, [LENGTH] * 5))
+    model.set_pruning_method(make_method(method, [LENGTH] * 5))
     output = model(**inputs)
     close(output.logits, dense.logits)
     close(output.image_embeds, dense.image_embeds)
@@ -95,7 +95,7 @@ def test_the_text_stays_as_with_pruning_off(task):
     states = vision_model(
         inputs["pixel_values"].flatten(0, -4), make_method("evit", SCHEDULES["evit"])(model, "vision", False)
     )
-    model.set_reduction_method(None)
+    model.set_pruning_method(None)
     model.vision_model = GivenStates(states)
     close(model(**inputs)[TASKS[task].scores], reduced[TASKS[task].scores])
 
@@ -225,9 +225,9 @@ def test_random_tokens():
     assert (positions[:, 1:-1].diff(dim=1) > 0).all()
     assert not torch.equal(positions[0], positions[1])  # each image has its own
     assert not torch.equal(positions, second.vision_positions[1])  # and in the next pass others
-    model.set_reduction_method(make_method("random", schedule))
+    model.set_pruning_method(make_method("random", schedule))
     assert torch.equal(model(**inputs, output_positions=True).image_embeds, first.image_embeds)
-    model.set_reduction_method(make_method("random", schedule, seed=1))
+    model.set_pruning_method(make_method("random", schedule, seed=1))
     assert not torch.equal(model(**inputs).image_embeds, first.image_embeds)
 
 
@@ -251,7 +251,7 @@ def test_random_tokens_that_go_become_their_mean():
 def test_class_attention_keeps_what_the_class_token_attends_to():
     """MADTP's formulas with s = s_cls, for one image in the first layer."""
     model, inputs = make_task_model("vqa"), make_inputs()
-    model.set_reduction_method(make_method("class_attention"))
+    model.set_pruning_method(make_method("class_attention"))
     temperature = 3.0
     model.set_pruning(temperature=temperature)
     positions = model(**inputs, output_positions=True).vision_positions[1]
@@ -278,7 +278,7 @@ def test_variants_reduce_both_branches_otherwise_than_madtp(task, method):
     model, inputs = make_task_model(task), TASKS[task].make_inputs(lengths=(16, 12, 9))
     model.set_pruning(temperature=3.0)
     madtp = model(**inputs)
-    model.set_reduction_method(make_method(method))
+    model.set_pruning_method(make_method(method))
     variant = model(**inputs)
     assert (variant.vision_tokens[-1] < LENGTH).any()
     if task != "captioning":
@@ -287,7 +287,7 @@ def test_variants_reduce_both_branches_otherwise_than_madtp(task, method):
     assert torch.isfinite(variant[TASKS[task].scores]).all()
     model.set_pruning(None)
     off = model(**inputs)
-    model.set_reduction_method(None)
+    model.set_pruning_method(None)
     assert torch.equal(off[TASKS[task].scores], model(**inputs)[TASKS[task].scores])
 
 
@@ -300,9 +300,9 @@ def test_without_the_method_the_model_is_madtp_again(method):
     model.set_pruning(temperature=3.0)
     with torch.no_grad():
         before = model(**inputs)
-        model.set_reduction_method(make_method(method, SCHEDULES.get(method)))
+        model.set_pruning_method(make_method(method, SCHEDULES.get(method)))
         assert not torch.equal(model(**inputs).logits, before.logits)
-        model.set_reduction_method(None)
+        model.set_pruning_method(None)
         after = model(**inputs)
     assert torch.equal(after.logits, before.logits) and torch.equal(after.vision_tokens, before.vision_tokens)
 
@@ -318,7 +318,7 @@ def test_gradients_flow_and_are_those_of_checkpointed_layers(method):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if method in VARIANTS:
             model.set_pruning(temperature=3.0)
-        model.set_reduction_method(make_method(method, SCHEDULES.get(method)))
+        model.set_pruning_method(make_method(method, SCHEDULES.get(method)))
         model(**inputs).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -343,7 +343,7 @@ def test_equal_flops(task, method):
     for target in (0.1, 0.3, 0.4):
         schedule, reached = find_schedule(method, config, task, target, lengths, answer)
         assert abs(reached - target) < 0.01
-        model.set_reduction_method(make_method(method, schedule))
+        model.set_pruning_method(make_method(method, schedule))
         measured = measure(model, inputs, model(**inputs)).mean().item()
         assert abs(measured - reached) < 1e-5
     # The alignment scores of a model that prunes are none of theirs.
@@ -369,9 +369,9 @@ def test_bad_input():
     for name, schedule in (("tome", None), ("class_attention", [37])):
         with pytest.raises(ValueError, match="expected a schedule for tome"):
             make_method(name, schedule)
-    with pytest.raises(TypeError, match="set_reduction_method got 'tome': expected a function"):
-        model.set_reduction_method("tome")
-    model.set_reduction_method(make_method("tome", [145, 100, 100, 100, 100]))
+    with pytest.raises(TypeError, match="set_pruning_method got 'tome': expected a function"):
+        model.set_pruning_method("tome")
+    model.set_pruning_method(make_method("tome", [145, 100, 100, 100, 100]))
     with pytest.raises(ValueError, match="Layer 0 gets sequences of up to 37 tokens: the schedule expects 145"):
         model(**inputs)
 

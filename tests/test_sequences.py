@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from madtp_hf.modeling import sequences as sequences_module
-from madtp_hf.modeling.sequences import Division, Sequences, count_tokens, scatter_rows, unpad
+from madtp_hf.modeling.sequences import Chunking, Sequences, count_tokens, scatter_rows, unpad
 
 from .conftest import TASKS, make_task_model
 
@@ -38,8 +38,8 @@ def shares_memory(one, other):
 
 
 def set_parts(monkeypatch, size=2**60, padding=2**60, share=0.0, area=2**60):
-    """How large parts of a batch may be, and how much padding they may hold: any of either, if not said."""
-    settings = {"PART_SIZE": size, "PART_PADDING": padding, "PART_PADDING_SHARE": share, "PART_AREA": area}
+    """How large chunks of a batch may be, and how much padding they may hold: any of either, if not said."""
+    settings = {"CHUNK_SIZE": size, "CHUNK_PADDING": padding, "CHUNK_PADDING_SHARE": share, "CHUNK_AREA": area}
     for name, value in settings.items():
         monkeypatch.setattr(sequences_module, name, value)
 
@@ -107,7 +107,7 @@ def test_sequences_of_one_length_are_plain_views(masked):
     for make in (sequences.pad, sequences.pad_zeros):
         assert torch.equal(make(states), padded) and shares_memory(make(states), states)
     assert shares_memory(sequences.unpad(padded), padded)
-    assert sequences.parts(sequences.whole) == [sequences]
+    assert sequences.chunks(sequences.whole) == [sequences]
 
 
 def test_padded_sequences_keep_their_padding():
@@ -203,38 +203,38 @@ def test_parts_hold_each_row_once_and_no_more_padding_than_allowed(lengths, size
     set_parts(monkeypatch, size, padding, share)
     width = 2
     states, sequences, padded, mask = layout_of(lengths, kind, width)
-    division = sequences.divide(width)
-    order, bounds = list(division.order or range(len(lengths))), division.bounds
+    chunking = sequences.divide(width)
+    order, bounds = list(chunking.order or range(len(lengths))), chunking.bounds
     assert sorted(order) == list(range(len(lengths)))
     assert bounds[0] == 0 and bounds[-1] == len(lengths) and list(bounds) == sorted(set(bounds))
-    parts = sequences.parts(division)
-    for part, (start, stop) in zip(parts, itertools.pairwise(bounds), strict=True):
+    chunks = sequences.chunks(chunking)
+    for chunk, (start, stop) in zip(chunks, itertools.pairwise(bounds), strict=True):
         samples = order[start:stop]
         of_part = [lengths[sample] for sample in samples]
-        assert part.batch_size == stop - start and part.lengths.tolist() == of_part
-        assert part.max_seqlen == (max(of_part) if kind == "varlen" else max(lengths))
-        real = mask[samples, : part.max_seqlen]
-        assert torch.equal(torch.ones_like(real) if part.mask is None else part.mask, real)
-        assert torch.equal(part.pad(states)[real], padded[samples][:, : part.max_seqlen][real])
-        slots = part.batch_size * part.max_seqlen
-        assert part.batch_size == 1 or slots * width <= size
+        assert chunk.batch_size == stop - start and chunk.lengths.tolist() == of_part
+        assert chunk.max_seqlen == (max(of_part) if kind == "varlen" else max(lengths))
+        real = mask[samples, : chunk.max_seqlen]
+        assert torch.equal(torch.ones_like(real) if chunk.mask is None else chunk.mask, real)
+        assert torch.equal(chunk.pad(states)[real], padded[samples][:, : chunk.max_seqlen][real])
+        slots = chunk.batch_size * chunk.max_seqlen
+        assert chunk.batch_size == 1 or slots * width <= size
         if kind == "varlen":
-            assert slots - part.num_rows <= max(share * slots, padding / width)
-    assert torch.equal(sequences.join_rows([part.unpad(part.pad(states)) for part in parts], division), states)
-    assert sequences.join_samples([part.lengths for part in parts], division).tolist() == list(lengths)
+            assert slots - chunk.num_rows <= max(share * slots, padding / width)
+    assert torch.equal(sequences.join_rows([chunk.unpad(chunk.pad(states)) for chunk in chunks], chunking), states)
+    assert sequences.join_samples([chunk.lengths for chunk in chunks], chunking).tolist() == list(lengths)
     if size == 1:
-        assert len(parts) == len(lengths)
+        assert len(chunks) == len(lengths)
 
 
 def test_parts_by_hand(monkeypatch):
     _, sequences, *_ = layout_of((10, 9, 10, 3, 3, 1, 10), "varlen")
     set_parts(monkeypatch, padding=0, share=1 / 8)
     # 9 beside three of 10 is one row of padding in forty; 3 would be seven more, and 1 beside two of 3 two in nine.
-    assert sequences.divide(4) == Division((0, 4, 6, 7), (0, 2, 6, 1, 3, 4, 5))
+    assert sequences.divide(4) == Chunking((0, 4, 6, 7), (0, 2, 6, 1, 3, 4, 5))
     set_parts(monkeypatch, size=80)  # two of ten rows of width 4
-    assert sequences.divide(4) == Division((0, 2, 4, 7), (0, 2, 6, 1, 3, 4, 5))
+    assert sequences.divide(4) == Chunking((0, 2, 4, 7), (0, 2, 6, 1, 3, 4, 5))
     set_parts(monkeypatch)
-    assert sequences.divide(4) == sequences.whole == Division((0, 7))
+    assert sequences.divide(4) == sequences.whole == Chunking((0, 7))
 
 
 def test_padding_is_measured_by_the_area_of_maps_too(monkeypatch):
@@ -242,31 +242,31 @@ def test_padding_is_measured_by_the_area_of_maps_too(monkeypatch):
     set_parts(monkeypatch)
     assert sequences.divide(4) == sequences.whole
     set_parts(monkeypatch, area=30**2)  # two of 10 beside 30 are 1,600 numbers too many, one is 800
-    assert sequences.divide(4) == Division((0, 2, 3))
+    assert sequences.divide(4) == Chunking((0, 2, 3))
     set_parts(monkeypatch, area=700)
-    assert sequences.divide(4) == Division((0, 1, 3))
+    assert sequences.divide(4) == Chunking((0, 1, 3))
 
 
 @pytest.mark.parametrize("kind", ["varlen", "padded"])
 def test_other_devices_take_a_batch_at_once(kind, device_path, monkeypatch):
     set_parts(monkeypatch, size=1, padding=0)
-    assert layout_of(LENGTHS, kind)[1].divide(4) == Division((0, 8))
+    assert layout_of(LENGTHS, kind)[1].divide(4) == Chunking((0, 8))
 
 
 @pytest.mark.parametrize("kind", ["varlen", "padded"])
 def test_a_batch_is_taken_in_the_parts_of_another(kind, monkeypatch):
     """As a text is in those of the images that it looks at."""
     set_parts(monkeypatch, padding=0)
-    division = layout_of((10, 10, 3, 9, 3, 1), "varlen")[1].divide(4)
-    assert division == Division((0, 2, 3, 5, 6), (0, 1, 3, 2, 4, 5))
+    chunking = layout_of((10, 10, 3, 9, 3, 1), "varlen")[1].divide(4)
+    assert chunking == Chunking((0, 2, 3, 5, 6), (0, 1, 3, 2, 4, 5))
     states, sequences, padded, mask = layout_of((2, 8, 1, 8, 8, 3), kind)
-    parts = sequences.parts(division)
-    for part, (start, stop) in zip(parts, itertools.pairwise(division.bounds), strict=True):
-        samples, longest = list(division.order[start:stop]), part.max_seqlen
+    chunks = sequences.chunks(chunking)
+    for chunk, (start, stop) in zip(chunks, itertools.pairwise(chunking.bounds), strict=True):
+        samples, longest = list(chunking.order[start:stop]), chunk.max_seqlen
         real = mask[samples, :longest]
         assert longest == (8 if kind == "padded" else int(real.sum(1).amax()))
-        assert torch.equal(part.pad(states)[real], padded[samples][:, :longest][real])
-    assert torch.equal(sequences.join_rows([part.unpad(part.pad(states)) for part in parts], division), states)
+        assert torch.equal(chunk.pad(states)[real], padded[samples][:, :longest][real])
+    assert torch.equal(sequences.join_rows([chunk.unpad(chunk.pad(states)) for chunk in chunks], chunking), states)
 
 
 # Models
@@ -299,7 +299,7 @@ def test_no_output_depends_on_how_a_batch_is_divided(task, modalities, granulari
     inputs = {**TASKS[task].make_inputs(LENGTHS), **TASKS[task].to_train}
     results = []
     with monkeypatch.context() as patch:
-        patch.setattr(sequences_module, "CPU_TAKES_PARTS", False)
+        patch.setattr(sequences_module, "CPU_TAKES_CHUNKS", False)
         torch.manual_seed(3)  # hard negatives are drawn
         whole, whole_gradients = outputs_and_gradients(model, inputs)
     counts = [

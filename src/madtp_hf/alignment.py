@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .calibration import complete, encode, restored
-from .modeling.encoder import TokenReduction
-from .modeling.token_pruning import reader_importance, sum_over_tokens
-from .modeling.token_reduction import Reduction
+from .modeling.encoder import PruningMethod
+from .modeling.token_pruning import pooling_importance, sum_over_tokens
+from .modeling.repack import Decision
 from .tasks import TASKS
 
 
@@ -33,35 +33,35 @@ TILT = 0.25  # the best of 0.25, 0.5 and 1 on the validation split of the digit 
 LARGEST_SHARE = 5.0  # cap, relative to the mean: without it, a single patch could dominate the loss
 
 
-class _Recorder(TokenReduction):
+class _Recorder(PruningMethod):
     """Keep all tokens and record what each layer sees.
 
     states[layer]: the layer's input (R, D) and its `Sequences`; attention[layer]: a list of (s_self, s_cls), each (B,
-    N), one entry for each part of the batch with sequences of one length.
+    N), one entry for each chunk of the batch with sequences of one length.
     """
 
-    def __init__(self, roles):
-        self.roles, self.states, self.attention = roles, {}, defaultdict(list)
+    def __init__(self, spec):
+        self.spec, self.states, self.attention = spec, {}, defaultdict(list)
 
-    def reduces(self, layer, sequences):
-        return self.roles.num_removable(sequences) > 0
+    def prunes(self, layer, sequences):
+        return self.spec.num_removable(sequences) > 0
 
     def read_input(self, layer, states, sequences):
         self.states[layer] = states, sequences
         return None, None
 
-    def choose(self, layer, evidence, scores, part):
-        received = evidence.received / sum_over_tokens(evidence.received)
-        self.attention[layer].append((received, reader_importance(evidence)))
-        mask = self.roles.removable(part)
+    def decide(self, layer, statistics, scores, chunk):
+        received = statistics.received / sum_over_tokens(statistics.received)
+        self.attention[layer].append((received, pooling_importance(statistics)))
+        mask = self.spec.removable(chunk)
         stays = torch.ones_like(received, dtype=torch.bool) if mask is None else mask
-        return Reduction(stays, torch.zeros_like(stays[:, :1]), torch.zeros_like(received))
+        return Decision(stays, torch.zeros_like(stays[:, :1]), torch.zeros_like(received))
 
     def removable_states(self, layer) -> torch.Tensor:
         """Return the states (R', D) of the tokens that pruning may remove."""
         states, sequences = self.states[layer]
-        tokens = sequences.pad(states)[:, 1 : 1 + self.roles.num_removable(sequences)]
-        mask = self.roles.removable(sequences)
+        tokens = sequences.pad(states)[:, 1 : 1 + self.spec.num_removable(sequences)]
+        mask = self.spec.removable(sequences)
         return tokens.flatten(0, 1) if mask is None else tokens[mask]
 
 
@@ -79,7 +79,7 @@ class _Recording:
         self._recorders, self._shares, self._query = {"vision": [], "text": []}, defaultdict(list), None
 
     def _record(self, model, modality, with_feature):
-        recorder = _Recorder(model._roles[modality])
+        recorder = _Recorder(model._branch_specs[modality])
         self._recorders[modality].append(recorder)
         return recorder
 
@@ -118,10 +118,10 @@ class _Recording:
 
     def run(self, dataloader) -> None:
         """Run batches through the model until enough has been recorded."""
-        hooks, method = self._hook_cross_attention(), self.model._reduction_method
+        hooks, method = self._hook_cross_attention(), self.model._pruning_method
         try:
             with restored(self.model):
-                self.model.set_reduction_method(self._record)
+                self.model.set_pruning_method(self._record)
                 self.model.set_pruning(temperature=1.0)
                 for batch in dataloader:
                     encode(self.model, complete(self.model, batch))
@@ -129,7 +129,7 @@ class _Recording:
                     if self._has_enough():
                         break
         finally:
-            self.model.set_reduction_method(method)
+            self.model.set_pruning_method(method)
             for hook in hooks:
                 hook.remove()
 

@@ -1,6 +1,6 @@
-"""Attention over the sequences of a batch: fused, or with the evidence that a reduction method needs from its maps.
+"""Attention over the sequences of a batch: fused, or with the statistics that a reduction method needs from its maps.
 
-Shapes: R rows of all sequences; in a part of the batch, n sequences of up to L tokens, N of which are removable; H
+Shapes: R rows of all sequences; in a chunk of the batch, n sequences of up to L tokens, N of which are removable; H
 heads, d head width.
 """
 
@@ -11,22 +11,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .sequences import Sequences, join, takes_parts
-from .token_pruning import AttentionEvidence
+from .sequences import Sequences, join, takes_chunks
+from .token_pruning import AttentionStatistics
 from .triton_kernels import KERNEL_ERRORS, disable, is_available, varlen_attention
 
 
 ATTENTION_BLOCK = 3 * 2**19  # attention probabilities computed at a time on a CPU: 6 MB, which fit into the cache
 
 
-class TokenRoles(NamedTuple):
-    """The roles of a host's tokens: which are protected, which is the reader, and which tokens they attend to.
+class BranchSpec(NamedTuple):
+    """The spec of a host's tokens: which are protected, which is the pooling query, and which tokens they attend to.
 
-    The first token of a sequence is always protected, that is, never removed. The *reader* is the token whose row of
+    The first token of a sequence is always protected, that is, never removed. The *pooling query* is the token whose row of
     the attention map says what the sequence as a whole attends to.
 
-    protects_last: the last token is protected as well and is the reader, as CLIP's end of text. Otherwise the first
-        token is the reader.
+    protects_last: the last token is protected as well and is the pooling query, as CLIP's end of text. Otherwise the first
+        token is the pooling query.
     is_causal: a token attends to itself and to the tokens before it.
     """
 
@@ -34,14 +34,14 @@ class TokenRoles(NamedTuple):
     is_causal: bool = False
 
     def num_removable(self, sequences: Sequences) -> int:
-        """Return N, the number of slots for removable tokens in padded states; the first of them is slot 1."""
+        """Return N, the number of indices for removable tokens in padded states; the first of them is index 1."""
         return sequences.max_seqlen - 1 - self.protects_last
 
     def removable(self, sequences: Sequences) -> torch.Tensor | None:
-        """Return an (n, N) bool mask of the slots that hold a removable token, or None if all do."""
+        """Return an (n, N) bool mask of the indices that hold a removable token, or None if all do."""
         if sequences.mask is None:
             return None
-        # Where the last token is protected, a slot holds a removable token if a real token follows it.
+        # Where the last token is protected, a index holds a removable token if a real token follows it.
         return sequences.mask[:, 1 + self.protects_last :]
 
     def removable_weights(self, sequences: Sequences) -> torch.Tensor | None:
@@ -55,7 +55,7 @@ class TokenRoles(NamedTuple):
         return sequences.lengths.unsqueeze(1) - (1 + self.protects_last)
 
 
-FIRST_PROTECTED = TokenRoles()  # only the first token, the class token, is protected
+CLASS_TOKEN_FIRST = BranchSpec()  # only the first token, the class token, is protected
 
 
 # Fused attention
@@ -72,7 +72,7 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Compute attention without collecting evidence, by the fastest path that these inputs allow.
+    """Compute attention without collecting statistics, by the fastest path that these inputs allow.
 
     Args:
         attention (`nn.Module`):
@@ -100,11 +100,11 @@ def attend(
             return varlen_attention(query, key, value, *lengths, is_causal).flatten(1)
         except KERNEL_ERRORS as error:
             disable(error)
-    division = sequences.whole
+    chunking = sequences.whole
     if varlen:
-        division = (context if context.is_varlen else sequences).divide(key.shape[1] * key.shape[2])
+        chunking = (context if context.is_varlen else sequences).divide(key.shape[1] * key.shape[2])
     outputs = []
-    for asking, asked in zip(sequences.parts(division), context.parts(division)):
+    for asking, asked in zip(sequences.chunks(chunking), context.chunks(chunking)):
         states = padded_attention(
             implementation,
             asking.pad(query).transpose(1, 2),
@@ -115,7 +115,7 @@ def attend(
             is_causal,
         )
         outputs.append(asking.unpad(states.transpose(1, 2).flatten(2)))
-    return sequences.join_rows(outputs, division)
+    return sequences.join_rows(outputs, chunking)
 
 
 def has_only_real_rows(*batches: Sequences) -> bool:
@@ -166,11 +166,11 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
     return logits.softmax(dim=-1)
 
 
-def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles, dropout: float = 0.0):
+def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, spec: BranchSpec, dropout: float = 0.0):
     """Compute self-attention of (R, 3, H, d); return its output (R, H * d) and its maps (B, H, L, L)."""
     query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
     mask = None if sequences.mask is None else sequences.mask[:, None, None, :]
-    maps = attention_maps(query, key, mask, roles.is_causal)
+    maps = attention_maps(query, key, mask, spec.is_causal)
     output = F.dropout(maps, dropout) @ value
     return sequences.unpad(output.transpose(1, 2).flatten(2)), maps
 
@@ -180,17 +180,17 @@ def causal_mask(length: int, device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-# Attention that collects evidence
+# Attention that collects statistics
 
 
-def attend_with_evidence(
+def attend_with_statistics(
     query_key_value: torch.Tensor,
-    part: Sequences,
-    roles: TokenRoles,
+    chunk: Sequences,
+    spec: BranchSpec,
     dropout: float = 0.0,
     all_maps: list | None = None,
-) -> tuple[torch.Tensor, AttentionEvidence]:
-    """Compute self-attention within a part of the batch, and collect the evidence that token importance needs.
+) -> tuple[torch.Tensor, AttentionStatistics]:
+    """Compute self-attention within a chunk of the batch, and collect the statistics that token importance needs.
 
     A CPU computes a few heads at a time, so that their maps fit into the cache. Without gradients these blocks of
     heads share one buffer; maps are kept only for a backward pass or for `all_maps`.
@@ -198,65 +198,65 @@ def attend_with_evidence(
     Args:
         query_key_value (`torch.Tensor` of shape `(R, 3, H, d)`):
             Queries, keys and values of the whole batch.
-        part (`Sequences`):
-            The part of the batch to compute.
-        roles (`TokenRoles`):
-            Which tokens are protected, and which is the reader.
+        chunk (`Sequences`):
+            The chunk of the batch to compute.
+        spec (`BranchSpec`):
+            Which tokens are protected, and which is the pooling query.
         dropout (`float`, *optional*, defaults to 0.0):
             The dropout probability of the attention maps.
         all_maps (`list`, *optional*):
-            If given, the part's maps (n, H, L, L) are appended to it.
+            If given, the chunk's maps (n, H, L, L) are appended to it.
 
     Returns:
-        The output (rows of the part, H * d) and the part's `AttentionEvidence`.
+        The output (rows of the chunk, H * d) and the chunk's `AttentionStatistics`.
     """
-    query, key, value = _split_and_pad(query_key_value, part)
-    num_heads, length = query.shape[0], part.max_seqlen
+    query, key, value = _split_and_pad(query_key_value, chunk)
+    num_heads, length = query.shape[0], chunk.max_seqlen
     heads = num_heads
-    if takes_parts(query.device):
+    if takes_chunks(query.device):
         # An even number of heads, because most CPUs have an even number of cores.
-        heads = min(max(ATTENTION_BLOCK // (part.batch_size * length**2) // 2 * 2, 2), num_heads)
-    seen = None if part.mask is None else part.mask[:, None, :]
-    if roles.is_causal:
+        heads = min(max(ATTENTION_BLOCK // (chunk.batch_size * length**2) // 2 * 2, 2), num_heads)
+    seen = None if chunk.mask is None else chunk.mask[:, None, :]
+    if spec.is_causal:
         past = causal_mask(length, query.device)
         seen = past if seen is None else seen & past
     space = None
     if heads < num_heads and all_maps is None and not torch.is_grad_enabled():
-        space = query.new_empty(heads * part.batch_size, length, length)
+        space = query.new_empty(heads * chunk.batch_size, length, length)
     outputs, of_reader, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
         output, maps = _attention_of_heads(*block, seen, dropout, space)
         outputs.append(output)
         if all_maps is not None:
             kept_maps.append(maps)
-        row, most = _row_of_reader(maps, part, roles), maps.amax(dim=0)
+        row, most = _row_of_reader(maps, chunk, spec), maps.amax(dim=0)
         of_reader.append(row if space is None else row.clone())
         strongest = most if strongest is None else torch.maximum(strongest, most)
-    output, from_reader = join(outputs), join(of_reader)
-    tokens = slice(1, 1 + roles.num_removable(part))
+    output, pooling_attention = join(outputs), join(of_reader)
+    tokens = slice(1, 1 + spec.num_removable(chunk))
     asked = strongest[:, 1:, tokens]
-    if part.mask is None:
+    if chunk.mask is None:
         received = asked.sum(dim=1)
     else:  # zero out padded queries
-        received = (part.real[:, None, 1:] @ asked).squeeze(1)
-    if roles.protects_last and part.mask is not None:  # a shorter sample's last token is in a removable slot
-        removable = roles.removable_weights(part)
-        received, from_reader = received * removable, from_reader * removable
-    evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
+        received = (chunk.real[:, None, 1:] @ asked).squeeze(1)
+    if spec.protects_last and chunk.mask is not None:  # a shorter sample's last token is in a removable index
+        removable = spec.removable_weights(chunk)
+        received, pooling_attention = received * removable, pooling_attention * removable
+    statistics = AttentionStatistics(received, pooling_attention, output[:, :, tokens].float().norm(dim=-1))
     if all_maps is not None:  # the output depends on the returned maps, so that users can read their gradients
         maps = join(kept_maps).transpose(0, 1)
-        all_maps.append(maps if part.mask is None else maps * part.real[:, None, :, None])
+        all_maps.append(maps if chunk.mask is None else maps * chunk.real[:, None, :, None])
         output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
-    return part.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), evidence
+    return chunk.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), statistics
 
 
-def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
-    """Split (R, 3, H, d) into the padded query, key and value of a part, (H, n, L, d) each.
+def _split_and_pad(query_key_value: torch.Tensor, chunk: Sequences) -> tuple[torch.Tensor, ...]:
+    """Split (R, 3, H, d) into the padded query, key and value of a chunk, (H, n, L, d) each.
 
     Heads come first, so that a block of heads multiplies as one batch.
     """
-    states = part.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
-    return (states if part.batch_size == 1 else states.contiguous()).unbind()
+    states = chunk.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
+    return (states if chunk.batch_size == 1 else states.contiguous()).unbind()
 
 
 def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,12 +279,12 @@ def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> 
     return output.unflatten(0, shape), maps
 
 
-def _row_of_reader(maps: torch.Tensor, part: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """Select the reader's attention to the removable slots: maps (H, n, L, L) -> (H, n, N)."""
-    tokens = slice(1, 1 + roles.num_removable(part))
-    if not roles.protects_last:
+def _row_of_reader(maps: torch.Tensor, chunk: Sequences, spec: BranchSpec) -> torch.Tensor:
+    """Select the pooling query's attention to the removable indices: maps (H, n, L, L) -> (H, n, N)."""
+    tokens = slice(1, 1 + spec.num_removable(chunk))
+    if not spec.protects_last:
         return maps[:, :, 0, tokens]
-    if part.mask is None:
+    if chunk.mask is None:
         return maps[:, :, -1, tokens]
-    last = (part.lengths - 1).view(1, -1, 1, 1).expand(maps.shape[0], -1, 1, maps.shape[3])
+    last = (chunk.lengths - 1).view(1, -1, 1, 1).expand(maps.shape[0], -1, 1, maps.shape[3])
     return maps.gather(2, last)[:, :, 0, tokens]

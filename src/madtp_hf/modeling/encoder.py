@@ -1,6 +1,6 @@
 """The encoder layer that hosts share, and the loop that runs the layers while tokens are reduced from layer to layer.
 
-Shapes: R rows of all sequences; in a part of the batch, n sequences; N removable tokens, T alignment tokens, D width
+Shapes: R rows of all sequences; in a chunk of the batch, n sequences; N removable tokens, T alignment tokens, D width
 of the branch, E width of the alignment tokens.
 """
 
@@ -13,14 +13,14 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention import (
-    FIRST_PROTECTED,
-    TokenRoles,
+    CLASS_TOKEN_FIRST,
+    BranchSpec,
     attend,
     attend_and_keep_maps,
-    attend_with_evidence,
+    attend_with_statistics,
     has_only_real_rows,
 )
-from .sequences import Division, Sequences, count_tokens
+from .sequences import Chunking, Sequences, count_tokens
 from .token_pruning import (
     alignment_feature,
     alignment_scores,
@@ -31,7 +31,7 @@ from .token_pruning import (
     select_tokens,
     token_importance,
 )
-from .token_reduction import KernelReduction, Move, Reduction, reduce
+from .repack import Decision, KernelDecision, Move, repack
 from .triton_kernels import KERNEL_ERRORS, disable, gate, is_available, scored_varlen_attention
 
 
@@ -50,24 +50,24 @@ class AlignmentTokens(NamedTuple):
     bias: torch.Tensor | None = None
 
 
-class TokenReduction:
-    """The base class of reduction methods: reduces the tokens of one branch in one forward pass.
+class PruningMethod:
+    """The base class of pruning methods: prunes the tokens of one branch in one forward pass.
 
-    A method implements `choose`. It collects what `choose` needs in `attend_part`, or from a layer's input in
+    A method implements `decide`. It collects what `decide` needs in `attend_chunk`, or from a layer's input in
     `read_input`. An object serves a single forward pass, so it may carry state from layer to layer. It must store that
-    state by layer number, because gradient checkpointing runs a layer twice. `PrunedModelMixin.set_reduction_method`
+    state by layer number, because gradient checkpointing runs a layer twice. `PrunedModelMixin.set_pruning_method`
     sets the method of a model.
     """
 
-    roles = FIRST_PROTECTED
+    spec = CLASS_TOKEN_FIRST
     with_feature = False  # whether the loss needs each layer's alignment feature
 
-    def reduces(self, layer: int, sequences: Sequences) -> bool:
+    def prunes(self, layer: int, sequences: Sequences) -> bool:
         """Return whether this layer may remove tokens or uses the method's attention; if not, attention is plain."""
         return True
 
-    def divide(self, sequences: Sequences, width: int) -> Division:
-        """Divide the batch into the parts that attention takes one at a time, for states of this width."""
+    def divide(self, sequences: Sequences, width: int) -> Chunking:
+        """Divide the batch into the chunks that attention takes one at a time, for states of this width."""
         return sequences.divide(width)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
@@ -77,41 +77,41 @@ class TokenReduction:
         """
         return None, None
 
-    def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float, all_maps=None):
-        """Compute self-attention of (R, 3, H, d) within a part of the batch.
+    def attend_chunk(self, layer: int, query_key_value: torch.Tensor, chunk: Sequences, dropout: float, all_maps=None):
+        """Compute self-attention of (R, 3, H, d) within a chunk of the batch.
 
-        Returns the output (rows of the part, H * d) and the evidence for `choose`. all_maps: an optional list that the
-        part's attention maps (n, H, L, L) are appended to.
+        Returns the output (rows of the chunk, H * d) and the statistics for `decide`. all_maps: an optional list that the
+        chunk's attention maps (n, H, L, L) are appended to.
         """
-        return attend_with_evidence(query_key_value, part, self.roles, dropout, all_maps)
+        return attend_with_statistics(query_key_value, chunk, self.spec, dropout, all_maps)
 
-    def choose(self, layer: int, evidence, scores: torch.Tensor | None, part: Sequences) -> Reduction:
-        """Choose the tokens of a part that stay, from its evidence and the batch's scores (R, T)."""
+    def decide(self, layer: int, statistics, scores: torch.Tensor | None, chunk: Sequences) -> Decision:
+        """Choose the tokens of a chunk that stay, from its statistics and the batch's scores (R, T)."""
         raise NotImplementedError
 
     def attend(
         self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
     ):
-        """Compute self-attention of (R, 3, H, d), and choose the reduction of each part of the batch.
+        """Compute self-attention of (R, 3, H, d), and decide the method of each chunk of the batch.
 
-        Returns the output (R, H * d), and the division of the batch together with the reductions of its parts.
+        Returns the output (R, H * d), and the chunking of the batch together with the decisions of its chunks.
         """
-        division = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
-        parts = sequences.parts(division)
-        outputs, reductions = [], []
-        for part in parts:
-            output, evidence = self.attend_part(layer, query_key_value, part, dropout, all_maps)
+        chunking = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
+        chunks = sequences.chunks(chunking)
+        outputs, decisions = [], []
+        for chunk in chunks:
+            output, statistics = self.attend_chunk(layer, query_key_value, chunk, dropout, all_maps)
             outputs.append(output)
-            reductions.append(self.choose(layer, evidence, scores, part))
-        return sequences.join_rows(outputs, division), (division, reductions)
+            decisions.append(self.decide(layer, statistics, scores, chunk))
+        return sequences.join_rows(outputs, chunking), (chunking, decisions)
 
-    def to(self, device, non_blocking: bool = False) -> "TokenReduction":
+    def to(self, device, non_blocking: bool = False) -> "PruningMethod":
         """Move to a device, for models whose layers are on several devices; here, there is nothing to move."""
         return self
 
 
-class MadtpReduction(TokenReduction):
-    """MADTP's reduction: keeps the tokens whose importance is above a threshold, and merges the others into one.
+class MadtpMethod(PruningMethod):
+    """MADTP's method: keeps the tokens whose importance is above a threshold, and merges the others into one.
 
     Args:
         alignment (`AlignmentTokens` or `list[AlignmentTokens]`):
@@ -123,8 +123,8 @@ class MadtpReduction(TokenReduction):
             the largest of these counts in the batch. `"frozen"`: each layer leaves its number in `token_counts`.
         with_feature (`bool`):
             Whether the loss needs the alignment feature.
-        roles (`TokenRoles`):
-            Which tokens are protected, and which is the reader.
+        spec (`BranchSpec`):
+            Which tokens are protected, and which is the pooling query.
         token_counts (`list[int]`, *optional*):
             How many tokens each layer leaves, protected and merged tokens included.
         min_kept (`int`, *optional*, defaults to 1):
@@ -136,17 +136,17 @@ class MadtpReduction(TokenReduction):
     has_kernels = True  # Triton's gate computes `importance`; a subclass with another importance sets False
 
     def __init__(
-        self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1, factor=1.0
+        self, alignment, temperature, granularity, with_feature, spec, token_counts=None, min_kept=1, factor=1.0
     ):
         self.alignment, self.temperature, self.granularity = alignment, temperature, granularity
         self.factor = factor
-        self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
+        self.with_feature, self.spec, self.token_counts, self.min_kept = with_feature, spec, token_counts, min_kept
 
-    def reduces(self, layer: int, sequences: Sequences) -> bool:
+    def prunes(self, layer: int, sequences: Sequences) -> bool:
         """Return whether pruning is on and, of the removable tokens, `min_kept` can stay and two more can go."""
-        return self.temperature > 0 and self.roles.num_removable(sequences) >= self.min_kept + 2
+        return self.temperature > 0 and self.spec.num_removable(sequences) >= self.min_kept + 2
 
-    def divide(self, sequences: Sequences, width: int) -> Division:
+    def divide(self, sequences: Sequences, width: int) -> Chunking:
         """Divide the batch, but keep it whole where the samples' token counts depend on one another."""
         return sequences.divide(width) if self.granularity == "instance" else sequences.whole
 
@@ -163,12 +163,12 @@ class MadtpReduction(TokenReduction):
         scores = alignment_scores(tokens, alignment.tokens)
         if not self.with_feature:
             return scores, None
-        division, features = self.divide(sequences, states.shape[1]), []
-        for part in sequences.parts(division):
-            removable = slice(1, 1 + self.roles.num_removable(part))
-            seen = (part.pad(scores)[:, removable], part.pad(tokens)[:, removable])
-            features.append(alignment_feature(*seen, self.roles.removable(part)))
-        return scores, sequences.join_samples(features, division)
+        chunking, features = self.divide(sequences, states.shape[1]), []
+        for chunk in sequences.chunks(chunking):
+            removable = slice(1, 1 + self.spec.num_removable(chunk))
+            seen = (chunk.pad(scores)[:, removable], chunk.pad(tokens)[:, removable])
+            features.append(alignment_feature(*seen, self.spec.removable(chunk)))
+        return scores, sequences.join_samples(features, chunking)
 
     def attend(self, layer, query_key_value, scores, sequences, dropout, all_maps=None):
         if all_maps is None and self._runs_in_kernels(query_key_value, scores, sequences, dropout):
@@ -189,34 +189,34 @@ class MadtpReduction(TokenReduction):
         )
 
     def _attend_in_kernels(self, query_key_value, scores, sequences: Sequences):
-        output, *evidence = scored_varlen_attention(
-            *query_key_value.unbind(1), sequences.cu_seqlens, sequences.max_seqlen, *reversed(self.roles)
+        output, *statistics = scored_varlen_attention(
+            *query_key_value.unbind(1), sequences.cu_seqlens, sequences.max_seqlen, *reversed(self.spec)
         )
-        roles = self.roles
-        chosen = gate(
-            scores, *evidence, sequences.cu_seqlens, self.temperature, self.min_kept, roles.protects_last, self.factor
+        spec = self.spec
+        decided = gate(
+            scores, *statistics, sequences.cu_seqlens, self.temperature, self.min_kept, spec.protects_last, self.factor
         )
-        return output.flatten(1), (sequences.whole, [KernelReduction(*chosen)])
+        return output.flatten(1), (sequences.whole, [KernelDecision(*decided)])
 
-    def importance(self, evidence, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Compute the importance (n, N) from attention's evidence and scores (n, N, T); mask (n, N) is float."""
-        return token_importance(evidence, scores, mask)
+    def importance(self, statistics, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Compute the importance (n, N) from attention's statistics and scores (n, N, T); mask (n, N) is float."""
+        return token_importance(statistics, scores, mask)
 
-    def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
-        """Choose the tokens of a part that stay, from its evidence and the batch's alignment scores (R, T)."""
-        roles, num_removable = self.roles, self.roles.num_removable(part)
-        mask, weights, counts = roles.removable(part), roles.removable_weights(part), roles.removable_counts(part)
-        scores = part.pad(scores)[:, 1 : 1 + num_removable]
-        importance = self.importance(evidence, scores, weights)
+    def decide(self, layer: int, statistics, scores: torch.Tensor, chunk: Sequences) -> Decision:
+        """Choose the tokens of a chunk that stay, from its statistics and the batch's alignment scores (R, T)."""
+        spec, num_removable = self.spec, self.spec.num_removable(chunk)
+        mask, weights, counts = spec.removable(chunk), spec.removable_weights(chunk), spec.removable_counts(chunk)
+        scores = chunk.pad(scores)[:, 1 : 1 + num_removable]
+        importance = self.importance(statistics, scores, weights)
         length = None
         if self.token_counts is not None:
-            length = min(self.token_counts[layer], part.max_seqlen)
+            length = min(self.token_counts[layer], chunk.max_seqlen)
             # `length` includes the protected tokens and the merged one.
-            number = length - 2 - roles.protects_last
+            number = length - 2 - spec.protects_last
             keep = most_important(importance, min(max(number, 1), num_removable), mask)
             stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
         else:
-            if mask is not None and (roles.protects_last or not part.is_varlen):
+            if mask is not None and (spec.protects_last or not chunk.is_varlen):
                 scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # padding may have scores of any size
             threshold = importance_threshold(scores, importance, self.temperature, weights, self.factor)
             if self.granularity == "batch":
@@ -226,9 +226,9 @@ class MadtpReduction(TokenReduction):
                 stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
             else:
                 stays, merges = select_tokens(importance, threshold, mask, counts, self.min_kept)
-        return Reduction(stays, merges, merge_weights(importance, stays, merges), length=length)
+        return Decision(stays, merges, merge_weights(importance, stays, merges), length=length)
 
-    def to(self, device, non_blocking: bool = False) -> "MadtpReduction":
+    def to(self, device, non_blocking: bool = False) -> "MadtpMethod":
         def moved(alignment: AlignmentTokens) -> AlignmentTokens:
             tensors = (alignment.tokens, alignment.weight, alignment.bias)
             tokens, weight, bias = (x if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
@@ -243,17 +243,17 @@ class MadtpReduction(TokenReduction):
 class LayerPlan(NamedTuple):
     """The options of a layer in one forward pass, resolved outside the layers so that none reads a configuration.
 
-    attention: the implementation of attention that collects no evidence.
+    attention: the implementation of attention that collects no statistics.
     index: the layer's number.
-    roles: the roles of the branch's tokens.
-    reduction: the reduction method, or None for a dense branch.
+    spec: the spec of the branch's tokens.
+    method: the pruning method, or None for a dense branch.
     with_maps: whether to return the maps of self-attention.
     """
 
     attention: str
     index: int
-    roles: TokenRoles
-    reduction: TokenReduction | None = None
+    spec: BranchSpec
+    method: PruningMethod | None = None
     with_maps: bool = False
 
 
@@ -263,8 +263,8 @@ class LayerPlan(NamedTuple):
 LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None, torch.Tensor | None]
 
 
-class ReducibleLayer:
-    """A transformer layer that reduces its tokens between self-attention and the rest of the layer.
+class PrunedLayer:
+    """A transformer layer that prunes its tokens between self-attention and the rest of the layer.
 
     A host provides:
 
@@ -276,42 +276,42 @@ class ReducibleLayer:
 
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
         """Run the layer on states (R, D), laid out as `sequences`; `context` holds more inputs of `feed_forward`."""
-        output, chosen, feature, maps = self.attend(states, sequences, plan)
-        states, sequences, moved = self.reduce(self.add_attention(output, states), sequences, chosen)
+        output, decided, feature, maps = self.attend(states, sequences, plan)
+        states, sequences, moved = self.repack(self.add_attention(output, states), sequences, decided)
         return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved, maps
 
     def attend(self, states, sequences: Sequences, plan: LayerPlan):
-        """Compute self-attention's output (R, H * d), the chosen reduction, the alignment feature and the maps.
+        """Compute self-attention's output (R, H * d), the decided method, the alignment feature and the maps.
 
         The last three are None where they are not needed.
         """
-        reduction, query_key_value = plan.reduction, self.project(states)
+        method, query_key_value = plan.method, self.project(states)
         dropout = self.attention_dropout if self.training else 0.0
-        reduces = reduction is not None and reduction.reduces(plan.index, sequences)
-        scores = feature = chosen = maps = None
-        if reduces or (reduction is not None and reduction.with_feature):
-            scores, feature = reduction.read_input(plan.index, states, sequences)
-        if reduces:
+        prunes = method is not None and method.prunes(plan.index, sequences)
+        scores = feature = decided = maps = None
+        if prunes or (method is not None and method.with_feature):
+            scores, feature = method.read_input(plan.index, states, sequences)
+        if prunes:
             maps = [] if plan.with_maps else None
-            output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout, maps)
-            chosen = (*chosen, plan.roles)
-            maps = join_maps(maps, sequences, chosen[0]) if plan.with_maps else None
+            output, decided = method.attend(plan.index, query_key_value, scores, sequences, dropout, maps)
+            decided = (*decided, plan.spec)
+            maps = join_maps(maps, sequences, decided[0]) if plan.with_maps else None
         elif plan.with_maps:
-            output, maps = attend_and_keep_maps(query_key_value, sequences, plan.roles, dropout)
+            output, maps = attend_and_keep_maps(query_key_value, sequences, plan.spec, dropout)
         else:
-            projected, is_causal = query_key_value.unbind(1), plan.roles.is_causal
+            projected, is_causal = query_key_value.unbind(1), plan.spec.is_causal
             output = attend(self, plan.attention, *projected, sequences, dropout=dropout, is_causal=is_causal)
-        return output, chosen, feature, maps
+        return output, decided, feature, maps
 
-    def reduce(self, states, sequences, chosen):
-        return (states, sequences, None) if chosen is None else reduce(states, sequences, *chosen)
+    def repack(self, states, sequences, decided):
+        return (states, sequences, None) if decided is None else repack(states, sequences, *decided)
 
 
-def join_maps(maps: list[torch.Tensor], sequences: Sequences, division: Division) -> torch.Tensor:
-    """Join the parts' maps (n, H, L, L), padded with zeros, into (B, H, max_seqlen, max_seqlen)."""
+def join_maps(maps: list[torch.Tensor], sequences: Sequences, chunking: Chunking) -> torch.Tensor:
+    """Join the chunks' maps (n, H, L, L), padded with zeros, into (B, H, max_seqlen, max_seqlen)."""
     missing = [sequences.max_seqlen - of_part.shape[-1] for of_part in maps]
     maps = [F.pad(of_part, (0, more, 0, more)) if more else of_part for of_part, more in zip(maps, missing)]
-    return sequences.join_samples(maps, division)
+    return sequences.join_samples(maps, chunking)
 
 
 class BranchOutput(NamedTuple):
@@ -376,8 +376,8 @@ def run_layers(
     states: torch.Tensor,
     sequences: Sequences,
     attention: str,
-    reduction: TokenReduction | None = None,
-    roles: TokenRoles = FIRST_PROTECTED,
+    method: PruningMethod | None = None,
+    spec: BranchSpec = CLASS_TOKEN_FIRST,
     output_hidden_states: bool | int | list[int] = False,
     output_positions: bool = False,
     output_attentions: bool = False,
@@ -389,9 +389,9 @@ def run_layers(
         states (`torch.Tensor` of shape `(R, D)`):
             The encoder's input, laid out as `sequences`.
         attention (`str`):
-            The implementation of attention that collects no evidence, see `attend`.
-        reduction (`TokenReduction`, *optional*):
-            The reduction method of this pass; None for a dense encoder.
+            The implementation of attention that collects no statistics, see `attend`.
+        method (`PruningMethod`, *optional*):
+            The pruning method of this pass; None for a dense encoder.
         output_hidden_states (`bool`, `int` or `list[int]`, *optional*, defaults to `False`):
             Which hidden states to return: all, none, or those of these indices.
         context (`tuple`, *optional*):
@@ -412,7 +412,7 @@ def run_layers(
     all_positions = [_padded_positions(positions, sequences)] if output_positions else None
     attentions = [] if output_attentions else None
     for index, layer in enumerate(layers):
-        plan = LayerPlan(attention, index, roles, reduction, output_attentions)
+        plan = LayerPlan(attention, index, spec, method, output_attentions)
         states, sequences, layer_feature, moved, maps = layer(states, sequences, plan, *context)
         if layer_feature is not None:
             feature = layer_feature if feature is None else feature + layer_feature

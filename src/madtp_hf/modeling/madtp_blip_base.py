@@ -20,7 +20,7 @@ from .madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_atte
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
 from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment
-from .sequences import Sequences, takes_parts
+from .sequences import Sequences, takes_chunks
 
 
 class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
@@ -129,8 +129,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
         """Encode pixel_values (B, 3, H, W) into a `BranchOutput`; `outputs` are further vision model arguments."""
-        reduction = self._reduction("vision", with_feature)
-        return self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
+        method = self._make_pruning_method("vision", with_feature)
+        return self.vision_model(pixel_values, method, interpolate_pos_encoding, **outputs)
 
     def _encode_text(self, input_ids, attention_mask, *images, with_feature=False, **outputs) -> BranchOutput:
         """Encode texts (B, L) into a `BranchOutput`.
@@ -144,12 +144,12 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             check_same_shape("attention_mask", attention_mask, input_ids)
             input_ids, mask = left_align(input_ids, attention_mask.bool())
             # On a CPU only: on other devices, reading values would synchronize.
-            if takes_parts(input_ids.device) and min(text_lengths(input_ids, mask)) == mask.shape[1] and not frozen:
+            if takes_chunks(input_ids.device) and min(text_lengths(input_ids, mask)) == mask.shape[1] and not frozen:
                 mask = None
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
-        reduction = self._reduction("text", with_feature)
-        return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
+        method = self._make_pruning_method("text", with_feature)
+        return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, method=method, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
         """Return a copy of the given generation configuration, or of the model's own.

@@ -10,7 +10,7 @@ from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionE
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextLayer, BlipTextSelfAttention
 
 from .attention import attend
-from .encoder import BranchOutput, LayerPlan, ReducibleLayer, TokenReduction, run_layers
+from .encoder import BranchOutput, LayerPlan, PrunedLayer, PruningMethod, run_layers
 from .padding import check_images, check_no_empty_text, check_text_length
 from .sequences import Sequences, unpad
 
@@ -20,7 +20,7 @@ from .sequences import Sequences, unpad
 MERGE_FROM_LAYER = 6
 
 
-class MadtpBlipVisionLayer(ReducibleLayer, BlipEncoderLayer):
+class MadtpBlipVisionLayer(PrunedLayer, BlipEncoderLayer):
     @property
     def attention_dropout(self) -> float:
         return self.self_attn.dropout.p
@@ -41,7 +41,7 @@ def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
     return states.unflatten(-1, (num_heads, -1))
 
 
-class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
+class MadtpBlipTextLayer(PrunedLayer, BlipTextLayer):
     """BLIP's text layer with token pruning between self-attention and cross-attention.
 
     `context` holds the states and the layout of each image for cross-attention, one after the other. It is empty for
@@ -151,7 +151,7 @@ class MadtpBlipVisionModel(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        reduction: TokenReduction | None = None,
+        method: PruningMethod | None = None,
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
@@ -163,7 +163,7 @@ class MadtpBlipVisionModel(nn.Module):
             states.flatten(0, 1),
             Sequences.padded(*states.shape[:2], states.device),
             self.config._attn_implementation or "sdpa",
-            reduction,
+            method,
             **outputs,
         )
         return output._replace(states=self.post_layernorm(output.states))
@@ -190,7 +190,7 @@ class MadtpBlipTextModel(nn.Module):
         *images: torch.Tensor | Sequences,
         mask: torch.Tensor | None = None,
         varlen: bool = False,
-        reduction: TokenReduction | None = None,
+        method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
         """Encode texts, padded on the right.
@@ -213,4 +213,4 @@ class MadtpBlipTextModel(nn.Module):
             input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)
         ).squeeze(0)
         attention = self.config._attn_implementation or "sdpa"
-        return run_layers(self.encoder.layer, states, sequences, attention, reduction, context=images, **outputs)
+        return run_layers(self.encoder.layer, states, sequences, attention, method, context=images, **outputs)

@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
-from .attention import TokenRoles
-from .encoder import BranchOutput, ReducibleLayer, TokenReduction, run_layers
+from .attention import BranchSpec
+from .encoder import BranchOutput, PrunedLayer, PruningMethod, run_layers
 from .padding import check_images, check_same_shape, check_text_length, left_align, put_back
-from .sequences import Sequences, take_slots, unpad
+from .sequences import Sequences, take_tokens, unpad
 
 
 # The first token and the end of text are never pruned. The end of text attends to the whole text and pools it.
-TEXT_ROLES = TokenRoles(protects_last=True, is_causal=True)
+TEXT_SPEC = BranchSpec(protects_last=True, is_causal=True)
 # Configurations from before transformers 4.31 hold this id; the end of text is then the text's highest token id.
 LEGACY_EOS_TOKEN_ID = 2
 
 
-class MadtpClipLayer(ReducibleLayer, CLIPEncoderLayer):
+class MadtpClipLayer(PrunedLayer, CLIPEncoderLayer):
     @property
     def attention_dropout(self) -> float:
         return self.self_attn.dropout
@@ -57,7 +57,7 @@ class MadtpClipVisionModel(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        reduction: TokenReduction | None = None,
+        method: PruningMethod | None = None,
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
@@ -66,7 +66,7 @@ class MadtpClipVisionModel(nn.Module):
         sequences = Sequences.padded(*states.shape[:2], states.device)
         states = self.pre_layrnorm(states.flatten(0, 1))
         attention = self.config._attn_implementation or "sdpa"
-        output = run_layers(self.encoder.layers, states, sequences, attention, reduction, **outputs)
+        output = run_layers(self.encoder.layers, states, sequences, attention, method, **outputs)
         return output._replace(pooled=self.post_layernorm(output.class_states))
 
 
@@ -94,7 +94,7 @@ class MadtpClipTextModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         layout: str = "as it is",
-        reduction: TokenReduction | None = None,
+        method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
         """Encode texts; all tokens after the end of text are padding.
@@ -115,25 +115,25 @@ class MadtpClipTextModel(nn.Module):
             mask = None if attention_mask is None else attention_mask.bool()
             sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
             output = self._run(states.flatten(0, 1), sequences, None, outputs)
-            end_states = take_slots(output.hidden_states, ends).squeeze(1)
+            end_states = take_tokens(output.hidden_states, ends).squeeze(1)
             return output._replace(pooled=end_states, num_tokens=real.sum(dim=1).expand_as(output.num_tokens))
         order = slots.expand_as(input_ids)
         if attention_mask is not None:  # without a mask, texts are left-aligned already
             order, real = left_align(order, real)
-            states = take_slots(states, order)
+            states = take_tokens(states, order)
         if layout == "padded":
             sequences = Sequences.padded(*input_ids.shape, input_ids.device, real)
             states = states.flatten(0, 1)
         else:
             states, sequences = unpad(states, real)
-        output = self._run(states, sequences, reduction, outputs)
+        output = self._run(states, sequences, method, outputs)
         output = output._replace(pooled=output.sequences.last(output.states))
         if layout == "restored":
             states = put_back(output.hidden_states, order).flatten(0, 1)
             output = output._replace(states=states, sequences=Sequences.padded(*input_ids.shape, input_ids.device))
         return output
 
-    def _run(self, states, sequences: Sequences, reduction: TokenReduction | None, outputs: dict) -> BranchOutput:
+    def _run(self, states, sequences: Sequences, method: PruningMethod | None, outputs: dict) -> BranchOutput:
         attention = self.config._attn_implementation or "sdpa"
-        output = run_layers(self.encoder.layers, states, sequences, attention, reduction, TEXT_ROLES, **outputs)
+        output = run_layers(self.encoder.layers, states, sequences, attention, method, TEXT_SPEC, **outputs)
         return output._replace(states=self.final_layer_norm(output.states))

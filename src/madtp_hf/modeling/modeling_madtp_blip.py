@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
-from .attention import TokenRoles  # noqa: F401
+from .attention import BranchSpec  # noqa: F401
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import BranchOutput, real_tokens
@@ -46,9 +46,9 @@ from .retrieval_loss import (
     gather_rows,
     process_rank,
 )
-from .sequences import takes_parts, unpad
-from .token_pruning import AttentionEvidence  # noqa: F401
-from .token_reduction import Reduction  # noqa: F401
+from .sequences import takes_chunks, unpad
+from .token_pruning import AttentionStatistics  # noqa: F401
+from .repack import Decision  # noqa: F401
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -281,7 +281,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             check_same_shape("labels", labels, input_ids)
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
-            if takes_parts(input_ids.device):  # on other devices, reading values would synchronize
+            if takes_chunks(input_ids.device):  # on other devices, reading values would synchronize
                 text_lengths(input_ids, attention_mask)
         vision = self._encode_images(
             pixel_values,

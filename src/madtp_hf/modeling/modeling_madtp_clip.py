@@ -19,18 +19,18 @@ from transformers.models.clip.modeling_clip import (
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
-from .attention import FIRST_PROTECTED
+from .attention import CLASS_TOKEN_FIRST
 from .configuration_madtp_clip import MadtpClipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import as_model_output, real_tokens
-from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
+from .madtp_clip_towers import TEXT_SPEC, MadtpClipTextModel, MadtpClipVisionModel
 from .padding import check_same_number
 from .prepacked_linear import PrepackedLinear  # noqa: F401
 from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, PruningOutput, init_alignment
 from .retrieval_loss import ContrastiveKeys, contrastive_loss
 from .sequences import Sequences  # noqa: F401
-from .token_pruning import AttentionEvidence  # noqa: F401
-from .token_reduction import Reduction  # noqa: F401
+from .token_pruning import AttentionStatistics  # noqa: F401
+from .repack import Decision  # noqa: F401
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -68,7 +68,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     _dense_classes = (CLIPModel,)
     _task_auto_class = "AutoModelForZeroShotImageClassification"
     _alignment_class = MadtpClipAlignment
-    _roles = {"vision": FIRST_PROTECTED, "text": TEXT_ROLES}
+    _branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": TEXT_SPEC}
     _min_kept = 2
     _fused_activations = {CLIPMLP: ("fc1", "activation_fn")}
     _no_split_modules = ["MadtpClipLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
@@ -120,8 +120,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
 
     def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
         """Encode pixel_values (B, 3, H, W); `pooled` holds features (B, E), `outputs` are `run_layers` arguments."""
-        reduction = self._reduction("vision", with_feature)
-        images = self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
+        method = self._make_pruning_method("vision", with_feature)
+        images = self.vision_model(pixel_values, method, interpolate_pos_encoding, **outputs)
         return images._replace(pooled=self.visual_projection(images.pooled))
 
     def _encode_text(self, input_ids, attention_mask=None, position_ids=None, with_feature=False, **outputs):
@@ -132,8 +132,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         elif attention_mask is not None and not torch.compiler.is_compiling():
             # With a mask, the states of padding are not needed, unless the caller asks for those of all layers.
             layout = "restored" if all(x is None or x is False for x in outputs.values()) else layout
-        reduction = self._reduction("text", with_feature)
-        texts = self.text_model(input_ids, attention_mask, position_ids, layout, reduction, **outputs)
+        method = self._make_pruning_method("text", with_feature)
+        texts = self.text_model(input_ids, attention_mask, position_ids, layout, method, **outputs)
         return texts._replace(pooled=self.text_projection(texts.pooled))
 
     @can_return_tuple

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .attention import TokenRoles
-from .encoder import AlignmentTokens, MadtpReduction, TokenReduction
+from .attention import BranchSpec
+from .encoder import AlignmentTokens, MadtpMethod, PruningMethod
 from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
 from .token_pruning import alignment_loss
 
@@ -152,9 +152,9 @@ class PrunedModelMixin:
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
     _prepacked_classes = (nn.Linear,)
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
-    _roles = {"vision": TokenRoles(), "text": TokenRoles()}
+    _branch_specs = {"vision": BranchSpec(), "text": BranchSpec()}
     _min_kept = 1
-    _reduction_method = None  # replaces MADTP if set
+    _pruning_method = None  # replaces MADTP if set
     _alignment_class = MadtpAlignment
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
@@ -239,12 +239,12 @@ class PrunedModelMixin:
         """Whether pruning is on. If it is off, the model computes what transformers' model does."""
         return self.config.pruning_temperature > 0
 
-    def set_reduction_method(self, method: Callable[..., TokenReduction | None] | None) -> None:
+    def set_pruning_method(self, method: Callable[..., PruningMethod | None] | None) -> None:
         """Reduce tokens by another method than MADTP, from the next forward pass on. The method is not saved.
 
-        To add a method, derive from `encoder.TokenReduction`; its `choose` returns for each layer which tokens stay,
-        where each of the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction`
-        and is created by `madtp_reduction`.
+        To add a method, derive from `encoder.PruningMethod`; its `choose` returns for each layer which tokens stay,
+        where each of the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpMethod`
+        and is created by `madtp_method`.
 
         The temperature still decides how the text is computed: at 0 with padding, as in transformers, above 0 without
         padding. A method that reduces the text needs a temperature above 0.
@@ -252,7 +252,7 @@ class PrunedModelMixin:
         Args:
             method (`Callable` or `None`):
                 A function `method(model, modality, with_feature)`, called in each forward pass for each branch,
-                `"vision"` or `"text"`. It returns a new `TokenReduction` for that pass, or `None` if the branch stays
+                `"vision"` or `"text"`. It returns a new `PruningMethod` for that pass, or `None` if the branch stays
                 dense. `with_feature` tells whether the loss needs an alignment feature. `None` restores MADTP.
 
         Raises:
@@ -260,55 +260,55 @@ class PrunedModelMixin:
         """
         if method is not None and not callable(method):
             raise TypeError(
-                f"set_reduction_method got {method!r}: expected a function of (model, modality, with_feature) that"
-                " returns a TokenReduction"
+                f"set_pruning_method got {method!r}: expected a function of (model, modality, with_feature) that"
+                " returns a PruningMethod"
                 " or None, or None for MADTP."
             )
-        self._reduction_method = method
+        self._pruning_method = method
 
-    def madtp_reduction(
-        self, modality: str, with_feature: bool, reduction_class: Callable[..., TokenReduction] = MadtpReduction
-    ) -> TokenReduction | None:
-        """Create MADTP's reduction of a branch for one forward pass, with the options of the configuration.
+    def madtp_method(
+        self, modality: str, with_feature: bool, method_class: Callable[..., PruningMethod] = MadtpMethod
+    ) -> PruningMethod | None:
+        """Create MADTP's method of a branch for one forward pass, with the options of the configuration.
 
         Args:
             modality (`str`):
                 The branch, `"vision"` or `"text"`.
             with_feature (`bool`):
                 Whether the loss needs the alignment feature.
-            reduction_class (`Callable`, *optional*, defaults to `MadtpReduction`):
-                `MadtpReduction`, or a variant of it.
+            method_class (`Callable`, *optional*, defaults to `MadtpMethod`):
+                `MadtpMethod`, or a variant of it.
 
         Returns:
-            The reduction, or `None` if the branch stays dense.
+            The method, or `None` if the branch stays dense.
         """
         config = self.config
         prunes = modality in config.pruning_modalities
         if not self.is_pruning or not (prunes or with_feature):
             return None
         counts = config.token_counts()
-        return reduction_class(
+        return method_class(
             self.alignment(modality, folded=not with_feature),
             float(config.pruning_temperature) if prunes else 0.0,
             config.pruning_granularity,
             with_feature,
-            self._roles[modality],
+            self._branch_specs[modality],
             None if counts is None or not prunes else counts[modality],
             self._min_kept,
             float(config.pruning_threshold_factor),
         )
 
-    def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:
-        """Create the reduction of a branch for one forward pass, None for a dense branch.
+    def _make_pruning_method(self, modality: str, with_feature: bool) -> PruningMethod | None:
+        """Create the method of a branch for one forward pass, None for a dense branch.
 
         The configuration is read here, and not in the layers.
         """
-        if self._reduction_method is not None:
-            reduction = self._reduction_method(self, modality, with_feature)
-            if reduction is not None:
-                reduction.roles = self._roles[modality]  # the host decides which tokens are protected
-            return reduction
-        return self.madtp_reduction(modality, with_feature)
+        if self._pruning_method is not None:
+            method = self._pruning_method(self, modality, with_feature)
+            if method is not None:
+                method.spec = self._branch_specs[modality]  # the host decides which tokens are protected
+            return method
+        return self.madtp_method(modality, with_feature)
 
     def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
         """Compute the alignment loss, 0 if a branch has no feature, as with pruning off.

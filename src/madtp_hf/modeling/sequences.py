@@ -11,24 +11,24 @@ from typing import NamedTuple
 import torch
 
 
-# On a CPU, a call costs little compared with its work, so attention takes a part of a batch at a time: sequences of
+# On a CPU, a call costs little compared with its work, so attention takes a chunk of a batch at a time: sequences of
 # similar length.
-PART_SIZE = 2**18  # elements in the states of a part of several sequences, at most
-PART_PADDING_SHARE = 1 / 8  # padding up to this share of a part's rows is always accepted
-PART_PADDING = 2**16  # more padding is accepted up to this many elements of the states
-PART_AREA = 2**15  # and, at the same time, up to this many elements of an attention map
+CHUNK_SIZE = 2**18  # elements in the states of a chunk of several sequences, at most
+CHUNK_PADDING_SHARE = 1 / 8  # padding up to this share of a chunk's rows is always accepted
+CHUNK_PADDING = 2**16  # more padding is accepted up to this many elements of the states
+CHUNK_AREA = 2**15  # and, at the same time, up to this many elements of an attention map
 
 
 # If False, a CPU takes the path of other devices.
-CPU_TAKES_PARTS = True
+CPU_TAKES_CHUNKS = True
 
 
-def takes_parts(device: torch.device) -> bool:
-    """Return whether attention takes a batch part by part, as on a CPU, where reading values costs nothing.
+def takes_chunks(device: torch.device) -> bool:
+    """Return whether attention takes a batch chunk by chunk, as on a CPU, where reading values costs nothing.
 
     Other devices take the whole batch at once and avoid waiting for values.
     """
-    return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
+    return CPU_TAKES_CHUNKS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class cached_property:
@@ -46,11 +46,11 @@ class cached_property:
         return value
 
 
-class Division(NamedTuple):
-    """A division of a batch into parts.
+class Chunking(NamedTuple):
+    """A chunking of a batch into chunks.
 
-    bounds: the place in `order` at which each part begins, then the number of sequences.
-    order: the sequences in the order in which the parts take them; None for the batch's own order.
+    bounds: the place in `order` at which each chunk begins, then the number of sequences.
+    order: the sequences in the order in which the chunks take them; None for the batch's own order.
     """
 
     bounds: tuple[int, ...]
@@ -65,8 +65,8 @@ class Sequences:
     *varlen*: the rows are the real tokens only. Those of sequence i go from `offsets[i]` to `offsets[i + 1]`.
 
     num_rows: the number of rows.
-    first_row: in a part of a batch, the part's first row in the batch.
-    batch_rows: in a part whose rows are not contiguous, their numbers in the batch, padded; else None.
+    first_row: in a chunk of a batch, the chunk's first row in the batch.
+    batch_rows: in a chunk whose rows are not contiguous, their numbers in the batch, padded; else None.
     """
 
     def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):
@@ -78,7 +78,7 @@ class Sequences:
         if lengths is not None:
             self.lengths = lengths
         self.batch_rows: torch.Tensor | None = None
-        self._parts = {}
+        self._chunks = {}
 
     @classmethod
     def padded(cls, batch_size: int, max_seqlen: int, device, mask: torch.Tensor | None = None, lengths=None):
@@ -96,9 +96,9 @@ class Sequences:
             device_lengths (`torch.Tensor` of shape `(B,)`, *optional*):
                 The same lengths on the device, if they are already there.
             first_row (`int`, *optional*, defaults to 0):
-                For a part of a batch, its first row in the batch.
+                For a chunk of a batch, its first row in the batch.
             before (`Sequences`, *optional*):
-                The layout that the tokens were pruned from, whose `slots` are reused.
+                The layout that the tokens were pruned from, whose `indices` are reused.
         """
         longest = max(lengths, default=0)
         if min(lengths, default=0) == longest:
@@ -110,7 +110,7 @@ class Sequences:
             offsets.append(offsets[-1] + length)
         sequences = cls(len(lengths), longest, device, offsets=offsets, lengths=device_lengths, first_row=first_row)
         if before is not None and not torch.compiler.is_compiling():
-            sequences.slots = before.slots[:longest]
+            sequences.indices = before.indices[:longest]
         return sequences
 
     @property
@@ -146,10 +146,10 @@ class Sequences:
     @cached_property
     def mask(self) -> torch.Tensor | None:
         """(B, max_seqlen) bool: True at the real tokens of padded states; None without padding."""
-        return self.slots < self.lengths.unsqueeze(1)
+        return self.indices < self.lengths.unsqueeze(1)
 
     @cached_property
-    def slots(self) -> torch.Tensor:
+    def indices(self) -> torch.Tensor:
         """The indices (max_seqlen,): 0, 1, 2, ..."""
         return torch.arange(self.max_seqlen, device=self.device)
 
@@ -160,7 +160,7 @@ class Sequences:
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
-        """(B * max_seqlen,): the row of each slot of padded states, counted from 1; at padding, the row before it."""
+        """(B * max_seqlen,): the row of each index of padded states, counted from 1; at padding, the row before it."""
         return self.mask.flatten().cumsum(0)
 
     @cached_property
@@ -175,14 +175,14 @@ class Sequences:
     @cached_property
     def positions(self) -> torch.Tensor:
         """(R,): each row's position in its sequence."""
-        return self.unpad(self.slots.expand(self.batch_size, -1))
+        return self.unpad(self.indices.expand(self.batch_size, -1))
 
     # Rows to padded states and back
 
     def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """Gather rows (R, ...) into padded states (B, max_seqlen, ...).
 
-        If this is a part of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies of
+        If this is a chunk of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies of
         their last row. dim: the dimension of the rows.
         """
         if self.batch_rows is not None:
@@ -206,7 +206,7 @@ class Sequences:
         return self.unpad_rows(padded.flatten(0, 1))
 
     def unpad_rows(self, padded: torch.Tensor) -> torch.Tensor:
-        """Turn the slots (B * max_seqlen, ...) of padded states into rows (R, ...)."""
+        """Turn the indices (B * max_seqlen, ...) of padded states into rows (R, ...)."""
         return scatter_rows(padded, self._slot_to_row, self.num_rows) if self.is_varlen else padded
 
     def first(self, states: torch.Tensor) -> torch.Tensor:
@@ -220,18 +220,18 @@ class Sequences:
         if self.is_varlen:
             return states.index_select(0, self.cu_seqlens[1:] - 1)
         padded = states.unflatten(0, (self.batch_size, self.max_seqlen))
-        return padded[:, -1] if self.mask is None else take_slots(padded, (self.lengths - 1).unsqueeze(1)).squeeze(1)
+        return padded[:, -1] if self.mask is None else take_tokens(padded, (self.lengths - 1).unsqueeze(1)).squeeze(1)
 
     # Parts of the batch
 
     @property
-    def whole(self) -> Division:
-        """The division that takes the whole batch as one part."""
-        return Division((0, self.batch_size))
+    def whole(self) -> Chunking:
+        """The chunking that takes the whole batch as one chunk."""
+        return Chunking((0, self.batch_size))
 
-    def divide(self, width: int) -> Division:
-        """Divide the batch for attention over states of `width`: sequences of similar length form a part."""
-        if not takes_parts(self.device) or self.batch_size == 1:
+    def divide(self, width: int) -> Chunking:
+        """Divide the batch for attention over states of `width`: sequences of similar length form a chunk."""
+        if not takes_chunks(self.device) or self.batch_size == 1:
             return self.whole
         counts = self.row_counts
         order = sorted(range(self.batch_size), key=counts.__getitem__, reverse=True)
@@ -239,29 +239,29 @@ class Sequences:
         for index, sequence in enumerate(order):
             length, longest = counts[sequence], counts[order[bounds[-1]]]
             rows, area, number = rows + length, area + length**2, index + 1 - bounds[-1]
-            padding, slots = longest * number - rows, longest * number
-            too_much_padding = padding > PART_PADDING_SHARE * slots and (
-                padding > PART_PADDING / width or longest**2 * number - area > PART_AREA
+            padding, indices = longest * number - rows, longest * number
+            too_much_padding = padding > CHUNK_PADDING_SHARE * indices and (
+                padding > CHUNK_PADDING / width or longest**2 * number - area > CHUNK_AREA
             )
-            if number > 1 and (slots * width > PART_SIZE or too_much_padding):
+            if number > 1 and (indices * width > CHUNK_SIZE or too_much_padding):
                 bounds.append(index)
                 rows, area = length, length**2
         if len(bounds) == 1:
             return self.whole
-        if len(bounds) == self.batch_size:  # one sequence a part, in the batch's order
-            return Division(tuple(range(self.batch_size + 1)))
+        if len(bounds) == self.batch_size:  # one sequence a chunk, in the batch's order
+            return Chunking(tuple(range(self.batch_size + 1)))
         ordered = order == sorted(order)
-        return Division((*bounds, self.batch_size), None if ordered else tuple(order))
+        return Chunking((*bounds, self.batch_size), None if ordered else tuple(order))
 
-    def parts(self, division: Division) -> list["Sequences"]:
-        """Return each part as a `Sequences`, which selects its rows from those of the batch."""
-        if len(division.bounds) == 2:
+    def chunks(self, chunking: Chunking) -> list["Sequences"]:
+        """Return each chunk as a `Sequences`, which selects its rows from those of the batch."""
+        if len(chunking.bounds) == 2:
             return [self]
-        if division not in self._parts:
-            order = division.order or range(self.batch_size)
-            bounds = itertools.pairwise(division.bounds)
-            self._parts[division] = [self._part(list(order[start:stop])) for start, stop in bounds]
-        return self._parts[division]
+        if chunking not in self._chunks:
+            order = chunking.order or range(self.batch_size)
+            bounds = itertools.pairwise(chunking.bounds)
+            self._chunks[chunking] = [self._part(list(order[start:stop])) for start, stop in bounds]
+        return self._chunks[chunking]
 
     def _part(self, samples: list[int]) -> "Sequences":
         first, number = samples[0], len(samples)
@@ -269,44 +269,44 @@ class Sequences:
         chosen = slice(first, first + number) if together else torch.tensor(samples, device="cpu").to(self.device)
         if self.is_varlen:
             counts = [self.row_counts[sample] for sample in samples]
-            part = Sequences.varlen(counts, self.device, self.lengths[chosen], self.offsets[first])
+            chunk = Sequences.varlen(counts, self.device, self.lengths[chosen], self.offsets[first])
         else:
             mask = None if self.mask is None else self.mask[chosen]
-            part = Sequences.padded(number, self.max_seqlen, self.device, mask)
-            part.first_row = first * self.max_seqlen
+            chunk = Sequences.padded(number, self.max_seqlen, self.device, mask)
+            chunk.first_row = first * self.max_seqlen
         if not together:
-            part.batch_rows = self._rows_of(samples, part.max_seqlen)
-        return part
+            chunk.batch_rows = self._rows_of(samples, chunk.max_seqlen)
+        return chunk
 
     def _rows_of(self, samples: list[int], length: int) -> torch.Tensor:
         """Return the row numbers (samples * length,) of these samples, each padded to `length` with its last row."""
         counts = torch.tensor(self.row_counts, device="cpu")
         starts = (counts.cumsum(0) - counts)[samples].to(self.device)
         last = counts[samples].to(self.device) - 1
-        slots = torch.arange(length, device=self.device)
-        return (starts.unsqueeze(1) + torch.minimum(slots, last.unsqueeze(1))).flatten()
+        indices = torch.arange(length, device=self.device)
+        return (starts.unsqueeze(1) + torch.minimum(indices, last.unsqueeze(1))).flatten()
 
-    def join_rows(self, outputs: list[torch.Tensor], division: Division, row_counts: list[int] | None = None):
-        """Join the rows that were computed for each part into rows of the batch.
+    def join_rows(self, outputs: list[torch.Tensor], chunking: Chunking, row_counts: list[int] | None = None):
+        """Join the rows that were computed for each chunk into rows of the batch.
 
         row_counts: the number of rows of each sequence, if it is no longer this layout's.
         """
         rows = join(outputs)
-        if division.order is None:
+        if chunking.order is None:
             return rows
         counts = torch.tensor(self.row_counts if row_counts is None else row_counts, device="cpu")
-        order = torch.tensor(division.order, device="cpu")
+        order = torch.tensor(chunking.order, device="cpu")
         in_parts = torch.empty_like(counts)
         in_parts[order] = counts[order].cumsum(0) - counts[order]
         shift = (in_parts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
         return rows.index_select(0, (shift + torch.arange(len(shift), device="cpu")).to(rows.device))
 
-    def join_samples(self, outputs: list[torch.Tensor], division: Division) -> torch.Tensor:
-        """Join what was computed for the sequences of each part, (n, ...), into that of the batch, (B, ...)."""
+    def join_samples(self, outputs: list[torch.Tensor], chunking: Chunking) -> torch.Tensor:
+        """Join what was computed for the sequences of each chunk, (n, ...), into that of the batch, (B, ...)."""
         samples = join(outputs)
-        if division.order is None:
+        if chunking.order is None:
             return samples
-        return samples.index_select(0, torch.tensor(division.order, device="cpu").argsort().to(samples.device))
+        return samples.index_select(0, torch.tensor(chunking.order, device="cpu").argsort().to(samples.device))
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
         """Select every other sequence from `first` on; return their rows and their layout.
@@ -336,12 +336,12 @@ class Sequences:
         return moved
 
 
-def take_slots(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Gather slots (n, M) of padded states (n, L, D) -> (n, M, D).
+def take_tokens(padded: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Gather indices (n, M) of padded states (n, L, D) -> (n, M, D).
 
     Uses `gather`, because `take_along_dim` fixes the batch size of exported models.
     """
-    return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
+    return padded.gather(1, indices.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
 
 
 def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fill: int | None = None) -> torch.Tensor:
@@ -367,7 +367,7 @@ def count_tokens(layers: list[Sequences]) -> torch.Tensor:
 
 
 def join(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate what was computed for the parts of a batch."""
+    """Concatenate what was computed for the chunks of a batch."""
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -1,6 +1,6 @@
-"""Token reduction: what a method returns for a layer, and the one place that repacks the rows accordingly.
+"""Token decision: what a method returns for a layer, and the one place that repacks the rows accordingly.
 
-Shapes: in a part of the batch, n sequences of up to L tokens; N tokens of each are removable (the first token and, if
+Shapes: in a chunk of the batch, n sequences of up to L tokens; N tokens of each are removable (the first token and, if
 the host says so, the last are protected).
 """
 
@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 import torch
 
-from .attention import TokenRoles
+from .attention import BranchSpec
 from .padding import LONGER_THAN_ANY
-from .sequences import Division, Sequences, scatter_rows, take_slots
+from .sequences import Chunking, Sequences, scatter_rows, take_tokens
 from .triton_kernels import merge
 
 
-class Reduction(NamedTuple):
+class Decision(NamedTuple):
     """What a method returns for a layer: which tokens stay, and how the others are merged.
 
     stays (n, N) bool: True at the tokens that stay, False at padding.
     merges (n, 1) bool: the sequences that get a merged token, placed after the removable tokens that stay.
     weight (n, N): the weight of each removed token in the token that it is merged into; 0 at tokens that stay and at
         padding.
-    into (n, N) int64, optional: the slot of the staying token that each removed token is merged into, instead of a new
+    into (n, N) int64, optional: the index of the staying token that each removed token is merged into, instead of a new
         token. The staying token's own weight is 1 minus the weights that are merged into it.
     length: the number of rows of each sequence, if it is fixed; sequences that need fewer rows are padded.
     """
@@ -36,7 +36,7 @@ class Reduction(NamedTuple):
 
 
 class Repacking(NamedTuple):
-    """The new rows of a part of the batch.
+    """The new rows of a chunk of the batch.
 
     There are C columns: the first token, the removable tokens, the merged token and, if it is protected, the last
     token.
@@ -46,55 +46,55 @@ class Repacking(NamedTuple):
     order (n, length), instead of `numbers` for a fixed length: the columns that become the new rows.
     """
 
-    part: Sequences
+    chunk: Sequences
     num_rows: int
-    roles: TokenRoles
+    spec: BranchSpec
     numbers: torch.Tensor | None = None
     order: torch.Tensor | None = None
 
     def __call__(self, padded: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
         """Repack padded states (n, L, D) and merged tokens (n, D) into the new rows (num_rows, D)."""
-        columns = [padded[:, : 1 + self.roles.num_removable(self.part)], merged.unsqueeze(1)]
-        if self.roles.protects_last:
+        columns = [padded[:, : 1 + self.spec.num_removable(self.chunk)], merged.unsqueeze(1)]
+        if self.spec.protects_last:
             columns.append(self._last(padded))
         if self.order is not None:
-            return take_slots(torch.cat(columns, dim=1), self.order).flatten(0, 1)
+            return take_tokens(torch.cat(columns, dim=1), self.order).flatten(0, 1)
         rows = padded.new_empty(self.num_rows + 1, *padded.shape[2:])
         for states, numbers in zip(columns, self.numbers.split([states.shape[1] for states in columns], dim=1)):
             rows.index_put_((numbers,), states)
         return rows[1:]
 
     def _last(self, padded: torch.Tensor) -> torch.Tensor:
-        if self.part.mask is None:
+        if self.chunk.mask is None:
             return padded[:, -1:]
-        return take_slots(padded, (self.part.lengths - 1).unsqueeze(1))
+        return take_tokens(padded, (self.chunk.lengths - 1).unsqueeze(1))
 
 
-def stay_table(reduction: Reduction, part: Sequences, roles: TokenRoles) -> torch.Tensor:
+def stay_table(decision: Decision, chunk: Sequences, spec: BranchSpec) -> torch.Tensor:
     """Return an (n, C) bool table of the columns that become new rows."""
-    always = torch.ones_like(reduction.merges) if part.mask is None else part.mask[:, :1]
-    merges = reduction.merges if reduction.into is None else ~always
-    return torch.cat([always, reduction.stays, merges, *[always] * roles.protects_last], dim=1)
+    always = torch.ones_like(decision.merges) if chunk.mask is None else chunk.mask[:, :1]
+    merges = decision.merges if decision.into is None else ~always
+    return torch.cat([always, decision.stays, merges, *[always] * spec.protects_last], dim=1)
 
 
-def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, torch.Tensor]:
+def enter_tokens(padded: torch.Tensor, decision: Decision) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the removed tokens; return the padded states (n, L, D) and the merged tokens (n, D).
 
     With `into`, tokens are merged into padded states, and the merged tokens are placeholders.
     """
-    num_removable = reduction.stays.shape[1]
+    num_removable = decision.stays.shape[1]
     tokens = padded[:, 1 : 1 + num_removable]
-    if reduction.into is None:
+    if decision.into is None:
         with torch.autocast(padded.device.type, enabled=False):
-            return padded, (reduction.weight.unsqueeze(1).to(padded.dtype) @ tokens).squeeze(1)
-    entering = torch.zeros_like(reduction.weight).scatter_add(1, reduction.into, reduction.weight)
+            return padded, (decision.weight.unsqueeze(1).to(padded.dtype) @ tokens).squeeze(1)
+    entering = torch.zeros_like(decision.weight).scatter_add(1, decision.into, decision.weight)
     own = tokens.float() * (1 - entering).unsqueeze(-1)
-    others = tokens.float() * reduction.weight.unsqueeze(-1)
-    tokens = own.scatter_add(1, reduction.into.unsqueeze(-1).expand_as(others), others).to(padded.dtype)
+    others = tokens.float() * decision.weight.unsqueeze(-1)
+    tokens = own.scatter_add(1, decision.into.unsqueeze(-1).expand_as(others), others).to(padded.dtype)
     return torch.cat([padded[:, :1], tokens, padded[:, 1 + num_removable :]], dim=1), padded[:, 0]
 
 
-class KernelReduction(NamedTuple):
+class KernelDecision(NamedTuple):
     """What `triton_kernels.gate` returns for a layer: importance (R,), destination (R,), new_cu_seqlens (B + 1,)."""
 
     importance: torch.Tensor
@@ -106,68 +106,68 @@ class KernelReduction(NamedTuple):
 Move = Callable[[torch.Tensor], torch.Tensor]
 
 
-def reduce(
-    states: torch.Tensor, sequences: Sequences, division: Division, reductions: list[Reduction], roles: TokenRoles
+def repack(
+    states: torch.Tensor, sequences: Sequences, chunking: Chunking, decisions: list[Decision], spec: BranchSpec
 ) -> tuple[torch.Tensor, Sequences, Move | None]:
-    """Apply the reductions of a batch's parts to its states (R, D).
+    """Apply the decisions of a batch's chunks to its states (R, D).
 
     The host waits for the device once, to learn the number of rows, unless lengths are fixed.
 
     Returns:
         The new states (R', D), their layout, and the `Move` of the rows, which is None if no row was removed.
     """
-    if isinstance(reductions[0], KernelReduction):
-        return _reduce_by_kernel(states, sequences, reductions[0])
-    if reductions[0].length is not None:
-        return _reduce_to_length(states, sequences, reductions[0], roles)
-    parts = sequences.parts(division)
-    tables = [stay_table(reduction, part, roles) for part, reduction in zip(parts, reductions)]
-    lengths = sequences.join_samples([table.sum(dim=1) for table in tables], division)
+    if isinstance(decisions[0], KernelDecision):
+        return _repack_by_kernel(states, sequences, decisions[0])
+    if decisions[0].length is not None:
+        return _repack_to_length(states, sequences, decisions[0], spec)
+    chunks = sequences.chunks(chunking)
+    tables = [stay_table(decision, chunk, spec) for chunk, decision in zip(chunks, decisions)]
+    lengths = sequences.join_samples([table.sum(dim=1) for table in tables], chunking)
     row_counts = lengths.tolist()
     if sum(row_counts) == sequences.num_rows:  # a sequence that merges loses rows
         return states, sequences, None
-    ordered = row_counts if division.order is None else [row_counts[sample] for sample in division.order]
+    ordered = row_counts if chunking.order is None else [row_counts[sample] for sample in chunking.order]
     outputs, repackings = [], []
-    for part, start, reduction, table in zip(parts, division.bounds, reductions, tables):
+    for chunk, start, decision, table in zip(chunks, chunking.bounds, decisions, tables):
         numbers = table.flatten().cumsum(0).view_as(table).mul_(table)
-        repacking = Repacking(part, sum(ordered[start : start + part.batch_size]), roles, numbers=numbers)
-        outputs.append(repacking(*enter_tokens(part.pad(states), reduction)))
+        repacking = Repacking(chunk, sum(ordered[start : start + chunk.batch_size]), spec, numbers=numbers)
+        outputs.append(repacking(*enter_tokens(chunk.pad(states), decision)))
         repackings.append(repacking)
 
     def move(positions: torch.Tensor) -> torch.Tensor:
         moved = [move_along(repacking, positions) for repacking in repackings]
-        return sequences.join_rows(moved, division, row_counts)
+        return sequences.join_rows(moved, chunking, row_counts)
 
-    states = sequences.join_rows(outputs, division, row_counts)
+    states = sequences.join_rows(outputs, chunking, row_counts)
     return states, Sequences.varlen(row_counts, states.device, lengths, before=sequences), move
 
 
-def _reduce_to_length(states, sequences: Sequences, reduction: Reduction, roles: TokenRoles):
-    length = reduction.length
+def _repack_to_length(states, sequences: Sequences, decision: Decision, spec: BranchSpec):
+    length = decision.length
     if length == sequences.max_seqlen:
         return states, sequences, None
-    table = stay_table(reduction, sequences, roles)
+    table = stay_table(decision, sequences, spec)
     num_columns = table.shape[1]
     # The columns that become rows come first, in their order. `topk` can be exported to ONNX, unlike a stable sort.
     order = (table * LONGER_THAN_ANY - torch.arange(num_columns, device=table.device)).topk(length).indices
-    repacking = Repacking(sequences, sequences.batch_size * length, roles, order=order)
+    repacking = Repacking(sequences, sequences.batch_size * length, spec, order=order)
     mask = lengths = None
     if sequences.mask is not None:
         lengths = table.sum(dim=1)
         mask = torch.arange(length, device=table.device) < lengths.unsqueeze(1)
-    states = repacking(*enter_tokens(sequences.pad(states), reduction))
+    states = repacking(*enter_tokens(sequences.pad(states), decision))
     sequences = Sequences.padded(sequences.batch_size, length, states.device, mask, lengths)
     return states, sequences, lambda positions: move_along(repacking, positions)
 
 
 def move_along(repacking: Repacking, positions: torch.Tensor) -> torch.Tensor:
-    """Map the positions (R,) of a batch's rows to those of a part's new rows, -1 for merged tokens."""
-    nowhere = positions.new_full((repacking.part.batch_size, 1), -1)
-    return repacking(repacking.part.pad(positions).unsqueeze(-1), nowhere).squeeze(1)
+    """Map the positions (R,) of a batch's rows to those of a chunk's new rows, -1 for merged tokens."""
+    nowhere = positions.new_full((repacking.chunk.batch_size, 1), -1)
+    return repacking(repacking.chunk.pad(positions).unsqueeze(-1), nowhere).squeeze(1)
 
 
-def _reduce_by_kernel(states: torch.Tensor, sequences: Sequences, reduction: KernelReduction):
-    importance, destination, new_cu_seqlens = reduction
+def _repack_by_kernel(states: torch.Tensor, sequences: Sequences, decision: KernelDecision):
+    importance, destination, new_cu_seqlens = decision
     offsets = new_cu_seqlens.tolist()
     if offsets[-1] == sequences.num_rows:
         return states, sequences, None
