@@ -31,7 +31,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from madtp_hf.flops import reduction_of_flops
+from madtp_hf.budgets.flops import reduction_of_flops
 from madtp_hf.modeling.encoder import MadtpReduction, TokenReduction
 from madtp_hf.modeling.token_pruning import reader_importance, strongest_alignment, sum_over_tokens
 from madtp_hf.modeling.token_reduction import Reduction
