@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from madtp_hf import MadtpBlipConfig, calibrate
-from madtp_hf.calibration import measure_reduction
+from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.tasks import TASKS
 
 

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
 
 from madtp_hf import MadtpBlipForQuestionAnswering, ReductionCallback, __version__, calibrate, create_optimizer
+from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions
-from madtp_hf.evaluation import evaluate_budgets
 
 
 ROOT = Path(__file__).parents[1]

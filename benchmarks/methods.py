@@ -31,10 +31,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from madtp_hf.flops import reduction_of_flops
+from madtp_hf.budgets.flops import reduction_of_flops
 from madtp_hf.modeling.encoder import MadtpMethod, PruningMethod
-from madtp_hf.modeling.token_pruning import pooling_importance, strongest_alignment, sum_over_tokens
 from madtp_hf.modeling.repack import Decision
+from madtp_hf.modeling.token_pruning import pooling_importance, strongest_alignment, sum_over_tokens
 from madtp_hf.tasks import TASKS
 
 

@@ -43,8 +43,9 @@ from selection_tasks import (
 from torch.utils.data import DataLoader
 
 from madtp_hf import calibrate, init_alignment_from
-from madtp_hf.calibration import FACTORS, SCAN, decoder_tokens, measure_reduction
-from madtp_hf.flops import dense_flops
+from madtp_hf.budgets.calibration import FACTORS, SCAN, measure_reduction
+from madtp_hf.budgets.flops import dense_flops
+from madtp_hf.budgets.passes import decoder_tokens
 from madtp_hf.tasks import TASKS
 
 

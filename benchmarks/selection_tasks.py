@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from madtp_hf import MadtpBlipConfig, __version__
+from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.data import load_digit_captions, load_digit_questions, load_digit_statements
 from madtp_hf.data.collators import CaptioningCollator
-from madtp_hf.evaluation import evaluate_budgets
 from madtp_hf.metrics import load_metric
 from madtp_hf.tasks import TASKS
 

@@ -56,8 +56,8 @@ from transformers import (
 )
 
 from madtp_hf import MadtpClipModel, calibrate, count_flops
-from madtp_hf.calibration import decoder_tokens, measure
-from madtp_hf.flops import dense_flops
+from madtp_hf.budgets.flops import dense_flops
+from madtp_hf.budgets.passes import decoder_tokens, measure
 from madtp_hf.tasks import TASKS
 
 

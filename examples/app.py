@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, set_seed
 
 from madtp_hf import calibrate, init_alignment_from
-from madtp_hf.app import TASKS_SHOWN, digit_examples, load_model, make_app
 from madtp_hf.data import load_digit_captions, load_digit_questions
+from madtp_hf.serving.page import TASKS_SHOWN, digit_examples, load_model, make_app
 from madtp_hf.tasks import TASKS
 
 

@@ -27,10 +27,10 @@ from madtp_hf import (
     create_optimizer,
     init_alignment_from,
 )
+from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, question_only_accuracy
-from madtp_hf.evaluation import budget_rows, evaluate_budgets
+from madtp_hf.serving.visualization import draw_surviving_patches
 from madtp_hf.training.script_outputs import save_run
-from madtp_hf.visualization import draw_surviving_patches
 
 
 HERE = Path(__file__).parent

@@ -21,10 +21,10 @@ from madtp_hf import (
     calibrate,
     create_optimizer,
 )
+from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
+from madtp_hf.checkpoints.card import public_name
 from madtp_hf.data import CaptioningCollator, load_coco_captions, load_digit_captions
-from madtp_hf.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.metrics import load_metric
-from madtp_hf.model_card import public_name
 from madtp_hf.training.arguments import PruningArguments, ScriptParser
 from madtp_hf.training.script_outputs import end_process_group, save_run
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPProcessor, TrainingArguments, set_seed
 
 from madtp_hf import MadtpClipModel, RetrievalTrainer, calibrate, create_optimizer
+from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.data import RetrievalCollator
-from madtp_hf.evaluation import evaluate_budgets
-from madtp_hf.retrieval import CaptionedImages, retrieval_rows, score_by_features
+from madtp_hf.tasks.pair_scores import CaptionedImages, retrieval_rows, score_by_features
 from madtp_hf.training.arguments import PruningArguments, RetrievalArguments, ScriptParser
 from madtp_hf.training.script_outputs import end_process_group, save_run
 

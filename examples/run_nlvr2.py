@@ -22,10 +22,10 @@ from madtp_hf import (
     calibrate,
     create_optimizer,
 )
+from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
+from madtp_hf.checkpoints.card import public_name
 from madtp_hf.data import VisualReasoningCollator, load_digit_statements, load_nlvr2, question_only_accuracy
-from madtp_hf.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.metrics import load_metric
-from madtp_hf.model_card import public_name
 from madtp_hf.training.arguments import PruningArguments, ScriptParser
 from madtp_hf.training.script_outputs import end_process_group, save_run
 

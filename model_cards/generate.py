@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
 
-from madtp_hf.model_card import write_model_card
+from madtp_hf.checkpoints.card import write_model_card
 from madtp_hf.tasks import TASKS
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from madtp_hf import calibrate, init_alignment_from
-from madtp_hf.alignment import _Recording
+from madtp_hf.budgets.alignment import _Recording
 
 from .conftest import TASKS, make_task_model
 from .helpers.clip import make_clip_inputs, make_clip_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madtp_hf.app import describe, layers_to_draw, load_model, look, make_app, reduction_bounds
+from madtp_hf.serving.page import describe, layers_to_draw, load_model, look, make_app, reduction_bounds
 
 from .conftest import make_blip, make_processor, make_task_model
 
@@ -35,7 +35,7 @@ def pruned_model(task="vqa"):
 
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_a_look_is_what_the_model_says(task, processor, monkeypatch):
-    monkeypatch.setattr("madtp_hf.app.TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     model = pruned_model(task)
     found = look(model, processor, picture(), QUESTION, 0.6)
     assert not model.is_pruning
@@ -55,7 +55,7 @@ def test_a_look_is_what_the_model_says(task, processor, monkeypatch):
 
 
 def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
-    monkeypatch.setattr("madtp_hf.app.TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     model = pruned_model()
     assert reduction_bounds(model.config) == (0.2, 0.7)
     left = [
@@ -70,7 +70,7 @@ def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
 
 
 def test_what_a_model_writes_is_escaped(processor, monkeypatch):
-    monkeypatch.setattr("madtp_hf.app.TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     found = look(pruned_model(), processor, picture(), QUESTION, 0.5)
     shown = describe(found._replace(pruned=found.pruned._replace(text="<script>")))
     assert "&lt;script&gt;" in shown and "<script>" not in shown
@@ -103,7 +103,7 @@ def test_models_that_cannot_be_shown_are_named(processor, tmp_path):
 def test_the_page_answers_and_says_what_is_wrong(processor, monkeypatch):
     gradio = pytest.importorskip("gradio", reason="the app needs gradio")
     pytest.importorskip("matplotlib", reason="the app needs matplotlib")
-    monkeypatch.setattr("madtp_hf.app.TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     model = pruned_model()
     app = make_app(model, processor, [(picture(), QUESTION)], "tiny")
     show = next(function.fn for function in app.fns.values() if function.fn.__name__ == "show")
@@ -151,7 +151,7 @@ def test_in_a_browser_the_picture_changes_with_the_reduction(browser, monkeypatc
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    monkeypatch.setattr("madtp_hf.app.TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     app = make_app(pruned_model(), make_processor(), [(picture(), QUESTION), (picture(1), "what color?")], "tiny")
     wait = WebDriverWait(browser, 60)
 

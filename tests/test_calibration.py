@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from madtp_hf import calibrate
-from madtp_hf.calibration import decoder_tokens, measure, measure_reduction
+from madtp_hf.budgets.calibration import measure_reduction
+from madtp_hf.budgets.passes import decoder_tokens, measure
 
 from .conftest import TASKS, make_inputs, make_task_model
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from madtp_hf import calibrate
-from madtp_hf.calibration import measure_reduction
+from madtp_hf.budgets.calibration import measure_reduction
 
 from .conftest import TASKS, make_inputs, make_task_blip
 

@@ -15,8 +15,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from madtp_hf import MadtpBlipConfig, __version__, convert_original_checkpoint
-from madtp_hf.cli import app
 from madtp_hf.tasks import TASKS as ALL_TASKS
+from madtp_hf_cli import app
 
 from .conftest import WORDS, blip_config
 from .test_conversion import assert_same, outputs, to_original, with_training_state
@@ -161,7 +161,7 @@ def test_what_it_writes_loads_with_auto_classes(source, tmp_path):
 def test_the_command_as_a_process(source, tmp_path):
     out = tmp_path / "new" / "model"
     arguments = source / "vqa.pth", out, "--task", "vqa", "--tokenizer", source / "bert"
-    written = run("-m", "madtp_hf.cli", "convert", *arguments, cache=tmp_path)
+    written = run("-m", "madtp_hf_cli", "convert", *arguments, cache=tmp_path)
     assert written.returncode == 0, written.stderr
     assert written.stdout == f"{out}: MadtpBlipForQuestionAnswering, 0.3 M parameters, images of 48 x 48 pixels.\n"
     assert (out / "model.safetensors").is_file() and listing(out.parent)[0] == "model"

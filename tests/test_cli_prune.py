@@ -15,12 +15,12 @@ from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, C
 pytest.importorskip("typer", reason="the command needs typer: pip install 'madtp_hf[cli]'")
 from typer.testing import CliRunner
 
-from madtp_hf.benchmark import stock_model
-from madtp_hf.cli import app
+from madtp_hf.budgets.benchmark import stock_model
+from madtp_hf.checkpoints.load import load_model
+from madtp_hf.checkpoints.push import find_checkpoint_files
 from madtp_hf.data.rows import load_rows
-from madtp_hf.hub import find_checkpoint_files
-from madtp_hf.loading import load_model
 from madtp_hf.tasks import TASKS
+from madtp_hf_cli import app
 
 from .conftest import TASKS as TEST_TASKS
 from .conftest import close, make_processor, make_task_blip, make_task_model
@@ -33,7 +33,7 @@ QUESTION = "how many sevens are there?"
 def few_fitting_steps():
     """What the alignment tokens are fitted to is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("madtp_hf.alignment.FIT_STEPS", 3)
+        patch.setattr("madtp_hf.budgets.alignment.FIT_STEPS", 3)
         yield
 
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassif
 from typer.testing import CliRunner
 
 from madtp_hf import MadtpClipConfig, MadtpClipModel, push_checkpoint
-from madtp_hf.hub import find_checkpoint_files
-from madtp_hf.model_card import create_model_card
-from madtp_hf.visualization import draw_surviving_patches
+from madtp_hf.checkpoints.card import create_model_card
+from madtp_hf.checkpoints.push import find_checkpoint_files
+from madtp_hf.serving.visualization import draw_surviving_patches
 from madtp_hf_cli import app
 
 from .helpers.clip import make_clip, make_clip_inputs, make_clip_model, make_clip_processor

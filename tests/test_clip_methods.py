@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from madtp_hf.calibration import measure
+from madtp_hf.budgets.passes import measure
 
 from .helpers.clip import make_clip_inputs, make_clip_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from madtp_hf import MadtpClipConfig, MadtpClipModel, ReductionCallback, calibrate, create_optimizer
-from madtp_hf.calibration import measure_reduction
+from madtp_hf.budgets.calibration import measure_reduction
 
 from .helpers.clip import make_clip, make_clip_inputs
 from .test_clip_training import train

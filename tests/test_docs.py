@@ -70,7 +70,7 @@ def folder(tmp_path, monkeypatch):
         pytest.importorskip(library, reason=f"the pages use {library}: pip install 'madtp_hf[train,metrics]'")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("madtp_hf.alignment.FIT_STEPS", 2)  # that it runs is shown, not what it reaches
+    monkeypatch.setattr("madtp_hf.budgets.alignment.FIT_STEPS", 2)  # that it runs is shown, not what it reaches
 
 
 def test_the_code_of_all_pages_is_python():

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering, count_flops, flop_formulas
-from madtp_hf.flops import reduction_of_flops
+from madtp_hf.budgets.flops import reduction_of_flops
 
 from .conftest import TASKS, blip_config, make_blip, make_inputs, make_task_model
 
@@ -25,7 +25,7 @@ def test_torchs_registry_of_formulas_is_left_alone():
     code = """
 from torch.utils.flop_counter import flop_registry
 before = dict(flop_registry)
-import madtp_hf.evaluation
+import madtp_hf.budgets.evaluation
 assert flop_registry == before
 """
     subprocess.run([sys.executable, "-c", code], check=True)

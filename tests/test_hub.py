@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from madtp_hf import push_checkpoint, push_folder
-from madtp_hf.hub import find_checkpoint_files
+from madtp_hf.checkpoints.push import find_checkpoint_files
 
 from .conftest import TASKS, make_inputs, make_task_model
 from .test_checkpoint import WITHOUT_PACKAGE
@@ -472,7 +472,7 @@ def test_the_command(hub, folder, monkeypatch):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from madtp_hf.cli import app
+    from madtp_hf_cli import app
 
     def invoke(*arguments):
         return CliRunner().invoke(app, ["push", str(folder), *arguments])

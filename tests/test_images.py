@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madtp_hf.images import open_image
+from madtp_hf.modeling.images import open_image
 
 
 def encoded(image, kind="PNG", **options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from madtp_hf.calibration import measure
+from madtp_hf.budgets.passes import measure
 
 from .conftest import TASKS, close, make_inputs, make_task_model
 

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import BlipConfig
 
 from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering
-from madtp_hf.evaluation import report
-from madtp_hf.model_card import create_model_card, draw_budgets, write_model_card
+from madtp_hf.budgets.evaluation import report
+from madtp_hf.checkpoints.card import create_model_card, draw_budgets, write_model_card
 
 from .conftest import TASKS, make_task_blip, make_task_model
 

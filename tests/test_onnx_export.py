@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from madtp_hf import calibrate
 from madtp_hf.data import load_digit_captions, load_digit_questions
-from madtp_hf.onnx_export import export_onnx
-from madtp_hf.onnx_runner import OnnxModel
+from madtp_hf.serving.onnx_export import export_onnx
+from madtp_hf.serving.onnx_runner import OnnxModel
 from madtp_hf.tasks import TASKS
 from madtp_hf_cli import app
 

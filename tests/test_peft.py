@@ -15,7 +15,7 @@ from madtp_hf import (
     calibrate,
     create_optimizer,
 )
-from madtp_hf.calibration import measure_reduction
+from madtp_hf.budgets.calibration import measure_reduction
 
 from .conftest import TASKS, make_blip, make_inputs, make_task_model
 from .test_reduction_callback import Rows

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from madtp_hf.data.readers import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
+from madtp_hf.data.published import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
 
 
 READERS = {"nlvr2": load_nlvr2, "vqav2": load_vqav2, "coco": load_coco_captions, "flickr30k": load_flickr30k}

@@ -18,8 +18,8 @@ import torch
 
 import madtp_hf
 from madtp_hf import convert_original_checkpoint, push_folder
+from madtp_hf.checkpoints.card import create_model_card
 from madtp_hf.data import load_flickr30k
-from madtp_hf.model_card import create_model_card
 
 from .conftest import TASKS, make_task_model
 from .test_versions import FIXTURES
@@ -74,7 +74,7 @@ def test_the_command_refuses_it_too(hostile, tmp_path):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from madtp_hf.cli import app
+    from madtp_hf_cli import app
 
     for file in hostile:
         result = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "out"), "--task", "vqa"])
@@ -150,7 +150,7 @@ socket.getaddrinfo = socket.create_connection = socket.gethostbyname = refuse
 @pytest.mark.parametrize(
     "code",
     [
-        "import madtp_hf, madtp_hf.cli, madtp_hf.data, madtp_hf.metrics, madtp_hf.evaluation, madtp_hf.visualization",
+        "import madtp_hf, madtp_hf_cli, madtp_hf.data, madtp_hf.metrics",
         """
 sys.modules["madtp_hf"] = None
 from transformers import AutoModel, pipeline

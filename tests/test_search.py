@@ -19,10 +19,10 @@ pytest.importorskip("typer", reason="the command needs the extra `cli`")
 pytest.importorskip("sklearn", reason="digit scenes need the extra `digits`")
 from typer.testing import CliRunner
 
-from madtp_hf.cli import app
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
-from madtp_hf.images import open_image
+from madtp_hf.modeling.images import open_image
 from madtp_hf.search import encode_images, encode_texts, index_images, load_index, load_model, search
+from madtp_hf_cli import app
 
 from .conftest import make_task_model
 from .helpers.clip import make_clip_model, make_clip_processor
@@ -187,7 +187,7 @@ def test_again_embeds_only_what_is_new_or_changed(blip, photos, tmp_path, index,
         opened.append(Path(path).name)
         return open_image(path)
 
-    monkeypatch.setattr("madtp_hf.embedding.open_image", noted)
+    monkeypatch.setattr("madtp_hf.search.embedding.open_image", noted)
     again = index_images(*blip, photos, tmp_path / "index")
     assert sorted(opened) == ["02.png", "bad.gif", "new.jpg"]
     assert (again.embedded, again.kept, again.removed, len(again)) == (2, NUMBER - 2, 1, NUMBER)

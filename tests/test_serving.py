@@ -11,7 +11,7 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 from madtp_hf import endpoint_handler, push_checkpoint
-from madtp_hf.hub import find_checkpoint_files, save_handler
+from madtp_hf.checkpoints.push import find_checkpoint_files, save_handler
 from madtp_hf_cli import app
 
 from .conftest import make_processor, make_task_model

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from madtp_hf import push_folder
-from madtp_hf.space import push_space, read_examples
+from madtp_hf.checkpoints.space import push_space, read_examples
 
 from .conftest import make_processor, make_task_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from madtp_hf import MadtpBlipForQuestionAnswering, calibrate
-from madtp_hf.calibration import measure
+from madtp_hf.budgets.passes import measure
 
 from .conftest import TASKS, make_inputs, make_task_model, one_sample
 
@@ -180,7 +180,7 @@ def test_a_frozen_model_compiles_once_and_in_one_piece():
 
 
 def test_evaluation_is_of_the_frozen_model_itself():
-    from madtp_hf.calibration import restored
+    from madtp_hf.budgets.passes import restored
 
     model = frozen("vqa")
     with restored(model):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from madtp_hf.calibration import encode
-from madtp_hf.visualization import (
+from madtp_hf.budgets.passes import encode
+from madtp_hf.serving.visualization import (
     Words,
     draw_surviving_patches,
     draw_surviving_words,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def import_bare_package() -> None:
-    """Make `madtp_hf.modeling`, `madtp_hf.calibration` and what these import available, and no more of `madtp_hf`.
+    """Make `madtp_hf.modeling`, `madtp_hf.budgets.calibration` and what these import available, and no more.
 
     The tasks name their collators, which need Pillow; nothing here collates, so empty classes stand in.
     """
@@ -38,7 +38,8 @@ from transformers import (  # noqa: E402
     BlipForQuestionAnswering,
 )
 
-from madtp_hf.calibration import calibrate, measure_reduction, restored  # noqa: E402
+from madtp_hf.budgets.calibration import calibrate, measure_reduction  # noqa: E402
+from madtp_hf.budgets.passes import restored  # noqa: E402
 from madtp_hf.modeling import triton_kernels  # noqa: E402
 from madtp_hf.modeling.modeling_madtp_blip import (  # noqa: E402
     MadtpBlipForConditionalGeneration,

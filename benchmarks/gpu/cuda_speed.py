@@ -18,7 +18,7 @@ import torch
 from cuda_models import calibrated, kernels, make_inputs, make_models
 from torch.profiler import ProfilerActivity, profile
 
-from madtp_hf.calibration import encode, measure
+from madtp_hf.budgets.passes import encode, measure
 
 
 NEW_TOKENS = 10

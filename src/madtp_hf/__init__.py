@@ -1,10 +1,10 @@
 """Faster BLIP and CLIP by MADTP token pruning, compatible with transformers."""
 
-from .alignment import init_alignment_from
-from .calibration import calibrate
-from .conversion import convert_original_checkpoint
-from .flops import count_flops
-from .hub import push_checkpoint, push_folder
+from .budgets.alignment import init_alignment_from
+from .budgets.calibration import calibrate
+from .budgets.flops import count_flops
+from .checkpoints.convert import convert_original_checkpoint
+from .checkpoints.push import push_checkpoint, push_folder
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 from .modeling.configuration_madtp_clip import MadtpClipConfig
 from .modeling.modeling_madtp_blip import (
@@ -14,11 +14,11 @@ from .modeling.modeling_madtp_blip import (
     MadtpBlipForQuestionAnswering,
 )
 from .modeling.modeling_madtp_clip import MadtpClipModel
+from .modeling.versions import VERSION as __version__
 from .training.checkpoints import last_checkpoint
 from .training.optimizer import create_optimizer
 from .training.reduction_callback import ReductionCallback
 from .training.retrieval_trainer import RetrievalTrainer
-from .version import __version__
 
 
 def _register() -> None:

@@ -45,7 +45,7 @@ def benchmark(
     with one_message_of_errors():
         import torch
 
-        from madtp_hf.benchmark import BATCH_SIZES, run_benchmark
+        from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
 
         check_new_file(out, force)
         if threads:

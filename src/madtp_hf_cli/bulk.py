@@ -70,7 +70,6 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
         raise typer.BadParameter(f"{options['dtype']!r}, expected {', '.join(_DTYPES)}.", param_hint="--dtype")
     import transformers
 
-    from madtp_hf.images import MAX_PIXELS
     from madtp_hf.jobs import (
         Columns,
         Generation,
@@ -81,6 +80,7 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
         parse_memory,
         run_job,
     )
+    from madtp_hf.modeling.images import MAX_PIXELS
 
     transformers.utils.logging.disable_progress_bar()
     memory = None if options["memory"] is None else parse_memory(options["memory"])

@@ -117,7 +117,7 @@ def print_table(title: str, rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from madtp_hf.evaluation import show_number
+    from madtp_hf.budgets.evaluation import show_number
 
     def show(name, value):
         return (value or "-") if value is None or isinstance(value, str) else show_number(name, value)

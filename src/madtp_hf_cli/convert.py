@@ -143,8 +143,8 @@ def convert(
     Example: madtp-hf convert model_base_vqa_capfilt_large.pth blip-vqa --task vqa
     """
     with one_message_of_errors():
-        from madtp_hf.conversion import convert_original_checkpoint, read_checkpoint
-        from madtp_hf.model_card import create_model_card
+        from madtp_hf.checkpoints.card import create_model_card
+        from madtp_hf.checkpoints.convert import convert_original_checkpoint, read_checkpoint
         from madtp_hf.tasks import TASKS
 
         if task not in TASKS:

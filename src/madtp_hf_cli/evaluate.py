@@ -37,11 +37,11 @@ def evaluate(
     Example: madtp-hf evaluate blip-vqa-madtp --data questions.csv --out blip-vqa-madtp
     """
     with one_message_of_errors():
+        from madtp_hf.budgets.evaluation import report
+        from madtp_hf.budgets.task_evaluation import evaluate_task
+        from madtp_hf.checkpoints.card import public_name
+        from madtp_hf.checkpoints.load import load_model
         from madtp_hf.data.rows import load_rows
-        from madtp_hf.evaluation import report
-        from madtp_hf.loading import load_model
-        from madtp_hf.model_card import public_name
-        from madtp_hf.task_evaluation import evaluate_task
         from madtp_hf.tasks import TASKS
 
         check_new_file(out / "results.json", force)

@@ -31,8 +31,8 @@ def export(
     Example: madtp-hf export blip-vqa blip-vqa-onnx --onnx --reduction 0.5
     """
     with one_message_of_errors():
-        from madtp_hf.hub import find_checkpoint_files
-        from madtp_hf.onnx_export import export_onnx
+        from madtp_hf.checkpoints.push import find_checkpoint_files
+        from madtp_hf.serving.onnx_export import export_onnx
         from madtp_hf.tasks import TASKS
 
         out = out.resolve()

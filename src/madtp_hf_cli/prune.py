@@ -62,11 +62,12 @@ def prune(
     """
     with one_message_of_errors():
         from madtp_hf import calibrate, init_alignment_from
-        from madtp_hf.calibration import encode, read_reductions
+        from madtp_hf.budgets.calibration import read_reductions
+        from madtp_hf.budgets.evaluation import evaluate_budgets
+        from madtp_hf.budgets.passes import encode
+        from madtp_hf.checkpoints.card import write_model_card
+        from madtp_hf.checkpoints.load import load_model, make_batches
         from madtp_hf.data.rows import load_rows
-        from madtp_hf.evaluation import evaluate_budgets
-        from madtp_hf.loading import load_model, make_batches
-        from madtp_hf.model_card import write_model_card
         from madtp_hf.tasks import TASKS
 
         out = out.resolve()

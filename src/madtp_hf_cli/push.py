@@ -57,10 +57,10 @@ def push(
     Example: madtp-hf push blip-vqa org/blip-madtp --dry-run
     """
     with one_message_of_errors():
-        from madtp_hf.hub import push_folder
+        from madtp_hf.checkpoints.push import push_folder
 
         if space is not None:
-            from madtp_hf.space import check_space, push_space
+            from madtp_hf.checkpoints.space import check_space, push_space
 
             check_space(folder)
             pairs = _read_examples(examples)
@@ -101,9 +101,9 @@ def _read_examples(examples: str | None) -> list[tuple]:
     if examples is None:
         return []
     if examples == "digits":
-        from madtp_hf.app import digit_examples
+        from madtp_hf.serving.page import digit_examples
 
         return digit_examples()
-    from madtp_hf.space import read_examples
+    from madtp_hf.checkpoints.space import read_examples
 
     return read_examples(examples)

@@ -2,7 +2,7 @@
 
 import torch
 
-from madtp_hf.conversion import convert_original_checkpoint
+from madtp_hf.checkpoints.convert import convert_original_checkpoint
 from madtp_hf.modeling.configuration_madtp_blip import MadtpBlipConfig
 
 

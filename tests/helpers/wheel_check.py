@@ -35,7 +35,7 @@ def check_contents(wheel: Path) -> None:
     }
     source = ROOT / "src"
     expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
-    expected |= {"madtp_hf/model_card_template.md", "madtp_hf/py.typed"}
+    expected |= {"madtp_hf/checkpoints/card_template.md", "madtp_hf/py.typed"}
     if stray or expected - ours:
         sys.exit(f"{wheel.name} has what it shouldn't, {sorted(stray)}, or lacks {sorted(expected - ours)}.")
     print(f"{wheel.name}: {len(names)} files, the package alone")

@@ -10,7 +10,7 @@ from .digit_scenes import (
     load_digit_statements,
     question_only_accuracy,
 )
-from .readers import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
+from .published import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
 from .tables import load_table
 
 

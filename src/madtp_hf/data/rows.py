@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from .readers import _checked_entry, _image_finder, _lines, _parse, _read_text
+from .published import _checked_entry, _image_finder, _lines, _parse, _read_text
 
 
 DIGITS = "digits"  # the source name of the embedded data

@@ -5,7 +5,7 @@ import os
 import warnings
 from pathlib import Path
 
-from .readers import _rows_where
+from .published import _rows_where
 
 
 # For each task, its columns and their alternative names in tables; a * marks columns that may be missing.

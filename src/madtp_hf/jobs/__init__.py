@@ -1,6 +1,6 @@
 """Bulk captioning and question answering: the parts behind `madtp-hf caption` and `madtp-hf ask`."""
 
-from ..images import UnreadableImage, open_image
+from ..modeling.images import UnreadableImage, open_image
 from .image_to_text import Generation, ImageToText, parse_memory, prepare
 from .output import Counts, Output
 from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job

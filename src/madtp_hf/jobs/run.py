@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..images import MAX_PIXELS, UnreadableImage, open_image
+from ..modeling.images import MAX_PIXELS, UnreadableImage, open_image
 from .image_to_text import prepare
 from .output import Output
 from .sources import Row

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
-from ..alignment import init_alignment_from
-from ..calibration import calibrate
+from ..budgets.alignment import init_alignment_from
+from ..budgets.calibration import calibrate
+from ..checkpoints.card import public_name
 from ..data import load_coco_captions, load_digit_captions, load_flickr30k
-from ..model_card import public_name
 from .reduction_callback import ReductionCallback
 
 

@@ -6,7 +6,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..calibration import FACTORS, SCAN, measure, threshold_at
+from ..budgets.calibration import FACTORS, SCAN, threshold_at
+from ..budgets.passes import measure
 
 
 NOISE = 0.02  # how much the reduction varies between batches: the gain does not adapt to smaller errors

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..evaluation import conservative_budget, report
-from ..model_card import write_model_card
+from ..budgets.evaluation import conservative_budget, report
+from ..checkpoints.card import write_model_card
 
 
 MAX_LOSS = 0.01  # largest loss of the metric on validation data at the budget that a checkpoint is saved with
@@ -18,10 +18,10 @@ def save_run(
         model, processor: The trained model and its processor.
         folder (`str` or `Path`): The output folder.
         title (`str`): What was evaluated; the heading of the table.
-        rows (`list[dict]`): One row per budget, as returned by [`~madtp_hf.evaluation.budget_rows`].
+        rows (`list[dict]`): One row per budget, as returned by [`~madtp_hf.budgets.evaluation.budget_rows`].
         metric (`str`): The column of the main metric.
         validation (`tuple[int, dict]`): The number of validation samples, and the metric on them by reduction. The
-            checkpoint is saved at their [`~madtp_hf.evaluation.conservative_budget`].
+            checkpoint is saved at their [`~madtp_hf.budgets.evaluation.conservative_budget`].
         facts: Further entries of results.json; `base_model` and `datasets` go into the model card only.
     """
     base_model, datasets = facts.pop("base_model"), facts.pop("datasets", None)

@@ -1,0 +1,339 @@
+"""Calibration: find the pruning thresholds (temperature and factor) that save given shares of a model's FLOPs."""
+
+import itertools
+import math
+import warnings
+
+import torch
+from tqdm.auto import tqdm
+
+from .flops import reduction_of_flops
+from .passes import complete, decoder_tokens, encode, restored
+
+
+TOLERANCE = 0.003  # of the reduction: a search stops when it is this close to its target
+ACCEPTED = 0.01  # a search that ends this close has succeeded; a larger standard error of the mean gives a warning
+MAX_PASSES = 14  # over the data, for each reduction
+SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan
+FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
+ALMOST_1 = 1 - 1e-5
+SCAN_SAMPLES = 4
+
+
+def threshold_at(point: float, start: float) -> tuple[float, float]:
+    """Return the temperature and the factor at a point of the path from no pruning to the largest reduction.
+
+    A point is the logarithm of temperature times factor. Along the path, the factor first rises to 1 at the
+    temperature `start`, then the temperature rises with factor 1. The first part covers reductions that no temperature
+    reaches, because all tokens that the alignment tokens attend to may have a high importance. The reduction
+    starts at 0 and changes along the path without a jump.
+    """
+    product = math.exp(point)
+    temperature = max(product, start)
+    return temperature, min(product / temperature, 1.0)
+
+
+@torch.no_grad()
+def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -> float:
+    """Return the mean FLOPs reduction over the samples of `batches` at a temperature and a factor.
+
+    batches: dicts of what `forward` takes.
+    """
+    return _run(model, batches, temperature, factor)[0].mean().item()
+
+
+@torch.no_grad()
+def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run one pass over the data.
+
+    Returns each sample's reduction, and each branch's token counts of all samples in the layout of the model's
+    outputs, on the CPU.
+    """
+    model.set_pruning(temperature=temperature, factor=factor)
+    vision, text, answers = [], [], []
+    for batch in batches:
+        batch = complete(model, batch)
+        output = encode(model, batch)
+        vision.append(output.vision_tokens)
+        text.append(output.text_tokens)
+        answers.append(torch.as_tensor(decoder_tokens(batch, model.task, model.config)).expand(vision[-1].shape[-1]))
+    counts = (None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers))
+    vision, text, answers = counts
+    return reduction_of_flops(model.config, model.task, vision, text, answers), {"vision": vision, "text": text}
+
+
+class _Curve:
+    """The reduction as a function of the point on the path, measured on all of the data and cached."""
+
+    def __init__(self, model, batches, start, progress):
+        self.model, self.batches, self.start, self.progress = model, batches, start, progress
+        self.reductions: dict[float, float] = {}
+        self.spreads: dict[float, float] = {}  # the standard deviation over samples
+        self.num_samples = 0
+        self.tokens: dict[float, dict[str, torch.Tensor]] = {}
+
+    def at(self, point: float) -> float:
+        if point not in self.reductions:
+            threshold = threshold_at(point, self.start)
+            of_samples, self.tokens[point] = _run(self.model, self.batches, *threshold)
+            self.reductions[point], self.num_samples = of_samples.mean().item(), len(of_samples)
+            self.spreads[point] = of_samples.std().item() if len(of_samples) > 1 else math.nan
+            self.progress.update()
+        return self.reductions[point]
+
+    def largest(self, scan) -> float:
+        point, of_few = scan[-1]
+        return max(self.reductions.get(point, of_few), *self.reductions.values())
+
+    def smallest(self, scan) -> float:
+        point, of_few = scan[0]
+        return min(self.reductions.get(point, of_few), *self.reductions.values())
+
+    def nearest(self, target: float) -> float:
+        return min(self.reductions, key=lambda point: abs(self.reductions[point] - target))
+
+
+def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float, float]], float]:
+    """Measure the reduction along the path on a few samples.
+
+    Returns (point, reduction) pairs up to the largest reduction, and the path's first temperature.
+
+    start: the first temperature, if it is known. Otherwise it is, from the temperature of the smallest reduction on,
+    the first one at which a factor a little below 1 hardly changes the reduction. At lower temperatures an alignment
+    token attends to a single token, and the threshold equals that token's importance to the last bit: factor 1 drops
+    the token and any smaller factor keeps it, in all layers and samples at once.
+    """
+    few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def at(temperature, factor=1.0):
+        progress.update()
+        return math.log(temperature * factor), measure_reduction(model, [few], temperature, factor)
+
+    scan = [at(temperature) for temperature in SCAN if start is None or temperature > start]
+    if start is not None:
+        scan.insert(0, at(start))
+    top = max(range(len(scan)), key=lambda i: scan[i][1])
+    bottom = 0
+    if start is None:
+        bottom = min(range(top + 1), key=lambda i: scan[i][1])
+        while bottom < top and scan[bottom][1] - at(SCAN[bottom], ALMOST_1)[1] > TOLERANCE:
+            bottom += 1
+        start = SCAN[bottom]
+    return [at(start, factor) for factor in FACTORS] + scan[bottom : top + 1], start
+
+
+def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> None:
+    """Measure the curve at points closer and closer to where it reaches a target."""
+
+    def reached():
+        return abs(curve.reductions[curve.nearest(target)] - target) <= TOLERANCE
+
+    def last_crossing(curve_points):
+        """Return the last two neighbouring points between which the curve rises past the target, or None."""
+        pairs = [(a, b) for (a, below), (b, above) in itertools.pairwise(curve_points) if below <= target <= above]
+        return pairs[-1] if pairs else None
+
+    # Start from what searches for other targets measured on all of the data, else from the scan of a few samples.
+    # The bracket is widened until it contains the target on all of the data, or the curve ends.
+    points = [point for point, _ in scan]
+    bracket = last_crossing(sorted(curve.reductions.items())) or last_crossing(scan)
+    low, high = bracket or ((points[0], points[0]) if target < scan[0][1] else (points[-1], points[-1]))
+    while curve.at(low) > target and low > points[0]:
+        low, high = max(point for point in points if point < low), low
+    while curve.at(high) < target and high < points[-1]:
+        low, high = high, min(point for point in points if point > high)
+    for number in range(MAX_PASSES):
+        if reached() or not curve.at(low) < target < curve.at(high):
+            return
+        share = (target - curve.at(low)) / (curve.at(high) - curve.at(low))
+        # Every third step bisects: where the curve is steep, linear interpolation moves only one end.
+        point = low + (high - low) * (0.5 if number % 3 == 2 else min(max(share, 0.1), 0.9))
+        if curve.at(point) < target:
+            low = point
+        else:
+            high = point
+
+
+def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
+    """Return how many tokens each layer should leave, from measured token counts (layers + 1, samples) of a branch.
+
+    Row 0 counts the tokens that enter the branch, row l those that layer l leaves. A layer's number is the one whose
+    mean over the samples, capped by each sample's length, equals the measured mean: a short text can't leave more
+    tokens than it has. `scale` below 1 leaves fewer, but at least `least`, the smallest number that a pruning layer
+    leaves.
+    """
+    enter = tokens[0].float()
+    longest = max(int(enter.amax()), least)
+    capped = torch.minimum(enter, torch.arange(longest + 1).unsqueeze(1)).mean(dim=1)
+    counts = torch.searchsorted(capped, tokens[1:].float().mean(dim=1) * scale - 1e-4).clamp(least, longest)
+    return counts.cummin(0).values.tolist()
+
+
+def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[str, torch.Tensor], progress) -> list:
+    """Return the entry of `pruning_token_counts` that saves the target: the threshold's counts, scaled until they do.
+
+    threshold: a temperature, and a factor unless it is 1.
+    """
+    config = model.config
+    few, many, scale, found = 0.5, 1.5, 1.0, []
+    for _ in range(MAX_PASSES):
+        counts = [
+            None if branch is None else _fixed_counts(branch.flatten(1), scale, least)
+            for branch, least in zip(tokens.values(), config._least_token_counts)
+        ]
+        entry = [threshold[0], counts[0], counts[1] or [3] * config.text_config.num_hidden_layers, *threshold[1:]]
+        config.pruning_granularity, config.pruning_token_counts = "frozen", [entry]
+        reduction = measure_reduction(model, batches, *threshold)
+        progress.update()
+        found.append((abs(reduction - target), entry))
+        if found[-1][0] <= TOLERANCE or many - few < 1e-3:
+            break
+        if reduction > target:
+            few = scale
+        else:
+            many = scale
+        scale = (few + many) / 2
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def read_reductions(reductions) -> list[float]:
+    """Return the reductions to calibrate, sorted and without 0.
+
+    Raises:
+        TypeError: if `reductions` isn't a list of numbers.
+        ValueError: if a reduction is outside [0, 1), or none but 0 is given.
+    """
+    try:
+        given = None if isinstance(reductions, str) else list(reductions)
+    except TypeError:  # a single number
+        given = None
+    if given is None:
+        raise TypeError(f"reductions={reductions!r}: expected a list of numbers between 0 and 1, such as [0.3].")
+    for reduction in given:
+        if isinstance(reduction, str) or not hasattr(reduction, "__float__"):
+            raise TypeError(
+                f"reductions={given!r}: expected numbers between 0 and 1, such as [0.3], and {reduction!r} is a"
+                f" {type(reduction).__name__}."
+            )
+    targets = sorted({float(reduction) for reduction in given} - {0.0})
+    if not targets or not all(0 < target < 1 for target in targets):
+        raise ValueError(f"reductions={given!r}: expected numbers between 0 and 1, shares of FLOPs to save.")
+    return targets
+
+
+def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reached: bool) -> None:
+    """Warn about reductions that the model can't reach; raise a `ValueError` if it reaches none."""
+    named = ", ".join(f"{target} (nearest {curve.reductions[curve.nearest(target)]:.3f})" for target in unreached)
+    finding = (
+        f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
+        f" {curve.largest(scan):.3f}, the smallest about {curve.smallest(scan):.3f}."
+        " Give more samples if it is in between, or fine-tune with"
+        f" `madtp_hf.ReductionCallback({unreached[-1]})` first."
+    )
+    if nothing_reached:
+        raise ValueError(f"reductions={unreached}: {finding}")
+    warnings.warn(f"Left out of the schedule: {finding}", stacklevel=3)
+
+
+def _report_spread(curve: _Curve, found: list[float]) -> None:
+    """Warn if the samples' reductions at the points found vary too much for so few samples to estimate the mean."""
+    number = curve.num_samples
+    if not found:
+        return
+    if number < 2:
+        warnings.warn(
+            "The schedule rests on 1 sample, which doesn't tell how much samples differ: give some hundreds.",
+            stacklevel=3,
+        )
+        return
+    spread = max(curve.spreads[point] for point in found)
+    error = spread / math.sqrt(number)
+    if error > ACCEPTED:
+        warnings.warn(
+            f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of"
+            f" {spread:.3f}, and"
+            f" the mean's standard error is {error:.3f}. Give at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
+            f" for {ACCEPTED}.",
+            stacklevel=3,
+        )
+
+
+def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
+    """Find the pruning thresholds that save given shares of a model's FLOPs, and write them into its configuration.
+
+    This needs no training, no gradients and no labels. The reduction is measured at a few points of a path, and each
+    target is bracketed. The path starts with no pruning: a factor on the threshold rises to 1 at a low temperature,
+    then the temperature rises. It covers all reductions up to the largest. The reduction need not increase everywhere
+    along the path; if several points reach a target, the search takes one where the reduction increases. A model
+    trained with `ReductionCallback` is calibrated on the path that it was trained on.
+
+    It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and about 30
+    passes over 4 samples. Five reductions on 512 samples take about as long as 15 x 512 samples, including reading
+    them.
+
+    Args:
+        model (`MadtpBlipPreTrainedModel`):
+            The model. Afterwards it has a schedule and `model.set_pruning(reduction=...)` works; its temperature is
+            unchanged.
+        dataloader (`Iterable`):
+            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them, FLOPs count only the
+            decoder's start token. It is read once per pass; a few hundred samples are enough. If the standard error of
+            the mean reduction is above 0.01, a warning says how many samples are needed.
+        reductions (`list[float]`):
+            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no threshold. A reduction that this model
+            can't reach on this data is left out, with a warning that names the largest reachable one; the others are
+            kept.
+        freeze (`bool`, *optional*, defaults to `False`):
+            Whether to fix how many tokens each layer leaves as well, to the mean over the samples. Shapes then depend
+            on the input's shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes
+            `"frozen"` (a frozen model stays frozen), and pruning is off until a reduction is set. Set the granularity
+            to `"instance"` to give every sample its own number of tokens again.
+
+    Returns:
+        `list[list[float]]`: the schedule, `[reduction, temperature]`, or `[reduction, temperature, factor]` where the
+        factor isn't 1.
+
+    Raises:
+        TypeError: if `reductions` isn't a list of numbers.
+        ValueError: if a reduction is out of bounds, none of them can be reached on this data, or `dataloader` is an
+            iterator or empty; the old schedule stays.
+    """
+    targets = read_reductions(reductions)
+    if iter(dataloader) is dataloader:
+        raise ValueError(
+            "dataloader can be read only once, it is an iterator: expected a DataLoader or a list of batches."
+        )
+    first = next(iter(dataloader), None)
+    if first is None:
+        raise ValueError("dataloader gave no batch: expected at least one.")
+
+    freeze = freeze or model.config.pruning_granularity == "frozen"
+    schedule, unreached, counts, found = [], [], [], []
+    with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
+        if model.config.pruning_granularity == "frozen":
+            model.config.pruning_granularity = "instance"
+        begun = model.config.pruning_temperature if model.config.pruning_threshold_factor < 1 else None
+        scan, start = _scan(model, first, begun or None, progress)
+        curve = _Curve(model, dataloader, start, progress)
+        for target in targets:
+            _search(curve, scan, target)
+            best = curve.nearest(target)
+            if abs(curve.reductions[best] - target) <= ACCEPTED:
+                temperature, factor = threshold_at(best, start)
+                schedule.append([target, temperature] if factor == 1 else [target, temperature, factor])
+                found.append(best)
+            else:
+                unreached.append(target)
+        if unreached:
+            _report_unreached(unreached, curve, scan, nothing_reached=not schedule)
+        _report_spread(curve, found)
+        if freeze:
+            for (target, *threshold), point in zip(schedule, found):
+                counts.append(_freeze(model, dataloader, target, threshold, curve.tokens[point], progress))
+
+    model.config.pruning_schedule = schedule
+    model.config.pruning_token_counts = counts or None
+    if freeze:
+        model.config.pruning_granularity = "frozen"
+        model.set_pruning(None)
+    return schedule

@@ -1,0 +1,232 @@
+"""Evaluate a model at several budgets: its predictions, their FLOPs and their time."""
+
+import json
+import platform
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from ..modeling.prepacked_linear import PrepackedLinear
+from ..modeling.versions import VERSION as __version__
+from ..tasks import TASKS
+from .flops import count_flops, dense_flops
+from .passes import complete, decoder_tokens, encode, restored
+
+
+@dataclass
+class BudgetResult:
+    """A model's predictions and their cost at one FLOPs reduction.
+
+    reduction_asked, reduction_reached: shares of the FLOPs, the latter averaged over samples; gflops: per sample,
+    averaged; seconds: time to predict; predictions: one per sample, in order.
+    """
+
+    reduction_asked: float
+    reduction_reached: float
+    gflops: float
+    seconds: float
+    predictions: list
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its queued work; on a CPU, return at once."""
+    if device.type == "cpu":
+        return
+    if hasattr(torch, "accelerator"):  # since torch 2.6
+        torch.accelerator.synchronize(device)
+    elif device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        getattr(torch, device.type).synchronize()
+
+
+@contextmanager
+def record_tokens(model):
+    """Record the token counts of a model's encoders, whichever method runs them: `forward`, `generate` or another.
+
+    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in the outputs
+    of `forward`.
+    """
+    task, tokens = TASKS[model.task], {}
+
+    def record_vision(encoder, inputs, output):
+        counts = output.num_tokens
+        # The images of a sample are adjacent in the batch.
+        tokens["vision_tokens"] = counts.unflatten(1, (-1, task.num_images)).mT if task.num_images > 1 else counts
+
+    def record_text(encoder, inputs, output):
+        tokens["text_tokens"] = output.num_tokens
+
+    hooks = [model.vision_model.register_forward_hook(record_vision)]
+    if task.text_encoder:
+        hooks.append(getattr(model, task.text_encoder).register_forward_hook(record_text))
+    try:
+        yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def prepacked(model):
+    """On a CPU, prepack a model's large weights for inference; on exit, undo it unless they were prepacked before."""
+    before = any(isinstance(module, PrepackedLinear) for module in model.modules())
+    if not before:
+        model.prepack_for_inference()
+    try:
+        yield
+    finally:
+        if not before:
+            model.prepack_weights(False)
+
+
+@torch.no_grad()
+def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
+    """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
+
+    Args:
+        model (`MadtpBlipPreTrainedModel`):
+            The calibrated model; its mode and temperature are restored afterwards.
+        loader (`Iterable`):
+            Batches as `forward` takes them; with `accelerator`, prepared by it.
+        reductions (`list[float]`):
+            The shares of FLOPs to save; 0 is off.
+        predict (`Callable`):
+            `predict(batch)` returns a list of predictions, one per sample. Tokens are counted while it runs the
+            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            If given, results are gathered from all processes, and every process gets all of them.
+
+    Returns:
+        `list[BudgetResult]`, one per reduction.
+    """
+    gather = (
+        (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
+    )
+    rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
+    names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
+    with restored(model), prepacked(model), record_tokens(model) as tokens:
+        for batch in tqdm(loader, desc="evaluating", leave=False):
+            batch = complete(model, batch)
+            answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])
+            for reduction, row in rows.items():
+                model.set_pruning(reduction=reduction)
+                tokens.clear()
+                synchronize(model.device)
+                started = time.perf_counter()
+                predictions = predict(batch)
+                synchronize(model.device)
+                row["seconds"] += time.perf_counter() - started
+                if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
+                    encode(model, batch)
+                flops = count_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
+                dense = dense_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
+                row["predictions"] += gather(predictions)
+                row["flops"] += gather(flops.tolist())
+                row["saved"] += gather((1 - flops / dense).tolist())
+    return [
+        BudgetResult(
+            reduction,
+            sum(row["saved"]) / len(row["saved"]),
+            sum(row["flops"]) / len(row["flops"]) / 1e9,
+            row["seconds"],
+            row["predictions"],
+        )
+        for reduction, row in rows.items()
+    ]
+
+
+def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[float] | None = None) -> list[dict]:
+    """Build the rows of a results table, one per budget.
+
+    Args:
+        results (`list[BudgetResult]`): What [`evaluate_budgets`] returned; times are relative to the first.
+        scores (`list[dict]`): The metric's values by name, one dictionary per result.
+        seconds (`list[float]`, *optional*): Times to show instead of the results' own.
+
+    Returns:
+        `list[dict]`: `reduction asked`, `reached`, the scores, `GFLOPs` of a sample and `time / dense`.
+    """
+    seconds = seconds or [result.seconds for result in results]
+    return [
+        {
+            "reduction asked": result.reduction_asked,
+            "reached": result.reduction_reached,
+            **score,
+            "GFLOPs": result.gflops,
+            "time / dense": time / seconds[0],
+        }
+        for result, score, time in zip(results, scores, seconds)
+    ]
+
+
+def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float:
+    """Return the largest reduction that costs little on validation data: the budget to save a checkpoint at.
+
+    Args:
+        scores (`dict[float, float]`): A metric by reduction, where larger is better, on data that no result is
+            reported on; 0 is pruning off.
+        loss (`float`, *optional*, defaults to 0.01): How far the metric may be below its value with pruning off; 0.01
+            is one point of a metric that is a share.
+
+    Returns:
+        `float`: one of the reductions; 0 if no other is good enough.
+
+    Raises:
+        ValueError: if `scores` has no 0.
+
+    Example:
+
+    ```python
+    >>> conservative_budget({0.0: 0.934, 0.5: 0.931, 0.7: 0.926, 0.8: 0.908})
+    0.7
+
+    ```
+    """
+    if 0.0 not in scores:
+        raise ValueError(f"scores at reductions {sorted(scores)}: expected one at 0, pruning off, to compare with.")
+    return max(reduction for reduction, score in scores.items() if score >= scores[0.0] - loss - 1e-9)
+
+
+def show_number(name: str, value: float) -> str:
+    """Format a number of a results table: as a percentage if its column's name says that it is a share."""
+    return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
+
+
+def report(title: str, rows: list[dict], folder, **facts) -> None:
+    """Print rows as a table and write them to `folder`/results.json, with facts and library versions.
+
+    rows: one per budget, by column name; a column whose name ends in "%" holds shares. facts: anything else to keep;
+    `madtp_hf.checkpoints.card.create_model_card` says which of them a model card shows. Facts that are numbers or
+    dictionaries of numbers are printed as well.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(show_number(name, value) for name, value in row.items()))
+    Console(width=max(80, 16 * len(rows[0]))).print(table)
+    for name, fact in facts.items():
+        if isinstance(fact, dict) and all(isinstance(value, (int, float)) for value in fact.values()):
+            shown = (f"{key.removesuffix('%').strip()} {show_number(key, value)}" for key, value in fact.items())
+            print(f"{name.replace('_', ' ')}: " + ", ".join(shown))
+        elif isinstance(fact, (int, float)):
+            print(f"{name.replace('_', ' ')}: {fact:.4g}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {
+        "madtp_hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    content = {"title": title, "results": rows, **facts, "versions": versions}
+    (folder / "results.json").write_text(json.dumps(content, indent=2))

@@ -1,0 +1,467 @@
+"""Create model cards: what a checkpoint is, how to load it and what was measured, for people and for the Hub."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import BlipConfig, CLIPConfig
+
+from ..budgets.evaluation import show_number
+from ..modeling.configuration_madtp_blip import MadtpBlipConfig
+from ..modeling.configuration_madtp_clip import MadtpClipConfig
+from ..tasks import Task, task_of
+
+
+PICTURE = "budgets.png"
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+
+# Columns of a results table that aren't metrics.
+_BUDGET = "reduction asked"
+_NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
+
+
+def public_name(source) -> str:
+    """Return the name of a model or data set for a card: the last part of a folder's path, or a Hub id unchanged."""
+    return Path(source).resolve().name if os.path.exists(source) else str(source)
+
+
+def _hub_ids(sources) -> list[str] | None:
+    """Return the sources that are Hub ids; folders mean nothing in metadata."""
+    sources = [sources] if isinstance(sources, (str, Path)) else sources or []
+    return [str(source) for source in sources if not os.path.exists(source)] or None
+
+
+def _plain(value):
+    """Convert numpy and torch numbers to Python's, also inside containers; leave other values unchanged."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        size = getattr(value, "size", 1)  # a method of torch tensors, an integer of numpy arrays
+        if (value.numel() if hasattr(value, "numel") else size) == 1:
+            return value.item()
+    return value
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_row(row) -> bool:
+    # A budget isn't the name of a metric: such a dictionary has another form.
+    return (
+        isinstance(row, dict)
+        and any(name not in _NO_METRICS for name in row)
+        and not any(name == "reduction" or _as_budget(name) is not None for name in row)
+        and all(map(_is_number, row.values()))
+    )
+
+
+def _as_budget(name) -> float | None:
+    """Return the reduction that a key stands for, 0.5 or "0.5"; None for any other key."""
+    try:
+        return float(name) if 0 <= float(name) < 1 else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _as_results(content):
+    """Convert any form that metrics may have to the dictionary of a results.json, without checking the numbers."""
+    if isinstance(content, list):
+        content = {"results": content}
+    elif isinstance(content, dict) and "results" not in content:
+        # Facts, such as the data set's name, may accompany a row or the budgets.
+        budgets = {name: value for name, value in content.items() if _as_budget(name) is not None}
+        facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and k not in budgets}
+        if budgets and len(budgets) + len(facts) == len(content):
+            rows = [_as_row(_as_budget(name), value) for name, value in budgets.items()]
+        else:
+            rows = [{k: v for k, v in content.items() if k not in facts}]
+        content = {"results": rows, **facts}
+    if isinstance(content, dict) and isinstance(content.get("results"), list):
+        content = {**content, "results": [_name_budget(row) for row in content["results"]]}
+    return content
+
+
+def _as_row(budget: float, value):
+    """Return the row of a budget from its metrics by name, or from a single number: the accuracy, as a share."""
+    if isinstance(value, dict):
+        row = {_BUDGET: budget, **_name_budget(value)}
+        return row if row[_BUDGET] == budget else None  # the row's budget contradicts its key
+    return {_BUDGET: budget, "accuracy": value} if _is_number(value) and 0 <= value <= 1 else value
+
+
+def _name_budget(row):
+    """Rename a row's "reduction" to the card's name for the budget.
+
+    A row with both names stays unchanged, and is refused later.
+    """
+    if not isinstance(row, dict) or "reduction" not in row or _BUDGET in row:
+        return row
+    return {_BUDGET if name == "reduction" else name: value for name, value in row.items()}
+
+
+def _read_metrics(metrics) -> dict:
+    """Read metrics of any accepted form as the dictionary of a results.json; None and empty metrics give an empty one.
+
+    Raises:
+        ValueError: for a form that `create_model_card` doesn't accept.
+    """
+    if metrics is None or (isinstance(metrics, (dict, list)) and not metrics):
+        return {}
+    given, content = repr(metrics), metrics
+    if isinstance(metrics, (str, os.PathLike)):
+        try:
+            content = json.loads(Path(metrics).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"metrics={str(metrics)!r} can't be read ({error}): expected a results.json.") from error
+    content = _as_results(_plain(content))
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
+        raise ValueError(
+            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, a row a"
+            " budget, such as"
+            " {0.5: {'accuracy': 0.93}}, or one row, {'accuracy': 0.93}, where a row gives finite numbers by name, one"
+            " of them of a metric; or None."
+        )
+    if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
+        raise ValueError(
+            f"metrics={given[:200]}: expected a {_BUDGET!r} in each of several rows, and no two the same."
+        )
+    return content
+
+
+def _columns(rows) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _main_metric(results: dict) -> str:
+    """Return the column of the main metric: the one that the results name, or their first metric."""
+    metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
+    return results.get("metric") if results.get("metric") in metrics else metrics[0]
+
+
+def _show(name: str, value) -> str:
+    if value is None:
+        return ""
+    return show_number(name, value)
+
+
+def _bare(name: str) -> str:
+    return name.removesuffix("%").strip()
+
+
+def _table(rows: list[dict]) -> str:
+    columns = _columns(rows)
+    lines = ["| " + " | ".join(map(_bare, columns)) + " |", "|" + "---:|" * len(columns)]
+    lines += ["| " + " | ".join(_show(name, row.get(name)) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _sentence(metrics: dict) -> str:
+    return ", ".join(
+        f"{_bare(name)} {_show(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
+    )
+
+
+def _at(row: dict) -> str:
+    budget = row.get(_BUDGET)
+    if budget is None:
+        return ""
+    return f" at {budget:g} reduction" if budget else ", pruning off"
+
+
+def _remarks(results: dict, task: Task) -> list[str]:
+    """Return sentences on the other results: before fine-tuning, the saved budget, the baseline, the time, ..."""
+    remarks = []
+    if results.get("dense_before_training"):
+        remarks.append(f"Before fine-tuning, pruning off: {_sentence(results['dense_before_training'])}.")
+    if results.get("before_fine_tuning"):
+        before = "; ".join(f"{_sentence(row)}{_at(row)}" for row in results["before_fine_tuning"])
+        remarks.append(f"Before fine-tuning: {before}.")
+    default = results.get("default_budget")
+    if default:
+        on = f"{_bare(default['metric'])} on {default['samples']} validation samples is"
+        points = f"{100 * default['loss']:g} point below that of pruning off"
+        if default["reduction"]:
+            remarks.append(f"Saved at {default['reduction']:g}, the largest reduction whose {on} at most {points}.")
+        else:
+            remarks.append(f"Saved with pruning off: at every reduction, {on} more than {points}.")
+    baseline = results.get("baseline")
+    if baseline is not None:
+        baseline = baseline if isinstance(baseline, dict) else {_main_metric(results): baseline}
+        remarks.append(f"{task.baseline}: {_sentence(baseline)}.")
+    if _is_number(results.get("seconds")):
+        machine = f" ({results['machine']})" if results.get("machine") else ""
+        remarks.append(f"Training and evaluation took {results['seconds']:.0f} s{machine}.")
+    if results.get("source"):
+        remarks.append(f"Source: {results['source']}.")
+    return remarks
+
+
+def _dataset(results: dict) -> dict:
+    dataset = results.get("dataset") or {}
+    return {"name": dataset} if isinstance(dataset, str) else dataset
+
+
+def _eval_results(results: dict, task: Task) -> list[EvalResult]:
+    """Return each metric at each budget, for the card's model-index."""
+    dataset = _dataset(results)
+    name = dataset.get("name") or "not recorded"
+    return [
+        EvalResult(
+            task_type=task.pipeline_tag or task.tags[0],
+            dataset_type=dataset.get("type") or re.sub(r"[^\w/.]+", "-", name.lower()),
+            dataset_name=name,
+            dataset_split=dataset.get("split"),
+            metric_type=_bare(column),
+            metric_value=value,
+            metric_name=f"{_bare(column)}{_at(row)}",
+            metric_args={"reduction": row[_BUDGET]} if _BUDGET in row else None,
+        )
+        for row in results["results"]
+        for column, value in row.items()
+        if column not in _NO_METRICS
+    ]
+
+
+def _loading(config, task, model_class: str, name: str) -> dict:
+    """Return the template's values that say how to load a checkpoint."""
+    is_ours = model_class.startswith("Madtp")
+    with_code = is_ours and bool(getattr(config, "auto_map", None))
+    on_hub = with_code and name.count("/") == 1 and not name.startswith(".")
+    pin = ', revision="..."' if on_hub else ""
+    # Weights stored in half precision would load in half precision, but images are preprocessed in float32.
+    half = ', dtype="float32"' if str(getattr(config, "dtype", None)) in ("float16", "torch.float16") else ""
+    if with_code:
+        loader = task.auto_class
+        imports = f"from transformers import {', '.join(sorted([loader, 'AutoProcessor']))}"
+    elif is_ours:
+        loader, imports = model_class, f"from transformers import AutoProcessor\n\nfrom madtp_hf import {model_class}"
+    else:
+        loader, imports = model_class, f"from transformers import AutoProcessor, {model_class}"
+    return {
+        "with_code": with_code,
+        "on_hub": on_hub,
+        "half": bool(half),
+        "loader": loader,
+        "imports": imports,
+        "options": f"{pin}, trust_remote_code=True{half}" if with_code else half,
+        # The tokenizer loads the configuration, which is code: without trust, the loader stops and asks the user.
+        "processor_options": f"{pin}, trust_remote_code=True" if with_code else "",
+    }
+
+
+def _pruning(config) -> dict:
+    """Return the template's values that say which budgets a checkpoint has, and at which one it loads."""
+    schedule = getattr(config, "pruning_schedule", None) or []
+    temperature = getattr(config, "pruning_temperature", 0.0)
+    factor = getattr(config, "pruning_threshold_factor", 1.0)
+    if schedule:
+        budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
+    else:
+        original = getattr(config, "original_temperature", None)
+        budget = "temperature=1.0" if original is None else f"temperature={original:g}"
+    reached = [
+        reduction
+        for reduction, of_schedule, *others in schedule
+        if math.isclose(of_schedule, temperature) and math.isclose(others[0] if others else 1.0, factor)
+    ]
+    if not temperature:
+        as_loaded = "pruning is off"
+    elif reached:
+        as_loaded = f"it prunes at reduction {reached[0]:g}"
+    else:
+        as_loaded = f"it prunes at temperature {temperature:g}" + (f" and factor {factor:g}" if factor != 1 else "")
+    return {
+        "budget": budget,
+        "reductions": ", ".join(f"{reduction:g}" for reduction, *_ in schedule),
+        "several": len(schedule) > 1,
+        "frozen": getattr(config, "pruning_granularity", None) == "frozen",
+        "as_loaded": as_loaded,
+    }
+
+
+def _measured(results: dict, task) -> dict:
+    """Return the template's values that say what was measured, on which data and with which settings."""
+    dataset, settings = _dataset(results), results.get("settings") or {}
+    where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
+    where += f", {dataset['split']} split" if dataset.get("split") else ""
+    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {_value(v)} |" for k, v in settings.items())]
+    return {
+        "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
+        "table": _table(results["results"]) if results else None,
+        "measured": where + (f": {results['title']}." if results.get("title") else "."),
+        "metric": _bare(_main_metric(results)) if results else None,
+        "remarks": _remarks(results, task) if results else [],
+        "settings": "\n".join(rows) if settings else None,
+        "versions": ", ".join(f"{package} {version}" for package, version in (results.get("versions") or {}).items()),
+    }
+
+
+def create_model_card(
+    config, name, *, metrics=None, base_model=None, license=None, datasets=None, notes=None, plot=None
+) -> ModelCard:
+    """Create the model card of a checkpoint, pruned or dense.
+
+    Args:
+        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
+            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is for a
+            checkpoint without code, which this package loads; it is dense unless it has a schedule or a temperature.
+        name (`str`):
+            The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins, or the
+            name of a folder.
+        metrics (*optional*):
+            What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`] writes it, its
+            dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%"
+            holds shares.
+            From the dictionary's facts, the card takes `metric` (the main column), `dataset` (a name, or a dictionary
+            of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`, `before_fine_tuning`,
+            `dense_before_training`, `default_budget`, `baseline`, `seconds`, `machine` and `source`.
+        base_model (`str`, *optional*):
+            What the checkpoint was made from: a Hub id, or a folder, which the text names but the metadata does not.
+        license (`str`, *optional*):
+            As the Hub names it, such as `apache-2.0`.
+        datasets (`str` or `list[str]`, *optional*):
+            Hub ids of data sets; folders are left out.
+        notes (`str`, *optional*):
+            Markdown to put at the beginning.
+        plot (`str`, *optional*):
+            The file name of a picture by [`draw_budgets`] beside the card.
+
+    Returns:
+        `huggingface_hub.ModelCard`. All measurements in it come from `metrics`.
+
+    Raises:
+        ValueError: for a configuration of another model or task, or metrics of another form.
+    """
+    task, model_class = task_of(config)
+    results = _read_metrics(metrics)
+    loading = _loading(config, task, model_class, name)
+    dense = (
+        not loading["with_code"]
+        and not getattr(config, "pruning_schedule", None)
+        and not getattr(config, "pruning_temperature", 0)
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task.pipeline_tag,
+        tags=[task.family.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
+        base_model=(_hub_ids(base_model) or [None])[0],
+        datasets=_hub_ids(datasets),
+        license=license,
+        model_name=name.rpartition("/")[2] if results else None,
+        eval_results=_eval_results(results, task) if results else None,
+    )
+    text = json.dumps(_dataset(results).get("example") or task.text)
+    return ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        title=name.rpartition("/")[2],
+        what=task.what,
+        dense=dense,
+        pipeline=task.pipeline if loading["with_code"] else None,
+        pipeline_call=(task.pipeline_call or "").format(text=text),
+        quoted_name=json.dumps(name),
+        usage=task.usage.format(text=text),
+        family=task.family,
+        pruned_class=task.model_class.__name__,
+        image_size=config.vision_config.image_size,
+        made_from=public_name(base_model) if base_model else None,
+        notes=notes.strip() if notes else None,
+        plot=plot,
+        license=license,
+        **loading,
+        **_pruning(config),
+        **_measured(results, task),
+    )
+
+
+def _value(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def draw_budgets(metrics, path) -> bool:
+    """Plot the metric against GFLOPs, one point per budget, to a PNG file.
+
+    Args:
+        metrics: as [`create_model_card`] takes them.
+        path (`str` or `Path`): the file to write.
+
+    Returns:
+        `bool`: False if nothing was drawn, because fewer than two budgets have their GFLOPs or matplotlib is not
+        installed.
+
+    Raises:
+        ValueError: for metrics of another form.
+    """
+    results = _read_metrics(metrics)
+    column = _main_metric(results) if results else None
+    rows = [row for row in results.get("results", []) if {_BUDGET, "GFLOPs", column} <= set(row)]
+    if len(rows) < 2:
+        return False
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    # Without pyplot: no window, and no effect on the caller's own figures.
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rows = sorted(rows, key=lambda row: row["GFLOPs"])
+    scale = 100 if column.endswith("%") else 1
+    axes.plot([row["GFLOPs"] for row in rows], [scale * row[column] for row in rows], marker="o")
+    for row in rows:
+        label = f"{row[_BUDGET]:g}" if row[_BUDGET] else "off"
+        point = row["GFLOPs"], scale * row[column]
+        axes.annotate(label, point, xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set(xlabel="GFLOPs of a sample (labels: reduction asked for)", ylabel=column)
+    axes.margins(y=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+    return True
+
+
+def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> ModelCard:
+    """Create the card of the checkpoint in a folder, and draw its plot to `picture`.
+
+    If `metrics` is None, the folder's results.json is used, if there is one.
+    """
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
+    config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)
+    config = config_class.from_dict(content)
+    if not (folder / f"modeling_{config.model_type}.py").exists():
+        config.auto_map = None
+    if metrics is None and (folder / "results.json").exists():
+        metrics = folder / "results.json"
+    plot = picture.name if draw_budgets(metrics, picture) else None
+    return create_model_card(config, name, metrics=metrics, plot=plot, **facts)
+
+
+def write_model_card(folder, name=None, metrics=None, **facts) -> ModelCard:
+    """Write a saved checkpoint's README.md, and its budgets.png if there are budgets to plot.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint's, with its config.json.
+        name (`str`, *optional*): as [`create_model_card`] takes it; by default the folder's name.
+        metrics (*optional*): as [`create_model_card`] takes them; by default the folder's results.json, if there is
+            one.
+        **facts: the other arguments of [`create_model_card`].
+
+    Returns:
+        `huggingface_hub.ModelCard`: the card that was written.
+
+    Raises:
+        ValueError: as [`create_model_card`].
+        OSError: if there is no configuration in the folder.
+    """
+    folder = Path(folder)
+    card = make_card(folder, name or folder.resolve().name, metrics, folder / PICTURE, **facts)
+    card.save(folder / "README.md")
+    return card
