@@ -100,7 +100,7 @@ def measure(folder: Path, images: Path, args) -> dict:
     files = [str(file) for file in sorted(images.iterdir())]
     ask = make_pipeline(folder, args)
     config = MadtpBlipForConditionalGeneration.config_class.from_pretrained(folder / "pruned")
-    reached = [entry[0] for entry in config.pruning_schedule]  # small models don't reach all reductions
+    reached = config.calibrated_reductions  # small models don't reach all reductions
     results = {}
     for beams in args.beams:
         tried = files[: max(args.pipeline_batches)]

@@ -22,7 +22,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from methods import find_schedule, make_method
 from torch.utils.data import DataLoader
 from transformers import CLIPProcessor, TrainingArguments, set_seed
 
@@ -64,9 +63,9 @@ class Benchmark:
         return {"mean %": queries.recalls(*scores)["mean %"], "reached": torch.cat(saved).mean().item()}
 
     def with_tome(self, model, reduction: float) -> MadtpClipModel:
-        lengths = torch.cat([batch["attention_mask"].sum(dim=1) for batch in self.pairs])
-        schedule, _ = find_schedule("tome", model.config, "clip", reduction, lengths)
-        model.set_pruning_method(make_method("tome", schedule))
+        model.set_pruning_method("tome")
+        calibrate(model, self.pairs, [reduction])
+        model.set_pruning(reduction=reduction)
         return model
 
     # Each method returns {reduction: measurements}.
@@ -90,7 +89,7 @@ class Benchmark:
         model, rows = self.model(), {}
         validation = load_digit_captions("validation", self.args.validation_images)
         calibrate(model, DataLoader(validation, 64, collate_fn=self.collator), self.args.reductions)
-        for reduction, *_ in model.config.pruning_schedule:
+        for reduction in model.config.calibrated_reductions:
             model.set_pruning(reduction=reduction)
             rows[reduction] = self.score(model)
         return rows

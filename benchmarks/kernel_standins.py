@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from madtp_hf.modeling import attention, encoder, sequences, repack
+from madtp_hf.modeling import attention, chunks, method_madtp, repack
 from madtp_hf.modeling.attention import attention_maps
 from madtp_hf.modeling.token_pruning import (
     AttentionStatistics,
@@ -116,15 +116,14 @@ def kernel_path(call: Callable = lambda function, names, *args: function(*args))
 
     places = {
         varlen_attention: (attention,),
-        scored_varlen_attention: (encoder,),
-        gate: (encoder,),
+        scored_varlen_attention: (method_madtp,),
+        gate: (method_madtp,),
         merge: (repack,),
     }
     with contextlib.ExitStack() as stack:
         for function, modules in places.items():
             for module in modules:
                 stack.enter_context(mock.patch.object(module, function.__name__, standing_in(function)))
-        for module in (attention, encoder):
-            stack.enter_context(mock.patch.object(module, "is_available", is_available))
-        stack.enter_context(mock.patch.object(sequences, "CPU_TAKES_CHUNKS", False))
+        stack.enter_context(mock.patch.object(attention, "is_available", is_available))
+        stack.enter_context(mock.patch.object(chunks, "CPU_TAKES_CHUNKS", False))
         yield

@@ -31,7 +31,7 @@ from speed import MODELS, SIZES, calibrate_reachable, calibration_batches, machi
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from madtp_hf.modeling import sequences
+from madtp_hf.modeling import chunks
 
 
 # Not launches: views, and operations that only allocate.
@@ -104,7 +104,7 @@ def count(model, inputs: dict, kernels: bool) -> dict:
         finally:
             launches.paused = waits.paused = False
 
-    path = kernel_path(call) if kernels else mock.patch.object(sequences, "CPU_TAKES_CHUNKS", False)
+    path = kernel_path(call) if kernels else mock.patch.object(chunks, "CPU_TAKES_CHUNKS", False)
     with contextlib.ExitStack() as stack:
         for context in (path, waits, launches):
             stack.enter_context(context)
@@ -124,9 +124,10 @@ def count_all(args) -> list[dict]:
     rows = []
     for batch_size in args.batch_sizes:
         inputs = make_inputs(args.task, model.config, batch_size, args)
-        runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((str(r), model, t) for r, t in schedule)]
-        for name, run_model, temperature in runs:
-            model.set_pruning(temperature=temperature)
+        reductions = [entry["reduction"] for entry in schedule]
+        runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((str(r), model, r) for r in reductions)]
+        for name, run_model, reduction in runs:
+            model.set_pruning(reduction=reduction)
             for path in ["plain", "kernels"][: 1 + (args.kernels and run_model is model)]:
                 found = count(run_model, inputs, kernels=path == "kernels")
                 rows.append({"batch_size": batch_size, "run": name, "path": path, **found})

@@ -19,18 +19,18 @@ from unittest import mock
 import torch
 from speed import MODELS, SIZES, calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
 
-from madtp_hf.modeling import encoder
+from madtp_hf.modeling import encoder, method_madtp, pruning_method
 from madtp_hf.modeling.attention import attend
 
 
 # The timed functions, patched where the engine looks them up.
 STEPS = {
-    "alignment scores": (encoder.MadtpMethod, "read_input"),
-    "importance": (encoder, "token_importance"),
-    "threshold": (encoder, "importance_threshold"),
-    "selection": (encoder, "select_tokens"),
-    "weights": (encoder, "merge_weights"),
-    "new rows": (encoder, "reduce"),
+    "alignment scores": (method_madtp.MadtpMethod, "read_input"),
+    "importance": (method_madtp, "token_importance"),
+    "threshold": (method_madtp, "importance_threshold"),
+    "selection": (method_madtp, "select_tokens"),
+    "weights": (method_madtp, "merge_weights"),
+    "new rows": (encoder, "repack"),
 }
 
 
@@ -42,7 +42,7 @@ class Clock(contextlib.ExitStack):
         for name, (owner, attribute) in STEPS.items():
             timed = self.timed(name, getattr(owner, attribute))
             self.enter_context(mock.patch.object(owner, attribute, timed))
-        scored = self.timed("scored attention", encoder.attend_with_statistics)
+        scored = self.timed("scored attention", pruning_method.attend_with_statistics)
         fused = self.timed("fused attention", attend)
         fused_first = itertools.cycle((True, False))
 
@@ -57,7 +57,7 @@ class Clock(contextlib.ExitStack):
                 fused(None, "sdpa", query, key, value, part)
             return result
 
-        self.enter_context(mock.patch.object(encoder, "attend_with_statistics", both))
+        self.enter_context(mock.patch.object(pruning_method, "attend_with_statistics", both))
         return super().__enter__()
 
     def timed(self, name, function):
@@ -93,8 +93,8 @@ def main():
     rows = []
     for batch_size in args.batch_sizes:
         inputs = make_inputs(args.task, model.config, batch_size, args)
-        for reduction, temperature in schedule:
-            model.set_pruning(temperature=temperature)
+        for reduction in (entry["reduction"] for entry in schedule):
+            model.set_pruning(reduction=reduction)
             forward(model, inputs)
             rounds = []
             for _ in range(args.rounds):

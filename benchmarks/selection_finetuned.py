@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import methods  # noqa: F401 (registers the ablations)
 import torch
-from methods import FIXED, VARIANTS, make_method
-from selection import calibrate_all, fixed_methods, fixed_points, init_from_training_data
+from selection import calibrate_all, init_from_training_data
 from selection_tasks import (
     BATCH_SIZE,
     LOADERS,
@@ -40,9 +40,10 @@ from selection_tasks import (
     shipped_models,
     study_header,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from madtp_hf import ReductionCallback, RetrievalTrainer, create_optimizer
+from madtp_hf.modeling.pruning_method import METHODS as METHODS_BY_NAME
 from madtp_hf.tasks import TASKS
 
 
@@ -62,17 +63,6 @@ METHODS = (
 LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py, for all methods
 LEARNING_RATE = 5e-5
 QUEUE = {"queue_size": 1024, "momentum": 0.995, "distillation": 0.4}  # examples/run_retrieval.py's
-
-
-class DrawnScheduleCallback(TrainerCallback):
-    """Each step reduces by one of `methods`, drawn from the step's number."""
-
-    def __init__(self, methods: list, seed: int):
-        self.methods, self.seed = methods, seed
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
-        model.set_pruning_method(self.methods[int(torch.randint(len(self.methods), (), generator=generator))])
 
 
 def train(model, task: str, dataset, collator, callbacks: list, seed: int, learning_rate: float) -> None:
@@ -109,13 +99,11 @@ def train(model, task: str, dataset, collator, callbacks: list, seed: int, learn
 
 def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int) -> list:
     """Set a model up for training by a method; its callbacks."""
-    if method in FIXED:
-        return [DrawnScheduleCallback(list(fixed_methods(method, model, validation, TARGETS, seed).values()), seed)]
     if method.startswith("dense"):
         return []
     init_from_training_data(model, task, collator, seed)
-    if method in VARIANTS:
-        model.set_pruning_method(make_method(method))
+    if method in METHODS_BY_NAME:
+        model.set_pruning_method(method)
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])
@@ -135,8 +123,6 @@ def run_row(method, task, folder, seed, args, evaluation, validation) -> tuple[l
     seconds = round(time.perf_counter() - started, 1)
     if method.startswith("dense"):
         return evaluation.at(model, [0.0]), seconds
-    if method in FIXED:
-        return fixed_points(method, model, evaluation, validation, REDUCTIONS, seed), seconds
     reductions = [float(method.removeprefix("own_"))] if method.startswith("own_") else REDUCTIONS
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions), seconds

@@ -38,7 +38,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from methods import FIXED, find_schedule, make_method
 from nlvr2_reference import BlipForImagesAndText
 from photographs import mixed_images, photograph_crops
 from rich.console import Console
@@ -172,7 +171,7 @@ def make_inputs(task: str, config, batch_size: int, args, images=photograph_crop
     return {name: value.to(args.device) for name, value in inputs.items()}
 
 
-def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[list[float]]:
+def calibrate_reachable(model, batches: list[dict], reductions: list[float]) -> list[dict]:
     """Calibrate; return an empty schedule if no reduction is requested or reachable.
 
     An hour-long benchmark should not fail there.
@@ -227,29 +226,27 @@ def make_runs(task: str, dense, model, inputs: dict, args, reductions, baselines
     All of ours use `model`'s weights.
     """
 
-    def setup(temperature=0.0, factor=1.0, granularity="instance", method=None):
+    def setup(setting=None, granularity="instance", method="madtp"):
         def apply():
-            model.set_pruning_method(method)
-            model.config.pruning_granularity = granularity
-            model.set_pruning(temperature=temperature, factor=factor)
+            model.config.pruning_granularity, model.config.pruning_method = granularity, method
+            model.config.pruning_setting = setting
 
         return apply
 
     runs = [Run({"run": "transformers"}, dense, lambda: None), Run({"run": "off"}, model, setup())]
     for granularity in args.granularities:
         for reduction in reductions:
-            threshold = model.config.threshold_for(reduction)
-            runs.append(Run({"run": granularity, "asked": reduction}, model, setup(*threshold, granularity)))
-    lengths = inputs["attention_mask"].sum(dim=1).cpu()
-    answers = decoder_tokens(inputs, task, model.config)
-    answers = answers.cpu() if isinstance(answers, torch.Tensor) else answers
+            setting = model.setting_for(reduction)
+            runs.append(Run({"run": granularity, "asked": reduction}, model, setup(setting, granularity)))
+    schedule = model.config.pruning_schedule
     for name in baselines:
-        for reduction in args.baseline_reductions:
-            schedule, reached = find_schedule(name, model.config, task, reduction, lengths, answers)
-            if abs(reached - reduction) > 0.01:
-                print(f"{task}: {name} can't reduce FLOPs by {reduction}; the nearest is {reached:.3f}.")
-            method = make_method(name, schedule)
-            runs.append(Run({"run": name, "asked": reduction}, model, setup(method=method)))
+        model.set_pruning_method(name)
+        calibrate_reachable(model, [inputs], args.baseline_reductions)
+        for reduction in model.config.calibrated_reductions:
+            setting = model.setting_for(reduction)
+            runs.append(Run({"run": name, "asked": reduction}, model, setup(setting, method=name)))
+    model.set_pruning_method("madtp")
+    model.config.pruning_schedule = schedule
     return runs
 
 
@@ -418,7 +415,7 @@ def time_task(row_name: str, args, save: Callable) -> None:
         inputs = make_inputs(task, model.config, batch_size, args)
         if args.calibrate_on_batch:
             schedule = calibrate_reachable(model, [inputs], args.reductions)
-        reductions = [entry[0] for entry in schedule]
+        reductions = model.config.calibrated_reductions
         rounds = rounds_for(batch_size, index, args)
         for call in (forward, *MORE_CALLS.get(model.task, ())):
             name = row_name + {generate: "-generate", encode_texts: "-text"}.get(call, "")
@@ -431,7 +428,7 @@ def time_task(row_name: str, args, save: Callable) -> None:
                     if run.labels["run"] in args.granularities:
                         row, _ = inspect(run, call, mixed)
                         rows.append({"task": name, "batch_size": batch_size, "images": "mixed", **row})
-            model.set_pruning_method(None)  # a baseline may have set one
+            model.config.pruning_setting, model.config.pruning_method = None, "madtp"  # a baseline may have set one
             save(name, batch_size, rows, schedule)
 
 
@@ -444,7 +441,7 @@ def time_training(args, save: Callable) -> None:
     ids = inputs["input_ids"][:, :ANSWER_TOKENS].clone()
     ids[:, 0] = inputs.pop("decoder_input_ids")[:, 0]
     inputs["labels"] = ids
-    runs = make_runs("vqa", dense.train(), model.train(), inputs, args, [pair[0] for pair in schedule], baselines=[])
+    runs = make_runs("vqa", dense.train(), model.train(), inputs, args, model.config.calibrated_reductions, baselines=[])
     rounds = rounds_for(args.training_batch_size, 0, args)
     rows = measure_runs("vqa-training", "vqa", runs, training_step, inputs, rounds, args)
     save("vqa-training", args.training_batch_size, rows, schedule)
@@ -518,7 +515,7 @@ def parse_arguments():
         help="of FLOPs, that pruned runs are calibrated to; default: 0.3 0.5 0.6 0.7 0.8",
     )
     parser.add_argument("--granularities", nargs="+", choices=("instance", "batch"), default=["instance", "batch"])
-    parser.add_argument("--baselines", nargs="*", choices=list(FIXED), default=["tome", "evit"])
+    parser.add_argument("--baselines", nargs="*", choices=["tome", "evit", "random", "class_attention"], default=["tome", "evit"])
     parser.add_argument("--baseline_reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
     parser.add_argument(
         "--rounds",

@@ -9,8 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp_hf.modeling import attention as attention_module
 from madtp_hf.modeling.attention import CLASS_TOKEN_FIRST, BranchSpec, attend_with_statistics
-from madtp_hf.modeling.encoder import AlignmentTokens, MadtpMethod
-from madtp_hf.modeling.sequences import Chunking, Sequences, unpad
+from madtp_hf.modeling.chunks import Chunking, divide, whole
+from madtp_hf.modeling.method_madtp import AlignmentTokens, MadtpMethod
+from madtp_hf.modeling.pruning_method import Attended, Decision
+from madtp_hf.modeling.repack import repack
+from madtp_hf.modeling.sequences import Sequences, unpad
 from madtp_hf.modeling.token_pruning import (
     AttentionStatistics,
     alignment_feature,
@@ -23,11 +26,21 @@ from madtp_hf.modeling.token_pruning import (
     select_tokens,
     token_importance,
 )
-from madtp_hf.modeling.repack import Decision, repack
 
 
-BLIP, CLIP_TEXT = CLASS_TOKEN_FIRST, BranchSpec(protects_last=True, is_causal=True)
-ROLES = pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT, BranchSpec(protects_last=True)], ids=str)
+BLIP, CLIP_TEXT = CLASS_TOKEN_FIRST, BranchSpec(num_suffix_tokens=1, pooling="last", is_causal=True)
+OTHERS = (BranchSpec(0, 0, "mean"), BranchSpec(3), BranchSpec(2, 2, "last"))  # protected at the front and at the end
+SPECS = pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT, CLIP_TEXT._replace(is_causal=False), *OTHERS], ids=str)
+
+
+def removable_of(spec, length) -> slice:
+    """The positions of the tokens that can go in a sample of this length."""
+    return slice(spec.num_prefix_tokens, max(length - spec.num_suffix_tokens, spec.num_prefix_tokens))
+
+
+def apply(states, sequences, decisions, spec, chunking=None):
+    """What `repack` leaves of states by these decisions."""
+    return repack(states, sequences, Attended(states, chunking or whole(sequences), decisions), spec)
 LAYOUTS = pytest.mark.parametrize("kind", ["varlen", "padded"])
 
 
@@ -40,10 +53,12 @@ def attention_written_out(query, key, value, spec):
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     maps = logits.softmax(dim=-1)
     outputs = maps @ value
-    removable = slice(1, length - spec.protects_last)
-    reader = length - 1 if spec.protects_last else 0
+    removable = removable_of(spec, length)
+    pooled = {"first": maps[:, 0], "last": maps[:, -1], "mean": maps.mean(dim=1)}[spec.pooling]
     return outputs, AttentionStatistics(
-        maps.amax(dim=0)[1:, removable].sum(dim=0), maps[:, reader, removable], outputs[:, removable].norm(dim=-1)
+        maps.amax(dim=0)[spec.num_prefix_tokens :, removable].sum(dim=0),
+        pooled[:, removable],
+        outputs[:, removable].norm(dim=-1),
     )
 
 
@@ -51,7 +66,7 @@ def layer_written_out(x, states, query, key, value, alignment, temperature, spec
     """Steps 1 to 6 for one sample, from the equations: x (L, D) the layer's input, states (L, D) what is pruned."""
     x, states, query, key, value, alignment = (t.double() for t in (x, states, query, key, value, alignment))
     heads, length, width = query.shape
-    tokens = range(1, length - spec.protects_last)
+    tokens = range(*removable_of(spec, length).indices(length))
     _, statistics = attention_written_out(query, key, value, spec)
     received, pooling_attention, output_norm = statistics
     a = [[float(x[n] @ s) for s in alignment] for n in tokens]
@@ -64,7 +79,7 @@ def layer_written_out(x, states, query, key, value, alignment, temperature, spec
         float((pooling_attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))
     ]
     s_tok = norm([max(row) for row in a])
-    s = [sum(chunks) / 3 for chunks in zip(s_self, s_cls, s_tok)]
+    s = [sum(terms) / 3 for terms in zip(s_self, s_cls, s_tok)]
     if not s:
         return states
     theta = min(
@@ -75,10 +90,9 @@ def layer_written_out(x, states, query, key, value, alignment, temperature, spec
     dropped = [n for n in tokens if n not in kept]
     if len(kept) < min_kept or len(dropped) <= 1:
         return states
-    weights = torch.tensor([s[n - 1] for n in dropped]).double()
+    weights = torch.tensor([s[n - tokens.start] for n in dropped]).double()
     merged = (weights[:, None] / weights.sum() * states[dropped]).sum(0)
-    last = [states[-1]] if spec.protects_last else []
-    return torch.stack([states[0], *(states[n] for n in kept), merged, *last])
+    return torch.stack([*states[: tokens.start], *(states[n] for n in kept), merged, *states[tokens.stop :]])
 
 
 def random_layer(length=14, heads=3, head_width=5, num_alignment=4, seed=0):
@@ -126,12 +140,11 @@ def prune_together(layers, alignment, temperature, kind, spec=BLIP, min_kept=1):
     lengths = [len(layer[0]) for layer in layers]
     x, _ = lay_out(stack([layer[0] for layer in layers]), lengths, kind)
     states, sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)
-    madtp = MadtpMethod(
-        AlignmentTokens(alignment, weight=alignment), temperature, "instance", False, spec, min_kept=min_kept
-    )
+    setting = {"temperature": temperature}
+    madtp = MadtpMethod(spec, setting, AlignmentTokens(alignment, weight=alignment), min_kept=min_kept)
     scores, _ = madtp.read_input(0, x, sequences)
-    _, (chunking, decisions) = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
-    result, left, move = repack(states, sequences, chunking, decisions, spec)
+    attended = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
+    result, left, move = repack(states, sequences, attended, spec)
     if move is not None:  # the tokens that stayed are where it says they were
         where = lay_out(torch.arange(max(lengths)).expand(len(lengths), -1), lengths, kind)[0]
         for rows, positions, layer in zip(samples_of(result, left), samples_of(move(where), left), layers):
@@ -144,7 +157,9 @@ def prune_together(layers, alignment, temperature, kind, spec=BLIP, min_kept=1):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0, 50.0])  # lower ones leave rounding to decide what stays
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("neighbours", [(), (19,), (6, 14, 23), (3, 2, 9)], ids=str)
-@pytest.mark.parametrize("spec, min_kept", [(BLIP, 1), (BLIP, 2), (CLIP_TEXT, 1), (CLIP_TEXT, 2)], ids=str)
+@pytest.mark.parametrize(
+    "spec, min_kept", [(BLIP, 1), (BLIP, 2), (CLIP_TEXT, 1), (CLIP_TEXT, 2), *((spec, 1) for spec in OTHERS)], ids=str
+)
 def test_a_layer_follows_the_equations_padded_or_not(temperature, seed, neighbours, spec, min_kept, path):
     layer = random_layer(seed=seed)
     alignment = layer[-1]
@@ -185,14 +200,14 @@ def test_a_layer_prunes_only_if_as_many_stay_as_the_host_wants(min_kept, merges)
 # Attention
 
 
-@ROLES
+@SPECS
 @LAYOUTS
 @pytest.mark.parametrize("lengths", [(9,), (7, 7, 7), (7, 4, 9, 2, 5)], ids=str)
 def test_attention_and_its_evidence_are_the_formulas(lengths, kind, spec, path):
     layers = [random_layer(length, seed=length)[:5] for length in lengths]
     sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)[1]
-    chunking = sequences.divide(15)
-    chunks, order = sequences.chunks(chunking), chunking.order or range(len(layers))
+    chunking = divide(sequences, 15)
+    chunks, order = chunking.chunks(sequences), chunking.order or range(len(layers))
     outputs = [attend_with_statistics(project(layers, kind), chunk, spec) for chunk in chunks]
     results = [rows for (output, _), chunk in zip(outputs, chunks) for rows in samples_of(output, chunk)]
     statistics = [
@@ -202,7 +217,7 @@ def test_attention_and_its_evidence_are_the_formulas(lengths, kind, spec, path):
     for layer, output, found in zip(layers, results, statistics, strict=True):
         expected, expected_statistics = attention_written_out(*(t.double() for t in layer[2:]), spec)
         torch.testing.assert_close(output, expected.transpose(0, 1).flatten(1).float())
-        removable = len(layer[0]) - 1 - spec.protects_last
+        removable = max(len(layer[0]) - spec.num_protected, 0)
         for name, mine, theirs in zip(AttentionStatistics._fields, found, expected_statistics, strict=True):
             torch.testing.assert_close(mine[..., :removable], theirs.float(), msg=lambda m, n=name: f"{n}: {m}")
             if name != "output_norm":  # which counts where it is attended to
@@ -230,13 +245,13 @@ def test_blocks_of_heads_add_up(heads_at_once, lengths, monkeypatch):
     query_key_value = project(layers, "varlen")
     maps = len(lengths) * 50**2  # of a head
     monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", 6 * maps)
-    whole = attend_with_statistics(query_key_value, sequences, BLIP)
+    at_once = attend_with_statistics(query_key_value, sequences, BLIP)
     monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", heads_at_once * maps)
     with LargestTensor() as largest:
         blocks = attend_with_statistics(query_key_value, sequences, BLIP)
     assert largest.numbers == heads_at_once * maps  # never the maps of all six
-    torch.testing.assert_close(blocks[0], whole[0])
-    for mine, theirs in zip(blocks[1], whole[1], strict=True):
+    torch.testing.assert_close(blocks[0], at_once[0])
+    for mine, theirs in zip(blocks[1], at_once[1], strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -256,18 +271,18 @@ def test_alignment_feature_and_loss_by_hand():
     torch.testing.assert_close(alignment_loss(feature, other), 1 - sum(cosines) / 2)
 
 
-@ROLES
+@SPECS
 @LAYOUTS
 def test_the_alignment_feature_is_of_the_tokens_that_can_go(kind, spec, path):
     lengths = (7, 4, 9, 5)
     layers = [random_layer(length, seed=length)[:5] for length in lengths]
     alignment = random_layer()[-1]
     x, sequences = lay_out(stack([layer[0] for layer in layers]), lengths, kind)
-    madtp = MadtpMethod(AlignmentTokens(alignment), 1.0, "instance", True, spec)
+    madtp = MadtpMethod(spec, {"temperature": 1.0}, AlignmentTokens(alignment), with_feature=True)
     scores, feature = madtp.read_input(0, x, sequences)
     torch.testing.assert_close(scores, x @ alignment.T)
     for layer, mine in zip(layers, feature, strict=True):
-        tokens = layer[0][1 : len(layer[0]) - spec.protects_last].double()
+        tokens = layer[0][removable_of(spec, len(layer[0]))].double()
         weights = (tokens @ alignment.double().T / math.sqrt(15)).softmax(dim=0)
         torch.testing.assert_close(mine, (weights.T @ tokens).float())
 
@@ -315,9 +330,9 @@ def test_batch_granularity_keeps_the_largest_count_in_the_batch():
     x = torch.cat([layer[0] for layer in layers])
     chosen = {}
     for granularity in ("instance", "batch"):
-        madtp = MadtpMethod(AlignmentTokens(alignment, weight=alignment), 5.0, granularity, False, BLIP)
+        madtp = MadtpMethod(BLIP, {"temperature": 5.0}, AlignmentTokens(alignment, weight=alignment), granularity)
         scores, _ = madtp.read_input(0, x, sequences)
-        _, (chunking, decisions) = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
+        _, chunking, decisions = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
         assert len(chunking.bounds) == 2 or granularity == "instance"
         chosen[granularity] = [
             stays[: length - 1]
@@ -340,14 +355,14 @@ def answer(stays, importance, merges=None, **others):
     """A `Decision` that merges what doesn't stay, by importance (B, N), 0 at padding."""
     if merges is None:
         merges = (~stays & (importance > 0)).any(dim=1, keepdim=True)
-    return Decision(stays, merges, merge_weights(importance, stays, merges), **others)
+    return Decision(merge_weights(importance, stays, merges), stays, merges, **others)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
 def test_nothing_to_prune_leaves_the_states_as_they_are(lengths):
     states, sequences = unpad(torch.randn(2, 5, 4), lengths_to_mask(lengths))
     mask = lengths_to_mask(lengths)[:, 1:]
-    result, left, move = repack(states, sequences, sequences.whole, [answer(mask, torch.rand(2, 4) * mask)], BLIP)
+    result, left, move = apply(states, sequences, [answer(mask, torch.rand(2, 4) * mask)], BLIP)
     assert result is states and left is sequences and move is None
 
 
@@ -356,7 +371,7 @@ def test_what_stays_stays_in_its_order_and_the_rest_becomes_one():
     sequences = Sequences.varlen([5, 4], "cpu")
     stays = torch.tensor([[False, True, False, True], [True, True, True, False]])
     importance = torch.tensor([[0.1, 0.5, 0.3, 0.5], [0.5, 0.5, 0.5, 0.0]])
-    result, left, move = repack(states, sequences, sequences.whole, [answer(stays, importance)], BLIP)
+    result, left, move = apply(states, sequences, [answer(stays, importance)], BLIP)
     merged = (0.1 * 2 + 0.3 * 4) / 0.4
     torch.testing.assert_close(result.flatten(), torch.tensor([1, 3, 5, merged, 6, 7, 8, 9]))
     assert move(sequences.positions).tolist() == [0, 2, 4, -1, 0, 1, 2, 3]
@@ -372,7 +387,7 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
     stays[0, [0, 3, 7]] = stays[1, [1, 4]] = True
     importance = torch.full((2, 8), 0.25)
     importance[1, 5:] = 0  # its last token, and padding
-    result, left, move = repack(states, sequences, sequences.whole, [answer(stays, importance)], CLIP_TEXT)
+    result, left, move = apply(states, sequences, [answer(stays, importance)], CLIP_TEXT)
     of_first, of_second = samples_of(result, left)
     assert of_first.flatten().tolist() == pytest.approx([1, 2, 5, 9, (3 + 4 + 6 + 7 + 8) / 5, 10])
     assert of_second.flatten().tolist() == pytest.approx([11, 13, 16, (12 + 14 + 15) / 3, 17])
@@ -380,7 +395,7 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
     assert move(positions).tolist() == [0, 1, 4, 8, -1, 9, 0, 2, 5, -1, 6]
     # With one that doesn't merge beside it.
     stays[1] = torch.arange(8) < 5
-    result, left, _ = repack(states, sequences, sequences.whole, [answer(stays, importance)], CLIP_TEXT)
+    result, left, _ = apply(states, sequences, [answer(stays, importance)], CLIP_TEXT)
     assert samples_of(result, left)[1].flatten().tolist() == [11, 12, 13, 14, 15, 16, 17]
 
 
@@ -388,16 +403,16 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
 @pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT], ids=str)
 def test_tokens_may_enter_tokens_that_stay(kind, spec):
     """As ToMe merges: each goes into another, which is the mean of all in it."""
-    lengths = (6, 5) if spec.protects_last else (5, 4)
+    lengths = (6, 5) if spec.num_suffix_tokens else (5, 4)
     padded = torch.randn(2, max(lengths), 3, requires_grad=True)
     states, sequences = lay_out(padded, lengths, kind)
     stays = torch.tensor([[True, False, True, False], [True, True, False, False]])
-    into = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]])  # of the first, slots 1 and 3 enter slot 2
+    into = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]])  # of the first, tokens 1 and 3 enter token 2
     weight = torch.tensor([[0, 0.25, 0, 0.5], [0, 0, 0.5, 0]])
-    decision = Decision(stays, torch.tensor([[True], [True]]), weight, into=into)
-    result, left, move = repack(states, sequences, sequences.whole, [decision], spec)
+    decision = Decision(weight, stays, torch.tensor([[True], [True]]), into=into)
+    result, left, move = apply(states, sequences, [decision], spec)
     first, second = samples_of(result, left)
-    last = [[padded[0, 5]], [padded[1, 4]]] if spec.protects_last else [[], []]
+    last = [[padded[0, 5]], [padded[1, 4]]] if spec.num_suffix_tokens else [[], []]
     target = 0.25 * padded[0, 3] + 0.25 * padded[0, 2] + 0.5 * padded[0, 4]
     torch.testing.assert_close(first, torch.stack([padded[0, 0], padded[0, 1], target, *last[0]]))
     mixed = (padded[1, 1] + padded[1, 3]) / 2
@@ -425,7 +440,7 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
         stays, merges = select_tokens(importance, threshold, tokens)
         states, sequences = lay_out(padded[:number], lengths[:number], kind)
         decision = answer(stays, importance, merges)
-        result, left, _ = repack(states, sequences, sequences.whole, [decision], BLIP)
+        result, left, _ = apply(states, sequences, [decision], BLIP)
         return samples_of(result, left)
 
     (alone,) = prune(1, "varlen")
@@ -448,14 +463,14 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
 def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, spec):
     uniform = min(lengths) == max(lengths)
     states, sequences = lay_out(torch.randn(len(lengths), 14, 5), lengths, "padded")
-    tokens, weights = spec.removable(sequences), spec.removable_weights(sequences)
-    importance = torch.rand(len(lengths), 13 - spec.protects_last)
+    tokens, weights = spec.mask(sequences), spec.float_mask(sequences)
+    importance = torch.rand(len(lengths), 13 - spec.num_suffix_tokens)
     if not uniform:
         importance = importance * weights
-    keep = most_important(importance, length - 2 - spec.protects_last, tokens)
-    stays, merges = keep_all_or_enough(keep, tokens, spec.removable_counts(sequences))
+    keep = most_important(importance, length - 2 - spec.num_suffix_tokens, tokens)
+    stays, merges = keep_all_or_enough(keep, tokens, spec.counts(sequences))
     decision = answer(stays, importance, merges, length=length)
-    result, left, move = repack(states, sequences, sequences.whole, [decision], spec)
+    result, left, move = apply(states, sequences, [decision], spec)
 
     assert result.shape == (len(lengths) * length, 5)
     assert not left.is_varlen and left.max_seqlen == length and left.batch_size == len(lengths)
@@ -468,9 +483,7 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, spec
     positions = torch.arange(14).expand(len(lengths), -1)
     for kind in ("varlen", "padded"):
         others, other_sequences = lay_out(sequences.pad(states), lengths, kind)
-        free, free_left, free_move = repack(
-            others, other_sequences, other_sequences.whole, [decision._replace(length=None)], spec
-        )
+        free, free_left, free_move = apply(others, other_sequences, [decision._replace(length=None)], spec)
         assert free_left.lengths.tolist() == counts
         for mine, theirs in zip(samples_of(result, left), samples_of(free, free_left), strict=True):
             torch.testing.assert_close(mine, theirs)
@@ -486,7 +499,7 @@ def test_a_fixed_length_that_is_the_length_already_changes_nothing():
     states, sequences = lay_out(torch.randn(2, 7, 4), (7, 4), "padded")
     stays = lengths_to_mask((7, 4))[:, 1:]
     decision = answer(stays, torch.rand(2, 6) * stays, length=7)
-    result, left, move = repack(states, sequences, sequences.whole, [decision], BLIP)
+    result, left, move = apply(states, sequences, [decision], BLIP)
     assert result is states and left is sequences and move is None
 
 
@@ -494,10 +507,10 @@ def test_a_fixed_length_that_is_the_length_already_changes_nothing():
 
 
 def merged_in_a_loop(padded, lengths, keep, importance, spec):
-    """What `reduce` is to leave of each sample, one after the other."""
+    """What `repack` is to leave of each sample, one after the other."""
     results = []
     for sample, length in enumerate(lengths):
-        states, number = padded[sample, :length], length - 1 - spec.protects_last
+        states, number = padded[sample, :length], length - 1 - spec.num_suffix_tokens
         kept, weights, tokens = keep[sample, :number], importance[sample, :number], states[1 : 1 + number]
         left = [states[:1], tokens[kept]]
         if not kept.all():
@@ -521,8 +534,8 @@ def merged_in_a_loop(padded, lengths, keep, importance, spec):
 )
 def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fixed, spec):
     padded = torch.randn(len(lengths), 12, 5, dtype=torch.float64, requires_grad=True)
-    number = 11 - spec.protects_last
-    tokens = torch.arange(number) < torch.tensor(lengths)[:, None] - 1 - int(spec.protects_last)
+    number = 11 - spec.num_suffix_tokens
+    tokens = torch.arange(number) < torch.tensor(lengths)[:, None] - 1 - spec.num_suffix_tokens
     free_importance = torch.rand(len(lengths), number, dtype=torch.float64, requires_grad=True)
     importance = free_importance * tokens
     if fixed:
@@ -531,18 +544,18 @@ def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fi
         keep = (importance.detach() > torch.linspace(0.2, 0.8, len(lengths))[:, None]) & tokens
     stays, merges = keep_all_or_enough(keep, tokens, tokens.sum(1, keepdim=True))
     expected = merged_in_a_loop(padded, lengths, stays, importance, spec)
-    length = 6 + spec.protects_last if fixed else None
+    length = 6 + spec.num_suffix_tokens if fixed else None
     states, sequences = lay_out(padded, lengths, kind)
     # In two chunks, but for a fixed length: samples don't know of one another.
-    chunking = sequences.whole if fixed else Chunking((0, 2, len(lengths)))
-    chunks = sequences.chunks(chunking)
+    chunking = whole(sequences) if fixed else Chunking((0, 2, len(lengths)))
+    chunks = chunking.chunks(sequences)
     ends = [0, *itertools.accumulate(chunk.batch_size for chunk in chunks)]
     decisions = []
     for chunk, (start, stop) in zip(chunks, itertools.pairwise(ends), strict=True):
         width = spec.num_removable(chunk)
         cut = (table[start:stop, :width] for table in (stays, importance))
         decisions.append(answer(*cut, merges[start:stop], length=length))
-    result, left, move = repack(states, sequences, chunking, decisions, spec)
+    result, left, move = apply(states, sequences, decisions, spec, chunking)
     results = samples_of(result, left)
     assert move is not None and any(len(rows) < length for rows, length in zip(results, lengths))
     assert left.num_rows == (length * len(lengths) if fixed else sum(map(len, expected)))

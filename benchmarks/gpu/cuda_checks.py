@@ -138,7 +138,7 @@ def pruned_vqa(device, size, samples: int):
     """A float32 model with a schedule, inputs, and the temperature of its first reduction."""
     model = make_models("vqa", size, device)[1]
     schedule = calibrated(model, samples, [0.5])
-    return model, make_inputs("vqa", model.config, 4, device), schedule[0][1]
+    return model, make_inputs("vqa", model.config, 4, device), schedule[0]["temperature"]
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def export(
             export_onnx(loaded, processor, out, force=force)
         except (ImportError, RuntimeError) as error:
             raise ValueError(" ".join(str(error).split())) from error
-    counts = loaded.config.token_counts() if loaded.is_pruning else None
+    counts = loaded.start_pass().token_counts
     pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
     typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with onnx_runner.py in there.")
 

@@ -91,7 +91,7 @@ def prune(
             encode(model, batch)
             return [None] * len(batch["pixel_values"])
 
-        reached = [entry[0] for entry in schedule]
+        reached = [entry["reduction"] for entry in schedule]
         results = evaluate_budgets(model, batches, [0.0, *reached], forward)
         table = [
             {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results

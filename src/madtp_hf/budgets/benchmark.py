@@ -127,9 +127,9 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     """
     task = TASKS[model.task]
     if reductions is None:
-        reductions = [entry[0] for entry in model.config.pruning_schedule or ()]
+        reductions = model.config.calibrated_reductions
     for reduction in reductions:
-        model.config.threshold_for(reduction)
+        model.setting_for(reduction)
     dense = stock_model(model)
     runs = [Run("pruning off", model, 0.0), *(Run(f"{reduction:g}", model, reduction) for reduction in reductions)]
     if dense is not None:
@@ -207,7 +207,7 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
         ]
     else:
         rows = load_rows(entry, images, texts, samples=number)
-    known = [found for found, *_ in model.config.pruning_schedule or ()]
+    known = model.config.calibrated_reductions
     calibrated_here = not known
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)

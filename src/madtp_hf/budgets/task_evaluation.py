@@ -45,9 +45,9 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
                 f" for the metric {task.metric} compares predictions with them."
             )
     if reductions is None:
-        reductions = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]
+        reductions = [0.0, *model.config.calibrated_reductions]
     for reduction in reductions:  # fail before minutes of prediction
-        model.config.threshold_for(reduction)
+        model.setting_for(reduction)
     return budget_rows(*zip(*_EVALUATE[task.metric](model, processor, rows, list(reductions), batch_size)))
 
 

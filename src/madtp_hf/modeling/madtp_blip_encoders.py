@@ -10,9 +10,10 @@ from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionE
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextLayer, BlipTextSelfAttention
 
 from .attention import attend
-from .encoder import BranchOutput, LayerPlan, PrunedLayer, PruningMethod, run_layers
+from .encoder import BranchOutput, LayerPlan, PrunedLayer, run_layers
 from .padding import check_images, check_no_empty_text, check_text_length
-from .sequences import Sequences, unpad
+from .pruning_method import PruningMethod
+from .sequences import Sequences, lay_out
 
 
 # From this layer on, NLVR2's text encoder concatenates and projects its cross-attention outputs for the two images.
@@ -189,7 +190,7 @@ class MadtpBlipTextModel(nn.Module):
         input_ids: torch.Tensor,
         *images: torch.Tensor | Sequences,
         mask: torch.Tensor | None = None,
-        varlen: bool = False,
+        layout: str = "dense",
         method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
@@ -198,16 +199,12 @@ class MadtpBlipTextModel(nn.Module):
         Args:
             images: The states and the layout of each image, one after the other; none for text only.
             mask: The real tokens (B, L).
-            varlen: Whether to drop padding. Otherwise padding is computed like text, as in transformers, and only
-                masked in attention.
+            layout: How texts are laid out, one of `sequences.TEXT_LAYOUTS`.
             outputs: Further arguments of `run_layers`.
         """
-        if varlen:
-            input_ids, sequences = unpad(input_ids, mask)
+        input_ids, sequences = lay_out(input_ids, mask, layout)
+        if layout == "varlen":
             check_no_empty_text(sequences.row_counts)
-        else:
-            sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
-            input_ids = input_ids.flatten()
         check_text_length(sequences.max_seqlen, self.embeddings.position_embeddings.num_embeddings)
         states = self.embeddings(
             input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)

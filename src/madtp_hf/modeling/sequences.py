@@ -6,29 +6,8 @@ the batch's `Sequences`.
 """
 
 import itertools
-from typing import NamedTuple
 
 import torch
-
-
-# On a CPU, a call costs little compared with its work, so attention takes a chunk of a batch at a time: sequences of
-# similar length.
-CHUNK_SIZE = 2**18  # elements in the states of a chunk of several sequences, at most
-CHUNK_PADDING_SHARE = 1 / 8  # padding up to this share of a chunk's rows is always accepted
-CHUNK_PADDING = 2**16  # more padding is accepted up to this many elements of the states
-CHUNK_AREA = 2**15  # and, at the same time, up to this many elements of an attention map
-
-
-# If False, a CPU takes the path of other devices.
-CPU_TAKES_CHUNKS = True
-
-
-def takes_chunks(device: torch.device) -> bool:
-    """Return whether attention takes a batch chunk by chunk, as on a CPU, where reading values costs nothing.
-
-    Other devices take the whole batch at once and avoid waiting for values.
-    """
-    return CPU_TAKES_CHUNKS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class cached_property:
@@ -44,17 +23,6 @@ class cached_property:
         value = self.function(instance)
         setattr(instance, self.name, value)
         return value
-
-
-class Chunking(NamedTuple):
-    """A chunking of a batch into chunks.
-
-    bounds: the place in `order` at which each chunk begins, then the number of sequences.
-    order: the sequences in the order in which the chunks take them; None for the batch's own order.
-    """
-
-    bounds: tuple[int, ...]
-    order: tuple[int, ...] | None = None
 
 
 class Sequences:
@@ -78,7 +46,7 @@ class Sequences:
         if lengths is not None:
             self.lengths = lengths
         self.batch_rows: torch.Tensor | None = None
-        self._chunks = {}
+        self.chunks: dict = {}  # by `Chunking`, which makes them
 
     @classmethod
     def padded(cls, batch_size: int, max_seqlen: int, device, mask: torch.Tensor | None = None, lengths=None):
@@ -118,6 +86,11 @@ class Sequences:
         return self.offsets is not None
 
     @property
+    def has_only_real_rows(self) -> bool:
+        """Whether no row is padding."""
+        return self.is_varlen or self.mask is None
+
+    @property
     def row_counts(self) -> list[int]:
         """The number of rows of each sequence."""
         if self.is_varlen:
@@ -154,21 +127,21 @@ class Sequences:
         return torch.arange(self.max_seqlen, device=self.device)
 
     @cached_property
-    def real(self) -> torch.Tensor | None:
+    def float_mask(self) -> torch.Tensor | None:
         """`mask` as floats: 1.0 at real tokens, 0.0 at padding."""
         return None if self.mask is None else self.mask.float()
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
-        """(B * max_seqlen,): the row of each index of padded states, counted from 1; at padding, the row before it."""
+        """(B * max_seqlen,): the row of each token of padded states, counted from 1; at padding, the row before."""
         return self.mask.flatten().cumsum(0)
 
     @cached_property
-    def _row_of_slot(self) -> torch.Tensor:
+    def _gathered_rows(self) -> torch.Tensor:
         return self._row_number - 1
 
     @cached_property
-    def _slot_to_row(self) -> torch.Tensor:
+    def _scattered_rows(self) -> torch.Tensor:
         """(B * max_seqlen,): `_row_number`, but 0 at padding."""
         return self._row_number * self.mask.flatten()
 
@@ -191,7 +164,7 @@ class Sequences:
             if states.shape[dim] != self.num_rows:
                 states = states.narrow(dim, self.first_row, self.num_rows)
             if self.is_varlen:
-                states = states.index_select(dim, self._row_of_slot)
+                states = states.index_select(dim, self._gathered_rows)
         return states.unflatten(dim, (self.batch_size, self.max_seqlen))
 
     def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
@@ -206,107 +179,21 @@ class Sequences:
         return self.unpad_rows(padded.flatten(0, 1))
 
     def unpad_rows(self, padded: torch.Tensor) -> torch.Tensor:
-        """Turn the indices (B * max_seqlen, ...) of padded states into rows (R, ...)."""
-        return scatter_rows(padded, self._slot_to_row, self.num_rows) if self.is_varlen else padded
+        """Turn flattened padded states (B * max_seqlen, ...) into rows (R, ...)."""
+        return scatter_rows(padded, self._scattered_rows, self.num_rows) if self.is_varlen else padded
 
     def first(self, states: torch.Tensor) -> torch.Tensor:
-        """Gather each sequence's first row, the class token: (R, D) -> (B, D)."""
+        """Gather each sequence's first row, such as a class token: (R, D) -> (B, D)."""
         if not self.is_varlen:
             return states.unflatten(0, (self.batch_size, self.max_seqlen))[:, 0]
         return states.index_select(0, self.cu_seqlens[:-1])
 
     def last(self, states: torch.Tensor) -> torch.Tensor:
-        """Gather each sequence's last real row, such as CLIP's end of text: (R, D) -> (B, D)."""
+        """Gather each sequence's last real row, such as an end of text: (R, D) -> (B, D)."""
         if self.is_varlen:
             return states.index_select(0, self.cu_seqlens[1:] - 1)
         padded = states.unflatten(0, (self.batch_size, self.max_seqlen))
         return padded[:, -1] if self.mask is None else take_tokens(padded, (self.lengths - 1).unsqueeze(1)).squeeze(1)
-
-    # Parts of the batch
-
-    @property
-    def whole(self) -> Chunking:
-        """The chunking that takes the whole batch as one chunk."""
-        return Chunking((0, self.batch_size))
-
-    def divide(self, width: int) -> Chunking:
-        """Divide the batch for attention over states of `width`: sequences of similar length form a chunk."""
-        if not takes_chunks(self.device) or self.batch_size == 1:
-            return self.whole
-        counts = self.row_counts
-        order = sorted(range(self.batch_size), key=counts.__getitem__, reverse=True)
-        bounds, rows, area = [0], 0, 0
-        for index, sequence in enumerate(order):
-            length, longest = counts[sequence], counts[order[bounds[-1]]]
-            rows, area, number = rows + length, area + length**2, index + 1 - bounds[-1]
-            padding, indices = longest * number - rows, longest * number
-            too_much_padding = padding > CHUNK_PADDING_SHARE * indices and (
-                padding > CHUNK_PADDING / width or longest**2 * number - area > CHUNK_AREA
-            )
-            if number > 1 and (indices * width > CHUNK_SIZE or too_much_padding):
-                bounds.append(index)
-                rows, area = length, length**2
-        if len(bounds) == 1:
-            return self.whole
-        if len(bounds) == self.batch_size:  # one sequence a chunk, in the batch's order
-            return Chunking(tuple(range(self.batch_size + 1)))
-        ordered = order == sorted(order)
-        return Chunking((*bounds, self.batch_size), None if ordered else tuple(order))
-
-    def chunks(self, chunking: Chunking) -> list["Sequences"]:
-        """Return each chunk as a `Sequences`, which selects its rows from those of the batch."""
-        if len(chunking.bounds) == 2:
-            return [self]
-        if chunking not in self._chunks:
-            order = chunking.order or range(self.batch_size)
-            bounds = itertools.pairwise(chunking.bounds)
-            self._chunks[chunking] = [self._part(list(order[start:stop])) for start, stop in bounds]
-        return self._chunks[chunking]
-
-    def _part(self, samples: list[int]) -> "Sequences":
-        first, number = samples[0], len(samples)
-        together = samples == list(range(first, first + number))
-        chosen = slice(first, first + number) if together else torch.tensor(samples, device="cpu").to(self.device)
-        if self.is_varlen:
-            counts = [self.row_counts[sample] for sample in samples]
-            chunk = Sequences.varlen(counts, self.device, self.lengths[chosen], self.offsets[first])
-        else:
-            mask = None if self.mask is None else self.mask[chosen]
-            chunk = Sequences.padded(number, self.max_seqlen, self.device, mask)
-            chunk.first_row = first * self.max_seqlen
-        if not together:
-            chunk.batch_rows = self._rows_of(samples, chunk.max_seqlen)
-        return chunk
-
-    def _rows_of(self, samples: list[int], length: int) -> torch.Tensor:
-        """Return the row numbers (samples * length,) of these samples, each padded to `length` with its last row."""
-        counts = torch.tensor(self.row_counts, device="cpu")
-        starts = (counts.cumsum(0) - counts)[samples].to(self.device)
-        last = counts[samples].to(self.device) - 1
-        indices = torch.arange(length, device=self.device)
-        return (starts.unsqueeze(1) + torch.minimum(indices, last.unsqueeze(1))).flatten()
-
-    def join_rows(self, outputs: list[torch.Tensor], chunking: Chunking, row_counts: list[int] | None = None):
-        """Join the rows that were computed for each chunk into rows of the batch.
-
-        row_counts: the number of rows of each sequence, if it is no longer this layout's.
-        """
-        rows = join(outputs)
-        if chunking.order is None:
-            return rows
-        counts = torch.tensor(self.row_counts if row_counts is None else row_counts, device="cpu")
-        order = torch.tensor(chunking.order, device="cpu")
-        in_parts = torch.empty_like(counts)
-        in_parts[order] = counts[order].cumsum(0) - counts[order]
-        shift = (in_parts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-        return rows.index_select(0, (shift + torch.arange(len(shift), device="cpu")).to(rows.device))
-
-    def join_samples(self, outputs: list[torch.Tensor], chunking: Chunking) -> torch.Tensor:
-        """Join what was computed for the sequences of each chunk, (n, ...), into that of the batch, (B, ...)."""
-        samples = join(outputs)
-        if chunking.order is None:
-            return samples
-        return samples.index_select(0, torch.tensor(chunking.order, device="cpu").argsort().to(samples.device))
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
         """Select every other sequence from `first` on; return their rows and their layout.
@@ -360,7 +247,7 @@ def count_tokens(layers: list[Sequences]) -> torch.Tensor:
     if torch.compiler.is_compiling() or not any(sequences.is_varlen for sequences in layers):
         return torch.stack([sequences.lengths for sequences in layers])
     device = layers[-1].device
-    if all(sequences.is_varlen or sequences.mask is None for sequences in layers):  # the host knows the counts
+    if all(sequences.has_only_real_rows for sequences in layers):  # the host knows the counts
         counts = torch.tensor([sequences.row_counts for sequences in layers], device="cpu")
         return counts.to(device, non_blocking=True)
     return torch.stack([sequences.lengths.to(device) for sequences in layers])
@@ -383,3 +270,18 @@ def unpad(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor
     lengths = mask.sum(dim=1)
     sequences = Sequences.varlen(lengths.tolist(), padded.device, lengths)
     return sequences.unpad(padded[:, : sequences.max_seqlen]), sequences
+
+
+# How a text is laid out: "dense", padding is computed like text, as in transformers; "varlen", padding is dropped;
+# "padded", padding is masked, so that shapes depend on shapes alone.
+TEXT_LAYOUTS = ("dense", "varlen", "padded")
+
+
+def lay_out(padded: torch.Tensor, mask: torch.Tensor | None, layout: str) -> tuple[torch.Tensor, Sequences]:
+    """Return the rows (R, ...) of padded texts (B, L, ...) and their layout, one of `TEXT_LAYOUTS`.
+
+    mask (B, L) bool: the real tokens, which come first in each text; None means that all are real.
+    """
+    if layout == "varlen":
+        return unpad(padded, mask)
+    return padded.flatten(0, 1), Sequences.padded(*padded.shape[:2], padded.device, mask)

@@ -19,6 +19,7 @@ import binascii
 import io
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -109,17 +110,11 @@ class EndpointHandler:
         if not isinstance(inputs, Image.Image) and not inputs:
             raise ValueError("The request has no inputs: expected what the pipeline of the task takes.")
         inputs, reduction = read_inputs(inputs), parameters.pop("reduction", None)
-        with self.lock:
-            model = self.pipeline.model
-            before = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
-            try:
-                if reduction is not None:
-                    model.set_pruning(reduction=reduction)
-                if self.task == ZERO_SHOT:
-                    return self._classify(inputs, parameters)
-                return self.pipeline(inputs, **parameters)
-            finally:
-                model.config.pruning_temperature, model.config.pruning_threshold_factor = before
+        model = self.pipeline.model
+        with self.lock, nullcontext() if reduction is None else model.pruning(reduction=reduction):
+            if self.task == ZERO_SHOT:
+                return self._classify(inputs, parameters)
+            return self.pipeline(inputs, **parameters)
 
     def _classify(self, inputs, parameters: dict) -> list:
         """Score how well each candidate label fits an image (CLIP)."""
