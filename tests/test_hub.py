@@ -355,7 +355,7 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
 
     error = refused(PermissionError, "rejects the token for org/new .*Invalid credentials", token="hf_stolen")
     assert isinstance(error.__cause__, HfHubHTTPError)
-    refused(PermissionError, "may not write to org/new .*someone else's, choose one in a namespace", token="hf_bob")
+    refused(PermissionError, "may not write to org/new .*someone else's, choose your own", token="hf_bob")
     refused(PermissionError, "may not write to org/public", "org/public", token="hf_bob")
     refused(ValueError, "exists and is public, and private=True", "org/public", private=True, revision="next")
     assert [branch.name for branch in HfApi(token="hf_alice").list_repo_refs("org/public").branches] == ["main"]
@@ -433,7 +433,7 @@ def test_an_incomplete_folder_is_refused_before_anything_is_made(hub, folder, tm
     refused(FileNotFoundError, "nowhere is not a directory", tmp_path / "nowhere")
     config = json.loads((folder / "config.json").read_text())
     for changed, message in (
-        ({"model_type": "blip"}, "of type 'blip': expected 'madtp_blip'"),
+        ({"model_type": "blip"}, "has the model type 'blip': expected 'madtp_blip'"),
         ({"auto_map": None}, "does not say which code loads it"),
         ({"auto_map": {**config["auto_map"], "AutoModel": "a/b--modeling.Model"}}, "code from another repository"),
     ):
