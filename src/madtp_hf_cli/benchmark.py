@@ -46,4 +46,4 @@ def benchmark(
         torch.set_num_threads(threads)
     title, rows = run_benchmark(model, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device)
     print_table(title, rows)
-    typer.echo(f"{out}: written.")
+    typer.echo(f"Wrote {out}.")

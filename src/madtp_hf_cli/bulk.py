@@ -30,9 +30,9 @@ def _check_options(task: str, out, options: dict, question: str | None) -> None:
     """Raise a `ValueError` for options that can't work together."""
     for name in ("temperature", "top_p"):
         if options[name] is not None and not options["do_sample"]:
-            raise ValueError(f"`{name}` is of no use without `do_sample`: pass both, or neither.")
+            raise ValueError(f"--{name} has no effect without --do-sample: pass both, or neither.".replace("_", "-"))
     if question is not None and not question.strip():
-        raise ValueError(f"question={question!r}: expected a question to ask of every image.")
+        raise ValueError(f"--question {question!r}: expected a question to ask of every image.")
     check_writable(out.expanduser())
 
 
@@ -46,7 +46,9 @@ def _run(task: str, model: str, images: str, out, options: dict, question: str |
     transformers.utils.logging.disable_progress_bar()
     source = open_source(images, Columns(**dict(options["columns"] or ())), options["split"], options["image_dir"])
     if task == "vqa" and question is None and not any(row.question for row in source.rows(0, len(source))):
-        raise ValueError(f"{images} has no questions: pass question=TEXT to ask the same of every image, or a table.")
+        raise ValueError(
+            f"{images} has no questions: pass --question TEXT to ask one about every image, or a table with questions."
+        )
     column = "caption" if task == "captioning" else "answer"
     Output(out, {}, len(source), column, options["suffix"])  # report a bad name before loading the model
     generation = Generation(**{name: options[name] for name in Generation.__dataclass_fields__ if name in options})

@@ -112,7 +112,7 @@ def check_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{out} can't be written ({error.strerror or error}): choose another place.") from None
+        raise ValueError(f"{out} can't be written ({error.strerror or error}): choose another location.") from None
 
 
 def check_out(out: Path, source: Path | str, force: bool) -> None:

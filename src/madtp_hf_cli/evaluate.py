@@ -44,4 +44,4 @@ def evaluate(
     name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
     facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}
     report(f"{len(rows)} samples of {name}", results, out, metric=entry.headline, **facts)
-    typer.echo(f"{out / 'results.json'}: written.")
+    typer.echo(f"Wrote {out / 'results.json'}.")

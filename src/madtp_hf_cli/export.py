@@ -10,7 +10,7 @@ from .common import check_out
 
 
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder: frozen, or to be exported dense.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a checkpoint, frozen or dense.")],
     out: options.OutFolder,
     onnx: Annotated[bool, typer.Option("--onnx", help="The only format.")] = True,
     reduction: options.Reduction = None,
@@ -39,7 +39,7 @@ def export(
         raise ValueError(" ".join(str(error).split())) from error
     counts = loaded.config.token_counts() if loaded.is_pruning else None
     pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
-    typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with onnx_runner.py in there.")
+    typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with the folder's onnx_runner.py.")
 
 
 def _load(folder: Path, tasks):

@@ -14,7 +14,7 @@ SCRIPTS = {"vqa": "run_vqa", "captioning": "run_captioning", "nlvr2": "run_nlvr2
 
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
     """Return what the model card says about pruning without training."""
-    start = "fitted to what it reads in those" if fitted else "as they were, random if they were new"
+    start = "fitted to the same samples" if fitted else "the checkpoint's own, or random"
     lines = ["| reduction asked | reached | GFLOPs of a sample |", "|---:|---:|---:|"]
     lines += [f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['GFLOPs']:.4g} |" for row in rows]
     return f"""Pruned from `{source}` by `madtp-hf prune`, without training: the weights are the dense model's,
@@ -54,7 +54,7 @@ def prune(
     out = out.resolve()
     check_out(out, model, force)
     if alignment not in (None, "fit", "keep"):
-        raise ValueError(f"alignment={alignment}: expected fit or keep.")
+        raise ValueError(f"--alignment {alignment}: expected fit or keep.")
     from madtp_hf import calibrate, init_alignment_from
     from madtp_hf.budgets.calibration import read_reductions
     from madtp_hf.budgets.evaluation import evaluate_budgets
@@ -94,4 +94,4 @@ def prune(
         write_model_card(folder, out.name, base_model=source, notes=notes)
     print_table(f"{type(model).__name__}, calibrated on {len(rows)} samples", table)
     script = f": examples/{SCRIPTS[model.task]}.py --model {out.name}" if model.task in SCRIPTS else ""
-    typer.echo(f"{out}: written. Nothing was trained; fine-tune it to recover what pruning costs{script}.")
+    typer.echo(f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs{script}.")

@@ -32,14 +32,13 @@ def push(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", help="With write access; others can't see `hf auth login` or HF_TOKEN."),
+        typer.Option(metavar="TOKEN", help="A token with write access; safer: `hf auth login` or HF_TOKEN."),
     ] = None,
 ) -> None:
-    """Publish a checkpoint: all of it in one commit, once it is found to be complete.
+    """Publish a checkpoint in one commit, after checking that it is complete.
 
-    With --space, a Space as well that shows what the checkpoint drops; with --private, it is private and has a copy of
-    the checkpoint. A FOLDER without README.md gets a model card on the way. Files that are no part of the checkpoint
-    stay where they are.
+    With --space, also publish a Space that shows what the checkpoint drops; with --private, the Space is private and
+    has a copy of the checkpoint. A FOLDER without README.md gets a model card. Other files are not uploaded.
 
     Example: madtp-hf push blip-vqa org/blip-madtp --dry-run
     """
@@ -51,7 +50,7 @@ def push(
         check_space(folder)
         pairs = _read_examples(examples)
     elif examples is not None:
-        raise ValueError("--examples is for a Space: expected --space NAMESPACE/NAME beside it.")
+        raise ValueError("--examples is for a Space: pass --space NAMESPACE/NAME as well.")
     url = push_folder(
         folder,
         repo,
