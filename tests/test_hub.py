@@ -361,7 +361,7 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
     assert [branch.name for branch in HfApi(token="hf_alice").list_repo_refs("org/public").branches] == ["main"]
     (folder / "README.md").write_text("---\nlicense: [1\n---\n")
     refused(ValueError, "rejects the model card's metadata .*Invalid YAML metadata.*: correct README.md")
-    refused(ValueError, "has a README.md, .*take the file away", metrics={"accuracy": 1.0})
+    refused(ValueError, "already has a model card, README.md: .*delete the file", metrics={"accuracy": 1.0})
     (folder / "README.md").unlink()
     refused(ValueError, "metrics='nowhere.json' can't be read", metrics="nowhere.json")
     with pytest.raises(RepositoryNotFoundError):
