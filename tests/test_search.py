@@ -275,7 +275,7 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
         (tmp_path / "none", "new", "holds no image"),
         (tmp_path / "missing", "new", "There is no"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
-        (photos / "00.png", "new", "is no text"),
+        (photos / "00.png", "new", "is not a text file"),
         (photos, "photos", "no index and not empty"),
         (elsewhere, "index", "none of its images is in"),
     ):
@@ -311,7 +311,7 @@ def test_index_and_search_by_command(photos, tmp_path, scenes):
     assert other.exit_code == 1 and "Traceback" not in other.stderr
     assert "blip-vqa-digits" in other.stderr and "made by" in other.stderr and "blip-retrieval-digits" in other.stderr
     none = invoke("search", photos, "red")
-    assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "holds no index" in none.stderr
+    assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "is not an index" in none.stderr
 
 
 @pytest.mark.parametrize("command", ["index", "search"])

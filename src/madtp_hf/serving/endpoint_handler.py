@@ -449,7 +449,7 @@ class EndpointHandler:
         for name in ("config.json", "images.py"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"There is no {folder / name}: expected the folder of a checkpoint, with the files that"
+                    f"{folder / name} does not exist: expected the folder of a checkpoint, with the files that"
                     " `madtp_hf.checkpoints.push.save_handler` adds."
                 )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -59,7 +59,7 @@ def task_of(config, source) -> str | None:
     """Return the task of a checkpoint by its configuration; raise a `ValueError` for another family of models."""
     if not isinstance(config, MadtpBlipConfig):
         raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with"
+            f"{source} has the model type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with"
             " `from_blip` and `calibrate`."
         )
     classes = {task.model_class.__name__: name for name, task in TASKS.items()}
@@ -72,7 +72,7 @@ def check_shown(task: str | None, config, source) -> None:
         raise ValueError(f"{source} is a model for {task}: expected one for {' or '.join(TASKS_SHOWN)}.")
     if not config.pruning_schedule:
         raise ValueError(
-            f"{source} has no calibrated schedule, whose reductions bound the slider: run"
+            f"{source} has no calibrated schedule, which sets the slider's range: run"
             " `madtp_hf.calibrate(model, dataloader, reductions)` and save it again."
         )
 
