@@ -143,7 +143,7 @@ class Limits:
     def check_size(self, data) -> None:
         """Raise a `ValueError` for a request that is too large or has too many lists inside one another."""
         level, size = [data], 0
-        for depth in range(self.max_depth + 1):
+        for _ in range(self.max_depth + 1):
             below = []
             for value in level:
                 if isinstance(value, (dict, list, tuple, str, bytes, bytearray)):
@@ -157,7 +157,8 @@ class Limits:
             if not below:
                 return
             level = below
-        self.check("max_depth", depth + 1, f"The request has lists inside lists to a depth of more than {depth}")
+        what = f"The request has lists inside lists to a depth of more than {self.max_depth}"
+        self.check("max_depth", self.max_depth + 1, what)
 
 
 def _shown(value) -> str:
@@ -186,7 +187,7 @@ def _number(kind: type, least, most):
 
 def _choice(*choices):
     def check(name: str, value):
-        if not any(value is choice or isinstance(value, str) and value == choice for choice in choices):
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
             raise ValueError(f"{name} is {_shown(value)}: expected {' or '.join(map(json.dumps, choices))}.")
         return value
 
@@ -405,7 +406,7 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
     raise ValueError(f"{_shown(host)} doesn't accept the connection")
 
 
-class _TimedSocket:
+class _TimedSocket(io.RawIOBase):
     """What `http.client` needs of a socket, with one deadline for all that is sent and received."""
 
     def __init__(self, connected: socket.socket, deadline: float):
@@ -416,22 +417,17 @@ class _TimedSocket:
         self.connected.sendall(data)
 
     def makefile(self, mode: str):
-        return io.BufferedReader(_TimedReader(self))
-
-    def close(self) -> None:
-        """Leave it open: `http.client` closes a connection before it reads the response."""
-
-
-class _TimedReader(io.RawIOBase):
-    def __init__(self, timed: _TimedSocket):
-        self.timed = timed
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        self.timed.connected.settimeout(_left(self.timed.deadline))
-        return self.timed.connected.recv_into(buffer)
+        self.connected.settimeout(_left(self.deadline))
+        return self.connected.recv_into(buffer)
+
+    def close(self) -> None:
+        """Leave it open: `http.client` closes a connection before it reads the response."""
 
 
 class EndpointHandler:
