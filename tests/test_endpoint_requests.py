@@ -101,7 +101,7 @@ HOSTILE = {
     "a URL": ("vqa", showing("http://127.0.0.1/x.png"), "fetches no URLs; its operator can set MADTP_FETCH_URLS=1"),
     "PostScript": ("vqa", showing(eps()), "not an image, or of an unknown format: expected PNG, JPEG"),
     "many pixels": ("vqa", showing(png(13_000, 13_000)), "13000 x 13000 pixels.*: expected .* of at most 12,500,000"),
-    "more pixels": ("vqa", showing(png(40_000, 40_000)), "40000 x 40000 pixels"),
+    "more pixels": ("vqa", showing(png(20_000, 20_000)), "20000 x 20000 pixels"),
     "a large file": ("vqa", showing("A" * 14_000_000), "has 10,500,000 bytes: expected at most 10,000,000; send"),
     "a file in pieces": ("vqa", showing("AA " * 4_400_000), "expected PNG, JPEG"),
     "a large body": ("vqa", {"inputs": [{"image": "A" * 9_000_000}] * 4}, r"request has at least 36,000,\d+ bytes"),
@@ -129,12 +129,12 @@ HOSTILE = {
     "a long label": (
         "clip",
         {"inputs": {"image": PICTURE, "candidate_labels": ["cat", "cat " * 400]}},
-        "a text of 1217 tokens: this model reads at most 24",
+        r"candidate_labels\[1\] has 1217 tokens in its template: expected at most 24; shorten it",
     ),
     "long labels": (
         "clip",
         {"inputs": {"image": PICTURE, "candidate_labels": ["a" * 2_000] * 256}},
-        "tokens: this model reads at most 24",
+        "tokens in its template: expected at most 24; shorten it",
     ),
     "half a character": ("vqa", {"inputs": {"image": PICTURE, "question": "a \ud800"}}, "half a surrogate pair"),
     "no text": ("vqa", {"inputs": {"image": PICTURE, "question": 5}}, "question is 5: expected a string"),
@@ -266,6 +266,7 @@ def test_all_parameters_work(handlers):
         (asking("nlvr2", top_k=1, reduction=0), 1),
         (asking("retrieval", reduction=0.6), 2),
         (asking("clip", hypothesis_template="a photo of {}", candidate_labels=["one"]), 2),
+        (asking("clip", hypothesis_template=endpoint_handler.TEMPLATE), 2),
         ({"inputs": PICTURE, "parameters": {"candidate_labels": ["cat", "dog", "one"], "reduction": 0.4}}, 3),
     ):
         task = "clip" if "image" not in request["inputs"] and "images" not in request["inputs"] else None

@@ -54,6 +54,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 ZERO_SHOT = "zero-shot-image-classification"
+TEMPLATE = "This is a photo of {}."  # that pipeline's default
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads EPS, too, by starting Ghostscript
 _EXPECTED = "expected base64 of an image file"
 _REDIRECTS = 5
@@ -518,7 +519,20 @@ class EndpointHandler:
         for name in self.parts:
             if name not in item and name not in ("prompt", "hypothesis_template"):
                 raise ValueError(f"The input has no {name}: expected {self._expected()}.")
+        if self.task == ZERO_SHOT:
+            self._check_labels(**{"hypothesis_template": TEMPLATE, **item})
         return item
+
+    def _check_labels(self, candidate_labels: list, hypothesis_template: str, **_) -> None:
+        """Raise a `ValueError` for a label that is too long for CLIP; its pipeline doesn't truncate."""
+        longest = self.pipeline.model.config.text_config.max_position_embeddings
+        texts = [hypothesis_template.format(label) for label in candidate_labels]
+        for index, mask in enumerate(self.pipeline.tokenizer(texts, padding=True)["attention_mask"]):
+            if sum(mask) > longest:
+                raise ValueError(
+                    f"candidate_labels[{index}] has {sum(mask)} tokens in its template: expected at most {longest};"
+                    " shorten it."
+                )
 
     def _answer(self, item, parameters: dict, reduction: float | None) -> list:
         item = self._check_input(item, parameters)
