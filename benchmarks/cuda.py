@@ -56,7 +56,7 @@ def own_modules():
         sys.path.remove(str(HERE))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.5, help="all of it, at most; default: 8.5")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)  # a stage in its own process
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--no_kernels", action="store_true", help="without Triton's kernels")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     on_cuda = args.device == "cuda"
     args.batch_sizes = args.batch_sizes or ([1, 8, 64, 256] if on_cuda else [2])
     args.reductions = args.reductions or ([0.5, 0.8] if on_cuda else [0.5])
@@ -220,8 +220,8 @@ def run_stage(stage: str, args, started: float, state: dict, no_kernels: bool = 
     return child.returncode
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments=None) -> None:
+    args = parse_arguments(arguments)
     if args.child:
         run_child(args)
         return

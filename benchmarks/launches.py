@@ -4,7 +4,7 @@ On a GPU a pass takes the time of its arithmetic or of its launches, whichever i
 on any machine: question answering runs on the path of devices other than the CPU, where every operation that torch
 dispatches and that is not a view counts as one launch, and every value that the host reads as one wait. `--kernels`
 also counts the path through Triton's kernels: each kernel counts as one launch, while plain torch computes its result
-(kernel_standins.py).
+(tests/helpers/kernel_standins.py).
 
     python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
     python benchmarks/launches.py --size tiny --batch_sizes 4   # a quick trial
@@ -21,7 +21,6 @@ import sys
 from unittest import mock
 
 import torch
-from kernel_standins import kernel_path
 from random_models import (
     MODELS,
     add_arguments,
@@ -31,11 +30,15 @@ from random_models import (
     make_models,
     read_setup,
 )
-from reporting import environment, make_parser, print_table, settings_of, write_json
+from reporting import ROOT, environment, make_parser, print_table, settings_of, write_json
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp_hf.modeling import sequences
+
+
+sys.path.insert(0, str(ROOT))
+from tests.helpers.kernel_standins import kernel_path
 
 
 # Not launches: views, and operations that only allocate.

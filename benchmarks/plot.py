@@ -68,11 +68,11 @@ def draw_panel(axes, panel: tuple[str, list[dict]]) -> None:
     axes.set(title=title, xlim=(0, widest), ylim=(0, highest), xlabel="FLOPs ratio", ylabel="time ratio")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="the JSON file that speed.py has written")
     parser.add_argument("--output", type=Path, help="default: the same name with .png")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     rows = [row for row in json.loads(args.results.read_text())["rows"] if "time_ratio" in row]
     print("\n".join(table(rows)))
     lines: dict[str, dict[int, list]] = {}
