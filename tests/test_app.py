@@ -129,8 +129,10 @@ def test_the_page_has_the_limits_of_an_endpoint(processor, monkeypatch, tmp_path
 
     app = make_app(pruned_model(), processor)
     show = next(function.fn for function in app.fns.values() if function.fn.__name__ == "show")
-    upload = next(block for block in app.blocks.values() if isinstance(block, gradio.Image) and block.interactive is not False)
-    content = {"bomb": base64.b64decode(png(13_000, 13_000)), "eps": base64.b64decode(eps()), "large": bytes(10_000_001)}
+    images = [block for block in app.blocks.values() if isinstance(block, gradio.Image)]
+    upload = next(image for image in images if image.interactive is not False)
+    bomb, postscript = base64.b64decode(png(13_000, 13_000)), base64.b64decode(eps())
+    content = {"bomb": bomb, "eps": postscript, "large": bytes(10_000_001)}
     for name, message in (
         ("bomb", "13000 x 13000 pixels, more than the limit of 12500000"),
         ("eps", "not an image, or of an unknown format"),
