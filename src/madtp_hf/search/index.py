@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..budgets.passes import restored
-from ..modeling.images import open_image
+from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
 from .embedding import embed_images, embedding_size, encode_images, encode_texts, load_model, progress, tokenize
 
@@ -230,7 +230,7 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     readable, images = [], []
     for one in found:
         try:
-            images.append(open_image(one["path"]))
+            images.append(read_image(one["path"]))
             readable.append(one)
         except ValueError:
             continue
