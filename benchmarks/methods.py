@@ -38,5 +38,3 @@ class WithoutAlignment(TermsMethod):
 
 
 ABLATIONS = ("without_self", "without_class", "without_alignment")
-FIXED = ("tome", "evit", "random")  # the package's methods whose token counts do not depend on the image
-VARIANTS = ("class_attention", *ABLATIONS)  # methods with MADTP's threshold

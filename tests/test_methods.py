@@ -1,4 +1,4 @@
-"""Every pruning method: against plain references that take one sample, calibrated, trained, frozen, saved and loaded."""
+"""Every pruning method: against plain references for one sample, calibrated, trained, frozen, saved and loaded."""
 
 import sys
 import threading
@@ -302,7 +302,7 @@ def test_attention_maps_are_returned(method):
 
 
 def calibrated(task, method, reductions, **options):
-    # Enough of a vision encoder for half of the FLOPs to be its own, and whole numbers of tokens near to any reduction.
+    # Enough of a vision encoder for half of the FLOPs to be its own, and enough tokens to come near any reduction.
     model = make_task_model(task, text_config={"num_hidden_layers": 2}, vision_config={"image_size": 96})
     model.set_pruning_method(method)
     batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed, image_size=96) for seed in range(2)]
@@ -486,7 +486,7 @@ def test_bad_input(model):
     with pytest.raises(ValueError, match=r"pruning_method='nothing': expected one of class_attention, evit, madtp"):
         model.set_pruning_method("nothing")
     for given in (None, 3, PruningMethod, object):
-        with pytest.raises(TypeError, match="set_pruning_method got .*: expected the name of a pruning method"):
+        with pytest.raises(TypeError, match=r"set_pruning_method got .*: expected the name of a pruning method"):
             model.set_pruning_method(given)
     model.set_pruning_method("tome")
     with pytest.raises(ValueError, match=r"temperature=1.0: the pruning method 'tome' expects r"):

@@ -20,7 +20,7 @@ pytest.importorskip("sklearn", reason="digit scenes need the extra `digits`")
 from typer.testing import CliRunner
 
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
-from madtp_hf.modeling.images import open_image
+from madtp_hf.modeling.images import read_image
 from madtp_hf.search import encode_images, encode_texts, index_images, load_index, load_model, search
 from madtp_hf_cli import app
 
@@ -185,9 +185,9 @@ def test_again_embeds_only_what_is_new_or_changed(blip, photos, tmp_path, index,
 
     def noted(path):
         opened.append(Path(path).name)
-        return open_image(path)
+        return read_image(path)
 
-    monkeypatch.setattr("madtp_hf.search.embedding.open_image", noted)
+    monkeypatch.setattr("madtp_hf.search.embedding.read_image", noted)
     again = index_images(*blip, photos, tmp_path / "index")
     assert sorted(opened) == ["02.png", "bad.gif", "new.jpg"]
     assert (again.embedded, again.kept, again.removed, len(again)) == (2, NUMBER - 2, 1, NUMBER)
@@ -197,7 +197,7 @@ def test_again_embeds_only_what_is_new_or_changed(blip, photos, tmp_path, index,
 
 
 def test_an_interrupted_run_is_gone_on_with(blip, photos, tmp_path, monkeypatch):
-    from madtp_hf import search as module
+    from madtp_hf.search import index as module
 
     def stops(*args, of=module.embed_images):
         for number, batch in enumerate(of(*args)):
@@ -275,7 +275,7 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
         (tmp_path / "none", "new", "holds no image"),
         (tmp_path / "missing", "new", "There is no"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
-        (photos / "00.png", "new", "is no text"),
+        (photos / "00.png", "new", "is not a text file"),
         (photos, "photos", "no index and not empty"),
         (elsewhere, "index", "none of its images is in"),
     ):
@@ -297,7 +297,7 @@ def invoke(*arguments):
 def test_index_and_search_by_command(photos, tmp_path, scenes):
     (photos / "bad.jpg").write_text("no")
     made = invoke("index", MODEL, photos, tmp_path / "index", "--workers", 0, "--device", "cpu")
-    assert made.exit_code == 0, made.stderr
+    assert made.exit_code == 3, made.stderr  # bad.jpg
     assert f"{NUMBER} embedded, 0 kept, 0 dropped, 1 unreadable" in made.stdout
     assert "left out: bad.jpg: not an image" in made.stderr
 
@@ -311,7 +311,7 @@ def test_index_and_search_by_command(photos, tmp_path, scenes):
     assert other.exit_code == 1 and "Traceback" not in other.stderr
     assert "blip-vqa-digits" in other.stderr and "made by" in other.stderr and "blip-retrieval-digits" in other.stderr
     none = invoke("search", photos, "red")
-    assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "holds no index" in none.stderr
+    assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "is not an index" in none.stderr
 
 
 @pytest.mark.parametrize("command", ["index", "search"])

@@ -41,6 +41,8 @@ def removable_of(spec, length) -> slice:
 def apply(states, sequences, decisions, spec, chunking=None):
     """What `repack` leaves of states by these decisions."""
     return repack(states, sequences, Attended(states, chunking or whole(sequences), decisions), spec)
+
+
 LAYOUTS = pytest.mark.parametrize("kind", ["varlen", "padded"])
 
 
@@ -76,7 +78,8 @@ def layer_written_out(x, states, query, key, value, alignment, temperature, spec
 
     s_self = norm(received.tolist())
     s_cls = [
-        float((pooling_attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))
+        float((pooling_attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum())
+        for i in range(len(tokens))
     ]
     s_tok = norm([max(row) for row in a])
     s = [sum(terms) / 3 for terms in zip(s_self, s_cls, s_tok)]

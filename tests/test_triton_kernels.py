@@ -163,7 +163,9 @@ def gate_inputs(lengths, num_columns, num_heads=3, dtype=torch.float32, query_bl
 
 def expected_importance(scores, received, pooling_attention, output_norm):
     """s of the tokens of one sample, in float64."""
-    scores, received, pooling_attention, output_norm = (x.double() for x in (scores, received, pooling_attention, output_norm))
+    scores, received, pooling_attention, output_norm = (
+        x.double() for x in (scores, received, pooling_attention, output_norm)
+    )
     by_all = received.sum(dim=0)
     by_reader = (pooling_attention * output_norm / output_norm.sum(dim=0)).sum(dim=0)
     by_alignment = scores.amax(dim=1)

@@ -123,15 +123,12 @@ def _read_metrics(metrics) -> dict:
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ValueError(
-            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, a row a"
-            " budget, such as"
-            " {0.5: {'accuracy': 0.93}}, or one row, {'accuracy': 0.93}, where a row gives finite numbers by name, one"
-            " of them of a metric; or None."
+            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, one row per"
+            " budget such as {0.5: {'accuracy': 0.93}}, a single row {'accuracy': 0.93}, or None; a row maps names to"
+            " finite numbers, at least one of them a metric."
         )
     if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
-        raise ValueError(
-            f"metrics={given[:200]}: expected a {_BUDGET!r} in each of several rows, and no two the same."
-        )
+        raise ValueError(f"metrics={given[:200]}: expected a different {_BUDGET!r} in each of several rows.")
     return content
 
 
@@ -258,7 +255,10 @@ def _loading(config, task, model_class: str, name: str) -> dict:
 
 def _pruning(config) -> dict:
     """Return the template's values that say which budgets a checkpoint has, and at which one it loads."""
-    schedule, reductions = getattr(config, "pruning_schedule", None) or [], getattr(config, "calibrated_reductions", [])
+    schedule, reductions = (
+        getattr(config, "pruning_schedule", None) or [],
+        getattr(config, "calibrated_reductions", []),
+    )
     setting = getattr(config, "pruning_setting", None)
     if schedule:
         budget = f"reduction={min(reductions, key=lambda r: abs(r - 0.5)):g}"

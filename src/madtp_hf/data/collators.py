@@ -7,7 +7,6 @@ applied, as in the pipeline. A row that can't be used raises a `ValueError` that
 """
 
 import hashlib
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.utils.data
 
-from ..modeling.pipeline_madtp_blip import read_image
+from ..modeling.images import read_image
 
 
 def _column(rows: list[dict], name: str) -> list:
@@ -25,9 +24,9 @@ def _column(rows: list[dict], name: str) -> list:
             raise ValueError(f"Row {index} of the batch has None as {name!r}: expected a value, or leave the row out.")
         if name not in row:
             raise ValueError(
-                f"Row {index} of the batch has no {name!r}, only {list(row)}: expected rows with that column; if the"
-                " data set has it, Trainer has removed it, as it does with columns that the model's forward doesn't"
-                " know: pass TrainingArguments(remove_unused_columns=False)."
+                f"Row {index} of the batch has no {name!r}, only {list(row)}: expected rows with that column. If the"
+                " data set has it, Trainer has removed it, because the model's forward has no such argument: pass"
+                " TrainingArguments(remove_unused_columns=False)."
             )
     return [row[name] for row in rows]
 
@@ -95,14 +94,9 @@ def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
     images = []
     for index, of_row in enumerate(zip(*columns)):
         for name, image in zip(names, of_row):
-            if isinstance(image, str) and not os.path.isfile(image):  # read_image would fetch a URL
-                raise ValueError(
-                    f"Row {index} of the batch has {image[:200]!r} as {name!r}: there is no such file; expected a"
-                    " path that exists, or a PIL image."
-                )
             try:
                 images.append(read_image(image))
-            except (TypeError, ValueError, OSError) as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"Row {index} of the batch, {name!r}: {error}") from error
     return processor.image_processor(images=images, return_tensors="pt").pixel_values
 

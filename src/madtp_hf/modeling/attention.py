@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .chunks import divide, takes_chunks, whole
-from .sequences import Sequences, join, take_tokens
+from .sequences import Sequences, join
 from .token_pruning import AttentionStatistics
 from .triton_kernels import KERNEL_ERRORS, disable, is_available, varlen_attention
 
@@ -142,7 +142,7 @@ def attend(
             is_causal,
         )
         outputs.append(of_query.unpad(states.transpose(1, 2).flatten(2)))
-    return chunking.join_rows(outputs, sequences.row_counts)
+    return chunking.join_rows(outputs, sequences)
 
 
 def _flash_attention(attention, implementation, query, key, value, sequences, context, dropout, is_causal):

@@ -50,15 +50,15 @@ class Chunking(NamedTuple):
             sequences.chunks[self] = [_chunk(sequences, list(order[start:stop])) for start, stop in bounds]
         return sequences.chunks[self]
 
-    def join_rows(self, outputs: list[torch.Tensor], row_counts: list[int]) -> torch.Tensor:
+    def join_rows(self, outputs: list[torch.Tensor], sequences: Sequences, row_counts: list[int] | None = None):
         """Join the rows that were computed for each chunk into rows of the batch.
 
-        row_counts: the number of rows of each sequence.
+        row_counts: the number of rows of each sequence, if it is no longer the layout's.
         """
         rows = join(outputs)
         if self.order is None:
             return rows
-        counts = torch.tensor(row_counts, device="cpu")
+        counts = torch.tensor(sequences.row_counts if row_counts is None else row_counts, device="cpu")
         order = torch.tensor(self.order, device="cpu")
         in_chunks = torch.empty_like(counts)
         in_chunks[order] = counts[order].cumsum(0) - counts[order]

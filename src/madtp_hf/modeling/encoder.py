@@ -35,8 +35,7 @@ class LayerPlan(NamedTuple):
 
 
 # A plain tuple, because gradient checkpointing passes tuples through: states (R', D), their layout, the alignment
-# feature (B, T, E) or None, the function that maps the layer's positions to those of the rows that it leaves or None if
-# no token was removed, and the self-attention maps (B, H, L, L) or None.
+# feature (B, T, E) or None, `Repacked.moved`, and the self-attention maps (B, H, L, L) or None.
 LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Callable | None, torch.Tensor | None]
 
 

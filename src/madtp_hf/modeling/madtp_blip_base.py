@@ -151,9 +151,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
         method = self.make_method(pruning, "text", with_feature)
-        return self.text_encoder(
-            input_ids, *images, mask=mask, layout=pruning.text_layout, method=method, **outputs
-        )
+        return self.text_encoder(input_ids, *images, mask=mask, layout=pruning.text_layout, method=method, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
         """Return a copy of the given generation configuration, or of the model's own.

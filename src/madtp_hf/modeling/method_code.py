@@ -38,7 +38,7 @@ def carry_code(method: type, folder: Path, modeling_file: str) -> None:
         if other is not None:
             raise ValueError(
                 f"{file} has the line {other.group().strip()!r}, and checkpoints are used without madtp_hf: expected"
-                " imports from madtp_hf.modeling alone, in the form `from madtp_hf.modeling.pruning_method import ...`."
+                " imports from madtp_hf.modeling alone, as `from madtp_hf.modeling.pruning_method import Decision`."
             )
         target = folder / file.name
         if target.exists() and target.read_text() != code and not _is_copy(target, method):

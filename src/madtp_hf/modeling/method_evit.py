@@ -4,7 +4,7 @@ from .pruning_method import FixedCountMethod, share_left
 
 
 def prunes_in(num_layers: int) -> tuple[int, ...]:
-    """Return the layers that prune, at a quarter, a half and three quarters of the depth; of 12, the 4th, 7th, 10th."""
+    """Return the layers that prune, at a quarter, a half and three quarters of the depth."""
     return num_layers // 4, num_layers // 2, 3 * num_layers // 4
 
 

@@ -329,7 +329,11 @@ class MadtpMethod(PruningMethod):
         spec = self.spec
         known = spec.num_prefix_tokens == 1 and spec.num_suffix_tokens in (0, 1)
         pools = spec.pooling == "last" if spec.num_suffix_tokens else spec.pooling == "first"
-        if self.granularity != "instance" or not (known and pools) or (scores.requires_grad and torch.is_grad_enabled()):
+        if (
+            self.granularity != "instance"
+            or not (known and pools)
+            or (scores.requires_grad and torch.is_grad_enabled())
+        ):
             return None
         protects_last = spec.num_suffix_tokens == 1
         output, *statistics = scored_varlen_attention(

@@ -45,6 +45,7 @@ from .padding import check_same_number, check_same_shape, left_align, read_promp
 from .prepacked_linear import PrepackedLinear  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
 from .pruning_method import Decision  # noqa: F401
+from .repack import repack  # noqa: F401
 from .retrieval_loss import (
     TEMPERATURE,
     ContrastiveKeys,
@@ -56,7 +57,6 @@ from .retrieval_loss import (
 )
 from .sequences import unpad
 from .token_pruning import AttentionStatistics  # noqa: F401
-from .repack import repack  # noqa: F401
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -470,9 +470,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         )
         # (2 * B, ...), left and right images alternating
         left, right = (vision.sequences.every_other(vision.states, side) for side in (0, 1))
-        text = self._encode_text(
-            input_ids, attention_mask, *left, *right, with_feature=with_feature, pruning=pruning
-        )
+        text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature, pruning=pruning)
         logits = self.cls_head(text.first_states)
 
         loss = task_loss = align_loss = None

@@ -56,7 +56,7 @@ class PruningOutput:
 
 
 # By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
-_OVERRIDES: ContextVar[dict[int, tuple]] = ContextVar("pruning of one thread", default={})
+_OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
 
 
 class PruningPass:
@@ -69,7 +69,8 @@ class PruningPass:
     def __init__(self, config, method: type[PruningMethod], setting: dict | None):
         if setting is not None and not all(name in method.fields for name in setting):
             raise ValueError(
-                f"The setting {setting} is none of the pruning method {method.name!r}: expected {', '.join(method.fields)}."
+                f"The setting {setting} is none of the pruning method {method.name!r}, which expects"
+                f" {', '.join(method.fields)}."
             )
         self.method, self.setting, self.granularity = method, setting, config.pruning_granularity
         self.modalities = [name for name in config.pruning_modalities if name in method.modalities]
@@ -188,7 +189,7 @@ class PrunedModelMixin:
         method = self._find_method(method)
         setting = self._read_setting(method, args, reduction, setting)
         PruningPass(self.config, method, setting)
-        token = _OVERRIDES.set({**_OVERRIDES.get(), id(self): (method, setting)})
+        token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), id(self): (method, setting)})
         try:
             yield self
         finally:
@@ -265,7 +266,7 @@ class PrunedModelMixin:
         """Return the pruning of a forward pass that begins: this thread's, else the configuration's."""
         method, setting = self.pruning_method, self.config.pruning_setting
         if not torch.compiler.is_compiling():  # compiled code can't read a thread's own value
-            method, setting = _OVERRIDES.get().get(id(self), (method, setting))
+            method, setting = (_OVERRIDES.get() or {}).get(id(self), (method, setting))
         return PruningPass(self.config, method, setting)
 
     @property

@@ -1,4 +1,4 @@
-"""What a pruning method is: what it needs from attention, its decision for a layer, the path of its settings, its cost.
+"""What a pruning method is: what it needs of attention, its decision for a layer, its path of settings, and its cost.
 
 A method is a class with a `name`, in a file of its own; a branch of one forward pass is pruned by one object of it.
 
@@ -276,7 +276,7 @@ class PruningMethod:
                 output, found = attend_fused(query_key_value, chunk, self.spec, self.needs, bias, dropout, all_maps)
             outputs.append(output)
             decisions.append(self.decide(layer, found, scores, chunk))
-        return Attended(chunking.join_rows(outputs, sequences.row_counts), chunking, decisions)
+        return Attended(chunking.join_rows(outputs, sequences), chunking, decisions)
 
     def to(self, device, non_blocking: bool = False) -> "PruningMethod":
         """Move to a device, for models whose layers are on several devices; here, there is nothing to move."""

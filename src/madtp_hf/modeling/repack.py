@@ -13,6 +13,7 @@ from .attention import BranchSpec
 from .padding import LONGER_THAN_ANY
 from .pruning_method import Attended, Decision
 from .sequences import Sequences, scatter_rows, take_tokens
+from .token_pruning import without_autocast
 from .triton_kernels import merge
 
 
@@ -77,7 +78,7 @@ def merge_tokens(padded: torch.Tensor, decision: Decision, spec: BranchSpec) -> 
     removable = slice(spec.num_prefix_tokens, spec.num_prefix_tokens + decision.stays.shape[1])
     tokens = padded[:, removable]
     if decision.into is None:
-        with torch.autocast(padded.device.type, enabled=False):
+        with without_autocast(padded.device.type):
             return padded, (decision.weight.unsqueeze(1).to(padded.dtype) @ tokens).squeeze(1)
     entering = torch.zeros_like(decision.weight).scatter_add(1, decision.into, decision.weight)
     own = tokens.float() * (1 - entering).unsqueeze(-1)
@@ -127,9 +128,9 @@ def repack(states: torch.Tensor, sequences: Sequences, attended: Attended, spec:
         repackings.append(repacking)
 
     def moved(positions: torch.Tensor) -> torch.Tensor:
-        return chunking.join_rows([_move(repacking, positions) for repacking in repackings], row_counts)
+        return chunking.join_rows([_move(repacking, positions) for repacking in repackings], sequences, row_counts)
 
-    states = chunking.join_rows(outputs, row_counts)
+    states = chunking.join_rows(outputs, sequences, row_counts)
     return Repacked(states, Sequences.varlen(row_counts, states.device, lengths, before=sequences), moved)
 
 

@@ -155,8 +155,8 @@ class Sequences:
     def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """Gather rows (R, ...) into padded states (B, max_seqlen, ...).
 
-        If this is a chunk of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies of
-        their last row. dim: the dimension of the rows.
+        If this is a chunk of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies
+        of their last row. dim: the dimension of the rows.
         """
         if self.batch_rows is not None:
             states = states.index_select(dim, self.batch_rows)

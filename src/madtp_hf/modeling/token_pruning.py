@@ -15,6 +15,7 @@ A pruned layer, step by step:
 7. (the layer's feed-forward on the remaining tokens)
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class AttentionStatistics(NamedTuple):
 
     The *pooling query* is the one whose row of A says what the sample as a whole attends to, such as a class token's.
 
-    received (B, N): the sum over queries, without those of the protected tokens at the front, of A's maximum over heads
+    received (B, N): the sum over queries, without those of protected tokens at the front, of A's maximum over heads
     pooling_attention (H, B, N): the pooling query's row of A
     output_norm (H, B, N): the norms of O's rows
     """
@@ -64,7 +65,7 @@ def alignment_loss(image_feature: torch.Tensor, text_feature: torch.Tensor) -> t
 
 
 def pooling_importance(statistics: AttentionStatistics) -> torch.Tensor:
-    """Step 4: compute s_cls (B, N), the pooling query's attention to each token, weighted over heads by its output norm."""
+    """Step 4: compute s_cls (B, N), the pooling query's attention to each token, weighted by its output norms."""
     norm = statistics.output_norm
     return (statistics.pooling_attention * norm).sum(dim=0) / norm.sum(dim=0)
 
@@ -113,11 +114,16 @@ def importance_threshold(
     # equals that token's importance to the last bit, and rounding decides whether the token stays: this order rounds
     # as the published implementation does.
     gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
-    with torch.autocast(gate.device.type, enabled=False):
+    with without_autocast(gate.device.type):
         seen = importance.float().unsqueeze(1) @ gate
         total = gate.sum(dim=1, keepdim=True) if mask is None else mask.unsqueeze(1) @ gate
     threshold = (seen / total).amin(dim=-1)
     return threshold if factor == 1 else threshold * factor
+
+
+def without_autocast(device_type: str):
+    """Switch autocast off where it is on. Elsewhere, there is no context: an exporter traces one as a subgraph."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def select_tokens(

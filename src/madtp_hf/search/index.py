@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..budgets.passes import restored
-from ..modeling.images import open_image
+from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
 from .embedding import embed_images, embedding_size, encode_images, encode_texts, load_model, progress, tokenize
 
@@ -27,7 +27,7 @@ __all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_
 KINDS = ("flat", "hnsw", "ivf")
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .avif .jp2 .heic .heif".split())
 _DESCRIPTION = "index.json"
-_HINT = "Search again with the index's model, embed all images anew (--force, force=True), or choose another folder."
+_HINT = "Search with the index's model, embed all images again with `force=True`, or choose another folder."
 
 
 @dataclass
@@ -147,7 +147,7 @@ def load_index(folder) -> ImageIndex:
     """
     faiss, folder = _faiss(), Path(folder).expanduser()
     if not (folder / _DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder} holds no index: expected a folder that `madtp-hf index` has written.")
+        raise FileNotFoundError(f"{folder} is not an index: expected a folder that `madtp-hf index` has written.")
     import pyarrow.parquet
 
     try:
@@ -158,7 +158,7 @@ def load_index(folder) -> ImageIndex:
             raise ValueError(f"{vectors.ntotal} vectors of {len(names)} images")
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"The index {folder} is damaged ({reason}): make it anew with --force.") from error
+        raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
     return ImageIndex(vectors, names, info)
 
 
@@ -230,7 +230,7 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     readable, images = [], []
     for one in found:
         try:
-            images.append(open_image(one["path"]))
+            images.append(read_image(one["path"]))
             readable.append(one)
         except ValueError:
             continue
@@ -321,10 +321,10 @@ def _find_images(images) -> tuple[str, list[str]]:
             try:
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
             except UnicodeDecodeError:
-                raise ValueError(f"{path} is no text: expected a folder, or a text file with a path a line.") from None
+                raise ValueError(f"{path} is not a text file: expected a folder, or a list of paths.") from None
             root, names = str(path.resolve().parent), [line.strip() for line in lines if line.strip()]
         else:
-            raise FileNotFoundError(f"There is no {path}: expected a folder, or a text file with a path a line.")
+            raise FileNotFoundError(f"{path} does not exist: expected a folder, or a text file of paths.")
     else:
         root, names = os.getcwd(), [os.fspath(image) for image in images]
     if not names:
@@ -368,7 +368,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     """Copy the embeddings of unchanged images from the index in `folder`, if any; return the names in that index."""
     if not (folder / _DESCRIPTION).is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is no index and not empty: choose another name for the index.")
+            raise ValueError(f"{folder} is not empty and not an index: choose another folder.")
         return []
     if force:
         return []
@@ -389,7 +389,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     if not same and old.info["root"] != table.root:
         raise ValueError(
             f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another"
-            " name for the index, or replace it with --force (force=True)."
+            " folder, or replace it with `force=True`."
         )
     if same:
         if old.info["kind"] == "ivf":

@@ -33,7 +33,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
         num_targets (`int`, *optional*, defaults to 5):
             The number of targets, with a pair.
         gain (`float`, *optional*):
-            The initial move along the path for an error of 1 in the reduction. Defaults to 0.3 where a calibrated schedule gives the starting point, else to 1.5.
+            The initial move along the path for an error of 1 in the reduction. Defaults to 0.3 where a calibrated
+            schedule gives the starting point, else to 1.5.
         seed (`int`, *optional*, defaults to 0):
             Seed for drawing targets.
     """
@@ -42,7 +43,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
         low, high = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,) * 2
         if not 0 < low <= high < 1:
             raise ValueError(
-                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of them, the smaller"
+                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of these, the smaller"
                 " first."
             )
         if num_targets < 2:

@@ -67,7 +67,15 @@ def scored_varlen_attention(query, key, value, cu_seqlens, max_seqlen, is_causal
 
 
 def gate(
-    scores, received, pooling_attention, output_norm, cu_seqlens, temperature, min_kept, protects_last=False, factor=1.0
+    scores,
+    received,
+    pooling_attention,
+    output_norm,
+    cu_seqlens,
+    temperature,
+    min_kept,
+    protects_last=False,
+    factor=1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     importance = torch.zeros(scores.shape[0], device=scores.device)
     destinations, lengths = [], [0]
