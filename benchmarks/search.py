@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from madtp_hf.checkpoints.load import load
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
-from madtp_hf.search import encode_images, encode_texts, index_images, load_index, load_model, search
+from madtp_hf.search import encode_images, encode_texts, index_images, load_index, search
 
 
 MODEL = Path(__file__).parents[1] / "examples" / "blip-retrieval-digits"
@@ -77,7 +78,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    model, processor = load_model(MODEL, device="cpu")
+    loaded = load(MODEL, device="cpu")
+    model, processor = loaded.model, loaded.processor
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch, "photos")

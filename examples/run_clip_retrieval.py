@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import CLIPProcessor, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from madtp_hf import MadtpClipModel, RetrievalTrainer, calibrate, create_optimizer
+from madtp_hf import RetrievalTrainer, calibrate, create_optimizer
 from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.data import RetrievalCollator
 from madtp_hf.tasks.pair_scores import CaptionedImages, retrieval_rows, score_by_features
@@ -59,8 +59,7 @@ def main():
     set_seed(training_args.seed)
 
     # 1. Load model and data.
-    processor = CLIPProcessor.from_pretrained(args.model)
-    model = pruning_args.load_model(MadtpClipModel, args.model)
+    model, processor = pruning_args.load(args.model, "clip")
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
         train, validation, test = args.load_data()

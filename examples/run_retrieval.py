@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from madtp_hf import (
-    MadtpBlipForImageTextRetrieval,
     RetrievalTrainer,
     calibrate,
     create_optimizer,
@@ -63,8 +62,7 @@ def main():
     set_seed(training_args.seed)
 
     # 1. Load model and data.
-    processor = BlipProcessor.from_pretrained(args.model)
-    model = pruning_args.load_model(MadtpBlipForImageTextRetrieval, args.model)
+    model, processor = pruning_args.load(args.model, "retrieval")
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
         train, validation, test = args.load_data()

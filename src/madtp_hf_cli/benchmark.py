@@ -46,12 +46,12 @@ def benchmark(
         import torch
 
         from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
+        from madtp_hf.checkpoints.load import load
 
         check_new_file(out, force)
         if threads:
             torch.set_num_threads(threads)
-        title, rows = run_benchmark(
-            model, images, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device
-        )
+        loaded = load(model, task, device=device)
+        title, rows = run_benchmark(loaded, images, text, reductions, batch_sizes or BATCH_SIZES, rounds, out)
     print_table(title, rows)
     typer.echo(f"{out}: written.")

@@ -31,40 +31,24 @@ def export(
     Example: madtp-hf export blip-vqa blip-vqa-onnx --onnx --reduction 0.5
     """
     with one_message_of_errors():
+        from transformers.utils import logging
+
+        from madtp_hf.checkpoints.load import load
         from madtp_hf.checkpoints.push import find_checkpoint_files
         from madtp_hf.serving.onnx_export import export_onnx
-        from madtp_hf.tasks import TASKS
 
+        logging.disable_progress_bar()  # of loading
         out = out.resolve()
         check_out(out, model, force)
         find_checkpoint_files(model)
-        loaded, processor = _load(model, TASKS)
+        loaded = load(model, device="cpu")
         if reduction is not None:
-            loaded.set_pruning(reduction=reduction)
+            loaded.model.set_pruning(reduction=reduction)
         try:
-            export_onnx(loaded, processor, out, force=force)
+            export_onnx(loaded.model, loaded.processor, out, force=force)
         except (ImportError, RuntimeError) as error:
             raise ValueError(" ".join(str(error).split())) from error
-    counts = loaded.config.token_counts() if loaded.is_pruning else None
+    exported = loaded.model
+    counts = exported.config.token_counts() if exported.is_pruning else None
     pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
-    typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with onnx_runner.py in there.")
-
-
-def _load(folder: Path, tasks):
-    """Load this package's model from a folder, and its processor."""
-    import json
-
-    from transformers import BlipProcessor, CLIPProcessor
-    from transformers.utils import logging
-
-    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    task = next(task for task in tasks.values() if task.model_class.__name__ == named)
-    processor_class = CLIPProcessor if task.family == "CLIP" else BlipProcessor
-    shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = task.model_class.from_pretrained(folder).float().eval()
-    finally:
-        if shows:
-            logging.enable_progress_bar()
-    return model, processor_class.from_pretrained(folder)
+    typer.echo(f"{out}: {type(exported).__name__}, {pruned}; run it with onnx_runner.py in there.")

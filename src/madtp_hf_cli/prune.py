@@ -66,9 +66,9 @@ def prune(
         from madtp_hf.budgets.evaluation import evaluate_budgets
         from madtp_hf.budgets.passes import encode
         from madtp_hf.checkpoints.card import write_model_card
-        from madtp_hf.checkpoints.load import load_model, make_batches
+        from madtp_hf.checkpoints.load import load
         from madtp_hf.data.rows import load_rows
-        from madtp_hf.tasks import TASKS
+        from madtp_hf.tasks import make_batches
 
         out = out.resolve()
         check_out(out, model, force)
@@ -77,11 +77,11 @@ def prune(
         wanted = reductions or [0.5, 0.3, 0.7]
         source = model
         read_reductions(wanted)  # fail before minutes of reading
-        model, processor, is_dense = load_model(source, task, device)
-        entry = TASKS[model.task]
+        loaded = load(source, task, device=device).require_trained()
+        model, processor, entry = loaded.model, loaded.processor, loaded.task
         rows = load_rows(entry, data, question or (), image_dir, samples=samples)
         batches = make_batches(model, processor, rows, batch_size)
-        fitted = is_dense if alignment is None else alignment == "fit"
+        fitted = loaded.is_dense if alignment is None else alignment == "fit"
         if fitted:
             init_alignment_from(model, batches)
         with warnings_as_messages():

@@ -17,14 +17,12 @@ import transformers
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checkpoints.card import public_name
-from ..checkpoints.load import load_model, make_batches
 from ..data.rows import load_rows
 from ..modeling.versions import VERSION as __version__
-from ..tasks import TASKS
+from ..tasks import TASKS, make_batches
 from .alignment import init_alignment_from
 from .calibration import calibrate
-from .evaluation import prepacked, synchronize
+from .evaluation import prepacked, public_name, synchronize
 from .passes import complete, encode, measure, restored
 
 
@@ -181,18 +179,18 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
     return results
 
 
-def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, task=None, device=None):
-    """Load a checkpoint, calibrate it if it isn't, time it and write `out`; return the table's title and rows.
+def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out):
+    """Calibrate a checkpoint if it isn't, time it and write `out`; return the table's title and rows.
 
     Args:
-        source, task, device: As [`~madtp_hf.checkpoints.load.load_model`] takes them.
+        loaded: What [`~madtp_hf.checkpoints.load.load`] returned.
         images (`str` or `Path`, *optional*): A folder of images; noise if None.
         text (`str`, *optional*): The text for all images; the task's default if None.
         reductions, batch_sizes, rounds: As [`benchmark`] takes them.
         out (`str` or `Path`): The JSON file to write.
     """
-    model, processor, is_dense = load_model(source, task, device)
-    entry, number = TASKS[model.task], max(*batch_sizes, CALIBRATION_SAMPLES)
+    model, processor, entry = loaded.model, loaded.processor, loaded.task
+    number = max(*batch_sizes, CALIBRATION_SAMPLES)
     texts = [text or entry.text]
     if images is None:
         pictures = iter(synthetic_images(number * entry.num_images, model.config.vision_config.image_size))
@@ -211,7 +209,7 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
     calibrated_here = not known
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
-        if is_dense:
+        if loaded.is_dense:
             init_alignment_from(model, batches)
         known = [found for found, *_ in calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)]
         reductions = known
@@ -223,7 +221,7 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
         else f"{platform.processor() or platform.machine()}, {threads} threads"
     )
     facts = {
-        "model": public_name(source),
+        "model": public_name(loaded.source),
         "task": model.task,
         "images": "noise" if images is None else public_name(images),
         "calibrated here": calibrated_here,

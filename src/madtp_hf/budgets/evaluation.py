@@ -1,6 +1,7 @@
 """Evaluate a model at several budgets: its predictions, their FLOPs and their time."""
 
 import json
+import os
 import platform
 import time
 from contextlib import contextmanager
@@ -191,6 +192,11 @@ def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float
     if 0.0 not in scores:
         raise ValueError(f"scores at reductions {sorted(scores)}: expected one at 0, pruning off, to compare with.")
     return max(reduction for reduction, score in scores.items() if score >= scores[0.0] - loss - 1e-9)
+
+
+def public_name(source) -> str:
+    """Return the name of a model or data set: the last part of a folder's path, or a Hub id unchanged."""
+    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def show_number(name: str, value: float) -> str:

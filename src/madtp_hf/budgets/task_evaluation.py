@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import DataLoader
 
-from ..checkpoints.load import make_batches, make_collator
 from ..metrics import load_metric
-from ..tasks import TASKS
+from ..tasks import TASKS, make_batches, make_collator
 from ..tasks.pair_scores import score_by_features, score_images_and_texts
 from .evaluation import budget_rows, evaluate_budgets, prepacked
 from .passes import restored

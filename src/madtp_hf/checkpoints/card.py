@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BlipConfig, CLIPConfig
 
-from ..budgets.evaluation import show_number
+from ..budgets.evaluation import public_name, show_number
 from ..modeling.configuration_madtp_blip import MadtpBlipConfig
 from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import Task, task_of
@@ -21,11 +21,6 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Columns of a results table that aren't metrics.
 _BUDGET = "reduction asked"
 _NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
-
-
-def public_name(source) -> str:
-    """Return the name of a model or data set for a card: the last part of a folder's path, or a Hub id unchanged."""
-    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def _hub_ids(sources) -> list[str] | None:

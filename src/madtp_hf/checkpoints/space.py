@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from ..modeling.pipeline_madtp_blip import read_image
 from ..modeling.versions import VERSION as __version__
-from ..serving.page import check_shown, task_of
+from ..serving.page import check_shown
+from ..tasks import task_of
 from .push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
 
 
@@ -25,13 +26,14 @@ _APP = '''"""What a pruned model drops: ask it, move the reduction. Made by madt
 import json
 from pathlib import Path
 
-from madtp_hf.serving.page import load_model, make_app
+from madtp_hf.checkpoints.load import load
+from madtp_hf.serving.page import TASKS_SHOWN, make_app
 
 
 HERE = Path(__file__).parent
 examples = [(str(HERE / image), text) for image, text in json.loads((HERE / "examples.json").read_text("utf-8"))]
-model, processor = load_model({source}, revision={revision!r})
-app = make_app(model, processor, examples, {name!r})
+loaded = load({source}, tuple(TASKS_SHOWN), revision={revision!r}, precision="auto")
+app = make_app(loaded.model, loaded.processor, examples, {name!r})
 
 if __name__ == "__main__":
     app.launch()
@@ -49,7 +51,7 @@ def check_space(model, revision: str | None = None, token: str | None = None) ->
     if Path(model).is_dir():
         find_checkpoint_files(model)
     config = AutoConfig.from_pretrained(model, revision=revision, token=token, trust_remote_code=False)
-    check_shown(task_of(config, model), config, model)
+    check_shown(task_of(config)[0].name, config, model)
 
 
 def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
 from ..data.collators import (
     CaptioningCollator,
     QuestionAnsweringCollator,
@@ -17,6 +20,9 @@ from ..modeling.modeling_madtp_blip import (
 )
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas
+
+
+IN_MEMORY = 256  # up to this many samples, tensors are kept; beyond, each pass reads the images again
 
 
 @dataclass(frozen=True)
@@ -218,3 +224,20 @@ def task_of(config) -> tuple[Task, str]:
         f"The configuration has architectures={getattr(config, 'architectures', None)!r}: expected one of"
         f" {', '.join(tasks)}, or Madtp before these. Pass the configuration of a saved checkpoint."
     )
+
+
+def make_collator(model, processor):
+    """Return the collator of a model's task, which truncates texts at the model's maximum length."""
+    task, text_config = TASKS[model.task], model.config.text_config
+    start = [text_config.bos_token_id] if task.decoder_inputs else []
+    return task.collator(processor, *start, max_length=text_config.max_position_embeddings)
+
+
+def make_batches(model, processor, rows: list[dict], batch_size: int):
+    """Make batches that can be read many times: a list for a few samples, a `DataLoader` for many."""
+    if TASKS[model.task].text_column is None:  # captioning: the collator needs captions, a forward pass doesn't
+        rows = [{"captions": [""], **row} for row in rows]
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=make_collator(model, processor))
+    if len(rows) > IN_MEMORY:
+        return loader
+    return list(tqdm(loader, desc="reading images", unit=" batches", leave=False))

@@ -5,11 +5,12 @@ import json
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..budgets.alignment import init_alignment_from
 from ..budgets.calibration import calibrate
-from ..checkpoints.card import public_name
+from ..budgets.evaluation import public_name
+from ..checkpoints.load import load
 from ..data import load_coco_captions, load_digit_captions, load_flickr30k
 from .reduction_callback import ReductionCallback
 
@@ -81,16 +82,11 @@ class PruningArguments:
         if self.dense:
             self.reductions = []
 
-    def load_model(self, model_class, source: str):
-        """Load a pruned model unchanged, or a dense one with new alignment tokens; `source` is a folder or Hub id."""
-        if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
-            model = model_class.from_pretrained(source)
-        else:
-            from_dense = model_class.from_clip if hasattr(model_class, "from_clip") else model_class.from_blip
-            model = from_dense(
-                source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
-            )
-        return model.float()  # always float32: weights in half precision don't train
+    def load(self, source: str, task: str):
+        """Load a task's model and processor: a pruned one unchanged, a dense one with new alignment tokens."""
+        shape = {"num_alignment_tokens": self.num_alignment_tokens, "alignment_dim": self.alignment_dim or None}
+        loaded = load(source, task, device="cpu", **shape)  # in float32: weights in half precision don't train
+        return loaded.model, loaded.processor
 
     def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
         """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation."""
