@@ -29,7 +29,7 @@ def prune_digit_model(task: str, num_samples: int = 256, seed: int = 1):
     set_seed(seed)
     source, load = HERE / f"blip-{task}-digits", load_digit_questions if task == "vqa" else load_digit_captions
     processor = AutoProcessor.from_pretrained(source)
-    model = TASKS[task].model_class.from_blip(source, num_alignment_tokens=64).eval()
+    model = TASKS[task].model_class.from_blip(source).eval()
     collator = TASKS[task].collator(processor, model.config.text_config.bos_token_id)
     if TASKS[task].text_encoder:  # captioning has no text encoder and starts with random alignment tokens
         init_alignment_from(model, DataLoader(load("train", num_samples, seed), batch_size=64, collate_fn=collator))

@@ -108,9 +108,8 @@ def test_prune_takes_each_task(task, dense, photos, tmp_path):
     assert result.exit_code == 0, result.stderr
     loaded = load(tmp_path / "out")
     model = loaded.model
-    assert (
-        model.task == loaded.task.name == task and not loaded.is_dense and model.config.pruning_schedule[0][0] == 0.4
-    )
+    assert model.task == loaded.task.name == task and not loaded.is_dense
+    assert model.config.pruning_schedule[0][0] == 0.4
 
 
 def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):

@@ -94,9 +94,9 @@ def test_a_grey_file_becomes_rgb(processor, tmp_path):
 @pytest.mark.parametrize(
     "image, message",
     [
-        ("missing.png", "Row 1 .*'missing.png' as 'image': there is no such file"),
-        ("https://127.0.0.1:9/image.png", "Row 1 .*there is no such file"),  # a collator fetches nothing
-        (5, "Row 1 .*The image is a int: expected a PIL image"),
+        ("missing.png", "Row 1 .*'image': The image missing.png can't be read: no such file"),
+        ("https://127.0.0.1:9/image.png", "Row 1 .*no such file"),  # a collator fetches nothing
+        (5, "Row 1 .*The image is a int: expected a path"),
         (np.zeros((3, 40, 40), dtype=np.uint8), r"Row 1 .*shape \(3, 40, 40\).*expected \(height, width, 3\)"),
         (np.zeros((40, 40, 3)), "Row 1 .*float64.*uint8"),
         (None, "Row 1 .*None as 'image'"),

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from madtp_hf.checkpoints.load import load
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
-from madtp_hf.modeling.images import open_image
+from madtp_hf.modeling.images import read_image
 from madtp_hf.search import encode_images, encode_texts, index_images, load_index, search
 from madtp_hf_cli import app
 
@@ -187,9 +187,9 @@ def test_again_embeds_only_what_is_new_or_changed(blip, photos, tmp_path, index,
 
     def noted(path):
         opened.append(Path(path).name)
-        return open_image(path)
+        return read_image(path)
 
-    monkeypatch.setattr("madtp_hf.search.embedding.open_image", noted)
+    monkeypatch.setattr("madtp_hf.search.embedding.read_image", noted)
     again = index_images(*blip, photos, tmp_path / "index")
     assert sorted(opened) == ["02.png", "bad.gif", "new.jpg"]
     assert (again.embedded, again.kept, again.removed, len(again)) == (2, NUMBER - 2, 1, NUMBER)

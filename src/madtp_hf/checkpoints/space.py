@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
-from ..modeling.pipeline_madtp_blip import read_image
+from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
 from ..serving.page import check_shown
 from ..tasks import task_of

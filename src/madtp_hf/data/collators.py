@@ -7,7 +7,6 @@ applied, as in the pipeline. A row that can't be used raises a `ValueError` that
 """
 
 import hashlib
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.utils.data
 
-from ..modeling.pipeline_madtp_blip import read_image
+from ..modeling.images import read_image
 
 
 def _column(rows: list[dict], name: str) -> list:
@@ -95,14 +94,9 @@ def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
     images = []
     for index, of_row in enumerate(zip(*columns)):
         for name, image in zip(names, of_row):
-            if isinstance(image, str) and not os.path.isfile(image):  # read_image would fetch a URL
-                raise ValueError(
-                    f"Row {index} of the batch has {image[:200]!r} as {name!r}: there is no such file; expected a"
-                    " path that exists, or a PIL image."
-                )
             try:
                 images.append(read_image(image))
-            except (TypeError, ValueError, OSError) as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"Row {index} of the batch, {name!r}: {error}") from error
     return processor.image_processor(images=images, return_tensors="pt").pixel_values
 

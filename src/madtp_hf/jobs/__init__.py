@@ -1,6 +1,6 @@
 """Bulk captioning and question answering: the parts behind `madtp-hf caption` and `madtp-hf ask`."""
 
-from ..modeling.images import UnreadableImage, open_image
+from ..modeling.images import UnreadableImage, read_image
 from .image_to_text import Generation, ImageToText, parse_memory, prepare
 from .output import Counts, Output
 from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
@@ -19,10 +19,10 @@ __all__ = [
     "Summary",
     "UnreadableImage",
     "finish_batch",
-    "open_image",
     "open_source",
     "parse_memory",
     "places",
     "prepare",
+    "read_image",
     "run_job",
 ]

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..modeling.images import MAX_PIXELS, UnreadableImage, open_image
+from ..modeling.images import MAX_PIXELS, UnreadableImage, read_image
 from .image_to_text import prepare
 from .output import Output
 from .sources import Row
@@ -65,7 +64,7 @@ class PreparedBatches(Dataset):
                 pixels.append(self._prepared(row, question))
                 batch.rows.append(content)
             except UnreadableImage as error:
-                batch.errors.append({**content, "error": str(error)})
+                batch.errors.append({**content, "error": error.reason})
         batch.pixels = np.stack(pixels) if pixels else None
         return batch
 
@@ -88,15 +87,11 @@ class PreparedBatches(Dataset):
             raise UnreadableImage("there is no question in this row")
         if row.image is None:
             raise UnreadableImage("there is no image in this row")
-        image = open_image(row.image, self.max_pixels)
+        image = read_image(row.image, self.max_pixels)
         try:
             return prepare(image, self.image_processor)
         except (ValueError, MemoryError) as error:
             raise UnreadableImage(f"{image.width} x {image.height} pixels: {error}") from None
-
-    def allow_large_images(self, *_) -> None:
-        """Replace Pillow's own size limit by this one in a worker process."""
-        Image.MAX_IMAGE_PIXELS = self.max_pixels
 
 
 @dataclass(frozen=True)
@@ -194,14 +189,12 @@ def run_job(
 
 def _run_parts(batches, write_texts, output: Output, todo: list, workers: int | None, bar) -> None:
     workers = default_workers() if workers is None else workers
-    batches.allow_large_images()
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=todo,
         num_workers=min(workers, len(todo)),
         collate_fn=_as_it_is,
-        worker_init_fn=batches.allow_large_images if workers else None,
     )
     rows, num_errors = [], 0
     try:

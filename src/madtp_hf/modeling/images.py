@@ -1,6 +1,7 @@
-"""Decode images of any format that Pillow reads to upright 8-bit RGB."""
+"""Decode images of any format that Pillow reads to upright 8-bit RGB: the only decoder, for training and inference."""
 
 import os
+import threading
 import warnings
 from io import BytesIO
 
@@ -9,105 +10,134 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+_LOCK = threading.Lock()  # Pillow's size limit and the warnings are the process's, not a thread's
 
 
 class UnreadableImage(ValueError):
-    """Raised for an image that can't be read; the message is only the reason, short and without the path."""
+    """Raised for an image that can't be read. `reason` is the message without the image's name."""
+
+    def __init__(self, reason: str, name: str = "The image"):
+        super().__init__(f"{name} can't be read: {reason}.")
+        self.reason, self.name = reason, name
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.name)
 
 
-def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image file as 8-bit RGB, turned upright by its EXIF orientation.
+def read_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image as 8-bit RGB, rotated upright by its EXIF orientation.
 
-    An animation gives its first frame. 16-bit images are scaled to 8 bits, transparent pixels are shown on white.
+    16-bit and floating-point levels are scaled to 8 bits, transparent pixels are shown on white, and an animation or a
+    file of several pages gives its first frame.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
-            A path, the content of an image file, or an open image.
+        source (`str`, `os.PathLike`, `bytes`, file, `PIL.Image.Image` or `numpy.ndarray`):
+            A path; the content of an image file, or a binary file; an open image; or an array (height, width, 3) of
+            uint8. Also `{"bytes": ..., "path": ...}`, as `datasets.Image(decode=False)` gives it.
         max_pixels (`int`, *optional*): The largest image to decode; a larger one may be a decompression bomb.
 
     Returns:
         `PIL.Image.Image` in mode `"RGB"`, which holds no file open.
 
     Raises:
-        UnreadableImage: a `ValueError`, if the image can't be read for any reason.
+        UnreadableImage: a `ValueError` that names the image, if it can't be read for any reason.
         TypeError: for a source of another type.
     """
-    if isinstance(source, Image.Image):
-        return _decode(source, max_pixels)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise UnreadableImage("an empty file")
-        return _open(BytesIO(source), max_pixels)
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"The image is a {type(source).__name__}: expected a path, bytes or a PIL image.")
-    _check_file(source)
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    name = _name_of(source)
     try:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+                raise UnreadableImage("expected (height, width, 3) and uint8")
+            source = Image.fromarray(source)
+        if isinstance(source, Image.Image):
+            return _decode(source, max_pixels)
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return _open(BytesIO(source), max_pixels)
+        if not isinstance(source, (str, os.PathLike)):
+            return _open(source, max_pixels)
+        if not os.path.isfile(source):
+            raise UnreadableImage(_why_no_file(source))
         with open(source, "rb") as file:
             return _open(file, max_pixels)
-    except OSError as error:
-        raise UnreadableImage((error.strerror or str(error)).lower()) from error
+    except UnreadableImage as error:
+        raise UnreadableImage(error.reason, name) from error.__cause__
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("not an image, or of an unknown format", name) from error
+    except Exception as error:  # broken files make Pillow's plugins raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnreadableImage(reason.rstrip("."), name) from error
 
 
-def _check_file(path) -> None:
-    """Raise an `UnreadableImage` where its reason is clearer than the operating system's."""
+def _name_of(source) -> str:
+    """Return what messages call an image; raise a `TypeError` for what can't be one."""
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        return f"The image {text if len(text) <= 200 else text[:200] + '...'}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"The image of {len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"The image, an array of shape {source.shape} and dtype {source.dtype},"
+    if isinstance(source, Image.Image):
+        return f"The image {getattr(source, 'filename', '') or f'of {source.width} x {source.height} pixels'}"
+    if hasattr(source, "read"):
+        return f"The image {getattr(source, 'name', '')}".rstrip()
+    raise TypeError(
+        f"The image is a {type(source).__name__}: expected a path, the bytes of an image file, a PIL image, or a uint8"
+        " array (height, width, 3)."
+    )
+
+
+def _why_no_file(path) -> str:
     if not os.path.exists(path):
-        raise UnreadableImage("a link to nowhere" if os.path.islink(path) else "no such file or directory")
-    if os.path.isdir(path):
-        raise UnreadableImage("a folder")
-    if not os.path.isfile(path):
-        raise UnreadableImage("not a regular file")
-    if os.path.getsize(path) == 0:
-        raise UnreadableImage("an empty file")
+        return "a broken symlink" if os.path.islink(path) else "no such file or directory"
+    return "it is a directory" if os.path.isdir(path) else "not a regular file"
 
 
 def _open(file, max_pixels: int) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged metadata, and about sizes, which _decode checks
-            with Image.open(file) as image:
-                return _decode(image, max_pixels)
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage("not an image, or of an unknown format") from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"more pixels than --max_pixels {max_pixels}") from error
-    except Exception as error:  # broken files make Pillow's plugins raise nearly anything
-        raise UnreadableImage(_reason(error)) from error
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # _decode has its own
+        try:
+            image = Image.open(file)  # reads the header
+        except UnidentifiedImageError:
+            if not (file.seek(0, os.SEEK_END) if file.seekable() else True):
+                raise UnreadableImage("an empty file") from None
+            raise
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        return _decode(image, max_pixels)
 
 
 def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise UnreadableImage(f"{width} x {height} pixels, more than --max_pixels {max_pixels}")
+    if image.width * image.height > max_pixels:
+        raise UnreadableImage(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels}")
+    image.load()  # an animation loads its current frame, the first
+    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
     try:
-        image.load()  # an animation loads its current frame, the first
-        return _to_rgb(_upright(image))
-    except Exception as error:
-        raise UnreadableImage(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Return a copy of the image, turned by its EXIF orientation."""
-    try:
-        return ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
     except Exception:  # the EXIF data is damaged, the pixels are good
-        return image.copy()
+        image = image.copy()
+    return _to_rgb(image, is_16_bit)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, is_16_bit: bool) -> Image.Image:
     """Convert an image to RGB; Pillow's own conversion clips 16-bit levels at 255 and reveals transparent pixels."""
     if image.mode.startswith(("I", "F")):
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        levels = np.asarray(image, dtype=np.float64)
+        levels = np.where(np.isfinite(levels), levels, 0)
         # Levels are 16-bit, 8-bit in a wider mode, or floats from 0 to 1.
-        top = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255
+        top = 65535 if is_16_bit or levels.max() > 255 else 255
         if image.mode == "F" and levels.max() <= 1:
             top = 1
-        return Image.fromarray((levels / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        scaled = (levels / top * 255).round().clip(0, 255).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            scaled[levels == clear] = 255
+        return Image.fromarray(scaled).convert("RGB")
+    if image.mode in ("La", "PA"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

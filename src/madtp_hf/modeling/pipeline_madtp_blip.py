@@ -4,6 +4,7 @@ Each takes an image, or a pair of images, and a text about it. All have the same
 with dicts of both.
 """
 
+import base64
 import os
 import types
 
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
-from transformers.image_utils import load_image
+from transformers.image_utils import httpx  # the client that transformers itself fetches images with
+
+from .images import UnreadableImage, read_image
 
 
 _IMAGE = "a PIL image, a uint8 array (height, width, 3), or a path, URL or base64 string of an image"
@@ -36,40 +39,26 @@ def _is_strings(value) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_string, value))
 
 
-def read_image(image, timeout: float | None = None) -> Image.Image:
-    """Open an image in RGB and rotate it by its EXIF orientation; the pipelines and the collators use it.
+def _load_image(image, timeout: float | None = None) -> Image.Image:
+    """Read an image as `read_image` does, also from a URL or base64 string, as transformers' `load_image` takes them.
 
-    Args:
-        image (`str`, `os.PathLike`, `numpy.ndarray` or `PIL.Image.Image`):
-            A path, URL or base64 string; an array (height, width, 3) of uint8; or a PIL image.
-        timeout (`float`, *optional*):
-            Seconds to wait for a URL.
-
-    Raises:
-        TypeError: if `image` has another type.
-        ValueError: if an array has another shape or dtype, or a string or a file holds no image.
-        FileNotFoundError: if there is no file at a `pathlib.Path`.
+    `load_image` itself decodes differently: it clips 16-bit levels and reveals transparent pixels.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(
-                f"The image is an array of shape {image.shape} and dtype {image.dtype}: expected (height, width, 3)"
-                " and uint8."
-            )
-        return Image.fromarray(image)
-    if not _is_image(image):
-        raise TypeError(f"The image is a {type(image).__name__}: expected {_IMAGE}.")
-    if isinstance(image, os.PathLike):
-        if not os.path.isfile(image):
-            raise FileNotFoundError(f"There is no file {os.fspath(image)}: expected the path of an image.")
-        image = os.fspath(image)
+    if not isinstance(image, str) or os.path.isfile(image):
+        return read_image(image)
+    name = f"The image {repr(image) if len(image) <= 200 else repr(image[:200]) + '...'}"
+    is_url, reason = image.startswith(("http://", "https://")), "no such file, and no base64 of an image"
     try:
-        return load_image(image, timeout=timeout)
-    except (OSError, ValueError) as error:
-        shown = repr(image) if len(repr(image)) <= 200 else f"{repr(image)[:200]}..."
-        # transformers' own message repeats the string, which can be a whole base64 image.
-        reason = "no such file, and no base64 of an image" if isinstance(error, ValueError) else error
-        raise ValueError(f"The image {shown} can't be read ({reason}): expected {_IMAGE}.") from error
+        if is_url:
+            content = httpx.get(image, timeout=timeout, follow_redirects=True).raise_for_status().content
+        else:
+            text = image.partition(",")[2] if image.startswith("data:image/") else image
+            content = base64.b64decode("".join(text.split()), validate=True)
+        return read_image(content)
+    except httpx.HTTPError as error:
+        raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__, name) from error
+    except ValueError as error:
+        raise UnreadableImage(error.reason if is_url else reason, name) from error
 
 
 class MadtpBlipPipeline(Pipeline):
@@ -210,7 +199,7 @@ class MadtpBlipPipeline(Pipeline):
 
     def _read_images(self, images: list, timeout: float | None) -> torch.Tensor:
         """Read images into pixel_values (len(images), 3, H, W)."""
-        images = [read_image(image, timeout=timeout) for image in images]
+        images = [_load_image(image, timeout) for image in images]
         return self.image_processor(images=images, return_tensors="pt").pixel_values.to(self.model.dtype)
 
     def _read_texts(self, texts, padding, truncation, return_tensors="pt"):

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..budgets.evaluation import prepacked
 from ..budgets.passes import restored
-from ..modeling.images import open_image
+from ..modeling.images import read_image
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 
@@ -30,11 +30,11 @@ class _Pixels(Dataset):
 
     def __getitem__(self, index) -> tuple[int, torch.Tensor | str]:
         try:
-            image = open_image(self.images[index])
+            image = read_image(self.images[index])
             # Without the format, an image one or three pixels high would be taken for channels first.
             pixels = self.image_processor(images=image, input_data_format="channels_last", return_tensors="pt")
         except Exception as error:  # one image of a million must not end the run
-            return index, str(error) or type(error).__name__
+            return index, getattr(error, "reason", str(error)) or type(error).__name__
         return index, pixels.pixel_values[0]
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ..budgets.passes import restored
 from ..checkpoints.load import Loaded, load
-from ..modeling.images import open_image
+from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
 from .embedding import (
     EMBEDDING_TASKS,
@@ -239,7 +239,7 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     readable, images = [], []
     for one in found:
         try:
-            images.append(open_image(one["path"]))
+            images.append(read_image(one["path"]))
             readable.append(one)
         except ValueError:
             continue

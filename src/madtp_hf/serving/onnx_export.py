@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from ..modeling import images as image_decoder
 from ..modeling.encoder import real_tokens
 from ..modeling.madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache
 from ..modeling.sequences import Sequences
@@ -488,7 +489,8 @@ def export_onnx(model, processor, out, *, force: bool = False) -> Path:
                     _compare(model, name, graph, made)
         processor.save_pretrained(made)
         (made / onnx_runner.DESCRIPTION).write_text(json.dumps(_describe(model, graphs), indent=2) + "\n")
-        shutil.copy(onnx_runner.__file__, made / Path(onnx_runner.__file__).name)
+        for module in (onnx_runner, image_decoder):
+            shutil.copy(module.__file__, made / Path(module.__file__).name)
         if out.exists():
             out.rename(Path(scratch, "replaced"))
         made.rename(out)

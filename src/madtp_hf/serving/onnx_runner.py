@@ -1,7 +1,7 @@
 """Run the ONNX graphs that `madtp-hf export` writes, with onnxruntime.
 
-This file stands alone and lies beside the graphs. It needs numpy, onnxruntime, Pillow and transformers, whose
-processor preprocesses texts and images; it needs neither torch nor madtp_hf.
+This file lies beside the graphs, with `images.py`, which decodes images. They need numpy, onnxruntime, Pillow and
+transformers, whose processor preprocesses texts and images; they need neither torch nor madtp_hf.
 
     from onnx_runner import OnnxModel
 
@@ -14,6 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+
+try:
+    from ..modeling.images import read_image
+except ImportError:  # beside the graphs
+    from images import read_image
 
 DESCRIPTION = "onnx.json"
 _CLASSES = {"clip": "CLIPProcessor"}  # processor classes by task; BlipProcessor for all others
@@ -109,11 +114,8 @@ class OnnxModel:
 
     def read_images(self, images: list) -> np.ndarray:
         """Preprocess images, or paths of them, to pixel_values (B, 3, H, W)."""
-        from PIL import Image, ImageOps
-
-        opened = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
-        upright = [ImageOps.exif_transpose(image).convert("RGB") for image in opened]
-        return self.processor.image_processor(upright, return_tensors="np")["pixel_values"].astype(np.float32)
+        opened = [read_image(image) for image in images]
+        return self.processor.image_processor(opened, return_tensors="np")["pixel_values"].astype(np.float32)
 
     def read_texts(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Tokenize texts to input_ids and attention_mask (B, L), padded on the right."""

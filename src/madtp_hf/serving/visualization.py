@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..budgets.passes import encode
-from ..modeling.pipeline_madtp_blip import read_image
+from ..modeling.images import read_image
 from ..tasks import TASKS
 
 
