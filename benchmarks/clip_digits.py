@@ -29,7 +29,8 @@ from transformers import CLIPProcessor, TrainingArguments, set_seed
 from madtp_hf import MadtpClipModel, RetrievalTrainer, calibrate, create_optimizer
 from madtp_hf.budgets.passes import measure
 from madtp_hf.data import RetrievalCollator, load_digit_captions
-from madtp_hf.tasks.pair_scores import CaptionedImages, score_by_features
+from madtp_hf.tasks.clip import score_by_features
+from madtp_hf.tasks.pair_scores import CaptionedImages
 
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 
 from madtp_hf import RetrievalTrainer, calibrate, create_optimizer
-from madtp_hf.budgets.evaluation import evaluate_budgets
+from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_captions, load_flickr30k
-from madtp_hf.tasks.pair_scores import CaptionedImages, retrieval_rows, score_by_features
+from madtp_hf.tasks.clip import score_by_features
+from madtp_hf.tasks.pair_scores import CaptionedImages, shown_recalls
 
 
 @dataclass
@@ -92,13 +93,9 @@ def main():
     # 3. Evaluate this one model at every budget. FLOPs are those of one image and one of its captions.
     test_batches = trainer.accelerator.prepare(test_batches)
 
-    def similarities(batch):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        return model(**inputs).logits_per_image.diag().tolist()
-
     budgets = pruning_args.budgets(model)
-    costs = evaluate_budgets(model, test_batches, budgets, similarities, trainer.accelerator)
-    results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
+    costs = evaluate_budgets(model, test_batches, budgets, accelerator=trainer.accelerator)
+    recalls, seconds = zip(*(score_at(cost.reduction_asked) for cost in costs))
     on_validation = {reduction: score_at(reduction, validation_queries)[0]["mean %"] for reduction in budgets}
 
     # 4. Save a complete checkpoint with its model card, ready to publish.
@@ -108,7 +105,7 @@ def main():
             processor,
             training_args.output_dir,
             f"{len(test)} images, {len(queries.texts)} captions",
-            retrieval_rows(results),
+            budget_rows(costs, [shown_recalls(found) for found in recalls], seconds),
             metric="mean %",
             validation=(len(validation_queries), on_validation),
             dense_before_training=before,

@@ -17,7 +17,6 @@ from transformers import (
 
 from madtp_hf import MadtpBlipForQuestionAnswering, MadtpClipModel, push_folder
 from madtp_hf.checkpoints.load import load
-from madtp_hf.families import FAMILIES
 
 from .conftest import TASKS, blip_config, make_processor, make_task_blip, make_task_model
 from .helpers.clip import make_clip_model, make_clip_processor
@@ -46,7 +45,7 @@ def test_every_task_loads_with_its_pruning(task, tmp_path):
         assert torch.equal(loaded.model.alignment.tokens, model.alignment.tokens.bfloat16())  # calibrated: kept
         assert not loaded.is_dense and loaded.is_trained and loaded.revision is None
         assert loaded.source == str(tmp_path.resolve())
-        assert isinstance(loaded.processor, FAMILIES[loaded.task.family].processor_class)
+        assert isinstance(loaded.processor, loaded.task.family.processor_class)
 
 
 def test_a_dense_model_becomes_ours_with_overrides(vqa):

@@ -1,4 +1,4 @@
-"""The model families, each in one record. To add a family, add a record to `FAMILIES`.
+"""The model families, each in one record. To add a family, add a record, and name it in its tasks.
 
 How a dense model becomes one of ours is `from_dense` of the family's model classes, publicly named `from_blip` and
 `from_clip`.
@@ -25,4 +25,3 @@ class Family:
 
 BLIP = Family("BLIP", MadtpBlipConfig, BlipConfig, BlipProcessor, "bert-base-uncased")
 CLIP = Family("CLIP", MadtpClipConfig, CLIPConfig, CLIPProcessor, "openai/clip-vit-base-patch32")
-FAMILIES = {family.name: family for family in (BLIP, CLIP)}

@@ -152,7 +152,7 @@ def convert(
         out = out.resolve()
         check_out(out, checkpoint, force)
         content = read_checkpoint(checkpoint)
-        family = TASKS[task].family
+        family = TASKS[task].family.name
         source = tokenizer or _TOKENIZERS[family]
         loaded = _load_tokenizer(source, family)
         model = convert_original_checkpoint(content, task, image_size=image_size)

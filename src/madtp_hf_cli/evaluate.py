@@ -37,8 +37,7 @@ def evaluate(
     Example: madtp-hf evaluate blip-vqa-madtp --data questions.csv --out blip-vqa-madtp
     """
     with one_message_of_errors():
-        from madtp_hf.budgets.evaluation import public_name, report
-        from madtp_hf.budgets.task_evaluation import evaluate_task
+        from madtp_hf.budgets.evaluation import evaluate_task, public_name, report
         from madtp_hf.checkpoints.load import load
         from madtp_hf.data.rows import load_rows
 

@@ -8,9 +8,6 @@ import typer
 from .common import check_out, one_message_of_errors, print_table, warnings_as_messages, written_in_one_step
 
 
-SCRIPTS = {"vqa": "run_vqa", "captioning": "run_captioning", "nlvr2": "run_nlvr2", "retrieval": "run_retrieval"}
-
-
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
     """Return what the model card says about pruning without training."""
     start = "fitted to what it reads in those" if fitted else "as they were, random if they were new"
@@ -64,7 +61,6 @@ def prune(
         from madtp_hf import calibrate, init_alignment_from
         from madtp_hf.budgets.calibration import read_reductions
         from madtp_hf.budgets.evaluation import evaluate_budgets
-        from madtp_hf.budgets.passes import encode
         from madtp_hf.checkpoints.card import write_model_card
         from madtp_hf.checkpoints.load import load
         from madtp_hf.data.rows import load_rows
@@ -87,12 +83,8 @@ def prune(
         with warnings_as_messages():
             schedule = calibrate(model, batches, wanted)
 
-        def forward(batch):
-            encode(model, batch)
-            return [None] * len(batch["pixel_values"])
-
         reached = [entry[0] for entry in schedule]
-        results = evaluate_budgets(model, batches, [0.0, *reached], forward)
+        results = evaluate_budgets(model, batches, [0.0, *reached])
         table = [
             {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results
         ]
@@ -105,5 +97,7 @@ def prune(
             )
             write_model_card(folder, out.name, base_model=source, notes=notes)
     print_table(f"{type(model).__name__}, calibrated on {len(rows)} samples", table)
-    script = f": examples/{SCRIPTS[model.task]}.py --model {out.name}" if model.task in SCRIPTS else ""
-    typer.echo(f"{out}: written. Nothing was trained; fine-tune it to recover what pruning costs{script}.")
+    typer.echo(
+        f"{out}: written. Nothing was trained; fine-tune it to recover what pruning costs:"
+        f" examples/{entry.script} --model {out.name}."
+    )

@@ -19,14 +19,13 @@ from tqdm.auto import tqdm
 
 from ..data.rows import load_rows
 from ..modeling.versions import VERSION as __version__
-from ..tasks import TASKS, make_batches
+from ..tasks import TASKS, Task, make_batches
 from .alignment import init_alignment_from
 from .calibration import calibrate
 from .evaluation import prepacked, public_name, synchronize
 from .passes import complete, encode, measure, restored
 
 
-NEW_TOKENS, NUM_BEAMS = {"vqa": 4, "captioning": 10}, 3  # generated in every run, even past the end token
 ROUNDS, BATCH_SIZES = 3, (1, 8)
 CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
@@ -97,14 +96,12 @@ def _resident(name: str) -> float:
 
 
 @torch.no_grad()
-def _call(run: Run, inputs: dict, task: str):
+def _call(run: Run, inputs: dict, task: Task):
     """Run the model as a user does: generate an answer or a caption, or compute the scores of other tasks."""
-    if task not in NEW_TOKENS:
+    if task.generate is None:
         return run.model(**inputs)
-    lengths = {"max_new_tokens": NEW_TOKENS[task], "min_new_tokens": NEW_TOKENS[task]}
-    if task == "captioning":
-        return run.model.generate(inputs["pixel_values"], num_beams=NUM_BEAMS, **lengths)
-    return run.model.generate(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], **lengths)
+    # So many tokens in every run, even past the end token.
+    return task.generate(run.model, inputs, max_new_tokens=task.timed_tokens, min_new_tokens=task.timed_tokens)
 
 
 def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=BATCH_SIZES, rounds: int = ROUNDS):
@@ -139,12 +136,12 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
             batch = complete(model, make_batches(model, processor, some, batch_size)[0])
             names = ["pixel_values"] if task.text_column is None else ["pixel_values", "input_ids", "attention_mask"]
             inputs = {name: batch[name] for name in names}
-            results += _time(runs, inputs, batch, batch_size, rounds, task.name)
+            results += _time(runs, inputs, batch, batch_size, rounds, task)
     return results
 
 
 @torch.no_grad()
-def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: int, task: str) -> list[dict]:
+def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: int, task: Task) -> list[dict]:
     def set_up(run):
         if run.reduction is not None:
             run.model.set_pruning(reduction=run.reduction)

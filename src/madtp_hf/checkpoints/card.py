@@ -345,7 +345,7 @@ def create_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=[task.family.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
+        tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
         base_model=(_hub_ids(base_model) or [None])[0],
         datasets=_hub_ids(datasets),
         license=license,
@@ -363,7 +363,7 @@ def create_model_card(
         pipeline_call=(task.pipeline_call or "").format(text=text),
         quoted_name=json.dumps(name),
         usage=task.usage.format(text=text),
-        family=task.family,
+        family=task.family.name,
         pruned_class=task.model_class.__name__,
         image_size=config.vision_config.image_size,
         made_from=public_name(base_model) if base_model else None,

@@ -10,7 +10,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ..families import FAMILIES
 from ..tasks import TASKS, Task, get_task, task_of
 
 
@@ -42,8 +41,7 @@ class Loaded:
         if not self.is_trained:
             raise ValueError(
                 f"{self.source} is not a checkpoint for {self.task.name!r}, and nothing is trained here: expected one"
-                f" for that task. Leave the task out, or fine-tune the checkpoint with"
-                f" examples/run_{self.task.name}.py."
+                f" for that task. Leave the task out, or fine-tune the checkpoint with examples/{self.task.script}."
             )
         return self
 
@@ -95,7 +93,7 @@ def load(
     model.config.name_or_path, model.config._commit_hash = source, hub.get("revision")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     try:
-        processor = FAMILIES[found.family].processor_class.from_pretrained(source, **hub)
+        processor = found.family.processor_class.from_pretrained(source, **hub)
     except OSError as error:
         raise ValueError(
             f"{source} has no complete processor ({_first_line(error)}): save one with `processor.save_pretrained`."
@@ -171,8 +169,7 @@ def _find_task(source: str, hub: dict, wanted: list[Task]) -> tuple[Task, str, d
 
 
 def _is_of(task: Task, content: dict) -> bool:
-    family = FAMILIES[task.family]
-    types = family.config_class.model_type, family.dense_config_class.model_type
+    types = task.family.config_class.model_type, task.family.dense_config_class.model_type
     return content.get("model_type") in types
 
 

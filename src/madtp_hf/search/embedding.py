@@ -13,9 +13,10 @@ from ..budgets.passes import restored
 from ..modeling.images import read_image
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.modeling_madtp_clip import MadtpClipModel
+from ..tasks import TASKS
 
 
-EMBEDDING_TASKS = ("retrieval", "clip")  # whose models give images and texts features of one space
+EMBEDDING_TASKS = tuple(task.name for task in TASKS.values() if task.embeds)
 BAR_DELAY = 3.0  # seconds before a progress bar appears
 
 
