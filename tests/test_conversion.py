@@ -245,7 +245,8 @@ def test_images_of_another_size(task):
     assert_same(outputs(same, task), outputs(original, task))
     for wrong in (0, -48, 50, 48.0, "48"):
         with pytest.raises(
-            ValueError, match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, as 48"
+            ValueError,
+            match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, such as its own size, 48",
         ):
             convert_original_checkpoint(state_dict, task, config=HEADS, image_size=wrong)
 
@@ -309,9 +310,9 @@ def test_tensors_amiss_are_named(task):
         ({**state_dict, "visual_encoder.pos_embed": torch.ones(1, 1, 32)}, "pos_embed has 1 positions: expected"),
         ({**state_dict, "visual_encoder.patch_embed.proj.weight": torch.ones(32)}, "expected .width, 3, patch size"),
         ({**state_dict, "space_dict": torch.ones(12)}, r"space_dict has shape \(12,\): expected \(tokens, width\)"),
-        (dict.fromkeys(state_dict, 1.0), "The dictionary given holds no state dict"),
-        ({"model": [state_dict]}, "The dictionary given holds no state dict"),
-        ({}, "The dictionary given holds no state dict"),
+        (dict.fromkeys(state_dict, 1.0), "The dictionary given contains no state dict"),
+        ({"model": [state_dict]}, "The dictionary given contains no state dict"),
+        ({}, "The dictionary given contains no state dict"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_original_checkpoint(source, task, config=HEADS)
@@ -335,8 +336,8 @@ def test_what_is_no_checkpoint_of_the_task_is_refused(blip, tmp_path):
         (truncated, "truncated"),
         (cut, "truncated"),
         (tmp_path / "empty.pth", "truncated"),
-        (tmp_path / "other.pth", "other.pth holds no state dict"),
-        (tmp_path / "list.pth", "list.pth holds no state dict"),
+        (tmp_path / "other.pth", "other.pth contains no state dict"),
+        (tmp_path / "list.pth", "list.pth contains no state dict"),
         (
             pretrained,
             "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint, which is of no task",
@@ -349,7 +350,7 @@ def test_what_is_no_checkpoint_of_the_task_is_refused(blip, tmp_path):
     with pytest.raises(ValueError, match="task='gqa': expected one of 'vqa', 'captioning', 'nlvr2', 'retrieval'"):
         convert_original_checkpoint(state_dict, "gqa")
     with pytest.raises(
-        ValueError, match=r"vision tower is 32 wide, no multiple of 64.* vision_config.num_attention_heads"
+        ValueError, match=r"vision tower is 32 wide, not a multiple of 64.* vision_config.num_attention_heads"
     ):
         convert_original_checkpoint(state_dict, "vqa")
     with pytest.raises(TypeError, match="config is a BlipConfig: expected a MadtpBlipConfig"):

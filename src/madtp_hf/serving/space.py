@@ -11,11 +11,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
+from ..checkpoints.push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from ..serving.page import check_shown
 from ..tasks import task_of
-from .push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
+from .endpoint_handler import Limits
+from .page import check_shown
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -27,6 +28,7 @@ import json
 from pathlib import Path
 
 from madtp_hf.checkpoints.load import load
+from madtp_hf.serving.endpoint_handler import Limits
 from madtp_hf.serving.page import TASKS_SHOWN, make_app
 
 
@@ -36,7 +38,7 @@ loaded = load({source}, tuple(TASKS_SHOWN), revision={revision!r}, precision="au
 app = make_app(loaded.model, loaded.processor, examples, {name!r})
 
 if __name__ == "__main__":
-    app.launch()
+    app.launch(max_file_size=Limits.from_environment().max_image_bytes)
 '''
 _README = """
 # {title}
@@ -116,9 +118,9 @@ def make_space(
     _check_pairs(examples, "examples")
     for index, (image, text) in enumerate(examples):
         content = io.BytesIO()
-        read_image(image).save(content, "PNG")
+        read_image(image, Limits().max_pixels).save(content, "PNG")  # a visitor could give it
         files[f"examples/{index}.png"] = content.getvalue()
-        listed.append([f"examples/{index}.png", text])
+        listed.append([f"examples/{index}.png", Limits().check_text(f"The text of example {index}", text)])
     if is_folder:
         files |= {f"model/{file}": Path(model, file) for file in find_checkpoint_files(model)}
     if requirement is None:
