@@ -245,7 +245,8 @@ def test_images_of_another_size(task):
     assert_same(outputs(same, task), outputs(original, task))
     for wrong in (0, -48, 50, 48.0, "48"):
         with pytest.raises(
-            ValueError, match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, such as its own size, 48"
+            ValueError,
+            match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, such as its own size, 48",
         ):
             convert_original_checkpoint(state_dict, task, config=HEADS, image_size=wrong)
 

@@ -17,12 +17,21 @@ import numpy as np
 import torch
 
 from ..budgets.passes import restored
+from ..checkpoints.load import Loaded, load
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from .embedding import embed_images, embedding_size, encode_images, encode_texts, load_model, progress, tokenize
+from .embedding import (
+    EMBEDDING_TASKS,
+    embed_images,
+    embedding_size,
+    encode_images,
+    encode_texts,
+    progress,
+    tokenize,
+)
 
 
-__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "load_model", "search"]
+__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "search"]
 
 KINDS = ("flat", "hnsw", "ivf")
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .avif .jp2 .heic .heif".split())
@@ -75,7 +84,7 @@ def index_images(
 
     Args:
         model, processor:
-            As `encode_images` takes them, or `load_model` returns them.
+            As `encode_images` takes them.
         images (`str`, `Path` or `list`):
             A folder, searched recursively for files with an image suffix; a text file with one path per line, relative
             to its folder; or a list of paths. Images that can't be read are left out and listed, with the reason, in
@@ -246,6 +255,25 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     return sorted(scored, key=lambda one: -one["score"]) + [one for one in found if one not in readable]
 
 
+def load_of_index(info: dict, source=None, device=None) -> Loaded:
+    """Load the model that an index was made by, prepared for inference, from where it is now if it has moved.
+
+    info: the index's; source: a folder or Hub id, by default the index's own.
+    """
+    revision = info["revision"] if source in (None, info["model"]) else None
+    try:
+        return load(
+            source or info["model"],
+            EMBEDDING_TASKS,
+            revision=revision,
+            dtype=info["dtype"],
+            device=device,
+            precision="auto",
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} The index was made by {info['model']}.") from error
+
+
 def _model_of(index: ImageIndex, model, processor):
     """Return the index's model and processor, loaded if not given; raise a `ValueError` for another model."""
     if (model is None) != (processor is None):
@@ -254,8 +282,8 @@ def _model_of(index: ImageIndex, model, processor):
         given = model
         if given is None:
             info = index.info
-            model, processor = load_model(info["model"], info["revision"], info["dtype"])
-            model.prepack_for_inference()
+            loaded = load_of_index(info)
+            model, processor = loaded.model, loaded.processor
         with restored(model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
             temperature = index.info["pruning_temperature"]
