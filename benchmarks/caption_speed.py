@@ -28,7 +28,7 @@ from speed import SIZES, blip_config
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor, pipeline
 
 from madtp_hf import MadtpBlipForConditionalGeneration, calibrate
-from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_source, run_job
+from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_rows, run_job
 
 
 NEW_TOKENS, BEAMS, REDUCTIONS = 10, (1, 3), (0.5, 0.8)
@@ -86,7 +86,7 @@ def time_pipeline(ask, files: list[str], beams: int, batch_size: int) -> float:
 def time_job(writer: ImageToText, images: Path, args) -> float:
     """Return the seconds that the job takes for all files, including its own start and end."""
     with TemporaryDirectory() as work:
-        source = open_source(images)
+        source = open_rows(images)
         output = Output(Path(work, "captions.jsonl"), {}, len(source), "caption")
         batches = PreparedBatches(source, writer.processor.image_processor)
         batch_size = args.batch_size or writer.batch_size()

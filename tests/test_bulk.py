@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from madtp_hf.jobs import Columns, open_source
+from madtp_hf.data import open_rows
 from madtp_hf_cli import app
 
 from .conftest import make_processor, make_task_model
@@ -187,11 +187,11 @@ def write_source(kind: str, folder: Path, tmp_path: Path):
     if kind == "jsonl":
         rows = [{"path": str(folder / name), "question": question} for name, question in zip(names, questions)]
         (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / "list.jsonl", ()
+        return tmp_path / "list.jsonl", ("--image_root", folder)
     if kind == "csv":
         lines = [f'{index},{folder / name},"{questions[index]}"\n' for index, name in enumerate(names)]
         (tmp_path / "list.csv").write_text("id,where,question\n" + "".join(lines))
-        return tmp_path / "list.csv", ("--image_column", "where")
+        return tmp_path / "list.csv", ("--image_column", "where", "--image_root", folder)
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
         from pyarrow import parquet
@@ -243,15 +243,15 @@ def test_one_question_for_all_images(models, folder, tmp_path):
     result = invoke("ask", models["vqa"], folder, tmp_path / "a.jsonl", "--question", question, "--workers", 0)
     assert result.exit_code == 0, result.stderr
     assert {row["question"] for row in read_rows(tmp_path / "a.jsonl")} == {question}
-    # Without one, there is nothing to ask: each row is listed.
+    # Without one, there is nothing to ask, which is known before anything runs.
     result = invoke("ask", models["vqa"], folder, tmp_path / "b.jsonl", "--workers", 0)
-    assert result.exit_code == 0 and read_rows(tmp_path / "b.jsonl") == []
-    assert {row["error"] for row in read_rows(tmp_path / "b.errors.jsonl")} == {"there is no question in this row"}
+    assert result.exit_code == 1 and "has no questions: ask one of all images with --question" in result.stderr
+    assert not (tmp_path / "b.jsonl").exists() and not (tmp_path / "b.jsonl.job").exists()
 
 
 def test_any_range_of_a_source_is_the_same_rows(folder, tmp_path):
     for kind in ("parquet", "tar", "datasets"):
-        source = open_source(write_source(kind, folder, tmp_path)[0])
+        source = open_rows(write_source(kind, folder, tmp_path)[0])
         rows = list(source.rows(0, len(source)))
         assert [row.index for row in rows] == list(range(NUMBER))
         for start, stop in ((4, 7), (7, 9), (0, 2), (1, 9), (8, 9), (3, 3)):
@@ -285,11 +285,11 @@ def test_bad_requests_are_one_line_and_write_nothing(models, folder, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "o.jsonl"
     for arguments, message in (
-        ((tmp_path / "nowhere", out), "There is no .*nowhere: expected images"),
+        ((tmp_path / "nowhere", out), "There is no .*nowhere: expected a folder of images"),
         ((tmp_path / "empty", out), "empty holds no image"),
         (
             (tmp_path / "list.csv", out),
-            "has the columns where, what: name the one with the images with --image_column",
+            "has no column image or .*: it has where, what; say which",
         ),
         ((folder, tmp_path / "o.txt"), r"expected a name that ends in .jsonl or .parquet, or --suffix"),
         ((folder, tmp_path / "kept.jsonl"), "kept.jsonl exists, .* or use --force"),
@@ -401,12 +401,6 @@ def test_only_missing_parts_are_written(models, folder, tmp_path):
         Output(tmp_path / "c.jsonl", {"a": 2}, 5, "caption", rows_per_part=2).begin()
     assert output.begin() == counts
     assert output.begin(force=True) is None and output.missing_parts() == [0, 1, 2]
-
-
-def test_columns_are_found_by_their_usual_names():
-    assert Columns().choose(["id", "file_name", "question"], "x") == Columns("file_name", "question", "id")
-    with pytest.raises(ValueError, match="x has no column 'b': expected one of a, c"):
-        Columns(image="b").choose(["a", "c"], "x")
 
 
 @pytest.mark.slow

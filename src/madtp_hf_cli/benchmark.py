@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import check_new_file, one_message_of_errors, print_table
+from .common import check_new_file, one_message_of_errors, print_table, warnings_as_messages
 
 
 def benchmark(
@@ -30,6 +30,9 @@ def benchmark(
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each run is timed.")] = 3,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")] = Path("benchmark.json"),
     task: Annotated[str | None, typer.Option(metavar="TASK", help="The task, if not the checkpoint's own.")] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out rows that can't be read.")
+    ] = False,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; found if not given.")] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; torch's choice if not given.")
@@ -50,8 +53,10 @@ def benchmark(
         check_new_file(out, force)
         if threads:
             torch.set_num_threads(threads)
-        title, rows = run_benchmark(
-            model, images, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device
-        )
+        skip = "skip" if skip_unreadable else "raise"
+        with warnings_as_messages():
+            title, rows = run_benchmark(
+                model, images, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device, on_error=skip
+            )
     print_table(title, rows)
     typer.echo(f"{out}: written.")

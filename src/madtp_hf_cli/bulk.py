@@ -71,12 +71,11 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
     import transformers
 
     from madtp_hf.jobs import (
-        Columns,
         Generation,
         ImageToText,
         Output,
         PreparedBatches,
-        open_source,
+        open_rows,
         parse_memory,
         run_job,
     )
@@ -84,10 +83,12 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
 
     transformers.utils.logging.disable_progress_bar()
     memory = None if options["memory"] is None else parse_memory(options["memory"])
-    names = Columns.__dataclass_fields__
-    columns = Columns(**{name: options.get(f"{name}_column") for name in names})
+    wanted = ("image", "key") if task == "captioning" else ("image", "question", "key")
+    columns = {name: options.get(f"{name}_column") for name in wanted}
     column = "caption" if task == "captioning" else "answer"
-    source = open_source(images, columns, options["split"], options["image_root"])
+    source = open_rows(images, columns=columns, image_dir=options["image_root"], split=options["split"], wanted=wanted)
+    if task == "vqa" and question is None and "question" not in source.columns:
+        raise ValueError(f"{source.name} has no questions: ask one of all images with --question.")
     Output(out, {}, len(source), column, options["suffix"])  # report a bad name before loading the model
     generation = Generation(**{name: options[name] for name in Generation.__dataclass_fields__ if name in options})
     writer = ImageToText(model, task, generation, options["device"], options["dtype"])
@@ -104,7 +105,7 @@ def _run(task: str, model: str, images: str, out: Path, options: dict, question:
     if generation.do_sample:
         settings["batch_size"] = batch_size  # tokens are sampled for a whole batch
     output = Output(out, settings, len(source), column, options["suffix"])
-    refused = output.shared_side_files(source.keys) if options["suffix"] and hasattr(source, "keys") else None
+    refused = output.shared_side_files(source.keys()) if options["suffix"] else None
     batches = PreparedBatches(
         source, writer.processor.image_processor, task == "vqa", question, settings["max_pixels"], refused
     )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import check_new_file, one_message_of_errors
+from .common import check_new_file, one_message_of_errors, warnings_as_messages
 
 
 def evaluate(
@@ -27,6 +27,9 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw so many samples.")] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples at a time.")] = 16,
     task: Annotated[str | None, typer.Option(metavar="TASK", help="The task, if not the checkpoint's own.")] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out rows that can't be read.")
+    ] = False,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; found if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace results.json.")] = False,
 ) -> None:
@@ -48,7 +51,9 @@ def evaluate(
         loaded, processor, _ = load_model(model, task, device)
         entry = TASKS[loaded.task]
         # A missing text is not replaced by a default, which the metric would not notice.
-        rows = load_rows(entry, data, image_dir=image_dir, split="test", samples=samples)
+        skip = "skip" if skip_unreadable else "raise"
+        with warnings_as_messages():
+            rows = load_rows(entry, data, image_dir=image_dir, split="test", samples=samples, on_error=skip)
         results = evaluate_task(loaded, processor, rows, reductions, batch_size)
         name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
         facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}

@@ -51,6 +51,9 @@ def prune(
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data, or not; fitted where they are new."),
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Samples at a time.")] = 8,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out rows that can't be read.")
+    ] = False,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; found if not given.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT, and all that is in it.")] = False,
 ) -> None:
@@ -79,7 +82,9 @@ def prune(
         read_reductions(wanted)  # fail before minutes of reading
         model, processor, is_dense = load_model(source, task, device)
         entry = TASKS[model.task]
-        rows = load_rows(entry, data, question or (), image_dir, samples=samples)
+        skip = "skip" if skip_unreadable else "raise"
+        with warnings_as_messages():
+            rows = load_rows(entry, data, question or (), image_dir=image_dir, samples=samples, on_error=skip)
         batches = make_batches(model, processor, rows, batch_size)
         fitted = is_dense if alignment is None else alignment == "fit"
         if fitted:

@@ -181,12 +181,15 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
     return results
 
 
-def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, task=None, device=None):
+def run_benchmark(
+    source, images, text, reductions, batch_sizes, rounds, out, task=None, device=None, on_error="raise"
+):
     """Load a checkpoint, calibrate it if it isn't, time it and write `out`; return the table's title and rows.
 
     Args:
         source, task, device: As [`~madtp_hf.checkpoints.load.load_model`] takes them.
         images (`str` or `Path`, *optional*): A folder of images; noise if None.
+        on_error (`str`, *optional*): As [`~madtp_hf.data.rows.load_rows`] takes it.
         text (`str`, *optional*): The text for all images; the task's default if None.
         reductions, batch_sizes, rounds: As [`benchmark`] takes them.
         out (`str` or `Path`): The JSON file to write.
@@ -206,7 +209,7 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
             for index in range(number)
         ]
     else:
-        rows = load_rows(entry, images, texts, samples=number)
+        rows = load_rows(entry, images, texts, samples=number, on_error=on_error)
     known = [found for found, *_ in model.config.pruning_schedule or ()]
     calibrated_here = not known
     if calibrated_here:
