@@ -16,6 +16,7 @@ from transformers import AutoProcessor, set_seed
 
 from madtp_hf import calibrate, init_alignment_from
 from madtp_hf.data import load_digit_captions, load_digit_questions
+from madtp_hf.serving.endpoint_handler import Limits
 from madtp_hf.serving.page import TASKS_SHOWN, digit_examples, load_model, make_app
 from madtp_hf.tasks import TASKS
 
@@ -28,7 +29,7 @@ def prune_digit_model(task: str, num_samples: int = 256, seed: int = 1):
     set_seed(seed)
     source, load = HERE / f"blip-{task}-digits", load_digit_questions if task == "vqa" else load_digit_captions
     processor = AutoProcessor.from_pretrained(source)
-    model = TASKS[task].model_class.from_blip(source, num_alignment_tokens=64).eval()
+    model = TASKS[task].model_class.from_blip(source).eval()
     collator = TASKS[task].collator(processor, model.config.text_config.bos_token_id)
     if TASKS[task].text_encoder:  # captioning has no text encoder and starts with random alignment tokens
         init_alignment_from(model, DataLoader(load("train", num_samples, seed), batch_size=64, collate_fn=collator))
@@ -50,7 +51,8 @@ def main():
     else:
         model, processor = load_model(args.model)
         name = args.model
-    make_app(model, processor, digit_examples(), name).launch(server_port=args.port)
+    app = make_app(model, processor, digit_examples(), name)
+    app.launch(server_port=args.port, max_file_size=Limits.from_environment().max_image_bytes)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from script_arguments import save_run
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
 
@@ -30,7 +31,6 @@ from madtp_hf import (
 from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, question_only_accuracy
 from madtp_hf.serving.visualization import draw_surviving_patches
-from madtp_hf.training.script_outputs import save_run
 
 
 HERE = Path(__file__).parent
@@ -106,8 +106,8 @@ def parse_arguments():
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--target_reduction", type=float, nargs="+", default=[0.5, 0.8], help="one, or two: a range")
-    parser.add_argument("--num_targets", type=int, default=3, help="how many targets in that range")
-    parser.add_argument("--num_alignment_tokens", type=int, default=64)
+    parser.add_argument("--num_targets", type=int, default=5, help="the number of targets in that range")
+    parser.add_argument("--num_alignment_tokens", type=int, default=100)
     parser.add_argument("--alignment_dim", type=int, help="default: the width of the text encoder")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seed", type=int, default=1)

@@ -9,60 +9,33 @@ All options of `TrainingArguments` are accepted as well.
 """
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from script_arguments import DataArguments, PruningArguments, ScriptParser, save_run
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
 
-from madtp_hf import (
-    MadtpBlipForConditionalGeneration,
-    calibrate,
-    create_optimizer,
-)
+from madtp_hf import MadtpBlipForConditionalGeneration, calibrate, create_optimizer
 from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
-from madtp_hf.checkpoints.card import public_name
 from madtp_hf.data import CaptioningCollator, load_coco_captions, load_digit_captions
 from madtp_hf.metrics import load_metric
-from madtp_hf.training.arguments import PruningArguments, ScriptParser
-from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
-class Arguments:
+class Arguments(DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "blip-captioning-digits"),
         metadata={"help": "A dense BLIP for captioning, or a pruned model to go on with: a folder or Hub id."},
     )
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "COCO's folder (Karpathy's splits) or a Hub id; the digit scenes if not given."},
-    )
-    image_dir: str | None = field(default=None, metadata={"help": "COCO's image folder; the data set's if not given."})
-    columns: str | None = field(
-        default=None, metadata={"help": "What a Hub data set's columns are called, as JSON: ours to theirs."}
-    )
-    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
-    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
-    test_samples: int | None = field(default=1000, metadata={"help": "Rows to evaluate on; 0 for all."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut captions to so many tokens."})
-    prompt: str = field(default="a picture of", metadata={"help": "What stands before each caption."})
-    num_beams: int = field(default=3, metadata={"help": "How many beams to search."})
+    test_samples: int | None = field(default=1000, metadata={"help": "Images to evaluate on; 0 for all."})
+    prompt: str = field(default="a picture of", metadata={"help": "The text before each caption."})
+    num_beams: int = field(default=3, metadata={"help": "The number of beams."})
     max_new_tokens: int = field(default=30, metadata={"help": "The longest caption, in tokens."})
     metrics: list[str] = field(
         default_factory=lambda: ["bleu", "cider", "rouge"],
         metadata={"help": "Of bleu, cider, rouge, meteor and spice, the last two of which need Java."},
     )
-
-
-def load_data(args, split):
-    rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[split]
-    if args.dataset is None:
-        return load_digit_captions(split, rows)
-    columns = json.loads(args.columns) if args.columns else None
-    data = load_coco_captions(args.dataset, split, image_dir=args.image_dir, columns=columns)
-    return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
 def make_predict(model, processor, collator, args):
@@ -95,16 +68,7 @@ def parse_arguments():
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
         output_dir="outputs/captioning",
-        do_train=True,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=64,
-        num_train_epochs=1,
         learning_rate=1e-4,
-        lr_scheduler_type="cosine",
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
     )
     return parser.parse_args_into_dataclasses()
 
@@ -118,7 +82,7 @@ def main():
     model = pruning_args.load_model(MadtpBlipForConditionalGeneration, args.model)
     collator = CaptioningCollator(processor, model.config.text_config.bos_token_id, args.prompt, args.max_length)
     with training_args.main_process_first():
-        train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
+        train, validation, test = args.load(load_digit_captions, load_coco_captions)
     train_batches, validation_batches, test_batches = (
         DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
         for rows in (train, validation, test)
@@ -165,16 +129,12 @@ def main():
             validation=(len(validation), on_validation),
             dense_before_training=before,
             baseline=baseline,
-            dataset={
-                "name": public_name(args.dataset) if args.dataset else "digit scenes",
-                "split": "test",
-                "example": args.prompt,
-            },
+            dataset=args.facts(args.prompt),
             settings=pruning_args.settings(args, trainer),
             base_model=args.model,
             datasets=args.dataset,
         )
-    end_process_group()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

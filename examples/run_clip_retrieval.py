@@ -2,7 +2,7 @@ r"""Prune CLIP for image-text retrieval: fine-tune it under pruning (or dense), 
 
     python examples/run_clip_retrieval.py                                      # on the digit scenes
     python examples/run_clip_retrieval.py --dataset flickr30k/ --model openai/clip-vit-base-patch16 \
-        --learning_rate 1e-5 --queue_size 57600 --train_samples 0 --test_samples 0
+        --learning_rate 1e-5 --train_samples 0 --test_samples 0
     accelerate launch --num_processes 2 examples/run_clip_retrieval.py --per_device_train_batch_size 32
 
 All options of `TrainingArguments` are accepted as well.
@@ -12,23 +12,23 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from script_arguments import ContrastiveArguments, DataArguments, PruningArguments, ScriptParser, save_run
 from torch.utils.data import DataLoader
 from transformers import CLIPProcessor, TrainingArguments, set_seed
 
 from madtp_hf import MadtpClipModel, RetrievalTrainer, calibrate, create_optimizer
 from madtp_hf.budgets.evaluation import evaluate_budgets
-from madtp_hf.data import RetrievalCollator
+from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_captions, load_flickr30k
 from madtp_hf.tasks.pair_scores import CaptionedImages, retrieval_rows, score_by_features
-from madtp_hf.training.arguments import PruningArguments, RetrievalArguments, ScriptParser
-from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
-class Arguments(RetrievalArguments):
+class Arguments(ContrastiveArguments, DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "clip-digits"),
         metadata={"help": "A dense CLIP, or a pruned model to go on with: a folder or Hub id."},
     )
+    test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
 
 
 def parse_arguments():
@@ -36,20 +36,9 @@ def parse_arguments():
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
         output_dir="outputs/clip",
-        do_train=True,
         train_samples=6400,
         validation_samples=256,
-        num_alignment_tokens=100,
-        alignment_dim=0,  # 0: the text tower's width; each layer has a linear map to it
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=64,
-        num_train_epochs=1,
         learning_rate=1e-4,
-        lr_scheduler_type="cosine",
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
     )
     return parser.parse_args_into_dataclasses()
 
@@ -63,7 +52,8 @@ def main():
     model = pruning_args.load_model(MadtpClipModel, args.model)
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
-        train, validation, test = args.load_data()
+        load_published = load_flickr30k if "flickr" in (args.dataset or "").lower() else load_coco_captions
+        train, validation, test = args.load(load_digit_captions, load_published)
     train_batches, validation_batches, test_batches = (
         DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
         for rows in (train, validation, test)
@@ -124,12 +114,12 @@ def main():
             validation=(len(validation_queries), on_validation),
             dense_before_training=before,
             baseline=queries.by_chance(),
-            dataset=args.dataset_facts(queries.texts[0]),
+            dataset=args.facts(queries.texts[0]),
             settings=pruning_args.settings(args, trainer),
             base_model=args.model,
             datasets=args.dataset,
         )
-    end_process_group()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -7,41 +7,28 @@ The script fine-tunes the model under pruning (or dense), evaluates it at severa
         --test_split validation --output_dir outputs/vqa
     accelerate launch --num_processes 2 examples/run_vqa.py --per_device_train_batch_size 32
 
-All options of `TrainingArguments` are accepted as well.
+VQAv2's test split has no answers. All options of `TrainingArguments` are accepted as well.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from script_arguments import DataArguments, PruningArguments, ScriptParser, save_run
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
 
-from madtp_hf import (
-    MadtpBlipForQuestionAnswering,
-    calibrate,
-    create_optimizer,
-)
+from madtp_hf import MadtpBlipForQuestionAnswering, calibrate, create_optimizer
 from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
-from madtp_hf.checkpoints.card import public_name
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, load_vqav2, question_only_accuracy
 from madtp_hf.metrics import load_metric
-from madtp_hf.training.arguments import PruningArguments, ScriptParser
-from madtp_hf.training.script_outputs import end_process_group, save_run
 
 
 @dataclass
-class Arguments:
+class Arguments(DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "blip-vqa-digits"),
         metadata={"help": "A dense BLIP for question answering, or a pruned model to go on with: a folder or Hub id."},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "VQAv2's folder or a Hub id; the digit scenes if not given."}
-    )
-    image_dir: str | None = field(default=None, metadata={"help": "COCO's image folder; the data set's if not given."})
-    test_split: str = field(
-        default="test", metadata={"help": "What to evaluate on; VQAv2's test split has no answers."}
     )
     answer_list: str | None = field(
         default=None,
@@ -51,23 +38,6 @@ class Arguments:
             )
         },
     )
-    columns: str | None = field(
-        default=None, metadata={"help": "What a Hub data set's columns are called, as JSON: ours to theirs."}
-    )
-    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
-    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
-    test_samples: int | None = field(default=2000, metadata={"help": "Rows to evaluate on; 0 for all."})
-    max_length: int | None = field(default=None, metadata={"help": "Cut questions to so many tokens."})
-
-
-def load_data(args, part):
-    rows = {"train": args.train_samples, "validation": args.validation_samples, "test": args.test_samples}[part]
-    split = args.test_split if part == "test" else part
-    if args.dataset is None:
-        return load_digit_questions(split, rows)
-    columns = json.loads(args.columns) if args.columns else None
-    data = load_vqav2(args.dataset, split, image_dir=args.image_dir, columns=columns)
-    return data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
 
 
 def make_predict(model, processor, answers: list[str] | None):
@@ -99,16 +69,7 @@ def parse_arguments():
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
         output_dir="outputs/vqa",
-        do_train=True,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=64,
-        num_train_epochs=1,
         learning_rate=5e-5,
-        lr_scheduler_type="cosine",
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
     )
     return parser.parse_args_into_dataclasses()
 
@@ -122,7 +83,7 @@ def main():
     model = pruning_args.load_model(MadtpBlipForQuestionAnswering, args.model)
     collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id, args.max_length)
     with training_args.main_process_first():
-        train, validation, test = (load_data(args, split) for split in ("train", "validation", "test"))
+        train, validation, test = args.load(load_digit_questions, load_vqav2)
     train_batches, validation_batches, test_batches = (
         DataLoader(rows, batch_size=training_args.per_device_eval_batch_size, collate_fn=collator)
         for rows in (train, validation, test)
@@ -169,16 +130,12 @@ def main():
             validation=(len(validation), on_validation),
             dense_before_training=before,
             baseline=baseline,
-            dataset={
-                "name": public_name(args.dataset) if args.dataset else "digit scenes",
-                "split": args.test_split,
-                "example": test[0]["question"],
-            },
+            dataset=args.facts(test[0]["question"]),
             settings=pruning_args.settings(args, trainer),
             base_model=args.model,
             datasets=args.dataset,
         )
-    end_process_group()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

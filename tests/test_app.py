@@ -1,5 +1,6 @@
 """The page that shows what a pruned model drops: its functions, and the page itself in a browser without a window."""
 
+import base64
 import importlib.util
 import os
 import shutil
@@ -119,6 +120,37 @@ def test_the_page_answers_and_says_what_is_wrong(processor, monkeypatch):
     ):
         with pytest.raises(gradio.Error, match=message):
             show(*arguments)
+
+
+def test_the_page_has_the_limits_of_an_endpoint(processor, monkeypatch, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="the app needs gradio")
+    pytest.importorskip("matplotlib", reason="the app needs matplotlib")
+    from .test_endpoint_requests import eps, png
+
+    app = make_app(pruned_model(), processor)
+    show = next(function.fn for function in app.fns.values() if function.fn.__name__ == "show")
+    images = [block for block in app.blocks.values() if isinstance(block, gradio.Image)]
+    upload = next(image for image in images if image.interactive is not False)
+    bomb, postscript = base64.b64decode(png(13_000, 13_000)), base64.b64decode(eps())
+    content = {"bomb": bomb, "eps": postscript, "large": bytes(10_000_001)}
+    for name, message in (
+        ("bomb", "13000 x 13000 pixels, more than the limit of 12500000"),
+        ("eps", "not an image, or of an unknown format"),
+        ("large", "has 10,000,001 bytes: expected at most 10,000,000"),
+    ):
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(content[name])
+        if name == "bomb":  # gradio gives the path, and decodes nothing
+            assert upload.preprocess(gradio.data_classes.ImageData(path=str(path), orig_name=path.name)) == str(path)
+        with pytest.raises(gradio.Error, match=message):
+            show(str(path), QUESTION, 0.5)
+    with pytest.raises(gradio.Error, match="question has 2,001 characters: expected at most 2,000"):
+        show(picture(), "a" * 2001, 0.5)
+    monkeypatch.setenv("MADTP_MAX_PIXELS", "2000")
+    app = make_app(pruned_model(), processor)
+    show = next(function.fn for function in app.fns.values() if function.fn.__name__ == "show")
+    with pytest.raises(gradio.Error, match="48 x 48 pixels, more than the limit of 2000"):
+        show(picture(), QUESTION, 0.5)
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """The scripts of the four tasks, from a dense model to a pruned one that is saved, on a few digit scenes and with
 random weights."""
 
+import inspect
 import json
 import runpy
 import subprocess
@@ -20,8 +21,11 @@ from transformers import (
     CLIPModel,
 )
 
+from madtp_hf import MadtpBlipConfig, ReductionCallback, RetrievalTrainer
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))  # where a script finds script_arguments.py, as when Python runs it by its path
 DIGITS = EXAMPLES / "blip-vqa-digits"
 TASKS = {
     "vqa": (BlipForQuestionAnswering, []),
@@ -104,6 +108,16 @@ def test_a_script_runs_from_start_to_end(task, tmp_path, capsys):
     rows = check_output(output)
     assert any(name.endswith("%") for name in rows[0])
     assert "reduction asked" in capsys.readouterr().out
+
+
+def test_defaults_are_the_classes_own():
+    from script_arguments import ContrastiveArguments, PruningArguments
+
+    pruning, contrastive = PruningArguments(), ContrastiveArguments()
+    assert pruning.num_alignment_tokens == MadtpBlipConfig().num_alignment_tokens
+    assert pruning.num_targets == ReductionCallback((0.5, 0.8)).num_targets
+    defaults = inspect.signature(RetrievalTrainer).parameters
+    assert {name: value.default for name, value in defaults.items() if hasattr(contrastive, name)} == vars(contrastive)
 
 
 def test_help_shows_a_scripts_own_options_and_help_all_the_trainers():

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from madtp_hf import push_folder
-from madtp_hf.checkpoints.space import push_space, read_examples
+from madtp_hf.serving.space import push_space, read_examples
 
 from .conftest import make_processor, make_task_model
 
@@ -125,6 +125,8 @@ def test_what_cannot_be_published_is_named_before_anything_is_made(hub, folder, 
         ((tmp_path, "org/look"), {}, FileNotFoundError, "config.json"),
         ((folder, "bob/look"), {}, PermissionError, "may not write"),
         ((3, "org/look"), {}, TypeError, "a int as model"),
+        ((folder, "org/look"), {"examples": [(Image.new("1", (5000, 5000)), "?")]}, ValueError, "5000 x 5000 pixels"),
+        ((folder, "org/look"), {"examples": [(picture(), "a" * 2001)]}, ValueError, "example 0 has 2,001 characters"),
     ]
     for arguments, options, error, message in cases:
         with pytest.raises(error, match=message):

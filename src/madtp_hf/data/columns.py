@@ -52,8 +52,8 @@ def match_columns(found: Iterable[str], wanted: Iterable[str], given: dict[str, 
 
 def missing_column(shown, names, name: str, found: Iterable[str]) -> ValueError:
     return ValueError(
-        f"{shown} has no column {' or '.join(names)}: it has {', '.join(map(str, found)) or 'none'}; say which of"
-        f" them is {name!r}."
+        f"{shown} has no column {' or '.join(names)}: it has {', '.join(map(str, found)) or 'none'};"
+        f' pass columns={{"{name}": NAME}}.'
     )
 
 

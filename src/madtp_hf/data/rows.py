@@ -73,7 +73,7 @@ def load_rows(
     if text is not None and not texts and text not in rows.columns:
         raise ValueError(
             f"{rows.name} has no {text.removesuffix('s')}: {task.title} reads a text with each image; expected a table"
-            f" with a column {' or '.join(ALIASES[text])}, or texts for all images."
+            f" with a column {' or '.join(ALIASES[text])}, or `texts` for images without one."
         )
     indices = range(len(rows))
     if not rows.in_memory and not where and samples is not None and samples < len(rows):
@@ -202,7 +202,9 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
         except (ValueError, OSError) as error:
             problem = f"row {row.index + 1}: {getattr(error, 'reason', error)}".rstrip(".")
             if on_error == "raise":
-                raise type(error)(f"{rows.name}, {problem}. Mend it, or skip such rows.") from error
+                raise type(error)(
+                    f"{rows.name}, {problem}. Mend it, or pass on_error='skip' to leave such rows out."
+                ) from error
             problems.append(problem)
     if not good and where and not problems:
         values = {name: sorted(values)[:10] for name, values in others.items()}

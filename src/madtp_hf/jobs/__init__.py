@@ -2,7 +2,7 @@
 
 from ..data.sources import Row, open_rows
 from ..modeling.images import UnreadableImage, read_image
-from .image_to_text import Generation, ImageToText, parse_memory, prepare
+from .image_to_text import Generation, ImageToText, prepare
 from .output import Counts, Output
 from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
 
@@ -19,7 +19,6 @@ __all__ = [
     "UnreadableImage",
     "finish_batch",
     "open_rows",
-    "parse_memory",
     "places",
     "prepare",
     "read_image",

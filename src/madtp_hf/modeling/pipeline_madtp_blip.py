@@ -209,6 +209,11 @@ class MadtpBlipPipeline(Pipeline):
         read = self.tokenizer(texts, return_tensors=return_tensors, **options)
         return {"input_ids": read.input_ids, "attention_mask": read.attention_mask}
 
+    def _generation_options(self, prompt_length: int, options: dict) -> dict:
+        """Limit `max_new_tokens` to the decoder's length, less a prompt of so many tokens."""
+        room = self.model.config.text_config.max_position_embeddings - prompt_length
+        return {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
+
     def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
         image, text = self._check_pair(inputs, "the pair").values()
         read = self._read_texts(text, padding, truncation)
@@ -261,7 +266,8 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None):
         defaults = {"num_beams": top_k, "do_sample": False, "max_new_tokens": max_new_tokens}
         fixed = {"num_return_sequences": top_k, "return_dict_in_generate": True, "output_scores": True}
-        output = self.model.generate(**model_inputs, **{**defaults, **(generate_kwargs or {}), **fixed})
+        options = self._generation_options(1, {**defaults, **(generate_kwargs or {}), **fixed})
+        output = self.model.generate(**model_inputs, **options)
         beams = getattr(output, "beam_indices", None)
         log_probabilities = self.model.text_decoder.compute_transition_scores(
             output.sequences, output.scores, beams, normalize_logits=beams is None
@@ -347,10 +353,8 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
 
     def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None):
         number = len(model_inputs["pixel_values"])
-        # The decoder's maximum length, less the prompt without its last token, which `generate` removes.
-        room = self.model.config.text_config.max_position_embeddings - model_inputs["input_ids"].shape[1] + 1
-        options = {"max_new_tokens": min(max_new_tokens, room), **(generate_kwargs or {})}
-        options["return_dict_in_generate"] = False
+        options = {"max_new_tokens": max_new_tokens, **(generate_kwargs or {}), "return_dict_in_generate": False}
+        options = self._generation_options(model_inputs["input_ids"].shape[1] - 1, options)  # the model drops [SEP]
         return {"sequences": self.model.generate(**model_inputs, **options).unflatten(0, (number, -1))}
 
     def postprocess(self, model_outputs):

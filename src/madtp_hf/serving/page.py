@@ -4,6 +4,7 @@
 """
 
 import html
+import os
 import statistics
 import threading
 import time
@@ -16,7 +17,9 @@ from ..budgets.evaluation import synchronize
 from ..budgets.flops import count_flops, dense_flops
 from ..budgets.passes import restored
 from ..modeling.configuration_madtp_blip import MadtpBlipConfig
+from ..modeling.images import read_image
 from ..tasks import TASKS
+from .endpoint_handler import FORMATS, Limits
 from .visualization import Survivors, collect_survivors, draw_patches, preprocess, record_branches, words_as_html
 
 
@@ -206,8 +209,22 @@ def plot_tokens(survivors: Survivors):
     return figure
 
 
+def read_visitor_image(image, limits: Limits):
+    """Read an image that a visitor gives, within the limits of an endpoint: a path of the upload, or a PIL image.
+
+    Raises:
+        ValueError: for an image that can't be read, or one that is larger than the limits.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        size = os.path.getsize(image)
+        limits.check("max_image_bytes", size, f"The image has {size:,} bytes")
+    return read_image(image, limits.max_pixels, formats=FORMATS)
+
+
 def make_app(model, processor, examples=(), name: str | None = None):
     """Build the page, a `gradio.Blocks`; call its `launch()`.
+
+    What visitors give has the limits of an endpoint, and the same environment variables set them.
 
     Args:
         model, processor:
@@ -230,14 +247,17 @@ def make_app(model, processor, examples=(), name: str | None = None):
     check_shown(model.task, model.config, name)
     asks, (least, most) = model.task == "vqa", reduction_bounds(model.config)
     layers = layers_to_draw(model.config.vision_config.num_hidden_layers)
+    limits = Limits.from_environment()
     lock = threading.Lock()  # all users share the model's temperature
 
     def show(image, question, reduction):
         if image is None:
             raise gr.Error("There is no image: choose an example or upload one.")
         try:
+            question = limits.check_text("The question", question or "")
+            image = read_visitor_image(image, limits)
             with lock:
-                found = look(model, processor, image, question or "", reduction)
+                found = look(model, processor, image, question, reduction)
         except ValueError as error:
             raise gr.Error(str(error)) from error
         words = "" if found.survivors.words is None else words_as_html(found.survivors.words, None)
@@ -253,7 +273,14 @@ def make_app(model, processor, examples=(), name: str | None = None):
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(first[0], type="pil", label="Image", height=250, elem_id="image")
+                image = gr.Image(
+                    first[0],
+                    type="filepath",  # gradio would decode the other types whatever their size
+                    image_mode=None,
+                    label="Image",
+                    height=250,
+                    elem_id="image",
+                )
                 question = gr.Textbox(first[1], label="Question", visible=asks, elem_id="question", max_lines=2)
                 reduction = gr.Slider(
                     least,

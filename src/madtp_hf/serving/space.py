@@ -11,10 +11,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
+from ..checkpoints.push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from ..serving.page import check_shown, task_of
-from .push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
+from .endpoint_handler import Limits
+from .page import check_shown, task_of
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ _APP = '''"""What a pruned model drops: ask it, move the reduction. Made by madt
 import json
 from pathlib import Path
 
+from madtp_hf.serving.endpoint_handler import Limits
 from madtp_hf.serving.page import load_model, make_app
 
 
@@ -34,7 +36,7 @@ model, processor = load_model({source}, revision={revision!r})
 app = make_app(model, processor, examples, {name!r})
 
 if __name__ == "__main__":
-    app.launch()
+    app.launch(max_file_size=Limits.from_environment().max_image_bytes)
 '''
 _README = """
 # {title}
@@ -114,9 +116,9 @@ def make_space(
     _check_pairs(examples, "examples")
     for index, (image, text) in enumerate(examples):
         content = io.BytesIO()
-        read_image(image).save(content, "PNG")
+        read_image(image, Limits().max_pixels).save(content, "PNG")  # a visitor could give it
         files[f"examples/{index}.png"] = content.getvalue()
-        listed.append([f"examples/{index}.png", text])
+        listed.append([f"examples/{index}.png", Limits().check_text(f"The text of example {index}", text)])
     if is_folder:
         files |= {f"model/{file}": Path(model, file) for file in find_checkpoint_files(model)}
     if requirement is None:

@@ -1,0 +1,252 @@
+"""What the `run_*.py` scripts share: their options for data and pruning, and the folder that they write."""
+
+import argparse
+import inspect
+import json
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
+
+from madtp_hf import MadtpBlipConfig, ReductionCallback, RetrievalTrainer, calibrate, init_alignment_from
+from madtp_hf.budgets.evaluation import conservative_budget, report
+from madtp_hf.checkpoints.card import public_name, write_model_card
+
+
+MAX_LOSS = 0.01  # how much of the metric on validation data the budget may cost that a checkpoint is saved with
+
+
+def default_of(function, name: str):
+    """Return the default of a parameter of the package, so that a script's default is the same."""
+    return inspect.signature(function).parameters[name].default
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_all_help()
+        parser.exit()
+
+
+class ScriptParser(HfArgumentParser):
+    """`HfArgumentParser` whose `--help` shows a script's own options; `--help-all` shows all of them.
+
+    dataclass_types: as in `HfArgumentParser`; defaults (`dict`): values that override those below and the classes'
+    own.
+    """
+
+    def __init__(self, dataclass_types, description: str, **defaults):
+        super().__init__(
+            dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        own = [cls for cls in dataclass_types if not issubclass(cls, TrainingArguments)]
+        self._own = {"help", "help_all", "output_dir", *(name.name for cls in own for name in fields(cls))}
+        self.add_argument(
+            "--help-all",
+            action=_HelpAll,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="show the options of `TrainingArguments` as well",
+        )
+        training = {
+            "do_train": True,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 64,
+            "num_train_epochs": 1,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 20,
+            "save_strategy": "no",
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU, torch warns with every loader
+        }
+        self.set_defaults(**{**training, **defaults})
+
+    def print_all_help(self) -> None:
+        """Print the help of all options."""
+        print(super().format_help())
+
+    def format_help(self) -> str:
+        hidden = [action for action in self._actions if action.dest not in self._own]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts):
+                action.help = text
+
+
+@dataclass
+class DataArguments:
+    """Which rows to train, calibrate and evaluate on."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "The data set's folder, or a Hub id; the digit scenes if not given."}
+    )
+    image_dir: str | None = field(default=None, metadata={"help": "Its image folder; the data set's if not given."})
+    columns: str | None = field(
+        default=None, metadata={"help": "The names of a Hub data set's columns, as JSON: ours to theirs."}
+    )
+    train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
+    validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
+    test_samples: int | None = field(default=2000, metadata={"help": "Rows to evaluate on; 0 for all."})
+    test_split: str = field(
+        default="test", metadata={"help": "The split to evaluate on; `validation` to choose settings."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Truncate texts to this many tokens."})
+
+    def load(self, load_digits, load_published) -> tuple:
+        """Return the rows to train, calibrate and evaluate on: of the digit scenes, or of the published data set."""
+        columns = json.loads(self.columns) if self.columns else None
+        parts = []
+        for split, rows in (
+            ("train", self.train_samples),
+            ("validation", self.validation_samples),
+            (self.test_split, self.test_samples),
+        ):
+            if self.dataset is None:
+                parts.append(load_digits(split, rows))
+                continue
+            data = load_published(self.dataset, split, image_dir=self.image_dir, columns=columns)
+            parts.append(data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data)
+        return tuple(parts)
+
+    def facts(self, example: str) -> dict:
+        """Return the facts about the data that results and model card report; `example` is a text of it."""
+        name = public_name(self.dataset) if self.dataset else "digit scenes"
+        return {"name": name, "split": self.test_split, "example": example}
+
+
+@dataclass
+class ContrastiveArguments:
+    """How `RetrievalTrainer` contrasts images with texts."""
+
+    queue_size: int = field(
+        default=default_of(RetrievalTrainer, "queue_size"),
+        metadata={"help": "Features of earlier batches to contrast with."},
+    )
+    momentum: float = field(
+        default=default_of(RetrievalTrainer, "momentum"),
+        metadata={"help": "The share of the momentum encoder that is kept at a step."},
+    )
+    distillation: float = field(
+        default=default_of(RetrievalTrainer, "distillation"),
+        metadata={"help": "The momentum encoder's share in the targets."},
+    )
+
+
+@dataclass
+class PruningArguments:
+    """How to prune, and the steps of training and evaluation that depend on it."""
+
+    dense: bool = field(default=False, metadata={"help": "Train and evaluate without pruning."})
+    target_reduction: list[float] = field(
+        default_factory=lambda: [0.5, 0.8],
+        metadata={"help": "The reduction of FLOPs to train at, or two: a range to draw from."},
+    )
+    num_targets: int = field(
+        default=default_of(ReductionCallback, "num_targets"), metadata={"help": "The number of targets in that range."}
+    )
+    reductions: list[float] = field(
+        default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
+    )
+    num_alignment_tokens: int = field(
+        default=default_of(MadtpBlipConfig, "num_alignment_tokens"),
+        metadata={"help": "The number of alignment tokens."},
+    )
+    alignment_dim: int = field(default=0, metadata={"help": "Their width; 0 for the text's."})
+    random_alignment: bool = field(
+        default=False, metadata={"help": "Start from random alignment tokens, not from what the model reads."}
+    )
+
+    def __post_init__(self):
+        if self.dense:
+            self.reductions = []
+
+    def load_model(self, model_class, source: str):
+        """Load a pruned model unchanged, or a dense one with new alignment tokens; `source` is a folder or Hub id."""
+        if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
+            model = model_class.from_pretrained(source)
+        else:
+            from_dense = model_class.from_clip if hasattr(model_class, "from_clip") else model_class.from_blip
+            model = from_dense(
+                source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
+            )
+        return model.float()  # always float32: weights in half precision don't train
+
+    def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
+        """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation."""
+        if self.dense:
+            return
+        if not model.config.pruning_schedule and not self.random_alignment:
+            init_alignment_from(model, train_batches)
+        calibrate(model, validation_batches, self.target_reduction if do_train else self.reductions)
+
+    def callbacks(self) -> list:
+        """Return the callbacks that control the temperature during training."""
+        if self.dense:
+            return []
+        target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
+        return [ReductionCallback(target, num_targets=self.num_targets)]
+
+    def budgets(self, model) -> list[float]:
+        """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""
+        reached = {entry[0] for entry in model.config.pruning_schedule or ()}
+        return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
+
+    def settings(self, args, trainer) -> dict:
+        """Return the training settings for results and model card; `args` has `model` and `train_samples`."""
+        training, steps = trainer.args, trainer.state.global_step
+        settings = {"from": public_name(args.model), "steps": steps}
+        if steps:
+            batch_size = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+            settings |= {
+                "training rows": args.train_samples or "all",
+                "batch size": batch_size,
+                "learning rate": training.learning_rate,
+                "learning rate schedule": str(
+                    getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+                ),
+                "seed": training.seed,
+            }
+            if not self.dense:
+                settings |= {"target reduction": self.target_reduction, "number of targets": self.num_targets}
+        return settings
+
+
+def save_run(
+    model, processor, folder, title: str, rows: list[dict], metric: str, validation: tuple[int, dict], **facts
+) -> None:
+    """Write results.json, the checkpoint at a conservative budget, and its model card to a folder, and print where.
+
+    Args:
+        model, processor: The trained model and its processor.
+        folder (`str` or `Path`): The output folder.
+        title (`str`): What was evaluated; the heading of the table.
+        rows (`list[dict]`): One row per budget, as returned by [`~madtp_hf.budgets.evaluation.budget_rows`].
+        metric (`str`): The column of the main metric.
+        validation (`tuple[int, dict]`): The number of validation samples, and the metric on them by reduction. The
+            checkpoint is saved at their [`~madtp_hf.budgets.evaluation.conservative_budget`].
+        facts: Further entries of results.json; `base_model` and `datasets` go into the model card only.
+    """
+    base_model, datasets = facts.pop("base_model"), facts.pop("datasets", None)
+    samples, scores = validation
+    reduction = conservative_budget(scores, MAX_LOSS)
+    default = {"reduction": reduction, "metric": metric, "samples": samples, "loss": MAX_LOSS}
+    default["scores"] = {f"{budget:g}": score for budget, score in scores.items()}
+    if len(scores) > 1:  # else there was no budget to choose from
+        facts["default_budget"] = default
+    report(title, rows, folder, metric=metric, **facts)
+    model.set_pruning(reduction=reduction)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_model_card(folder, base_model=base_model, datasets=datasets)
+    name, points = metric.removesuffix("%").strip(), f"{100 * MAX_LOSS:g} point below that of pruning off"
+    if len(scores) == 1:
+        loads = "with pruning off"
+    elif reduction:
+        loads = f"at reduction {reduction:g}, the largest whose validation {name} is at most {points}"
+    else:
+        loads = f"with pruning off: at every budget, the validation {name} is more than {points}"
+    print(f"Wrote the checkpoint, its card and results.json to {folder}. It loads {loads}.")
