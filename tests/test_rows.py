@@ -16,6 +16,7 @@ from PIL import Image
 
 from madtp_hf.data import load_rows, load_table, open_rows
 from madtp_hf.data.image_files import path_inside
+from madtp_hf.modeling.images import UnreadableImage, read_image
 from madtp_hf.tasks import TASKS
 
 
@@ -203,6 +204,11 @@ def test_half_of_a_surrogate_pair_is_replaced(folder):
     (row,) = rows.rows(0, 1)
     assert (row.key, row.values["question"]) == ("a\ufffdb", "what\ufffd ?")
     assert rows.fingerprint == open_rows(table).fingerprint
+    table.write_text('{"image": "\\ud800.png"}\n')
+    (row,) = all_rows(table)
+    assert row.key == "\ufffd.png"
+    with pytest.raises(UnreadableImage, match="no such file"):
+        read_image(row.values["image"])
     (folder / os.fsdecode(b"\xff.png")).write_bytes((folder / "0.png").read_bytes())
     assert len(open_rows(folder).fingerprint) == 16 and load_rows(VQA, folder, ["what ?"], on_error="skip")
 
@@ -223,7 +229,9 @@ def test_tars_are_read_in_place_with_their_texts(folder, tmp_path):
     rows = load_rows(VQA, write_tar(tmp_path / "a.tar", folder, texts=True))
     assert [row["question"] for row in rows] == ["is it 0 ?", "is it 1 ?", "is it 2 ?"]
     assert rows[1]["image"] == (folder / "1.png").read_bytes()
-    assert [row.key for row in all_rows(tmp_path / "*.tar")] == ["000", "001", "002"]
+    assert [row.key for row in all_rows(tmp_path / "*.tar")] == open_rows(tmp_path / "a.tar").keys()
+    with pytest.raises(ValueError, match=r"a\.tar is not a table: read it with load_rows"):
+        load_table(tmp_path / "a.tar", "vqa")
     assert "question" not in open_rows(write_tar(tmp_path / "b.tar", folder)).columns
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..modeling.images import read_image
 from .columns import ALIASES, IMAGES, TASK_COLUMNS, missing_column, read_value
-from .sources import TABLES, Row, Rows, find_files, open_rows
+from .sources import TABLES, Row, Rows, TarRows, find_files, open_rows
 
 
 __all__ = ["Row", "Rows", "load_rows", "load_table", "open_rows"]
@@ -142,6 +142,8 @@ def load_table(
         if not name.endswith("*") and name not in rows.columns:
             raise missing_column(rows.name, ALIASES[name], name, rows.found)
     texts = rows if rows.in_memory else rows.without_images()
+    if isinstance(rows, TarRows):
+        raise ValueError(f"{rows.name} is not a table: read it with load_rows.")
     present = {name for name in wanted if name in texts.columns}
     good = _usable(rows, texts.rows(0, len(rows)), wanted, present, where, on_error)
     if task == "retrieval":

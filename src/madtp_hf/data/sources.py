@@ -83,7 +83,7 @@ class Rows:
                 image = image.get("path") if image.get("bytes") is None else image["bytes"]
             try:
                 if isinstance(image, str) and image:
-                    key = image if key is None and self.in_memory else key
+                    key = _as_key(image) if key is None and self.in_memory else key
                     image = path_inside(image, self.folder)
                 elif image and not isinstance(image, bytes):
                     raise ValueError(f"{name}: expected a path or the bytes of an image, got {repr(image)[:60]}")
@@ -178,6 +178,15 @@ def require(module: str):
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"This needs {module.partition('.')[0]}: pip install 'madtp_hf[jobs]'.") from error
+
+
+def _as_key(path: str) -> str:
+    """Return a path as it is, also where the file's name isn't UTF-8, unless no file can have that name."""
+    try:
+        os.fsencode(path)
+        return path
+    except UnicodeEncodeError:
+        return clean(path)
 
 
 def _stamps(files: Iterable) -> Iterator[tuple]:
@@ -445,6 +454,9 @@ class TarRows(Rows):
     def _parts(self):
         yield from (file.name for file in self.files)
         yield from _stamps(self.files)
+
+    def keys(self) -> list[str]:
+        return list(self._keys)
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
         with open(self.files[number], "rb") as file:
