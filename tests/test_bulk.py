@@ -308,7 +308,7 @@ def test_bad_requests_are_one_line_and_write_nothing(models, folder, tmp_path):
         ),
         ((folder, tmp_path / "o.txt"), r"expected a name that ends in .jsonl or .parquet, or --suffix .txt"),
         ((folder, tmp_path / "kept.jsonl"), "kept.jsonl exists, .* or pass --force"),
-        ((folder, out, "--temperature", 2.0), "--temperature is of no use without --do-sample"),
+        ((folder, out, "--temperature", 2.0), "--temperature has no effect without --do-sample"),
         ((folder, tmp_path / "kept.jsonl" / "o.jsonl"), "o.jsonl can't be written .* is not a directory.*: choose"),
         ((folder, out, "--reduction", 0.9), "--reduction 0.9 is outside"),
         ((folder, out, "--prompt", "the image " * 20), "leaves the decoder no room"),
@@ -319,7 +319,7 @@ def test_bad_requests_are_one_line_and_write_nothing(models, folder, tmp_path):
         assert re.fullmatch(f"madtp-hf: .*{message}.*\n", result.stderr), result.stderr
         assert sorted(tmp_path.rglob("*")) == before
     result = invoke("ask", models["captioning"], folder, out, "--question", "what ?")
-    assert result.exit_code == 1 and "expected a checkpoint of MadtpBlipForQuestionAnswering" in result.stderr
+    assert result.exit_code == 1 and "for 'captioning', and the task is 'vqa'" in result.stderr
 
 
 def test_help_fits_a_screen():

@@ -41,9 +41,11 @@ def benchmark(
     import torch
 
     from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
+    from madtp_hf.checkpoints.load import load
 
     if threads:
         torch.set_num_threads(threads)
-    title, rows = run_benchmark(model, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device)
+    loaded = load(model, task, device=device)
+    title, rows = run_benchmark(loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out)
     print_table(title, rows)
     typer.echo(f"Wrote {out}.")
