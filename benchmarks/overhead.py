@@ -7,17 +7,24 @@ scores, it includes the extra time over fused attention of the same queries, key
 is subtracted from the pass.
 """
 
-import argparse
 import contextlib
 import itertools
-import json
 import statistics
 import time
-from pathlib import Path
 from unittest import mock
 
-import torch
-from speed import MODELS, SIZES, calibrate_reachable, calibration_batches, forward, machine, make_inputs, make_models
+from random_models import (
+    MODELS,
+    add_arguments,
+    calibrate_reachable,
+    calibration_batches,
+    make_inputs,
+    make_models,
+    read_setup,
+)
+from reporting import environment, make_parser, print_table, settings_of, write_json
+from speed import forward
+from timing import timed
 
 from madtp_hf.modeling import encoder
 from madtp_hf.modeling.attention import attend
@@ -70,52 +77,42 @@ class Clock(contextlib.ExitStack):
         return call
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure_round(model, inputs: dict) -> dict[str, float]:
+    """Time one pass; return the share of each step in percent, without the fused attention that runs beside it."""
+    with Clock() as clock:
+        whole = timed(lambda: forward(model, inputs))[0]
+    fused = clock.seconds.pop("fused attention")
+    clock.seconds["scored attention"] -= fused
+    shares = {name: 100 * spent / (whole - fused) for name, spent in clock.seconds.items()}
+    return {**shares, "all": sum(shares.values())}
+
+
+def main(arguments=None):
+    parser = make_parser(__doc__)
     parser.add_argument("--task", choices=MODELS, default="vqa")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--calibration_samples", type=int, default=8)
-    parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    args.device, args.dtype, args.torch_dtype, args.plain_weights = (
-        torch.device("cpu"),
-        "float32",
-        torch.float32,
-        False,
-    )
-
-    _, model = make_models(args.task, args)
-    schedule = calibrate_reachable(model, calibration_batches(args.task, model.config, args), args.reductions)
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    setup = read_setup(args, prepack=True)
+    _, model = make_models(args.task, setup)
+    batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
     rows = []
-    for batch_size in args.batch_sizes:
-        inputs = make_inputs(args.task, model.config, batch_size, args)
-        for reduction, temperature in schedule:
-            model.set_pruning(temperature=temperature)
+    for reduction, *_ in calibrate_reachable(model, batches, args.reductions):
+        model.set_pruning(reduction=reduction)
+        for batch_size in args.batch_sizes:
+            inputs = make_inputs(model.task, model.config, batch_size, setup)
             forward(model, inputs)
-            rounds = []
-            for _ in range(args.rounds):
-                with Clock() as clock:
-                    started = time.perf_counter()
-                    forward(model, inputs)
-                    whole = time.perf_counter() - started
-                seconds = clock.seconds
-                fused = seconds.pop("fused attention")
-                seconds["scored attention"] -= fused
-                shares = {name: 100 * spent / (whole - fused) for name, spent in seconds.items()}
-                rounds.append({**shares, "all": sum(shares.values())})
+            rounds = [measure_round(model, inputs) for _ in range(args.rounds)]
             medians = {name: round(statistics.median(shares[name] for shares in rounds), 2) for name in rounds[0]}
             rows.append({"batch_size": batch_size, "reduction": reduction, "percent": medians})
-            print(f"batch {batch_size}, reduction {reduction}: " + ", ".join(f"{k} {v} %" for k, v in medians.items()))
-    if args.output:
-        settings = {"task": args.task, "rounds": args.rounds, "calibration_samples": args.calibration_samples}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps({"settings": settings, "machine": machine(args), "rows": rows}, indent=2) + "\n"
-        )
+    rows.sort(key=lambda row: row["batch_size"])
+    columns = ["step", *(f"{row['batch_size']}, {row['reduction']:.2f}" for row in rows)]
+    lines = [[name, *(row["percent"][name] for row in rows)] for name in (rows[0]["percent"] if rows else ())]
+    print_table("percent of a pass, by batch size and reduction", columns, lines)
+    write_json(args.output, {"settings": settings_of(args), **environment(), "rows": rows})
 
 
 if __name__ == "__main__":

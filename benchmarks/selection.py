@@ -19,27 +19,22 @@ found on the validation split, the metric is of the test split. Methods:
 What no threshold or schedule reaches is measured at the nearest that there is, and marked `missed`.
 """
 
-import argparse
-import sys
-import time
 import warnings
 from pathlib import Path
 
 import torch
-from methods import FIXED, VARIANTS, find_schedule, make_method
-from selection_tasks import (
+from digit_tasks import (
     LOADERS,
-    ROOT,
     Evaluation,
-    Results,
-    finish_row,
     load_model,
     make_batches,
-    make_collator,
+    run_study,
     shipped_models,
     smaller_images,
-    study_header,
 )
+from methods import FIXED, VARIANTS, find_schedule, make_method
+from reporting import environment, make_parser
+from selection_tables import print_tables
 from torch.utils.data import DataLoader
 
 from madtp_hf import calibrate, init_alignment_from
@@ -200,69 +195,54 @@ def keys_of(args) -> list[tuple]:
 
 
 def run(args) -> None:
-    """Make the rows that are asked for and not there yet."""
-    header = study_header(
-        "training-free",
-        validation_samples=args.validation_samples,
-        test_samples=args.test_samples,
-        reductions=args.reductions,
-    )
-    results = Results(args.output, header)
-    keys = keys_of(args)
-    results.forget([(task, folder.name, *rest) for task, folder, *rest in keys if rest[0] in args.redo])
-    loaded, prepared = None, None
-    for task, folder, method, seed in keys:
-        if (task, folder.name, method, seed) in results:
-            continue
-        if loaded != (task, folder):
-            collator = make_collator(task, folder)
-            data = {split: LOADERS[task](split, getattr(args, f"{split}_samples")) for split in ("validation", "test")}
-            prepared = Evaluation(task, data["test"], collator), make_batches(task, data["validation"], collator)
-            loaded = (task, folder)
-        started = time.perf_counter()
-        row = {"task": task, "model": folder.name, "method": method, "seed": seed}
-        points = points_of(method)(method, task, folder, seed, *prepared, args.reductions)
-        results.add(finish_row(row, points, started))
-        print(*row.values(), *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)
+    settings = {name: getattr(args, name) for name in ("validation_samples", "test_samples", "reductions")}
+
+    def prepare_data(task, collator):
+        data = {split: LOADERS[task](split, settings[f"{split}_samples"]) for split in ("validation", "test")}
+        return Evaluation(task, data["test"], collator), make_batches(task, data["validation"], collator)
+
+    def make_points(task, folder, method, seed, *prepared):
+        return points_of(method)(method, task, folder, seed, *prepared, args.reductions), {}
+
+    header = {"study": "training-free", "settings": settings, **environment()}
+    run_study(args, header, keys_of(args), prepare_data, make_points)
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+def study_parser(description: str, output: str, methods, tasks):
+    """Return a parser with the options that both studies have."""
+    parser = make_parser(description, output)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
     parser.add_argument(
         "--model", type=Path, help="a dense model's folder, for the one task of --tasks; default: examples/"
     )
-    parser.add_argument("--model_names", nargs="+", help="of the shipped models, these folders alone")
-    parser.add_argument("--methods", nargs="+", choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as each method's row in SEEDS says")
-    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument("--validation_samples", type=int, default=512)
-    parser.add_argument("--test_samples", type=int, default=600)
-    parser.add_argument("--redo", nargs="+", choices=SEEDS, default=[], help="make the rows of these methods again")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "selection.json")
-    parser.add_argument(
-        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
-    )
+    parser.add_argument("--redo", nargs="+", choices=methods, default=[], help="make the rows of these methods again")
+    return parser
+
+
+def parse_study(parser, arguments):
     args = parser.parse_args(arguments)
     if args.model and len(args.tasks) != 1:
         parser.error("--model needs one task: add --tasks TASK.")
+    torch.set_num_threads(1)
     return args
 
 
 def main(arguments=None):
-    args = parse_arguments(arguments)
+    parser = study_parser(__doc__, "selection.json", SEEDS, TASKS)
+    parser.add_argument("--model_names", nargs="+", help="of the shipped models, these folders alone")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as each method's row in SEEDS says")
+    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS)
+    parser.add_argument("--test_samples", type=int, default=600)
+    parser.add_argument(
+        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
+    )
+    args = parse_study(parser, arguments)
     if args.table:
-        from selection_tables import print_tables
-
         print_tables(args.output, args.table)
-        return
-    torch.set_num_threads(1)
-    try:
+    else:
         run(args)
-    except ValueError as error:
-        if "is of a study" not in str(error):
-            raise
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

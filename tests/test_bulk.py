@@ -319,7 +319,7 @@ def test_bad_requests_are_one_line_and_write_nothing(models, folder, tmp_path):
         assert re.fullmatch(f"madtp-hf: .*{message}.*\n", result.stderr), result.stderr
         assert sorted(tmp_path.rglob("*")) == before
     result = invoke("ask", models["captioning"], folder, out, "--question", "what ?")
-    assert result.exit_code == 1 and "expected a checkpoint of MadtpBlipForQuestionAnswering" in result.stderr
+    assert result.exit_code == 1 and "for 'captioning', and the task is 'vqa'" in result.stderr
 
 
 def test_help_fits_a_screen():

@@ -16,7 +16,7 @@ pytest.importorskip("typer", reason="the command needs typer: pip install 'madtp
 from typer.testing import CliRunner
 
 from madtp_hf.budgets.benchmark import stock_model
-from madtp_hf.checkpoints.load import load_model
+from madtp_hf.checkpoints.load import load
 from madtp_hf.checkpoints.push import find_checkpoint_files
 from madtp_hf.data.rows import load_rows
 from madtp_hf.tasks import TASKS
@@ -95,7 +95,7 @@ def test_prune_writes_a_calibrated_checkpoint_that_publishes(dense, pruned):
     model = AutoModel.from_pretrained(out)
     assert [entry[0] for entry in model.config.pruning_schedule] == [0.2, 0.4]
     assert (model.config.pruning_temperature, model.config.pruning_threshold_factor) == model.config.threshold_for(0.4)
-    theirs, _, _ = load_model(dense / "vqa")
+    theirs = load(dense / "vqa").model
     for name, tensor in theirs.state_dict().items():
         if not name.startswith("alignment."):
             close(model.state_dict()[name], tensor, atol=0)
@@ -106,8 +106,10 @@ def test_prune_takes_each_task(task, dense, photos, tmp_path):
     text = [] if task == "captioning" else ["--text", "the image of a red seven"]
     result = invoke("prune", dense / task, tmp_path / "out", "--data", photos, *text, "--reductions", "0.4")
     assert result.exit_code == 0, result.stderr
-    model, _, is_dense = load_model(tmp_path / "out")
-    assert model.task == task and not is_dense and model.config.pruning_schedule[0][0] == 0.4
+    loaded = load(tmp_path / "out")
+    model = loaded.model
+    assert model.task == loaded.task.name == task and not loaded.is_dense
+    assert model.config.pruning_schedule[0][0] == 0.4
 
 
 def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
@@ -147,16 +149,17 @@ def test_prune_again_keeps_alignment_tokens_that_were_learned(pruned, photos, tm
     out, _ = pruned
     data = "--data", photos, "--question", QUESTION, "--reductions", "0.3"
     assert invoke("prune", out, tmp_path / "again", *data).exit_code == 0
-    before, after = (load_model(folder)[0].alignment.tokens for folder in (out, tmp_path / "again"))
+    before, after = (load(folder).model.alignment.tokens for folder in (out, tmp_path / "again"))
     close(after, before, atol=0)
     other = "--data", photos, "--question", "is the leftmost digit red?", "--reductions", "0.3", "--alignment", "fit"
     assert invoke("prune", out, tmp_path / "new", *other).exit_code == 0
-    assert not torch.equal(load_model(tmp_path / "new")[0].alignment.tokens, before)
+    assert not torch.equal(load(tmp_path / "new").model.alignment.tokens, before)
 
 
 def test_evaluate_gives_the_metric_at_each_budget(pruned, photos, tmp_path):
     pytest.importorskip("evaluate", reason="metrics need evaluate: pip install 'madtp_hf[metrics]'")
-    model, processor, _ = load_model(pruned[0])
+    loaded = load(pruned[0])
+    model, processor = loaded.model, loaded.processor
     model.set_pruning(None)
     image = processor(images=Image.open(photos / "0.png"), text=QUESTION, return_tensors="pt")
     written = processor.tokenizer.decode(model.generate(**image, max_new_tokens=10)[0], skip_special_tokens=True)
@@ -252,7 +255,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(dense, pruned, photos, tmp_pat
         (("prune", vqa, out, "--data", photos, *asked, "--reductions", "1.5"), "expected numbers between 0 and 1"),
         (
             ("prune", vqa, out, "--data", photos, *asked, "--task", "nlvr2"),
-            "BlipForQuestionAnswering, for 'vqa', and the task is",
+            "vqa is not a checkpoint for 'nlvr2', and nothing is trained here",
         ),
         (("prune", vqa, out, "--data", photos, *asked, "--task", "gqa"), "--task gqa: expected one of 'vqa'"),
         (

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from .conftest import TASKS, TEMPERATURES, close, make_task_model
+from .helpers.kernel_standins import LAUNCHES, kernel_path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from kernel_standins import LAUNCHES, kernel_path
 from launches import count
 from methods import make_method
 

@@ -42,11 +42,15 @@ def benchmark(
     import torch
 
     from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
+    from madtp_hf.checkpoints.load import load
 
     if threads:
         torch.set_num_threads(threads)
-    how = {"task": task, "device": device, "on_error": "skip" if skip_unreadable else "raise"}
+    loaded = load(model, task, device=device)
+    on_error = "skip" if skip_unreadable else "raise"
     with warnings_as_messages():
-        title, rows = run_benchmark(model, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, **how)
+        title, rows = run_benchmark(
+            loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, on_error=on_error
+        )
     print_table(title, rows)
     typer.echo(f"Wrote {out}.")

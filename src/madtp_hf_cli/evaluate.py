@@ -30,15 +30,12 @@ def evaluate(
     Example: madtp-hf evaluate blip-vqa-madtp --data questions.csv --out blip-vqa-madtp
     """
     check_new_file(out / "results.json", force)
-    from madtp_hf.budgets.evaluation import report
-    from madtp_hf.budgets.task_evaluation import evaluate_task
-    from madtp_hf.checkpoints.card import public_name
-    from madtp_hf.checkpoints.load import load_model
+    from madtp_hf.budgets.evaluation import evaluate_task, public_name, report
+    from madtp_hf.checkpoints.load import load
     from madtp_hf.data.rows import load_rows
-    from madtp_hf.tasks import TASKS
 
-    loaded, processor, _ = load_model(model, task, device)
-    entry = TASKS[loaded.task]
+    loaded = load(model, task, device=device).require_trained()
+    entry = loaded.task
     # A missing text is not replaced by a default, which the metric would not notice.
     how = {
         "image_dir": image_dir,
@@ -48,7 +45,7 @@ def evaluate(
     }
     with warnings_as_messages():
         rows = load_rows(entry, data, split="test", **how)
-    results = evaluate_task(loaded, processor, rows, reductions, batch_size)
+    results = evaluate_task(loaded.model, loaded.processor, rows, reductions, batch_size)
     name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
     facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}
     report(f"{len(rows)} samples of {name}", results, out, metric=entry.headline, **facts)

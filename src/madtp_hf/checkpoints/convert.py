@@ -113,7 +113,7 @@ def _hint(names, task: str) -> str:
             f" `from_{family.lower()}`."
         )
     if has("itm_head.") and has("text_decoder."):
-        return " It looks like BLIP's pretrained checkpoint, which is of no task: expected one fine-tuned for it."
+        return " It looks like BLIP's pretrained checkpoint: expected one fine-tuned for the task."
     known = {part for task in TASKS.values() for part in task.original_parts}
     found = known & {name.partition(".")[0] for name in names}
     likely = next((name for name, task in TASKS.items() if found == set(task.original_parts)), task)
@@ -130,11 +130,9 @@ def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_name
     for name in (name for name in maps if name not in expected):
         if not name.endswith(".bias") or state_dict[name].any():
             raise ValueError(
-                f"The checkpoint's {original_names[name]} can't be kept: in this package a branch that has the"
-                " alignment tokens' width"
-                " is not mapped to it. To convert the rest, drop the map's tensors from the state dict, and train with"
-                " pruning on before"
-                " you prune."
+                f"The checkpoint's {original_names[name]} can't be kept: in this package, a branch as wide as"
+                " the alignment tokens has no projection. To convert the rest, remove the projection's tensors from"
+                " the state dict, and train with pruning on before you prune."
             )
         del state_dict[name]
 
@@ -176,15 +174,16 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
         FileNotFoundError: if the file does not exist.
         TypeError: if `config` belongs to another model.
         ValueError: if the task is unknown, the file is damaged, its tensors don't belong to the task, or `image_size`
-            is no multiple of the patch size.
+            is not a multiple of the patch size.
     """
     entry = get_task(task)
     model_class, config_class = entry.model_class, entry.model_class.config_class
     if config is not None and not isinstance(config, config_class):
         raise TypeError(
-            f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None for {entry.family}'s."
+            f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None for"
+            f" {entry.family.name}'s."
         )
-    read_config, rename, patches = _LAYOUTS[entry.family]
+    read_config, rename, patches = _LAYOUTS[entry.family.name]
     content = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_checkpoint(path_or_state_dict)
     original = own_tensors(content, "The dictionary given")
 
@@ -223,7 +222,7 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
                 for what, names in (
                     ("missing", missing),
                     ("unexpected", unexpected),
-                    ("of another shape", misshapen),
+                    ("with another shape", misshapen),
                 )
                 if names
             )
@@ -231,9 +230,8 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
     for name, twin in tied.items():
         if name in state_dict and twin in state_dict and not torch.equal(state_dict[name], state_dict[twin]):
             raise ValueError(
-                f"The checkpoint's {original_names[name]} differs from its {original_names[twin]}: expected the same"
-                " numbers, the two"
-                " are one tensor in BLIP."
+                f"The checkpoint's {original_names[name]} differs from its {original_names[twin]}: expected"
+                " equal tensors, because BLIP ties the two."
             )
     new = [name for name in expected if name.startswith("alignment.") and name not in state_dict]
     if new and "alignment.tokens" in state_dict:

@@ -43,19 +43,19 @@ def read_checkpoint(path) -> dict:
     except Exception as error:  # a malicious or damaged pickle can raise any exception
         if "TorchScript" in str(error):
             raise ValueError(
-                f"{path} is a TorchScript archive, a program, as OpenAI publishes CLIP: expected weights alone. The"
-                " same weights are on the Hub,"
-                ' MadtpClipModel.from_clip("openai/clip-vit-base-patch32") takes them.'
+                f"{path} is a TorchScript archive, which contains a program, as OpenAI publishes CLIP: expected"
+                " weights only. The same weights are on the Hub:"
+                ' MadtpClipModel.from_clip("openai/clip-vit-base-patch32").'
             ) from None
         known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
         if known and "weights_only" not in str(error):
-            raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
+            raise ValueError(f"{path} can't be read as a checkpoint, it may be truncated: {error}") from error
         # torch's own message explains how to load the file anyway, which would run the code that was just found in it.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} was refused: it is damaged, or holds more than tensors and plain"
-            f" values{f' ({found[1]})' if found else ''}, which could"
-            " run code; expected the file as its authors published it, or its weights alone as .safetensors."
+            f"{path} was refused: it is damaged, or contains more than tensors and plain"
+            f" values{f' ({found[1]})' if found else ''}, which could run code; expected the file as its authors"
+            " published it, or only its weights as .safetensors."
         ) from None
     own_tensors(content, path)
     return content
@@ -70,7 +70,7 @@ def own_tensors(content, source) -> dict[str, torch.Tensor]:
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
     if not tensors:
-        raise ValueError(f'{source} holds no state dict: expected one, or one under "model".')
+        raise ValueError(f'{source} contains no state dict: expected one, at the top or under "model".')
     return {name: tensor for name, tensor in tensors.items() if not _TRAINING_ONLY.search(name)}
 
 
@@ -97,8 +97,8 @@ def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: st
     grid = math.isqrt(number - 1)
     if grid == 0 or grid**2 != number - 1:
         raise ValueError(
-            f"The checkpoint's {positions} has {number} positions: expected a class token's and those of a square"
-            " of patches."
+            f"The checkpoint's {positions} has {number} positions: expected one of the class token and those of"
+            " a square of patches."
         )
     return width, patch_size, grid
 
@@ -113,9 +113,8 @@ def resize_positions(
     _, patch_size, grid = read_patches(state_dict, kernel, positions)
     if not isinstance(image_size, int) or image_size <= 0 or image_size % patch_size:
         raise ValueError(
-            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, as"
-            f" {grid * patch_size}, its"
-            " own size, is."
+            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, such as"
+            f" its own size, {grid * patch_size}."
         )
     given = state_dict[positions]
     if image_size == grid * patch_size:
@@ -130,8 +129,7 @@ def resize_positions(
 def count_heads(width: int, tower: str) -> int:
     if width % HEAD_WIDTH:
         raise ValueError(
-            f"The checkpoint's {tower} tower is {width} wide, no multiple of {HEAD_WIDTH}, the width of the original's"
-            " attention heads: pass a"
-            f" config with {tower}_config.num_attention_heads."
+            f"The checkpoint's {tower} tower is {width} wide, not a multiple of {HEAD_WIDTH}, the width of the"
+            f" original's attention heads: pass a config with {tower}_config.num_attention_heads."
         )
     return width // HEAD_WIDTH

@@ -17,17 +17,26 @@ import numpy as np
 import torch
 
 from ..budgets.passes import restored
+from ..checkpoints.load import Loaded, load
 from ..data.sources import open_rows
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from .embedding import embed_images, embedding_size, encode_images, encode_texts, load_model, progress, tokenize
+from .embedding import (
+    EMBEDDING_TASKS,
+    embed_images,
+    embedding_size,
+    encode_images,
+    encode_texts,
+    progress,
+    tokenize,
+)
 
 
-__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "load_model", "search"]
+__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "search"]
 
 KINDS = ("flat", "hnsw", "ivf")
 _DESCRIPTION = "index.json"
-_HINT = "Search again with the index's model, embed all images anew (--force, force=True), or choose another folder."
+_HINT = "Search with the index's model, embed all images again with `force=True`, or choose another folder."
 
 
 @dataclass
@@ -75,7 +84,7 @@ def index_images(
 
     Args:
         model, processor:
-            As `encode_images` takes them, or `load_model` returns them.
+            As `encode_images` takes them.
         images (`str`, `Path` or `list`):
             A folder, searched recursively for files with an image suffix; a text file with one path per line, or a
             table, with paths relative to its folder and inside it; or a list of paths. Images that can't be read are
@@ -148,7 +157,7 @@ def load_index(folder) -> ImageIndex:
     """
     faiss, folder = _faiss(), Path(folder).expanduser()
     if not (folder / _DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder} holds no index: expected a folder that `madtp-hf index` has written.")
+        raise FileNotFoundError(f"{folder} is not an index: expected a folder that `madtp-hf index` has written.")
     import pyarrow.parquet
 
     try:
@@ -159,7 +168,7 @@ def load_index(folder) -> ImageIndex:
             raise ValueError(f"{vectors.ntotal} vectors of {len(names)} images")
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"The index {folder} is damaged ({reason}): make it anew with --force.") from error
+        raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
     return ImageIndex(vectors, names, info)
 
 
@@ -247,6 +256,25 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     return sorted(scored, key=lambda one: -one["score"]) + [one for one in found if one not in readable]
 
 
+def load_of_index(info: dict, source=None, device=None) -> Loaded:
+    """Load the model that an index was made by, prepared for inference, from where it is now if it has moved.
+
+    info: the index's; source: a folder or Hub id, by default the index's own.
+    """
+    revision = info["revision"] if source in (None, info["model"]) else None
+    try:
+        return load(
+            source or info["model"],
+            EMBEDDING_TASKS,
+            revision=revision,
+            dtype=info["dtype"],
+            device=device,
+            precision="auto",
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} The index was made by {info['model']}.") from error
+
+
 def _model_of(index: ImageIndex, model, processor):
     """Return the index's model and processor, loaded if not given; raise a `ValueError` for another model."""
     if (model is None) != (processor is None):
@@ -255,8 +283,8 @@ def _model_of(index: ImageIndex, model, processor):
         given = model
         if given is None:
             info = index.info
-            model, processor = load_model(info["model"], info["revision"], info["dtype"])
-            model.prepack_for_inference()
+            loaded = load_of_index(info)
+            model, processor = loaded.model, loaded.processor
         with restored(model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
             temperature = index.info["pruning_temperature"]
@@ -350,7 +378,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     """Copy the embeddings of unchanged images from the index in `folder`, if any; return the names in that index."""
     if not (folder / _DESCRIPTION).is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is no index and not empty: choose another name for the index.")
+            raise ValueError(f"{folder} is not empty and not an index: choose another folder.")
         return []
     if force:
         return []
@@ -371,7 +399,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     if not same and old.info["root"] != table.root:
         raise ValueError(
             f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another"
-            " name for the index, or replace it with --force (force=True)."
+            " folder, or replace it with `force=True`."
         )
     if same:
         if old.info["kind"] == "ivf":

@@ -54,6 +54,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 ZERO_SHOT = "zero-shot-image-classification"
+TEMPLATE = "This is a photo of {}."  # that pipeline's default
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads EPS, too, by starting Ghostscript
 _EXPECTED = "expected base64 of an image file"
 _REDIRECTS = 5
@@ -143,7 +144,7 @@ class Limits:
     def check_size(self, data) -> None:
         """Raise a `ValueError` for a request that is too large or has too many lists inside one another."""
         level, size = [data], 0
-        for depth in range(self.max_depth + 1):
+        for _ in range(self.max_depth + 1):
             below = []
             for value in level:
                 if isinstance(value, (dict, list, tuple, str, bytes, bytearray)):
@@ -157,12 +158,13 @@ class Limits:
             if not below:
                 return
             level = below
-        self.check("max_depth", depth + 1, f"The request has lists inside lists to a depth of more than {depth}")
+        what = f"The request has lists inside lists to a depth of more than {self.max_depth}"
+        self.check("max_depth", self.max_depth + 1, what)
 
 
 def _shown(value) -> str:
     """Return a short description of a value for a message of one line."""
-    if isinstance(value, (str, bytes, float, bool)) or value is None:
+    if isinstance(value, (str, float, bool)) or value is None:
         return reprlib.repr(value)
     if isinstance(value, int):
         return str(value) if abs(value) < 10**20 else "a number of more than 20 digits"
@@ -186,7 +188,7 @@ def _number(kind: type, least, most):
 
 def _choice(*choices):
     def check(name: str, value):
-        if not any(value is choice or isinstance(value, str) and value == choice for choice in choices):
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
             raise ValueError(f"{name} is {_shown(value)}: expected {' or '.join(map(json.dumps, choices))}.")
         return value
 
@@ -291,10 +293,11 @@ def read_content(value, limits: Limits):
         return fetch(value, limits)
     if isinstance(value, str):
         given = value
+        limits.check("max_image_bytes", len(value) * 3 // 4, f"The image has {len(value) * 3 // 4:,} bytes")
         if value.startswith("data:image/"):
             value = value.partition(";base64,")[2]
-        value = "".join(value.split())
-        limits.check("max_image_bytes", len(value) * 3 // 4 - 2, f"The image has {len(value) * 3 // 4:,} bytes")
+        for blank in "\n\r\t ":  # `split` would take up much memory
+            value = value.replace(blank, "")
         try:
             value = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:
@@ -404,7 +407,7 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
     raise ValueError(f"{_shown(host)} doesn't accept the connection")
 
 
-class _TimedSocket:
+class _TimedSocket(io.RawIOBase):
     """What `http.client` needs of a socket, with one deadline for all that is sent and received."""
 
     def __init__(self, connected: socket.socket, deadline: float):
@@ -415,22 +418,17 @@ class _TimedSocket:
         self.connected.sendall(data)
 
     def makefile(self, mode: str):
-        return io.BufferedReader(_TimedReader(self))
-
-    def close(self) -> None:
-        """Leave it open: `http.client` closes a connection before it reads the response."""
-
-
-class _TimedReader(io.RawIOBase):
-    def __init__(self, timed: _TimedSocket):
-        self.timed = timed
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        self.timed.connected.settimeout(_left(self.timed.deadline))
-        return self.timed.connected.recv_into(buffer)
+        self.connected.settimeout(_left(self.deadline))
+        return self.connected.recv_into(buffer)
+
+    def close(self) -> None:
+        """Leave it open: `http.client` closes a connection before it reads the response."""
 
 
 class EndpointHandler:
@@ -449,7 +447,7 @@ class EndpointHandler:
         for name in ("config.json", "images.py"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"There is no {folder / name}: expected the folder of a checkpoint, with the files that"
+                    f"{folder / name} does not exist: expected the folder of a checkpoint, with the files that"
                     " `madtp_hf.checkpoints.push.save_handler` adds."
                 )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -521,7 +519,20 @@ class EndpointHandler:
         for name in self.parts:
             if name not in item and name not in ("prompt", "hypothesis_template"):
                 raise ValueError(f"The input has no {name}: expected {self._expected()}.")
+        if self.task == ZERO_SHOT:
+            self._check_labels(**{"hypothesis_template": TEMPLATE, **item})
         return item
+
+    def _check_labels(self, candidate_labels: list, hypothesis_template: str, **_) -> None:
+        """Raise a `ValueError` for a label that is too long for CLIP; its pipeline doesn't truncate."""
+        longest = self.pipeline.model.config.text_config.max_position_embeddings
+        texts = [hypothesis_template.format(label) for label in candidate_labels]
+        for index, mask in enumerate(self.pipeline.tokenizer(texts, padding=True)["attention_mask"]):
+            if sum(mask) > longest:
+                raise ValueError(
+                    f"candidate_labels[{index}] has {sum(mask)} tokens in its template: expected at most {longest};"
+                    " shorten it."
+                )
 
     def _answer(self, item, parameters: dict, reduction: float | None) -> list:
         item = self._check_input(item, parameters)

@@ -45,7 +45,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
         low, high = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,) * 2
         if not 0 < low <= high < 1:
             raise ValueError(
-                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of them, the smaller"
+                f"target_reduction={target_reduction!r}: expected a number in (0, 1), or a pair of these, the smaller"
                 " first."
             )
         if num_targets < 2:

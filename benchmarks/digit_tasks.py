@@ -1,23 +1,25 @@
-"""What the selection study needs to know of a task, and the file that it writes: data as batches, predictions, their
-score, rows.
+"""The digit scenes as benchmarks need them: dense models, batches, training, predictions and their score.
 
 A new task needs an entry in `LOADERS`, and in `PREDICTORS` and `SCORERS` if it is none of these; a new model one in
-`MODELS`."""
+`MODELS`.
+"""
 
 import functools
 import json
-import os
-import platform
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-import transformers
+from reporting import EXAMPLES, Rows
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from madtp_hf import MadtpBlipConfig, __version__
+from madtp_hf import MadtpBlipConfig, RetrievalTrainer, create_optimizer
 from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.data import load_digit_captions, load_digit_questions, load_digit_statements
 from madtp_hf.data.collators import CaptioningCollator
@@ -25,9 +27,9 @@ from madtp_hf.metrics import load_metric
 from madtp_hf.tasks import TASKS
 
 
-ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 64
-NUM_ALIGNMENT_TOKENS = 64
+NUM_ALIGNMENT_TOKENS = 64  # of the rows in benchmarks/results/selection*.json
+QUEUE = {"queue_size": 1024, "momentum": 0.995, "distillation": 0.4}  # of these rows, for retrieval
 # The dense models of each task, folders in examples/; those that are not there are left out.
 MODELS = {
     "vqa": ("blip-vqa-digits", "blip-vqa-digits-plain"),
@@ -47,16 +49,16 @@ LOADERS = {
 
 def shipped_models(tasks) -> list[tuple[str, Path]]:
     """(task, folder) of the dense models in examples/ for these tasks."""
-    pairs = [(task, ROOT / "examples" / name) for task in tasks for name in MODELS[task]]
+    pairs = [(task, EXAMPLES / name) for task in tasks for name in MODELS[task]]
     return [(task, folder) for task, folder in pairs if (folder / "config.json").is_file()]
 
 
-def load_model(task: str, folder, seed: int):
-    """The dense model with alignment tokens drawn by `seed`, on the CPU in float32."""
+def load_model(task: str, folder, seed: int = 0, num_alignment_tokens: int = NUM_ALIGNMENT_TOKENS, **overrides):
+    """Load a dense model with alignment tokens drawn by `seed`, on the CPU in float32."""
     torch.manual_seed(seed)
     model_class = TASKS[task].model_class
     load = getattr(model_class, "from_blip", None) or model_class.from_clip
-    return load(str(folder), num_alignment_tokens=NUM_ALIGNMENT_TOKENS).float().eval()
+    return load(str(folder), num_alignment_tokens=num_alignment_tokens, **overrides).float().eval()
 
 
 # Data
@@ -103,6 +105,55 @@ def smaller_images(batches, size: int) -> list[dict[str, torch.Tensor]]:
         {**batch, "pixel_values": resize(batch["pixel_values"]), "interpolate_pos_encoding": interpolate}
         for batch in batches
     ]
+
+
+# Training
+
+
+def train(model, task: str, dataset, collator, callbacks: list, seed: int, learning_rate: float, **settings) -> int:
+    """Train one epoch by the demo's recipe: slow alignment parameters, cosine with a warm-up of a twentieth.
+
+    settings: `TrainingArguments` other than these. Returns the number of steps.
+    """
+    trainer_class = Trainer
+    if TASKS[task].metric == "retrieval_recall":
+        trainer_class = functools.partial(RetrievalTrainer, **QUEUE)
+    recipe = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": BATCH_SIZE}
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=seed,
+            **{**recipe, **settings},
+        )
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=callbacks,
+            optimizers=(create_optimizer(model, learning_rate), None),
+        )
+        trainer.train()
+    model.eval()
+    return trainer.state.global_step
+
+
+def run_example(script: str, folder: Path, options: Iterable) -> dict:
+    """Run a training script of examples/ in its own process; return its results and the seconds that it took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(EXAMPLES / script), "--output_dir", str(folder), *map(str, options)]
+    started = time.perf_counter()
+    with open(folder / "log", "w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return {**json.loads((folder / "results.json").read_text()), "seconds": time.perf_counter() - started}
 
 
 # Predictions
@@ -219,79 +270,33 @@ class Evaluation:
         ]
 
 
-# The file
-
-
-def study_header(study: str, **settings) -> dict:
-    """What a file of results says besides its rows."""
-    return {
-        "study": study,
-        "settings": settings,
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {
-            "madtp_hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
+# A study of methods
 
 KEY = ("task", "model", "method", "seed")
+MISSED = 0.03  # a point whose reduction differs by more from the one asked for is marked
 
 
-def key_of(row: dict) -> tuple:
-    return tuple(row[name] for name in KEY)
+def run_study(args, header: dict, keys: list[tuple], prepare_data: Callable, make_points: Callable) -> None:
+    """Make the rows that are asked for and not there yet.
 
-
-class Results:
-    """The rows of a study in a JSON file, rewritten as a whole with every new row: what is there is not made again.
-
-    Raises:
-        ValueError: if the file is of a study with other settings.
+    keys: (task, folder, method, seed) of each row, in order. prepare_data(task, collator): an `Evaluation`, and
+    batches to calibrate on. make_points(task, folder, method, seed, evaluation, validation): a row's points, and its
+    further columns.
     """
-
-    def __init__(self, path: Path, header: dict):
-        self.path, self.header = Path(path), header
-        self.rows: dict[tuple, dict] = {}
-        if self.path.exists():
-            content = json.loads(self.path.read_text())
-            if content["settings"] != header["settings"]:
-                raise ValueError(
-                    f"{self.path} is of a study with settings {content['settings']}, not {header['settings']}:"
-                    " expected the same; ask for those, or give another --output."
-                )
-            self.rows = {key_of(row): row for row in content["rows"]}
-
-    def __contains__(self, key: tuple) -> bool:
-        return key in self.rows
-
-    def forget(self, keys) -> None:
-        """Make these rows again; the file has them until the next row is added."""
-        for key in keys:
-            self.rows.pop(key, None)
-
-    def add(self, row: dict) -> None:
-        self.rows[key_of(row)] = row
-        # A row a line. Another name first, so that no file is ever half-written.
-        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows.values())
-        head = json.dumps(self.header, indent=2).removesuffix("\n}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n')
-        part.replace(self.path)
-
-
-MISSED = 0.03  # further from what was asked, a point is marked
-
-
-def finish_row(row: dict, points: list[dict], started: float) -> dict:
-    """The row with its points, those marked that missed what was asked, and its seconds."""
-    points = [
-        point | {"missed": True} if abs(point["reached"] - point["asked"]) > MISSED else point for point in points
-    ]
-    return {**row, "points": points, "seconds": round(time.perf_counter() - started, 1)}
+    results = Rows(args.output, header, KEY)
+    names = {(task, folder.name, *rest): (task, folder, *rest) for task, folder, *rest in keys}
+    results.forget([key for key in names if key[2] in args.redo])
+    loaded, prepared = None, ()
+    for key, (task, folder, method, seed) in names.items():
+        if key in results:
+            continue
+        if loaded != (task, folder):
+            loaded, prepared = (task, folder), prepare_data(task, make_collator(task, folder))
+        started = time.perf_counter()
+        points, more = make_points(task, folder, method, seed, *prepared)
+        points = [
+            point | {"missed": True} if abs(point["reached"] - point["asked"]) > MISSED else point for point in points
+        ]
+        seconds = round(time.perf_counter() - started, 1)
+        results.add({**dict(zip(KEY, key)), **more, "points": points, "seconds": seconds})
+        print(*key, *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)
