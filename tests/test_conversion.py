@@ -303,7 +303,10 @@ def test_tensors_amiss_are_named(task):
         (beheaded, "not of task .*: (it has no tensor|.* missing)"),
         (unpositioned, "not of task .*: it has no tensor 'visual_encoder.pos_embed'"),
         ({**state_dict, "adapter.weight": scalar}, r"not of task .*: 1 unexpected .adapter.weight."),
-        ({**state_dict, norm: torch.ones(31)}, rf"not of task .*: 1 with another shape .{norm} .31,. instead of .32,."),
+        (
+            {**state_dict, norm: torch.ones(31)},
+            rf"not of task .*: 1 with another shape .{norm} .31,. instead of .32,.",
+        ),
         ({**state_dict, words: scalar}, rf"{words} has shape \(\): expected \(words, width\)"),
         ({**state_dict, words: torch.ones(0, 32)}, rf"{words} has shape \(0, 32\): expected"),
         ({**state_dict, "visual_encoder.pos_embed": torch.ones(1, 40, 32)}, "pos_embed has 40 positions: expected"),

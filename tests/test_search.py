@@ -274,19 +274,20 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()
     Image.new("RGB", (9, 9)).save(elsewhere / "other.png")
+    (photos / "notes.md").write_text("neither a list nor a table")
     for images, folder, message in (
         (tmp_path / "none", "new", "holds no image"),
         (tmp_path / "missing", "new", "There is no"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
-        (photos / "00.png", "new", "is not a text file"),
-        (photos, "photos", "no index and not empty"),
+        (photos / "notes.md", "new", "unsupported table format .md"),
+        (photos, "photos", "is not empty and not an index"),
         (elsewhere, "index", "none of its images is in"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             index_images(*blip, images, tmp_path / folder)
     assert not (tmp_path / "new").exists() and len(load_index(tmp_path / "index")) == NUMBER
     next((tmp_path / "index").glob("*.faiss")).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged \(.*--force"):
+    with pytest.raises(ValueError, match="is damaged"):
         load_index(tmp_path / "index")
 
 

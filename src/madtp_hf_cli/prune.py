@@ -39,6 +39,7 @@ def prune(
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
     ] = None,
     batch_size: options.BatchSize = 8,
+    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     force: options.Force = False,
 ) -> None:
@@ -65,7 +66,14 @@ def prune(
     read_reductions(wanted)  # fail before minutes of reading
     loaded = load(source, task, device=device).require_trained()
     model, processor, entry = loaded.model, loaded.processor, loaded.task
-    rows = load_rows(entry, data, text or (), image_dir, samples=samples, seed=seed)
+    how = {
+        "image_dir": image_dir,
+        "samples": samples,
+        "seed": seed,
+        "on_error": "skip" if skip_unreadable else "raise",
+    }
+    with warnings_as_messages():
+        rows = load_rows(entry, data, text or (), **how)
     batches = make_batches(model, processor, rows, batch_size)
     fitted = loaded.is_dense if alignment is None else alignment == "fit"
     if fitted:
