@@ -4,14 +4,16 @@
     python benchmarks/profile_pass.py --size tiny --batch_sizes 2 --rounds 2   # a quick trial
 
 Parts: `products`, linear maps and convolutions; `attention with maps`, of the layers that prune; `fused attention`, of
-all others; `gate`, alignment scores, importance, threshold and choice; `gather`, the surviving and merged tokens into
-new rows; `rest`, norms, activations, residuals, embeddings and Python. Times are torch.profiler's, which make small
-operations look somewhat slower than they are; each is the median over rounds. (A file named profile.py would hide
-Python's own module.)
+all others; `gate`, which scores tokens and decides (its steps are in the file); `gather`, the surviving and merged
+tokens into new rows; `rest`, norms, activations, residuals, embeddings and Python. `maps over fused` is the extra time
+of attention with maps over fused attention of the same queries, keys and values, which runs beside it and is left out
+of the pass. Times are torch.profiler's, which make small operations look slower than they are; each is the median over
+rounds. (A file named profile.py would hide Python's own module.)
 """
 
 import collections
 import contextlib
+import itertools
 import statistics
 from unittest import mock
 
@@ -30,21 +32,27 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from madtp_hf.modeling import encoder
+from madtp_hf.modeling.attention import attend
 
 
 PARTS = ("products", "attention with maps", "fused attention", "gate", "gather", "rest")
 # The engine's functions of a part, where it looks them up; whatever they call belongs to the part.
 FUNCTIONS = {
-    "gate": ((encoder.MadtpReduction, "read_input"), (encoder.MadtpReduction, "choose")),
-    "attention with maps": ((encoder, "attend_with_evidence"),),
-    "gather": ((encoder, "reduce"),),
+    "gate: alignment scores": (encoder.MadtpReduction, "read_input"),
+    "gate: importance": (encoder, "token_importance"),
+    "gate: threshold": (encoder, "importance_threshold"),
+    "gate: selection": (encoder, "select_tokens"),
+    "gate: weights": (encoder, "merge_weights"),
+    "gate: other": (encoder.MadtpReduction, "choose"),
+    "attention with maps": (encoder, "attend_with_evidence"),
+    "gather": (encoder, "reduce"),
 }
 # The operations of a part anywhere else, by what their names contain.
 OPERATIONS = {
     "products": ("linear", "addmm", "::mm", "bmm", "matmul", "convolution"),
     "fused attention": ("scaled_dot_product",),
 }
-PART, LAYER = "part: ", "layer: "
+PART, LAYER, BESIDE = "part: ", "layer: ", "beside"
 
 
 def layers_of(model) -> dict[str, torch.nn.Module]:
@@ -67,6 +75,21 @@ def labels(model):
 
         return call
 
+    def beside(function):
+        fused, fused_first = named(BESIDE, attend), itertools.cycle((True, False))
+
+        def call(query_key_value, chunk, *options):
+            query, key, value = chunk.pad(query_key_value).flatten(0, 1).unbind(1)
+            first = next(fused_first)  # in turns, so that neither always finds the other's data in cache
+            for now in (first, not first):
+                if now:
+                    fused(None, "sdpa", query, key, value, chunk)
+                else:
+                    result = function(query_key_value, chunk, *options)
+            return result
+
+        return call
+
     open_layers, handles = [], []
 
     def enter(name):
@@ -80,9 +103,10 @@ def labels(model):
         open_layers.pop().__exit__(None, None, None)
 
     with contextlib.ExitStack() as stack:
-        for part, functions in FUNCTIONS.items():
-            for owner, name in functions:
-                stack.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
+        for part, (owner, name) in FUNCTIONS.items():
+            function = named(part, getattr(owner, name))
+            function = beside(function) if part == "attention with maps" else function
+            stack.enter_context(mock.patch.object(owner, name, function))
         for name, layer in layers_of(model).items():
             handles.append(layer.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(layer.register_forward_hook(leave))
@@ -121,16 +145,34 @@ def profile_once(model, inputs: dict) -> dict[tuple[str, str], float]:
 
 
 def profile_run(model, inputs: dict, rounds: int) -> dict:
-    """Return the medians over rounds: milliseconds of the pass, shares of its parts, milliseconds by layer and part."""
+    """Return medians over rounds: milliseconds, shares of the parts and of the gate's steps, and the layers."""
     profile_once(model, inputs)
     found = [profile_once(model, inputs) for _ in range(rounds)]
-    keys = dict.fromkeys(key for spent in found for key in spent)
-    layers: dict[str, dict[str, float]] = {}
-    for layer, part in keys:
-        layers.setdefault(layer, {})[part] = statistics.median(spent[layer, part] for spent in found)
-    totals = {part: sum(parts.get(part, 0.0) for parts in layers.values()) for part in PARTS}
+    layers: dict[str, collections.Counter] = {}
+    steps = collections.Counter()
+    for layer, part in dict.fromkeys(key for spent in found for key in spent):
+        spent = statistics.median(round[layer, part] for round in found)
+        steps[part] += spent
+        layers.setdefault(layer, collections.Counter())[part.partition(":")[0]] += spent
+    totals = {part: sum(parts[part] for parts in layers.values()) for part in PARTS}
     whole = sum(totals.values())
-    return {"milliseconds": whole, "shares": {part: spent / whole for part, spent in totals.items()}, "layers": layers}
+    return {
+        "milliseconds": whole,
+        "shares": {part: spent / whole for part, spent in totals.items()},
+        "gate": {step.removeprefix("gate: "): steps[step] / whole for step in FUNCTIONS if step.startswith("gate")},
+        "maps over fused": (totals["attention with maps"] - steps[BESIDE]) / whole,
+        "layers": {layer: {part: parts[part] for part in PARTS} for layer, parts in layers.items()},
+    }
+
+
+def print_rows(rows: list[dict]) -> None:
+    lines = []
+    for row in rows:
+        shares = (f"{100 * share:.1f}" for share in (*row["shares"].values(), row["maps over fused"]))
+        lines.append([f"{row['reduction']:.2f}", row["batch_size"], f"{row['milliseconds']:.1f}", *shares])
+    print_table("percent of a pass", ["reduction", "batch", "ms", *PARTS, "maps over fused"], lines)
+    lines = [[layer, *(f"{spent:.2f}" for spent in parts.values())] for layer, parts in rows[-1]["layers"].items()]
+    print_table("milliseconds by layer, of the last of these", ["layer", *PARTS], lines)
 
 
 def main(arguments=None):
@@ -153,19 +195,7 @@ def main(arguments=None):
         for reduction in budgets:
             model.set_pruning(reduction=reduction)
             rows.append({"batch_size": batch_size, "reduction": reduction, **profile_run(model, inputs, args.rounds)})
-        lines = [
-            [
-                f"{row['reduction']:.2f}",
-                f"{row['milliseconds']:.1f}",
-                *(f"{100 * row['shares'][part]:.1f}" for part in PARTS),
-            ]
-            for row in rows[-len(budgets) :]
-        ]
-        print_table(f"percent of a pass, batches of {batch_size}", ["reduction", "ms", *PARTS], lines)
-    lines = [
-        [layer, *(f"{parts.get(part, 0.0):.2f}" for part in PARTS)] for layer, parts in rows[-1]["layers"].items()
-    ]
-    print_table(f"milliseconds of each layer at {budgets[-1]:.2f}", ["layer", *PARTS], lines)
+    print_rows(rows)
     write_json(args.output, {"settings": settings_of(args), **environment(), "rows": rows})
 
 
