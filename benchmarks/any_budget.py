@@ -69,7 +69,10 @@ def reach(model, batches, reductions: list[float]) -> dict:
             schedule = calibrate(model, batches, reductions)
         except ValueError as error:  # no reduction was reached
             return {"reached": {}, "schedule": [], "told": [str(error)]}
-    reached = {asked: measure_reduction(model, batches, *threshold) for asked, *threshold in schedule}
+    reached = {
+        entry["reduction"]: measure_reduction(model, batches, **model.setting_for(entry["reduction"]))
+        for entry in schedule
+    }
     return {"reached": reached, "schedule": schedule, "told": [str(warning.message) for warning in told]}
 
 

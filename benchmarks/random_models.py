@@ -205,12 +205,13 @@ def calibrate_reachable(model, batches: list[dict], reductions: list[float], fre
             schedule = calibrate(model, batches, reductions, freeze)
         except ValueError:
             schedule = []
-        missing = set(reductions) - {entry[0] for entry in schedule}
+        missing = set(reductions) - {entry["reduction"] for entry in schedule}
         if not missing:
             return schedule
         model.config.pruning_granularity = "instance"
         with restored(model):
-            reached = {measure_reduction(model, batches, 10 ** (step / 2)) for step in range(-14, 11)}
+            path = model.pruning_method.path(model.config)
+            reached = {measure_reduction(model, batches, **path.setting(point)) for point in path.points[1:]}
         nearest = {min(reached, key=lambda found, goal=goal: abs(found - goal)) for goal in missing}
         print(f"{model.task}: {sorted(missing)} out of reach; the nearest in reach: {sorted(nearest)}.")
         instead = sorted({found for found in nearest if found > 0.02} | set(reductions) - missing)
