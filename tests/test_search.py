@@ -273,7 +273,7 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
     Image.new("RGB", (9, 9)).save(elsewhere / "other.png")
     for images, folder, message in (
         (tmp_path / "none", "new", "holds no image"),
-        (tmp_path / "missing", "new", "There is no"),
+        (tmp_path / "missing", "new", "missing does not exist"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
         (photos / "00.png", "new", "is not a text file"),
         (photos, "photos", "no index and not empty"),
