@@ -276,7 +276,7 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
         (tmp_path / "missing", "new", "missing does not exist"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
         (photos / "00.png", "new", "is not a text file"),
-        (photos, "photos", "no index and not empty"),
+        (photos, "photos", "not empty and not an index"),
         (elsewhere, "index", "none of its images is in"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
