@@ -26,7 +26,8 @@ from transformers import set_seed
 
 from madtp_hf import calibrate
 from madtp_hf.data import load_digit_captions
-from madtp_hf.tasks.pair_scores import CaptionedImages, score_by_features
+from madtp_hf.tasks.clip import score_by_features
+from madtp_hf.tasks.pair_scores import CaptionedImages
 
 
 SCRIPT, MODEL = "run_clip_retrieval.py", EXAMPLES / "clip-digits"

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from madtp_hf import MadtpClipConfig, calibrate, count_flops, flop_formulas
+from madtp_hf import MadtpClipConfig, calibrate, count_flops
 from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.budgets.evaluation import record_tokens
 from madtp_hf.budgets.passes import measure
+from madtp_hf.tasks import flop_formulas
 
 from .helpers.clip import make_clip_inputs, make_clip_model, make_texts
 from .test_flops import torchs_counter

@@ -165,7 +165,7 @@ def test_the_command_publishes_both(hub, folder, tmp_path):
     publish = ("push", folder, "org/tiny", "--space", "org/look", "--token", "hf_alice")
     done = call(*publish, "--examples", tmp_path / "examples.json")
     assert done.stdout == f"{hub.url}/org/tiny\n{hub.url}/spaces/org/look\n"
-    assert b"load_model('org/tiny'" in hub.files("spaces/org/look")["app.py"]
+    assert b"load('org/tiny'" in hub.files("spaces/org/look")["app.py"]
     assert "examples/0.png" in hub.files("spaces/org/look")
     done = call("push", folder, "org/tiny2", "--space", "org/look2", "--private", "--token", "hf_alice")
     assert done.exit_code == 0 and "model/config.json" in hub.files("spaces/org/look2")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_new_file, print_table
+from .common import check_new_file, print_table, warnings_as_messages
 
 
 def benchmark(
@@ -25,6 +25,7 @@ def benchmark(
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each run is timed.")] = 3,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")] = Path("benchmark.json"),
     task: options.Task = None,
+    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default torch's choice.")
@@ -41,9 +42,15 @@ def benchmark(
     import torch
 
     from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
+    from madtp_hf.checkpoints.load import load
 
     if threads:
         torch.set_num_threads(threads)
-    title, rows = run_benchmark(model, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device)
+    loaded = load(model, task, device=device)
+    on_error = "skip" if skip_unreadable else "raise"
+    with warnings_as_messages():
+        title, rows = run_benchmark(
+            loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, on_error=on_error
+        )
     print_table(title, rows)
     typer.echo(f"Wrote {out}.")

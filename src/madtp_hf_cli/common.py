@@ -59,6 +59,7 @@ def as_options(message: str, params=()) -> str:
     """Replace a library's Python arguments in a message, such as `force=True`, by a command's options: `--force`."""
     names = {option.name: option.opts[0] for option in params if option.opts[0].startswith("--")}
     names = {other: names[name] for other, name in _OTHER_NAMES.items() if name in names} | names
+    message = message.replace("on_error='skip'", names.get("skip_unreadable", "on_error='skip'"))
     for name, option in names.items():
         argument = rf"(?<![\w/.(-])(?<!, ){name}"
         message = re.sub(rf'{argument}={{"(\w+)": ([^}}]*)}}', rf"{option} \1=\2", message)

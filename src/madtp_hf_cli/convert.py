@@ -142,7 +142,7 @@ def convert(
     if task not in TASKS:
         raise typer.BadParameter(f"{task!r}, expected one of {', '.join(TASKS)}.", param_hint="--task")
     content = read_checkpoint(checkpoint)
-    family = TASKS[task].family
+    family = TASKS[task].family.name
     source = tokenizer or _TOKENIZERS[family]
     loaded = _load_tokenizer(source, family)
     model = convert_original_checkpoint(content, task, image_size=image_size)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_new_file
+from .common import check_new_file, warnings_as_messages
 
 
 def evaluate(
@@ -19,6 +19,7 @@ def evaluate(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     task: options.Task = None,
+    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     force: options.Force = False,
 ) -> None:
@@ -29,18 +30,22 @@ def evaluate(
     Example: madtp-hf evaluate blip-vqa-madtp --data questions.csv --out blip-vqa-madtp
     """
     check_new_file(out / "results.json", force)
-    from madtp_hf.budgets.evaluation import report
-    from madtp_hf.budgets.task_evaluation import evaluate_task
-    from madtp_hf.checkpoints.card import public_name
-    from madtp_hf.checkpoints.load import load_model
+    from madtp_hf.budgets.evaluation import evaluate_task, public_name, report
+    from madtp_hf.checkpoints.load import load
     from madtp_hf.data.rows import load_rows
-    from madtp_hf.tasks import TASKS
 
-    loaded, processor, _ = load_model(model, task, device)
-    entry = TASKS[loaded.task]
+    loaded = load(model, task, device=device).require_trained()
+    entry = loaded.task
     # A missing text is not replaced by a default, which the metric would not notice.
-    rows = load_rows(entry, data, image_dir=image_dir, split="test", samples=samples, seed=seed)
-    results = evaluate_task(loaded, processor, rows, reductions, batch_size)
+    how = {
+        "image_dir": image_dir,
+        "samples": samples,
+        "seed": seed,
+        "on_error": "skip" if skip_unreadable else "raise",
+    }
+    with warnings_as_messages():
+        rows = load_rows(entry, data, split="test", **how)
+    results = evaluate_task(loaded.model, loaded.processor, rows, reductions, batch_size)
     name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
     facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}
     report(f"{len(rows)} samples of {name}", results, out, metric=entry.headline, **facts)

@@ -9,9 +9,6 @@ from . import options
 from .common import check_out, print_table, warnings_as_messages, written_in_one_step
 
 
-SCRIPTS = {"vqa": "run_vqa", "captioning": "run_captioning", "nlvr2": "run_nlvr2", "retrieval": "run_retrieval"}
-
-
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
     """Return what the model card says about pruning without training."""
     start = "fitted to the same samples" if fitted else "the checkpoint's own, or random"
@@ -42,6 +39,7 @@ def prune(
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
     ] = None,
     batch_size: options.BatchSize = 8,
+    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     force: options.Force = False,
 ) -> None:
@@ -58,31 +56,33 @@ def prune(
     from madtp_hf import calibrate, init_alignment_from
     from madtp_hf.budgets.calibration import read_reductions
     from madtp_hf.budgets.evaluation import evaluate_budgets
-    from madtp_hf.budgets.passes import encode
     from madtp_hf.checkpoints.card import write_model_card
-    from madtp_hf.checkpoints.load import load_model, make_batches
+    from madtp_hf.checkpoints.load import load
     from madtp_hf.data.rows import load_rows
-    from madtp_hf.tasks import TASKS
+    from madtp_hf.tasks import make_batches
 
     wanted = reductions or [0.5, 0.3, 0.7]
     source = model
     read_reductions(wanted)  # fail before minutes of reading
-    model, processor, is_dense = load_model(source, task, device)
-    entry = TASKS[model.task]
-    rows = load_rows(entry, data, text or (), image_dir, samples=samples, seed=seed)
+    loaded = load(source, task, device=device).require_trained()
+    model, processor, entry = loaded.model, loaded.processor, loaded.task
+    how = {
+        "image_dir": image_dir,
+        "samples": samples,
+        "seed": seed,
+        "on_error": "skip" if skip_unreadable else "raise",
+    }
+    with warnings_as_messages():
+        rows = load_rows(entry, data, text or (), **how)
     batches = make_batches(model, processor, rows, batch_size)
-    fitted = is_dense if alignment is None else alignment == "fit"
+    fitted = loaded.is_dense if alignment is None else alignment == "fit"
     if fitted:
         init_alignment_from(model, batches)
     with warnings_as_messages():
         schedule = calibrate(model, batches, wanted)
 
-    def forward(batch):
-        encode(model, batch)
-        return [None] * len(batch["pixel_values"])
-
     reached = [entry[0] for entry in schedule]
-    results = evaluate_budgets(model, batches, [0.0, *reached], forward)
+    results = evaluate_budgets(model, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results
     ]
@@ -93,5 +93,7 @@ def prune(
         notes = _notes(source if not Path(source).exists() else Path(source).resolve().name, table, len(rows), fitted)
         write_model_card(folder, out.name, base_model=source, notes=notes)
     print_table(f"{type(model).__name__}, calibrated on {len(rows)} samples", table)
-    script = f": examples/{SCRIPTS[model.task]}.py --model {out.name}" if model.task in SCRIPTS else ""
-    typer.echo(f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs{script}.")
+    typer.echo(
+        f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
+        f" examples/{entry.script} --model {out.name}."
+    )

@@ -33,7 +33,7 @@ from madtp_hf import (
 from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.modeling import modeling_madtp_blip
 from madtp_hf.modeling.retrieval_loss import gather_padded, gather_rows, is_distributed, process_rank
-from madtp_hf.tasks.pair_scores import score_images_and_texts
+from madtp_hf.tasks.retrieval import score_images_and_texts
 
 from ..conftest import blip_config, make_inputs
 from ..test_examples import run_example

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BlipConfig, CLIPConfig
 
-from ..budgets.evaluation import show_number
+from ..budgets.evaluation import public_name, show_number
 from ..modeling.configuration_madtp_blip import MadtpBlipConfig
 from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import Task, task_of
@@ -21,11 +21,6 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Columns of a results table that aren't metrics.
 _BUDGET = "reduction asked"
 _NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
-
-
-def public_name(source) -> str:
-    """Return the name of a model or data set for a card: the last part of a folder's path, or a Hub id unchanged."""
-    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def _hub_ids(sources) -> list[str] | None:
@@ -347,7 +342,7 @@ def create_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=[task.family.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
+        tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
         base_model=(_hub_ids(base_model) or [None])[0],
         datasets=_hub_ids(datasets),
         license=license,
@@ -365,7 +360,7 @@ def create_model_card(
         pipeline_call=(task.pipeline_call or "").format(text=text),
         quoted_name=json.dumps(name),
         usage=task.usage.format(text=text),
-        family=task.family,
+        family=task.family.name,
         pruned_class=task.model_class.__name__,
         image_size=config.vision_config.image_size,
         made_from=public_name(base_model) if base_model else None,

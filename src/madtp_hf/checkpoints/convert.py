@@ -180,9 +180,10 @@ def convert_original_checkpoint(path_or_state_dict, task: str, *, config=None, i
     model_class, config_class = entry.model_class, entry.model_class.config_class
     if config is not None and not isinstance(config, config_class):
         raise TypeError(
-            f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None for {entry.family}'s."
+            f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None for"
+            f" {entry.family.name}'s."
         )
-    read_config, rename, patches = _LAYOUTS[entry.family]
+    read_config, rename, patches = _LAYOUTS[entry.family.name]
     content = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_checkpoint(path_or_state_dict)
     original = own_tensors(content, "The dictionary given")
 

@@ -255,7 +255,7 @@ class _Counted:
 
 
 def _write_parquet(file: Path, rows, column: str) -> None:
-    from .sources import require
+    from ..data.sources import require
 
     pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     names = ["key", "question", column] if column == "answer" else ["key", column]

@@ -28,6 +28,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
+    _from_dense_name = "from_blip"
     base_model_prefix = "madtp_blip"
     # `push_to_hub` and `Trainer` write these into a model card's metadata.
     model_tags = ["blip", "madtp", "token-pruning"]
@@ -90,7 +91,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             TypeError: if the source is a model other than this task's BLIP, or an override is neither a field nor such
             an argument.
         """
-        return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
+        return cls.from_dense(source, **config_overrides)
 
     def as_pipeline(self, processor, **kwargs):
         """Wrap this model in the pipeline that its checkpoints ship.

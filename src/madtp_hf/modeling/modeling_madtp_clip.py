@@ -66,6 +66,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     model_tags = ["clip", "madtp", "token-pruning"]  # in a model card's metadata
     task = "clip"
     _dense_classes = (CLIPModel,)
+    _from_dense_name = "from_clip"
     _task_auto_class = "AutoModelForZeroShotImageClassification"
     _alignment_class = MadtpClipAlignment
     _roles = {"vision": FIRST_PROTECTED, "text": TEXT_ROLES}
@@ -110,7 +111,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             TypeError: if the source is a model other than CLIP, or an override is neither a field nor such an
             argument.
         """
-        return cls._from_dense(source, config_overrides, MadtpClipConfig, "from_clip")
+        return cls.from_dense(source, **config_overrides)
 
     def get_input_embeddings(self):
         return self.text_model.embeddings.token_embedding

@@ -149,6 +149,7 @@ class PrunedModelMixin:
 
     task = None  # as `madtp_hf.count_flops` names it
     _dense_classes = ()  # transformers' classes that this one converts from
+    _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
     _prepacked_classes = (nn.Linear,)
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
@@ -407,11 +408,12 @@ class PrunedModelMixin:
     # From a dense model
 
     @classmethod
-    def _from_dense(cls, source, config_overrides: dict, config_class, method: str):
+    def from_dense(cls, source, **config_overrides):
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
-        Only the alignment parameters are new.
+        Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.
         """
+        config_class, method = cls.config_class, cls._from_dense_name
         classes = (*cls._dense_classes, cls)
         expected = " or a ".join(dense_class.__name__ for dense_class in classes)
         defaults = config_class()
@@ -453,10 +455,18 @@ class PrunedModelMixin:
     def _load_dense(cls, source, classes, expected: str, loading: dict, method: str) -> PreTrainedModel:
         hub_options = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
         found = {name: loading[name] for name in hub_options if name in loading}
-        saved = classes[0].config_class.get_config_dict(source, **found)[0].get("architectures") or []
-        dense_class = next((c for c in classes if c.__name__ in saved), classes[0])
+        saved = cls.config_class.get_config_dict(source, **found)[0]
+        named = saved.get("architectures") or []
+        dense_class = next((c for c in classes if c.__name__ in named), None)
+        if dense_class is None and not named:
+            dense_class = next((c for c in classes if c.config_class.model_type == saved.get("model_type")), None)
+        if dense_class is None:
+            what = named[0] if named else f"model of type {saved.get('model_type')!r}"
+            raise ValueError(f"{cls.__name__}.{method} got {source}, a {what}: expected a {expected}.")
         try:
-            dense, info = dense_class.from_pretrained(source, output_loading_info=True, **loading)
+            dense, info = dense_class.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+            )
         except TypeError as error:
             if not any(name in str(error) for name in loading):
                 raise
@@ -464,10 +474,14 @@ class PrunedModelMixin:
                 f"{cls.__name__}.{method} got {', '.join(loading)}: expected fields of the configuration or what"
                 " `from_pretrained` takes."
             ) from error
-        amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+        amiss = [
+            key if isinstance(key, str) else key[0]  # a key of another shape comes with the shapes
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            for key in info[kind]
+        ]
         if amiss:
             raise ValueError(
-                f"{source} is no checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
+                f"{source} is not a checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
                 f" expected or of another shape ({', '.join(sorted(amiss)[:3])}, ...). Expected one of that class."
             )
         return dense

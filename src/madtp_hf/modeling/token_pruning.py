@@ -15,6 +15,7 @@ A pruned layer, step by step:
 7. (the layer's feed-forward on the remaining tokens)
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -113,11 +114,16 @@ def importance_threshold(
     # equals that token's importance to the last bit, and rounding decides whether the token stays: this order rounds
     # as the published implementation does.
     gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
-    with torch.autocast(gate.device.type, enabled=False):
+    with without_autocast(gate.device.type):
         seen = importance.float().unsqueeze(1) @ gate
         total = gate.sum(dim=1, keepdim=True) if mask is None else mask.unsqueeze(1) @ gate
     threshold = (seen / total).amin(dim=-1)
     return threshold if factor == 1 else threshold * factor
+
+
+def without_autocast(device_type: str):
+    """Switch autocast off where it is on. Elsewhere there is no context, since an exporter traces one as a subgraph."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def select_tokens(

@@ -13,6 +13,7 @@ import torch
 from .attention import TokenRoles
 from .padding import LONGER_THAN_ANY
 from .sequences import Division, Sequences, scatter_rows, take_slots
+from .token_pruning import without_autocast
 from .triton_kernels import merge
 
 
@@ -85,7 +86,7 @@ def enter_tokens(padded: torch.Tensor, reduction: Reduction) -> tuple[torch.Tens
     num_removable = reduction.stays.shape[1]
     tokens = padded[:, 1 : 1 + num_removable]
     if reduction.into is None:
-        with torch.autocast(padded.device.type, enabled=False):
+        with without_autocast(padded.device.type):
             return padded, (reduction.weight.unsqueeze(1).to(padded.dtype) @ tokens).squeeze(1)
     entering = torch.zeros_like(reduction.weight).scatter_add(1, reduction.into, reduction.weight)
     own = tokens.float() * (1 - entering).unsqueeze(-1)

@@ -17,15 +17,24 @@ import numpy as np
 import torch
 
 from ..budgets.passes import restored
+from ..checkpoints.load import Loaded, load
+from ..data.sources import open_rows
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from .embedding import embed_images, embedding_size, encode_images, encode_texts, load_model, progress, tokenize
+from .embedding import (
+    EMBEDDING_TASKS,
+    embed_images,
+    embedding_size,
+    encode_images,
+    encode_texts,
+    progress,
+    tokenize,
+)
 
 
-__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "load_model", "search"]
+__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "search"]
 
 KINDS = ("flat", "hnsw", "ivf")
-SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .avif .jp2 .heic .heif".split())
 _DESCRIPTION = "index.json"
 _HINT = "Search with the index's model, embed all images again with `force=True`, or choose another folder."
 
@@ -75,11 +84,11 @@ def index_images(
 
     Args:
         model, processor:
-            As `encode_images` takes them, or `load_model` returns them.
+            As `encode_images` takes them.
         images (`str`, `Path` or `list`):
-            A folder, searched recursively for files with an image suffix; a text file with one path per line, relative
-            to its folder; or a list of paths. Images that can't be read are left out and listed, with the reason, in
-            `info["unreadable"]`.
+            A folder, searched recursively for files with an image suffix; a text file with one path per line, or a
+            table, with paths relative to its folder and inside it; or a list of paths. Images that can't be read are
+            left out and listed, with the reason, in `info["unreadable"]`.
         folder (`str` or `Path`):
             The index's folder: a new or empty one, or an index of the same model.
         kind (`str`, *optional*, defaults to `"flat"`):
@@ -106,15 +115,16 @@ def index_images(
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of index {kind!r}: expected {', '.join(KINDS)}.")
     folder = Path(folder).expanduser()
-    root, names = _find_images(images)
+    root, names, unreadable = _find_images(images)
     table = _Table(root, names, embedding_size(model))
+    table.unreadable.update(unreadable)
     with restored(model):
         if reduction is not None:
             model.set_pruning(reduction=reduction)
         info = {"root": root, "kind": kind, "reduction": reduction, **_describe(model)}
         old_names = _take_over(table, folder, info, force)
         kept = int(table.done.sum())
-        todo = np.flatnonzero(~table.done)
+        todo = np.array([row for row in np.flatnonzero(~table.done) if names[row] not in unreadable], int)
         batches = embed_images(model, processor, [table.path(row) for row in todo], batch_size, num_workers)
         saved = time.monotonic()
         try:
@@ -246,6 +256,25 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     return sorted(scored, key=lambda one: -one["score"]) + [one for one in found if one not in readable]
 
 
+def load_of_index(info: dict, source=None, device=None) -> Loaded:
+    """Load the model that an index was made by, prepared for inference, from where it is now if it has moved.
+
+    info: the index's; source: a folder or Hub id, by default the index's own.
+    """
+    revision = info["revision"] if source in (None, info["model"]) else None
+    try:
+        return load(
+            source or info["model"],
+            EMBEDDING_TASKS,
+            revision=revision,
+            dtype=info["dtype"],
+            device=device,
+            precision="auto",
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} The index was made by {info['model']}.") from error
+
+
 def _model_of(index: ImageIndex, model, processor):
     """Return the index's model and processor, loaded if not given; raise a `ValueError` for another model."""
     if (model is None) != (processor is None):
@@ -254,8 +283,8 @@ def _model_of(index: ImageIndex, model, processor):
         given = model
         if given is None:
             info = index.info
-            model, processor = load_model(info["model"], info["revision"], info["dtype"])
-            model.prepack_for_inference()
+            loaded = load_of_index(info)
+            model, processor = loaded.model, loaded.processor
         with restored(model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
             temperature = index.info["pruning_temperature"]
@@ -312,37 +341,13 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
 # Files
 
 
-def _find_images(images) -> tuple[str, list[str]]:
-    """Return the root folder and the images' names relative to it, without duplicates."""
-    if isinstance(images, (str, os.PathLike)):
-        path = Path(images).expanduser()
-        if path.is_dir():
-            root, names = str(path.resolve()), sorted(_walk(path))
-        elif path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError:
-                raise ValueError(
-                    f"{path} is not a text file: expected a folder, or a list of paths."
-                ) from None
-            root, names = str(path.resolve().parent), [line.strip() for line in lines if line.strip()]
-        else:
-            raise FileNotFoundError(
-                f"{path} does not exist: expected a folder, or a text file of paths."
-            )
-    else:
-        root, names = os.getcwd(), [os.fspath(image) for image in images]
-    if not names:
-        raise ValueError(f"{images if len(str(images)) < 200 else 'The list'} holds no image: nothing was written.")
-    return root, list(dict.fromkeys(names))
-
-
-def _walk(folder: Path):
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(place, name), folder)
+def _find_images(images) -> tuple[str, list[str], dict[str, str]]:
+    """Return the root folder, the images' names without duplicates, and the names that can't be read, with reasons."""
+    rows = open_rows(images, wanted=("image",))
+    if not rows.in_memory:
+        raise ValueError(f"{rows.name} holds images in its rows: expected a folder of image files, or a list of them.")
+    found = {row.key: row for row in rows.rows(0, len(rows))}
+    return rows.folder, list(found), {name: row.error for name, row in found.items() if row.error}
 
 
 class _Table:

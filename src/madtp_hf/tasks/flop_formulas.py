@@ -1,4 +1,4 @@
-"""FLOPs in closed form: of a model's parts, then of each task's forward pass.
+"""FLOPs in closed form of a model's parts, of which each task's file makes those of its forward pass.
 
 In the paper's convention, one multiply-accumulate of a convolution, a linear map or an attention product counts as one
 FLOP, and a layer norm as five FLOPs per element. `tokens` is a float tensor (layers + 1, B): the number of tokens that
@@ -75,46 +75,3 @@ def text_decoder(config, tokens, context_tokens, context_width):
     layer = layer + cross_attention(width, tokens, context_tokens, context_width)
     head = tokens * (width**2 + width * text.vocab_size + LAYER_NORM * width)
     return (tokens * LAYER_NORM * width + text.num_hidden_layers * layer + head) * (tokens > 0)
-
-
-# The forward pass of each task. `prunes`: the modalities whose layers compute alignment scores.
-
-
-def question_answering(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    total = vision_encoder(config, vision_tokens, "vision" in prunes)
-    total = total + text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
-    return total + text_decoder(config, answer_tokens, text_tokens[-1], config.text_config.hidden_size)
-
-
-def captioning(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    total = vision_encoder(config, vision_tokens, "vision" in prunes)
-    return total + text_decoder(config, answer_tokens, vision_tokens[-1], config.vision_config.hidden_size)
-
-
-def visual_reasoning(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """Count NLVR2's pass over two images; `vision_tokens` is (layers + 1, 2, B)."""
-    images = vision_tokens.unbind(1)
-    total = sum(vision_encoder(config, image, "vision" in prunes) for image in images)
-    total = total + text_encoder(config, text_tokens, [image[-1] for image in images], "text" in prunes)
-    width = config.text_config.hidden_size
-    return total + width**2 + width * 2  # the classification head
-
-
-def retrieval(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """Count the pass that matches an image and a text."""
-    total = vision_encoder(config, vision_tokens, "vision" in prunes)
-    total = total + text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
-    return total + config.text_config.hidden_size * 2  # the matching head
-
-
-def contrastive_pair(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    """Count CLIP's features of an image and a text, and their product.
-
-    Causal attention counts in full, because it is computed in full.
-    """
-    vision, text, width = config.vision_config, config.text_config, config.projection_dim
-    total = patch_embedding(vision, vision_tokens) + vision_tokens[0] * LAYER_NORM * vision.hidden_size
-    total = total + pre_norm_layers(config, vision, vision_tokens, "vision" in prunes)
-    total = total + pre_norm_layers(config, text, text_tokens, "text" in prunes)
-    total = total + text_tokens[-1] * LAYER_NORM * text.hidden_size + LAYER_NORM * vision.hidden_size
-    return total + (vision.hidden_size + text.hidden_size) * width + width
