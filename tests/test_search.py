@@ -287,7 +287,7 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
             index_images(*blip, images, tmp_path / folder)
     assert not (tmp_path / "new").exists() and len(load_index(tmp_path / "index")) == NUMBER
     next((tmp_path / "index").glob("*.faiss")).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged \(.*--force"):
+    with pytest.raises(ValueError, match=r"is damaged .*force=True"):
         load_index(tmp_path / "index")
 
 
