@@ -280,14 +280,14 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
         (tmp_path / "missing", "new", "There is no"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
         (photos / "notes.md", "new", "unsupported table format .md"),
-        (photos, "photos", "not empty and not an index"),
+        (photos, "photos", "is not empty and not an index"),
         (elsewhere, "index", "none of its images is in"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             index_images(*blip, images, tmp_path / folder)
     assert not (tmp_path / "new").exists() and len(load_index(tmp_path / "index")) == NUMBER
     next((tmp_path / "index").glob("*.faiss")).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged .*force=True"):
+    with pytest.raises(ValueError, match="is damaged"):
         load_index(tmp_path / "index")
 
 

@@ -122,7 +122,7 @@ def importance_threshold(
 
 
 def without_autocast(device_type: str):
-    """Switch autocast off where it is on. Elsewhere there is no context, since an exporter traces one as a subgraph."""
+    """Switch autocast off where it is on; elsewhere return no context, which an exporter would trace as a subgraph."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
