@@ -57,6 +57,7 @@ from .retrieval_loss import (
 )
 from .sequences import unpad
 from .token_pruning import AttentionStatistics  # noqa: F401
+from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -73,6 +74,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     }
     task = "vqa"
+    distilled = {"logits": "tokens"}
     _task_auto_class = "AutoModelForVisualQuestionAnswering"
     _task_pipeline = ("visual-question-answering", "pipeline_madtp_blip.MadtpBlipVisualQuestionAnsweringPipeline")
     _dense_classes = (BlipForQuestionAnswering,)
@@ -94,6 +96,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         return vision, text
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -230,6 +233,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     main_input_name = "pixel_values"
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
     task = "captioning"
+    distilled = {"logits": "tokens"}
     _task_auto_class = "AutoModelForImageTextToText"
     _task_pipeline = ("image-to-text", "pipeline_madtp_blip.MadtpBlipImageToTextPipeline")
     _dense_classes = (BlipForConditionalGeneration,)
@@ -247,6 +251,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         self.text_decoder.set_input_embeddings(value)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -381,6 +386,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
     """
 
     task = "nlvr2"
+    distilled = {"logits": "classes"}
     _dense_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
     _new_in_task = ("alignment.", "merge_layer.", "cls_head.")
     _task_pipeline = (
@@ -415,6 +421,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         return weights
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -505,6 +512,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     """
 
     task = "retrieval"
+    distilled = {"itm_score": "classes", "image_feature": "features", "text_feature": "features"}
     _task_pipeline = ("image-text-retrieval", "pipeline_madtp_blip.MadtpBlipImageTextRetrievalPipeline")
     _dense_classes = (BlipForImageTextRetrieval,)
 
@@ -560,6 +568,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return with_states(self._text_feature(texts), texts, return_dict)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
