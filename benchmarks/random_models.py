@@ -20,7 +20,7 @@ from transformers import (
     CLIPModel,
 )
 
-from madtp_hf import MadtpClipModel, calibrate
+from madtp_hf import calibrate
 from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.budgets.passes import restored
 from madtp_hf.tasks import TASKS
@@ -132,7 +132,7 @@ def make_models(task: str, setup: Setup, attention: str | None = None) -> tuple[
         dense = MODELS[task](clip_config(task, setup.size) if is_clip else blip_config(setup.size))
         if attention is not None:
             dense.set_attn_implementation(attention)
-        model = MadtpClipModel.from_clip(dense) if is_clip else TASKS[task].model_class.from_blip(dense)
+        model = TASKS[task.removesuffix("-large")].model_class.from_dense(dense)
     dense, model = (found.to(device=setup.device, dtype=setup.dtype).eval() for found in (dense, model))
     if setup.prepack:
         model.prepack_weights()
