@@ -288,7 +288,9 @@ class PrunedModelMixin:
         """
         return pruning.method.for_branch(self, pruning, modality, with_feature)
 
-    def compute_alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
+    def compute_alignment_loss(
+        self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the alignment loss, 0 if a branch has no feature, as with pruning off.
 
         The 0 depends on all alignment parameters, because distributed training waits for the gradient of each.
