@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_out, print_table, warnings_as_messages, written_in_one_step
+from .common import check_out, print_table, written_in_one_step
 
 
 SCRIPTS = {"vqa": "run_vqa", "captioning": "run_captioning", "nlvr2": "run_nlvr2", "retrieval": "run_retrieval"}
@@ -74,8 +74,7 @@ def prune(
     fitted = is_dense if alignment is None else alignment == "fit"
     if fitted:
         init_alignment_from(model, batches)
-    with warnings_as_messages():
-        schedule = calibrate(model, batches, wanted)
+    schedule = calibrate(model, batches, wanted)
 
     def forward(batch):
         encode(model, batch)

@@ -197,8 +197,7 @@ def _count_heads(width: int, tower: str) -> int:
     if width % HEAD_WIDTH:
         raise ValueError(
             f"The checkpoint's {tower} tower is {width} wide, not a multiple of {HEAD_WIDTH}, the width of the"
-            f" original's attention heads: pass heads=(vision, text), or a config with"
-            f" {tower}_config.num_attention_heads."
+            f" original's attention heads: pass `heads`, or a config with {tower}_config.num_attention_heads."
         )
     return width // HEAD_WIDTH
 
@@ -355,7 +354,7 @@ def convert_original_checkpoint(
     if assumed:
         warnings.warn(
             f"Assumed, because weights don't tell: {', '.join(assumed)}. If the checkpoint was trained with others,"
-            " pass `heads=`, `activation=` or `config=`.",
+            " pass `heads`, `activation` or `config`.",
             stacklevel=2,
         )
     new = [name for name in model.state_dict() if name.startswith("alignment.") and name not in state_dict]
