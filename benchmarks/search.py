@@ -19,8 +19,9 @@ from PIL import Image
 from reporting import EXAMPLES, environment, make_parser, print_table, settings_of, write_json
 from timing import timed
 
+from madtp_hf.checkpoints.load import load
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
-from madtp_hf.search import encode_images, encode_texts, index_images, load_index, load_model, search
+from madtp_hf.search import encode_images, encode_texts, index_images, load_index, search
 
 
 MODEL = EXAMPLES / "blip-retrieval-digits"
@@ -73,7 +74,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    model, processor = load_model(MODEL, device="cpu")
+    loaded = load(MODEL, device="cpu")
+    model, processor = loaded.model, loaded.processor
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         photos, flat = Path(scratch, "photos"), Path(scratch, "flat")

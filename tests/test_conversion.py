@@ -269,7 +269,8 @@ def test_images_of_another_size(task):
     assert_same(outputs(same, task), outputs(original, task))
     for wrong in (0, -48, 50, 48.0, "48"):
         with pytest.raises(
-            ValueError, match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, such as its own"
+            ValueError,
+            match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, such as its own size, 48",
         ):
             convert_original_checkpoint(state_dict, task, config=HEADS, image_size=wrong)
 
@@ -286,7 +287,7 @@ def test_maps_to_the_alignment_tokens(caplog):
     model = convert_original_checkpoint(state_dict, "vqa", config=HEADS)
     assert_same(outputs(model, "vqa", 3.0), outputs(original, "vqa", 3.0))
     assert not caplog.records
-    with pytest.raises(ValueError, match=r"1 of another shape .*q_map.0.weight .20, 9. instead of .20, 48."):
+    with pytest.raises(ValueError, match=r"1 with another shape .*q_map.0.weight .20, 9. instead of .20, 48."):
         convert_original_checkpoint({**state_dict, f"{vision}.weight": torch.ones(20, 9)}, "vqa", config=HEADS)
     # A map of a branch that has the width of the alignment tokens.
     state_dict = to_original(original_like("vqa"))
@@ -326,7 +327,10 @@ def test_tensors_amiss_are_named(task):
         (beheaded, "not of task .*: (it has no tensor|.* missing)"),
         (unpositioned, "not of task .*: it has no tensor 'visual_encoder.pos_embed'"),
         ({**state_dict, "adapter.weight": scalar}, r"not of task .*: 1 unexpected .adapter.weight."),
-        ({**state_dict, norm: torch.ones(31)}, rf"not of task .*: 1 of another shape .{norm} .31,. instead of .32,."),
+        (
+            {**state_dict, norm: torch.ones(31)},
+            rf"not of task .*: 1 with another shape .{norm} .31,. instead of .32,.",
+        ),
         ({**state_dict, words: scalar}, rf"{words} has shape \(\): expected \(words, width\)"),
         ({**state_dict, words: torch.ones(0, 32)}, rf"{words} has shape \(0, 32\): expected"),
         ({**state_dict, "visual_encoder.pos_embed": torch.ones(1, 40, 32)}, "pos_embed has 40 positions: expected"),
@@ -363,7 +367,7 @@ def test_what_is_no_checkpoint_of_the_task_is_refused(blip, tmp_path):
         (tmp_path / "list.pth", "list.pth contains no state dict"),
         (
             pretrained,
-            "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint, which is of no task",
+            "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint: expected one fine-tuned",
         ),
         (blip.state_dict(), "looks like a checkpoint of transformers' BLIP: .*from_blip"),
         (untied, "decoder.weight differs from its text_decoder.bert.embeddings.word_embeddings.weight"),

@@ -392,7 +392,9 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
 
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "model_info", look_while_another_commits)
-        refused(OSError, "org/public was changed by someone else in the meantime .*: nothing was published", "org/public")
+        refused(
+            OSError, "org/public was changed by someone else in the meantime .*: nothing was published", "org/public"
+        )
     assert hub.files("org/public") == {}
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

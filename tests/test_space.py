@@ -140,7 +140,7 @@ def test_examples_are_read_from_a_file(tmp_path):
     picture().save(tmp_path / "scene.png")
     (tmp_path / "examples.json").write_text(json.dumps([["scene.png", QUESTION]]))
     assert read_examples(tmp_path / "examples.json") == [(tmp_path / "scene.png", QUESTION)]
-    for content, message in (("{", "is no JSON"), ("{}", "holds a dict"), ('[["scene.png"]]', "as its item 0")):
+    for content, message in (("{", "is not valid JSON"), ("{}", "holds a dict"), ('[["scene.png"]]', "as its item 0")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_examples(tmp_path / "bad.json")
@@ -165,7 +165,7 @@ def test_the_command_publishes_both(hub, folder, tmp_path):
     publish = ("push", folder, "org/tiny", "--space", "org/look", "--token", "hf_alice")
     done = call(*publish, "--examples", tmp_path / "examples.json")
     assert done.stdout == f"{hub.url}/org/tiny\n{hub.url}/spaces/org/look\n"
-    assert b"load_model('org/tiny'" in hub.files("spaces/org/look")["app.py"]
+    assert b"load('org/tiny'" in hub.files("spaces/org/look")["app.py"]
     assert "examples/0.png" in hub.files("spaces/org/look")
     done = call("push", folder, "org/tiny2", "--space", "org/look2", "--private", "--token", "hf_alice")
     assert done.exit_code == 0 and "model/config.json" in hub.files("spaces/org/look2")

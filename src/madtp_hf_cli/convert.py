@@ -156,7 +156,7 @@ def convert(
     if task not in TASKS:
         raise typer.BadParameter(f"{task!r}, expected one of {', '.join(TASKS)}.", param_hint="--task")
     content = read_checkpoint(checkpoint)
-    family = TASKS[task].family
+    family = TASKS[task].family.name
     source = tokenizer or _TOKENIZERS[family]
     loaded = _load_tokenizer(source, family)
     given = None if config is None else _read_config(config, TASKS[task].model_class.config_class)

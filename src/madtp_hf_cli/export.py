@@ -25,38 +25,22 @@ def export(
     """
     out = out.resolve()
     check_out(out, model, force)
-    from madtp_hf.checkpoints.push import find_checkpoint_files
-    from madtp_hf.serving.onnx_export import export_onnx
-    from madtp_hf.tasks import TASKS
-
-    find_checkpoint_files(model)
-    loaded, processor = _load(model, TASKS)
-    if reduction is not None:
-        loaded.set_pruning(reduction=reduction)
-    try:
-        export_onnx(loaded, processor, out, force=force)
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    counts = loaded.config.token_counts() if loaded.is_pruning else None
-    pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
-    typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with the folder's onnx_runner.py.")
-
-
-def _load(folder: Path, tasks):
-    """Load this package's model from a folder, and its processor."""
-    import json
-
-    from transformers import BlipProcessor, CLIPProcessor
     from transformers.utils import logging
 
-    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    task = next(task for task in tasks.values() if task.model_class.__name__ == named)
-    processor_class = CLIPProcessor if task.family == "CLIP" else BlipProcessor
-    shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    from madtp_hf.checkpoints.load import load
+    from madtp_hf.checkpoints.push import find_checkpoint_files
+    from madtp_hf.serving.onnx_export import export_onnx
+
+    logging.disable_progress_bar()  # of loading
+    find_checkpoint_files(model)
+    loaded = load(model, device="cpu")
+    exported = loaded.model
+    if reduction is not None:
+        exported.set_pruning(reduction=reduction)
     try:
-        model = task.model_class.from_pretrained(folder).float().eval()
-    finally:
-        if shows:
-            logging.enable_progress_bar()
-    return model, processor_class.from_pretrained(folder)
+        export_onnx(exported, loaded.processor, out, force=force)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    counts = exported.start_pass().token_counts
+    pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
+    typer.echo(f"{out}: {type(exported).__name__}, {pruned}; run it with the folder's onnx_runner.py.")

@@ -33,7 +33,7 @@ from madtp_hf import (
 from madtp_hf.budgets.evaluation import evaluate_budgets
 from madtp_hf.modeling import modeling_madtp_blip
 from madtp_hf.modeling.retrieval_loss import gather_padded, gather_rows, is_distributed, process_rank
-from madtp_hf.tasks.pair_scores import score_images_and_texts
+from madtp_hf.tasks.retrieval import score_images_and_texts
 
 from ..conftest import blip_config, make_inputs
 from ..test_examples import run_example
@@ -157,7 +157,7 @@ def run_training(run, folder, processes) -> dict:
         "gradients": getattr(first, "gradients", {}),
         "weights": model.state_dict(),
         "memory": trainer.memory.state_dict() if with_memory else {},
-        "temperatures": {"log": torch.tensor(callback.log_temperatures)},
+        "temperatures": {"log": torch.tensor(callback.points)},
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 

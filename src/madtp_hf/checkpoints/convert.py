@@ -136,7 +136,7 @@ def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config, heads,
     Returns:
         The configuration, and a list of what was assumed.
     """
-    config_class, layout, assumed = task.model_class.config_class, _LAYOUTS[task.family], []
+    config_class, layout, assumed = task.model_class.config_class, _LAYOUTS[task.family.name], []
     is_clip = layout is _CLIP
     text = "text_encoder." if task.text_encoder else "text_decoder.bert."
     sizes = _read_sizes(state_dict, layout, text)
@@ -215,7 +215,7 @@ def _hint(names, task: str) -> str:
             f" `from_{family.lower()}`."
         )
     if has("itm_head.") and has("text_decoder."):
-        return " It looks like BLIP's pretrained checkpoint, which is of no task: expected one fine-tuned for it."
+        return " It looks like BLIP's pretrained checkpoint: expected one fine-tuned for the task."
     known = {part for task in TASKS.values() for part in task.original_parts}
     found = known & {name.partition(".")[0] for name in names}
     likely = next((name for name, task in TASKS.items() if found == set(task.original_parts)), task)
@@ -232,8 +232,8 @@ def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_name
     for name in (name for name in maps if name not in expected):
         if not name.endswith(".bias") or state_dict[name].any():
             raise ValueError(
-                f"The checkpoint's {original_names[name]} can't be kept: in this package a branch that has the"
-                " alignment tokens' width is not mapped to it. To convert the rest, drop the map's tensors from the"
+                f"The checkpoint's {original_names[name]} can't be kept: in this package a branch as wide as the"
+                " alignment tokens has no projection. To convert the rest, remove the projection's tensors from the"
                 " state dict, and train with pruning on before you prune."
             )
         del state_dict[name]
@@ -332,9 +332,9 @@ def convert_original_checkpoint(
             is not a multiple of the patch size, or `heads` or `activation` can't be.
     """
     entry = get_task(task)
-    _check_options(config, entry.model_class.config_class, entry.family, heads, activation)
+    _check_options(config, entry.model_class.config_class, entry.family.name, heads, activation)
     content = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_checkpoint(path_or_state_dict)
-    original, layout = own_tensors(content, "The dictionary given"), _LAYOUTS[entry.family]
+    original, layout = own_tensors(content, "The dictionary given"), _LAYOUTS[entry.family.name]
 
     def refuse(findings: str) -> ValueError:
         return ValueError(f"The checkpoint is not of task {task!r}: {findings}.{_hint(original, task)}")

@@ -11,14 +11,11 @@ import time
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..budgets.evaluation import synchronize
 from ..budgets.flops import count_flops, dense_flops
 from ..budgets.passes import restored
-from ..modeling.configuration_madtp_blip import MadtpBlipConfig
 from ..modeling.images import read_image
-from ..tasks import TASKS
 from .endpoint_handler import FORMATS, Limits
 from .visualization import Survivors, collect_survivors, draw_patches, preprocess, record_branches, words_as_html
 
@@ -55,47 +52,20 @@ class Look(NamedTuple):
     survivors: Survivors
 
 
-def task_of(config, source) -> str | None:
-    """Return the task of a checkpoint by its configuration; raise a `ValueError` for another family of models."""
-    if not isinstance(config, MadtpBlipConfig):
-        raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with"
-            " `from_blip` and `calibrate`."
-        )
-    classes = {task.model_class.__name__: name for name, task in TASKS.items()}
-    return classes.get((config.architectures or [None])[0])
-
-
 def check_shown(task: str | None, config, source) -> None:
     """Raise a `ValueError` for a model that the page can't show: of another task, or without a schedule."""
     if task not in TASKS_SHOWN:
         raise ValueError(f"{source} is a model for {task}: expected one for {' or '.join(TASKS_SHOWN)}.")
     if not config.pruning_schedule:
         raise ValueError(
-            f"{source} has no calibrated schedule, whose reductions bound the slider: run"
+            f"{source} has no calibrated schedule, which sets the slider's range: run"
             " `madtp_hf.calibrate(model, dataloader, reductions)` and save it again."
         )
 
 
-def load_model(source, revision: str | None = None):
-    """Load a pruned checkpoint (a folder or Hub id) for the page: the model and its processor.
-
-    The model goes to a GPU if there is one. Loading runs this package's code, not the checkpoint's.
-
-    Raises:
-        ValueError: for a model of another kind or task, or one without a calibrated schedule.
-    """
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    check_shown(task_of(config, source), config, source)
-    model = AutoModel.from_pretrained(source, revision=revision, trust_remote_code=False).eval()
-    processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).prepack_for_inference(), processor
-
-
 def reduction_bounds(config) -> tuple[float, float]:
     """Return the smallest and the largest reduction of a model's schedule."""
-    return config.pruning_schedule[0][0], config.pruning_schedule[-1][0]
+    return config.calibrated_reductions[0], config.calibrated_reductions[-1]
 
 
 def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
@@ -121,7 +91,7 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
 
     Args:
         model, processor:
-            As [`load_model`] returns them; the model's temperature is restored afterwards.
+            A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored afterwards.
         image: A PIL image, an array or a path.
         text (`str`): The question; captioning ignores it.
         reduction (`float`): The share of FLOPs to save, within the model's schedule.
@@ -228,7 +198,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
 
     Args:
         model, processor:
-            As [`load_model`] returns them.
+            As [`look`] takes them.
         examples (`list`, *optional*):
             Pairs of an image (a path or a PIL image) and a question (for captioning, any string) to offer.
         name (`str`, *optional*):
@@ -285,7 +255,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
                 reduction = gr.Slider(
                     least,
                     max(most, least + 0.01),
-                    model.config.pruning_schedule[len(model.config.pruning_schedule) // 2][0],
+                    model.config.calibrated_reductions[len(model.config.pruning_schedule) // 2],
                     step=0.01,
                     interactive=most > least,
                     label="Reduction: the share of FLOPs to save",
