@@ -10,15 +10,12 @@ from . import options
 from .common import check_out, written_in_one_step
 
 
-_TOKENIZERS = {"BLIP": "bert-base-uncased", "CLIP": "openai/clip-vit-base-patch32"}
-
-
-def _load_tokenizer(source: str, family: str):
+def _load_tokenizer(source: str, family):
     """Load the tokenizer: for BLIP, BERT's with the two tokens that BLIP adds; for CLIP, CLIP's."""
     from huggingface_hub import HfApi
     from transformers import BertTokenizer, CLIPTokenizer
 
-    tokenizer_class = BertTokenizer if family == "BLIP" else CLIPTokenizer
+    tokenizer_class = BertTokenizer if family.name == "BLIP" else CLIPTokenizer
 
     def load(**options):
         tokenizer = tokenizer_class.from_pretrained(source, **options)
@@ -37,21 +34,21 @@ def _load_tokenizer(source: str, family: str):
     if tokenizer is None:
         raise ValueError(
             f"The tokenizer {source!r} could not be loaded ({reason}): pass --tokenizer FOLDER, one with the vocab.txt"
-            f" or tokenizer.json of {_TOKENIZERS[family]}."
+            f" or tokenizer.json of {family.tokenizer}."
         )
-    if family == "CLIP":
+    if family.name == "CLIP":
         return tokenizer
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
 
 
-def _make_processor(model, tokenizer, source: str, family: str):
+def _make_processor(model, tokenizer, source: str, family):
     """Make the processor of images and texts; take the special tokens of the tokenizer, if it is the model's own."""
     from transformers import BlipImageProcessor, BlipProcessor, CLIPImageProcessor, CLIPProcessor
 
     config, text_config = model.config, model.config.text_config
-    is_clip = family == "CLIP"
+    is_clip = family.name == "CLIP"
     if is_clip:
         names, found = ("start of text", "end of text"), (tokenizer.bos_token_id, tokenizer.eos_token_id)
         expected = text_config.bos_token_id, text_config.eos_token_id
@@ -64,7 +61,7 @@ def _make_processor(model, tokenizer, source: str, family: str):
             "The tokenizer {!r} has {} tokens, {} {} and {} {}; the checkpoint has {}, {} and {}: pass the tokenizer"
             " that it was trained with, for {} {}, with --tokenizer.".format(
                 *(source, len(tokenizer), names[0], found[0], names[1], found[1], text_config.vocab_size, *expected),
-                *(family, _TOKENIZERS[family]),
+                *(family.name, family.tokenizer),
             )
         )
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
@@ -109,7 +106,7 @@ accuracy at larger reductions."""
 
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="IN", help="Of the original BLIP, CLIP, open_clip or MADTP code: .pth, .pt or .safetensors.")
+        Path, typer.Argument(metavar="IN", help="A .pth, .pt or .safetensors of BLIP, CLIP, open_clip or MADTP.")
     ],
     out: options.OutFolder,
     task: Annotated[
@@ -156,8 +153,8 @@ def convert(
     if task not in TASKS:
         raise typer.BadParameter(f"{task!r}, expected one of {', '.join(TASKS)}.", param_hint="--task")
     content = read_checkpoint(checkpoint)
-    family = TASKS[task].family.name
-    source = tokenizer or _TOKENIZERS[family]
+    family = TASKS[task].family
+    source = tokenizer or family.tokenizer
     loaded = _load_tokenizer(source, family)
     given = None if config is None else _read_config(config, TASKS[task].model_class.config_class)
     model = convert_original_checkpoint(

@@ -20,9 +20,11 @@ HEAD_WIDTH = 64  # in all attention layers of BLIP and of OpenAI's CLIP
 class _Layout(NamedTuple):
     """The names of a family's original checkpoints.
 
-    renames: (pattern, replacement) pairs from original names to ours, applied in order; patches: the patch
-    convolution's weight and the position embeddings; layers, text_layers: what stands before and behind the number of a
-    layer whose first feed-forward weight is named; text: words and positions; eps: of the norms in either tower.
+    renames: (pattern, replacement) pairs from original names to ours, applied in order.
+    patches: the patch convolution's weight and the position embeddings.
+    layers, text_layers: what is before and after a layer's number in the name of its first feed-forward weight.
+    text: the embeddings of words and of positions.
+    activation, eps: what the original uses; eps of the norms in the vision and in the text tower.
     """
 
     renames: tuple[tuple[str, str], ...]
