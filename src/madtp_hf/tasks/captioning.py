@@ -4,6 +4,7 @@ from ..data.collators import CaptioningCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForConditionalGeneration
 from . import flop_formulas as flops
+from . import onnx_parts as parts
 from .task import INPUTS, Task
 
 
@@ -36,10 +37,28 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + flops.text_decoder(config, answer_tokens, vision_tokens[-1], config.vision_config.hidden_size)
 
 
+def _encode_images_for_decoder(model, pixel_values):
+    return parts.for_decoder(model, model._encode_images(pixel_values), True)
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    num_states = parts.states(model, sizes, "states")["states"][0].shape[1]
+    return {
+        "vision_encoder": parts.Graph(
+            "Images: what the decoder reads, a mask and the keys and values of its cross-attention.",
+            _encode_images_for_decoder,
+            parts.images(model, sizes),
+            ["encoder_attention_mask", *parts.cache_names(model, "encoder", "present")],
+        ),
+        "decoder": parts.decoder(model, sizes, num_states, varies=False),
+    }
+
+
 TASK = Task(
     name="captioning",
     model_class=MadtpBlipForConditionalGeneration,
     flops=_flops,
+    graphs=_graphs,
     text_encoder=None,
     decoder_inputs="input_ids",
     collator=CaptioningCollator,

@@ -7,6 +7,7 @@ from ..data.collators import RetrievalCollator
 from ..families import CLIP
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas as flops
+from . import onnx_parts as parts
 from .pair_scores import CaptionedImages, score
 from .task import Task
 
@@ -59,11 +60,31 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + (vision.hidden_size + text.hidden_size) * width + width
 
 
+def _encode_clip_images(model, pixel_values):
+    return F.normalize(model.get_image_features(pixel_values).pooler_output, dim=-1)
+
+
+def _encode_clip_texts(model, input_ids, attention_mask):
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return F.normalize(model.get_text_features(*texts).pooler_output, dim=-1)
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    images, texts = parts.images(model, sizes), parts.texts(model, sizes)
+    return {
+        "vision_encoder": parts.Graph(
+            "Images: their normalised features.", _encode_clip_images, images, ["image_feature"]
+        ),
+        "text_encoder": parts.Graph("Texts: their normalised features.", _encode_clip_texts, texts, ["text_feature"]),
+    }
+
+
 TASK = Task(
     name="clip",
     family=CLIP,
     model_class=MadtpClipModel,
     flops=_flops,
+    graphs=_graphs,
     text_encoder="text_model",
     collator=RetrievalCollator,
     text_column="captions",

@@ -4,6 +4,7 @@ from ..data.collators import VisualReasoningCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForImagesAndTextClassification
 from . import flop_formulas as flops
+from . import onnx_parts as parts
 from .task import Task
 
 
@@ -26,10 +27,30 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + width**2 + width * 2  # the classification head
 
 
+def _classify_pairs(model, input_ids, attention_mask, left_states, right_states):
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return model.cls_head(
+        model._encode_text(*texts, *parts.layout(left_states), *parts.layout(right_states)).first_states
+    )
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    return {
+        "vision_encoder": parts.vision_encoder(model, sizes),
+        "classifier": parts.Graph(
+            "Sentences about pairs of images: scores of false and true.",
+            _classify_pairs,
+            {**parts.texts(model, sizes), **parts.states(model, sizes, "left_states", "right_states")},
+            ["logits"],
+        ),
+    }
+
+
 TASK = Task(
     name="nlvr2",
     model_class=MadtpBlipForImagesAndTextClassification,
     flops=_flops,
+    graphs=_graphs,
     num_images=2,
     collator=VisualReasoningCollator,
     image_columns=("left_image", "right_image"),

@@ -4,6 +4,7 @@ from ..data.collators import QuestionAnsweringCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForQuestionAnswering
 from . import flop_formulas as flops
+from . import onnx_parts as parts
 from .task import INPUTS, Task
 
 
@@ -33,10 +34,29 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + flops.text_decoder(config, answer_tokens, text_tokens[-1], config.text_config.hidden_size)
 
 
+def _encode_questions(model, input_ids, attention_mask, image_states):
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return parts.for_decoder(model, model._encode_text(*texts, *parts.layout(image_states)), model.is_pruning)
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    return {
+        "vision_encoder": parts.vision_encoder(model, sizes),
+        "question_encoder": parts.Graph(
+            "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
+            _encode_questions,
+            {**parts.texts(model, sizes), **parts.states(model, sizes, "image_states")},
+            ["encoder_attention_mask", *parts.cache_names(model, "encoder", "present")],
+        ),
+        "decoder": parts.decoder(model, sizes, 4 + 5 * sizes.batch, varies=True),
+    }
+
+
 TASK = Task(
     name="vqa",
     model_class=MadtpBlipForQuestionAnswering,
     flops=_flops,
+    graphs=_graphs,
     decoder_inputs="decoder_input_ids",
     collator=QuestionAnsweringCollator,
     text_column="question",
