@@ -24,7 +24,7 @@ from timing import Run, compare, time_runs, timed
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor, pipeline
 
 from madtp_hf import MadtpBlipForConditionalGeneration, calibrate
-from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_source, run_job
+from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_rows, run_job
 
 
 NEW_TOKENS, BEAMS, REDUCTIONS = 10, (1, 3), (0.5, 0.8)
@@ -74,7 +74,7 @@ def make_job(folder: Path, reduction: float, beams: int, args) -> ImageToText:
 def caption_all(writer: ImageToText, images: Path, args) -> None:
     """Caption all files with the job, including its own start and end."""
     with TemporaryDirectory() as work:
-        source = open_source(images)
+        source = open_rows(images)
         output = Output(Path(work, "captions.jsonl"), {}, len(source), "caption")
         batches = PreparedBatches(source, writer.processor.image_processor)
         batch_size = args.batch_size or writer.batch_size()
@@ -95,7 +95,7 @@ def measure(folder: Path, images: Path, beams: int, args) -> dict:
         Run({"run": "pipeline-best"}, lambda: ask_all(ask, files, beams, best)),
     ]
     config = MadtpBlipForConditionalGeneration.config_class.from_pretrained(folder / "pruned")
-    for reduction in (0, *(entry[0] for entry in config.pruning_schedule)):  # small models don't reach all reductions
+    for reduction in (0, *config.calibrated_reductions):  # small models don't reach all reductions
         writer = make_job(folder, reduction, beams, args)
         run = Run(
             {"run": f"{reduction:g}" if reduction else "off"}, lambda writer=writer: caption_all(writer, images, args)

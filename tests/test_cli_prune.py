@@ -93,8 +93,8 @@ def test_prune_writes_a_calibrated_checkpoint_that_publishes(dense, pruned):
     card = ModelCard.load(out / "README.md").text
     assert "without training" in card and re.search(r"\| 0.4 \| \d+\.\d% \|", card) and str(dense) not in card
     model = AutoModel.from_pretrained(out)
-    assert [entry[0] for entry in model.config.pruning_schedule] == [0.2, 0.4]
-    assert (model.config.pruning_temperature, model.config.pruning_threshold_factor) == model.config.threshold_for(0.4)
+    assert model.config.calibrated_reductions == [0.2, 0.4]
+    assert model.config.pruning_setting == model.setting_for(0.4)
     theirs = load(dense / "vqa").model
     for name, tensor in theirs.state_dict().items():
         if not name.startswith("alignment."):
@@ -109,7 +109,7 @@ def test_prune_takes_each_task(task, dense, photos, tmp_path):
     loaded = load(tmp_path / "out")
     model = loaded.model
     assert model.task == loaded.task.name == task and not loaded.is_dense
-    assert model.config.pruning_schedule[0][0] == 0.4
+    assert model.config.calibrated_reductions[0] == 0.4
 
 
 def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
@@ -143,6 +143,32 @@ def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
     assert result.exit_code == 0, result.stderr
     content = json.loads((tmp_path / "results.json").read_text())
     assert [row["reduction asked"] for row in content["results"]] == [0, 0.1] and content["metric"] == "mean %"
+
+
+def test_unreadable_images_stop_the_command_or_are_left_out_and_counted(pruned, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(4):
+        (tmp_path / "photos" / f"{index}.png").write_bytes((photos / f"{index}.png").read_bytes())
+    (tmp_path / "photos" / "2.png").write_text("broken")
+    data = "--data", tmp_path / "photos", "--question", QUESTION, "--reductions", 0.3
+    stopped = invoke("prune", pruned[0], tmp_path / "out", *data, "--batch-size", 1)
+    assert stopped.exit_code == 1 and "2.png" in stopped.stderr and not (tmp_path / "out").exists()
+    left_out = invoke("prune", pruned[0], tmp_path / "out", *data, "--skip-unreadable")
+    assert left_out.exit_code == 3, left_out.stderr
+    assert "Left out 1 of the rows" in left_out.stderr and "calibrated on 3 samples" in left_out.stdout
+    timed = "--rounds", 1, "--batch-sizes", 1, "--out", tmp_path / "speed.json", "--skip_unreadable"
+    result = invoke("benchmark", pruned[0], "--data", tmp_path / "photos", "--text", QUESTION, *timed)
+    assert result.exit_code == 3 and (tmp_path / "speed.json").exists()
+
+
+def test_columns_have_the_names_that_are_given(pruned, photos, tmp_path):
+    rows = [{"photo": f"{index}.png", "query": QUESTION} for index in range(3)]
+    table = write_csv(tmp_path / "table.csv", rows)
+    data = "--data", table, "--image-dir", photos, "--reductions", 0.3
+    refused = invoke("prune", pruned[0], tmp_path / "out", *data)
+    assert refused.exit_code == 1 and "--columns image=" in refused.stderr, refused.stderr
+    result = invoke("prune", pruned[0], tmp_path / "out", *data, "--columns", "image=photo", "question=query")
+    assert result.exit_code == 0, result.stderr
 
 
 def test_prune_again_keeps_alignment_tokens_that_were_learned(pruned, photos, tmp_path):
@@ -227,10 +253,10 @@ def test_rows_gather_captions_by_image_and_name_the_line_that_is_wrong(photos, t
     assert [Path(row["right_image"]).name for row in pairs] == ["1.png", "3.png", "5.png"]
     assert len(load_rows(TASKS["vqa"], photos, ["a?", "b?"], samples=4)) == 4
     for content, message in (
-        ('{"image": "0.png", "question": "a?"}\n{"picture": "1.png"}', "line 2: no 'image', only picture"),
-        ('{"image": "9.png", "question": "a?"}', "line 1: no image 9.png in"),
-        ('{"image": "0.png"}', "0.png has no question"),
-        ('{"image": "0.png", "question"', "line 1, column .* not JSON"),
+        ('{"image": "0.png", "question": "a?"}\n{"picture": "1.png"}', "rows.jsonl, row 2: no image"),
+        ('{"image": "9.png", "question": "a?"}', "row 1: image: no file .*9.png"),
+        ('{"image": "0.png"}', "rows.jsonl has no question"),
+        ('{"image": "0.png", "question"', "rows.jsonl, line 1: not JSON"),
     ):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -248,10 +274,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(dense, pruned, photos, tmp_pat
         (("prune", vqa, tmp_path / "full", "--data", photos, *asked), "full is not empty"),
         (
             ("prune", vqa, out, "--data", tmp_path / "nowhere", *asked),
-            "nowhere is not there: expected a folder of images",
+            "There is no .*nowhere: expected a folder of images",
         ),
-        (("prune", vqa, out, "--data", tmp_path / "empty", *asked), "empty has no image in it"),
-        (("prune", vqa, out, "--data", photos), "0.png has no question: .* reads a text with each image"),
+        (("prune", vqa, out, "--data", tmp_path / "empty", *asked), "empty holds no image"),
+        (("prune", vqa, out, "--data", photos), "photos has no question: .* reads a text with each image"),
         (("prune", vqa, out, "--data", photos, *asked, "--reductions", "1.5"), "expected numbers between 0 and 1"),
         (
             ("prune", vqa, out, "--data", photos, *asked, "--task", "nlvr2"),
@@ -262,7 +288,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(dense, pruned, photos, tmp_pat
             ("prune", photos, out, "--data", photos, *asked),
             "photos can't be loaded .*: expected a folder with a config.json",
         ),
-        (("evaluate", pruned[0], "--data", photos, "--out", tmp_path), "0.png has no question"),
+        (("evaluate", pruned[0], "--data", photos, "--out", tmp_path), "photos has no question"),
         (("benchmark", pruned[0], "--reductions", "0.9", "--out", out), "--reductions 0.9"),
     ):
         result = invoke(*arguments)

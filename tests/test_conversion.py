@@ -155,6 +155,30 @@ def test_forms_of_a_checkpoint(form, tmp_path):
         assert_same(outputs(model, "vqa", temperature), outputs(original, "vqa", temperature))
 
 
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod."))
+def test_names_and_places_that_training_code_makes(prefix):
+    original = original_like()
+    content = with_training_state(to_original(original))
+    named = {prefix + name: tensor for name, tensor in content["model"].items()}
+    for source in ({**content, "model": named}, {"state_dict": named, "epoch": 3}, {"module": named}, named):
+        model = convert_original_checkpoint(source, "vqa", config=HEADS)
+        assert_same(outputs(model, "vqa", 3.0), outputs(original, "vqa", 3.0))
+
+
+def test_heads_and_activation_are_asked_or_said():
+    original = original_like(
+        vision_config={**original_like().config.vision_config.to_dict(), "hidden_act": "quick_gelu"}
+    )
+    state_dict = to_original(original)
+    with pytest.raises(ValueError, match=r"pass heads=\(vision, text\), or a config"):
+        convert_original_checkpoint(state_dict, "vqa")
+    with pytest.warns(UserWarning, match=r"Assumed, because weights don't tell: the activation gelu"):
+        model = convert_original_checkpoint(state_dict, "vqa", heads=(4, 4))
+    assert model.config.vision_config.num_attention_heads == model.config.text_config.num_attention_heads == 4
+    model = convert_original_checkpoint(state_dict, "vqa", config=HEADS, activation="quick_gelu")
+    assert model.config.vision_config.hidden_act == model.config.text_config.hidden_act == "quick_gelu"
+
+
 @pytest.mark.parametrize("vision_width", (768, 1024))
 def test_blip_sizes_need_no_configuration(vision_width):
     config = MadtpBlipConfig(
@@ -263,7 +287,7 @@ def test_maps_to_the_alignment_tokens(caplog):
     model = convert_original_checkpoint(state_dict, "vqa", config=HEADS)
     assert_same(outputs(model, "vqa", 3.0), outputs(original, "vqa", 3.0))
     assert not caplog.records
-    with pytest.raises(ValueError, match=r"1 of another shape .*q_map.0.weight .20, 9. instead of .20, 48."):
+    with pytest.raises(ValueError, match=r"1 with another shape .*q_map.0.weight .20, 9. instead of .20, 48."):
         convert_original_checkpoint({**state_dict, f"{vision}.weight": torch.ones(20, 9)}, "vqa", config=HEADS)
     # A map of a branch that has the width of the alignment tokens.
     state_dict = to_original(original_like("vqa"))
@@ -303,7 +327,10 @@ def test_tensors_amiss_are_named(task):
         (beheaded, "not of task .*: (it has no tensor|.* missing)"),
         (unpositioned, "not of task .*: it has no tensor 'visual_encoder.pos_embed'"),
         ({**state_dict, "adapter.weight": scalar}, r"not of task .*: 1 unexpected .adapter.weight."),
-        ({**state_dict, norm: torch.ones(31)}, rf"not of task .*: 1 of another shape .{norm} .31,. instead of .32,."),
+        (
+            {**state_dict, norm: torch.ones(31)},
+            rf"not of task .*: 1 with another shape .{norm} .31,. instead of .32,.",
+        ),
         ({**state_dict, words: scalar}, rf"{words} has shape \(\): expected \(words, width\)"),
         ({**state_dict, words: torch.ones(0, 32)}, rf"{words} has shape \(0, 32\): expected"),
         ({**state_dict, "visual_encoder.pos_embed": torch.ones(1, 40, 32)}, "pos_embed has 40 positions: expected"),
@@ -340,7 +367,7 @@ def test_what_is_no_checkpoint_of_the_task_is_refused(blip, tmp_path):
         (tmp_path / "list.pth", "list.pth contains no state dict"),
         (
             pretrained,
-            "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint, which is of no task",
+            "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint: expected one fine-tuned",
         ),
         (blip.state_dict(), "looks like a checkpoint of transformers' BLIP: .*from_blip"),
         (untied, "decoder.weight differs from its text_decoder.bert.embeddings.word_embeddings.weight"),

@@ -274,19 +274,20 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
     elsewhere = tmp_path / "other"
     elsewhere.mkdir()
     Image.new("RGB", (9, 9)).save(elsewhere / "other.png")
+    (photos / "notes.md").write_text("neither a list nor a table")
     for images, folder, message in (
         (tmp_path / "none", "new", "holds no image"),
         (tmp_path / "missing", "new", "There is no"),
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
-        (photos / "00.png", "new", "is no text"),
-        (photos, "photos", "no index and not empty"),
+        (photos / "notes.md", "new", "unsupported table format .md"),
+        (photos, "photos", "is not empty and not an index"),
         (elsewhere, "index", "none of its images is in"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             index_images(*blip, images, tmp_path / folder)
     assert not (tmp_path / "new").exists() and len(load_index(tmp_path / "index")) == NUMBER
     next((tmp_path / "index").glob("*.faiss")).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged \(.*--force"):
+    with pytest.raises(ValueError, match="is damaged"):
         load_index(tmp_path / "index")
 
 
@@ -314,7 +315,7 @@ def test_index_and_search_by_command(photos, tmp_path, scenes):
     assert other.exit_code == 1 and "Traceback" not in other.stderr
     assert "blip-vqa-digits" in other.stderr and "made by" in other.stderr and "blip-retrieval-digits" in other.stderr
     none = invoke("search", photos, "red")
-    assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "holds no index" in none.stderr
+    assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "is not an index" in none.stderr
 
 
 @pytest.mark.parametrize("command", ["index", "search"])

@@ -140,7 +140,7 @@ def test_examples_are_read_from_a_file(tmp_path):
     picture().save(tmp_path / "scene.png")
     (tmp_path / "examples.json").write_text(json.dumps([["scene.png", QUESTION]]))
     assert read_examples(tmp_path / "examples.json") == [(tmp_path / "scene.png", QUESTION)]
-    for content, message in (("{", "is no JSON"), ("{}", "holds a dict"), ('[["scene.png"]]', "as its item 0")):
+    for content, message in (("{", "is not valid JSON"), ("{}", "holds a dict"), ('[["scene.png"]]', "as its item 0")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_examples(tmp_path / "bad.json")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_out, print_table, warnings_as_messages, written_in_one_step
+from .common import check_out, exit_if_rows_were_left_out, print_table, warnings_as_messages, written_in_one_step
 
 
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
@@ -31,6 +31,8 @@ def prune(
     ] = None,
     text: options.Texts = None,
     image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     samples: options.Samples = 200,
     seed: options.Seed = 0,
     task: options.Task = None,
@@ -65,7 +67,9 @@ def prune(
     read_reductions(wanted)  # fail before minutes of reading
     loaded = load(source, task, device=device).require_trained()
     model, processor, entry = loaded.model, loaded.processor, loaded.task
-    rows = load_rows(entry, data, text or (), image_dir, samples=samples, seed=seed)
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    with warnings_as_messages() as messages:
+        rows = load_rows(entry, data, text or (), samples=samples, seed=seed, **how)
     batches = make_batches(model, processor, rows, batch_size)
     fitted = loaded.is_dense if alignment is None else alignment == "fit"
     if fitted:
@@ -73,7 +77,7 @@ def prune(
     with warnings_as_messages():
         schedule = calibrate(model, batches, wanted)
 
-    reached = [entry[0] for entry in schedule]
+    reached = [row["reduction"] for row in schedule]
     results = evaluate_budgets(model, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results
@@ -89,3 +93,4 @@ def prune(
         f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
         f" examples/{entry.script} --model {out.name}."
     )
+    exit_if_rows_were_left_out(messages)

@@ -122,9 +122,9 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     """
     task = TASKS[model.task]
     if reductions is None:
-        reductions = [entry[0] for entry in model.config.pruning_schedule or ()]
+        reductions = model.config.calibrated_reductions
     for reduction in reductions:
-        model.config.threshold_for(reduction)
+        model.setting_for(reduction)
     dense = stock_model(model)
     runs = [
         TimedRun("pruning off", model, 0.0),
@@ -179,15 +179,16 @@ def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, roun
     return results
 
 
-def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out):
+def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **reading):
     """Calibrate a checkpoint if it isn't, time it and write `out`; return the table's title and rows.
 
     Args:
         loaded: What [`~madtp_hf.checkpoints.load.load`] returned.
-        images (`str` or `Path`, *optional*): A folder of images; noise if None.
+        images (`str` or `Path`, *optional*): What [`~madtp_hf.data.rows.load_rows`] reads; noise if None.
         text (`str`, *optional*): The text for all images; the task's default if None.
         reductions, batch_sizes, rounds: As [`benchmark`] takes them.
         out (`str` or `Path`): The JSON file to write.
+        reading: `image_dir`, `columns` and `on_error` of `load_rows`.
     """
     model, processor, entry = loaded.model, loaded.processor, loaded.task
     number = max(*batch_sizes, CALIBRATION_SAMPLES)
@@ -204,14 +205,15 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out):
             for index in range(number)
         ]
     else:
-        rows = load_rows(entry, images, texts, samples=number)
-    known = [found for found, *_ in model.config.pruning_schedule or ()]
+        rows = load_rows(entry, images, texts, samples=number, **reading)
+    known = model.config.calibrated_reductions
     calibrated_here = not known
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
         if loaded.is_dense:
             init_alignment_from(model, batches)
-        known = [found for found, *_ in calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)]
+        calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)
+        known = model.config.calibrated_reductions
         reductions = known
     results = benchmark(model, processor, rows, reductions, batch_sizes, rounds)
     device, threads = model.device, torch.get_num_threads()

@@ -1,7 +1,7 @@
 """Read NLVR2, VQAv2, COCO captions and Flickr30k, from the files that their publishers ship or from the Hub.
 
 For each data set, the readers know its authors' files (for the splits of COCO and Flickr30k, Karpathy's as well),
-BLIP's own JSON lists and, for Flickr30k, Kaggle's file. For tables of your own see `tables.py`. A reader takes
+BLIP's own JSON lists and, for Flickr30k, Kaggle's file. For data of your own see `rows.py`. A reader takes
 
 - a file, or a folder that holds the split's file under its publisher's name (the authors' files are tried before
   BLIP's). Each image is looked up in the image folder, at the path that the file gives or implies and then directly
@@ -22,6 +22,8 @@ from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
+
+from .image_files import path_inside
 
 
 LABELS = ("False", "True")
@@ -45,8 +47,6 @@ _VQAV2_SPLITS = {
 _KARPATHY_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
 _AS_SHIPPED = "take the file as its publisher ships it, or mend that place"
-# Absolute, with a drive, or with ".." anywhere, in Windows or POSIX syntax, whatever the system of this machine.
-_LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
 _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
@@ -569,11 +569,10 @@ def _image_finder(image_dir, file: Path, *subfolders: str):
 
     def find(image: str, where) -> str:
         if image not in known:
-            if _LEADS_OUT.match(image):
-                raise ValueError(
-                    f"{where}: image path {image!r} leads out of the image folder: expected one relative to it,"
-                    f" without '..'; {_AS_SHIPPED}"
-                )
+            try:
+                path_inside(image, folder, allow_absolute=False)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}; {_AS_SHIPPED}") from None
             names = (image, *(f"{folder}/{image}" for folder in subfolders), PurePosixPath(image).name)
             tried = [os.path.normpath(name) for name in names]
             name = next((name for name in tried if os.path.isfile(os.path.join(folder, name))), None)

@@ -81,7 +81,7 @@ def _pad_texts(model, input_ids, attention_mask):
 
     This doesn't change the output: a frozen model ignores padding.
     """
-    counts = model.config.token_counts() if model.is_pruning else None
+    counts = model.start_pass().token_counts
     if counts is None:
         return input_ids, attention_mask
     shortest, longest = max(counts["text"]) + 1, model.config.text_config.max_position_embeddings
@@ -161,7 +161,7 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
 
 def _classify_pairs(model, input_ids, attention_mask, left_states, right_states):
     texts = _pad_texts(model, input_ids, attention_mask)
-    return model.cls_head(model._encode_text(*texts, *_layout(left_states), *_layout(right_states)).class_states)
+    return model.cls_head(model._encode_text(*texts, *_layout(left_states), *_layout(right_states)).first_states)
 
 
 def _encode_texts(model, input_ids, attention_mask):
@@ -170,7 +170,7 @@ def _encode_texts(model, input_ids, attention_mask):
 
 def _match(model, input_ids, attention_mask, image_states):
     texts = _pad_texts(model, input_ids, attention_mask)
-    return model.itm_head(model._encode_text(*texts, *_layout(image_states)).class_states)
+    return model.itm_head(model._encode_text(*texts, *_layout(image_states)).first_states)
 
 
 def _encode_clip_images(model, pixel_values):
@@ -237,7 +237,7 @@ def _decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
         for name in _cache_names(model, kind, "past_key_values"):
             inputs[name] = (torch.randn(sizes.batch, heads, number, width), dims)
     outputs = ["logits", *_cache_names(model, "decoder", "present")]
-    what = "One step of the decoder: scores of the next token, behind those whose keys and values are given."
+    what = "One step of the decoder: scores of the next token after those whose keys and values are given."
     return Graph(what, _decode, inputs, outputs)
 
 
@@ -376,9 +376,7 @@ def _compare(model, name: str, graph: Graph, folder: Path) -> None:
         if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE):
             raise RuntimeError(
                 f"The exported {name} gives another {output} {tuple(mine.shape)} than the model {tuple(theirs.shape)}:"
-                " it can't be"
-                f" used, and nothing was written; try another version of torch than {torch.__version__}, or of"
-                " onnxscript."
+                f" nothing was written; try another version of torch than {torch.__version__}, or of onnxscript."
             )
 
 
@@ -388,7 +386,7 @@ def _check(model) -> None:
         raise TypeError(f"export_onnx got a {type(model).__name__}: expected one of madtp_hf's models.")
     if model.is_pruning and model.config.pruning_granularity != "frozen":
         raise ValueError(
-            "This model leaves a number of tokens that depends on its input, which no graph can: freeze it with"
+            "This model keeps a number of tokens that depends on its input, which a graph can't: freeze it with"
             " `madtp_hf.calibrate(model, dataloader, reductions, freeze=True)`, or switch pruning off with"
             " `set_pruning(None)`."
         )
@@ -404,7 +402,7 @@ def _check(model) -> None:
 def _describe(model, graphs: dict[str, dict]) -> dict:
     """Return the content of onnx.json."""
     config, text_config = model.config, model.config.text_config
-    counts = config.token_counts() if model.is_pruning else None
+    counts = model.start_pass().token_counts
     description = {
         "format": FORMAT,
         "madtp_version": __version__,
@@ -475,7 +473,7 @@ def export_onnx(model, processor, out, *, force: bool = False) -> Path:
     _check(model)
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not force)):
-        raise ValueError(f"{out} exists and is not an empty folder: choose another, or replace it with force.")
+        raise ValueError(f"{out} exists and is not an empty folder: choose another, or pass `force=True`.")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Written beside `out`, so that renaming puts it in place in one step.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:

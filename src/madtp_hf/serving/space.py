@@ -70,7 +70,7 @@ def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:
         pairs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is no JSON ({error}): expected a list of pairs, an image's path and a text."
+            f"{path} is not valid JSON ({error}): expected a list of pairs, an image's path and a text."
         ) from error
     if not isinstance(pairs, list):
         raise ValueError(
