@@ -8,11 +8,11 @@ from . import onnx_parts as parts
 from .task import Task
 
 
-def predict(model, processor, batch) -> list[int]:
+def _predict(model, processor, batch) -> list[int]:
     return model(**{name: value for name, value in batch.items() if name != "labels"}).logits.argmax(-1).tolist()
 
 
-def score(predictions, rows) -> dict[str, float]:
+def _score(predictions, rows) -> dict[str, float]:
     references = [row["label"] for row in rows]
     scores = load_metric(TASK.metric).compute(predictions=predictions, references=references)
     return {f"{name} %": value for name, value in scores.items()}
@@ -72,7 +72,7 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
     text="there are two dogs in the left image",
     baseline="Language-only baseline, from the words of the sentences",
     tags=("visual-reasoning", "nlvr2"),
-    predict=predict,
-    score=score,
+    predict=_predict,
+    score=_score,
     script="run_nlvr2.py",
 )
