@@ -13,7 +13,7 @@ from ..modeling.madtp_blip_encoders import MERGE_FROM_LAYER
 LAYER_NORM = 5
 
 
-def alignment_scores(config, tokens, width):
+def alignment_score_flops(config, tokens, width):
     """Count the FLOPs of the alignment scores of a layer that `tokens` enter, the class token's included.
 
     If the branch's width differs from the alignment tokens', inference folds the projection into the alignment tokens,
@@ -29,7 +29,7 @@ def pre_norm_layers(config, branch, tokens, prunes):
         total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
         total = total + leave * (2 * width * hidden + LAYER_NORM * width)
         if prunes:
-            total = total + alignment_scores(config, enter, width)
+            total = total + alignment_score_flops(config, enter, width)
     return total
 
 
@@ -55,7 +55,7 @@ def text_encoder(config, tokens, image_tokens, prunes):
     for layer, (enter, leave) in enumerate(itertools.pairwise(tokens)):
         total = total + enter * (4 * width**2 + LAYER_NORM * width) + 2 * enter**2 * width
         if prunes:
-            total = total + alignment_scores(config, enter, width)
+            total = total + alignment_score_flops(config, enter, width)
         for image in image_tokens:
             total = total + cross_attention(width, leave, image, image_width)
         if len(image_tokens) == 2 and layer >= MERGE_FROM_LAYER:

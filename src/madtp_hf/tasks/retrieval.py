@@ -16,7 +16,7 @@ NOT_LISTED = -100.0  # the score of a pair outside the shortlists, below every o
 
 
 @torch.no_grad()
-def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Encode batches of pixel_values (B, 3, H, W).
 
     Returns features (I, E) and, for each of the I images, the states (L, D) of its tokens without padding.
@@ -61,7 +61,7 @@ def score_images_and_texts(
     if k < 1:
         raise ValueError(f"k={k}: expected the length of a shortlist, at least 1.")
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    image_features, states = encode_images(model, pixel_batches)
+    image_features, states = _encode_images(model, pixel_batches)
     text_features = torch.cat(
         [
             model.get_text_features(ids, mask)
