@@ -20,7 +20,7 @@ from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.tasks import TASKS
 
 
-BLIP_TASKS = [task for task in TASKS if TASKS[task].family == "BLIP"]
+BLIP_TASKS = [task for task in TASKS if TASKS[task].family.name == "BLIP"]
 SHAPES = ((3, 32), (4, 64), (6, 96), (9, 48), (12, 128))  # layers of each encoder, width
 IMAGE_SIZE, PATCH_SIZE, VOCABULARY, LONGEST = 64, 8, 100, 16
 
@@ -69,7 +69,10 @@ def reach(model, batches, reductions: list[float]) -> dict:
             schedule = calibrate(model, batches, reductions)
         except ValueError as error:  # no reduction was reached
             return {"reached": {}, "schedule": [], "told": [str(error)]}
-    reached = {asked: measure_reduction(model, batches, *threshold) for asked, *threshold in schedule}
+    reached = {
+        entry["reduction"]: measure_reduction(model, batches, **model.setting_for(entry["reduction"]))
+        for entry in schedule
+    }
     return {"reached": reached, "schedule": schedule, "told": [str(warning.message) for warning in told]}
 
 

@@ -17,9 +17,6 @@ from reporting import Rows, environment, make_parser, print_table
 from madtp_hf.tasks import TASKS
 
 
-SCRIPTS = {task: f"run_{'clip_retrieval' if task == 'clip' else task}.py" for task in TASKS}
-
-
 def main(arguments=None):
     parser = make_parser(__doc__, "budgets_digits.json")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["vqa"])
@@ -37,7 +34,7 @@ def main(arguments=None):
         def fine_tune(targets: list[float], reductions: list[float], name: str, task=task, folder=folder) -> dict:
             options = ["--seed", args.seed, "--target_reduction", *targets, "--reductions", *reductions]
             options += ["--num_targets", len(reductions)] if len(targets) > 1 else []
-            return run_example(SCRIPTS[task], folder / name, [*options, *args.options])
+            return run_example(TASKS[task].script, folder / name, [*options, *args.options])
 
         together = fine_tune(sorted({min(args.reductions), max(args.reductions)}), args.reductions, "all")
         of_all = {row["reduction asked"]: row for row in together["results"]}

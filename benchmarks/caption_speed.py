@@ -95,7 +95,7 @@ def measure(folder: Path, images: Path, beams: int, args) -> dict:
         Run({"run": "pipeline-best"}, lambda: ask_all(ask, files, beams, best)),
     ]
     config = MadtpBlipForConditionalGeneration.config_class.from_pretrained(folder / "pruned")
-    for reduction in (0, *(entry[0] for entry in config.pruning_schedule)):  # small models don't reach all reductions
+    for reduction in (0, *config.calibrated_reductions):  # small models don't reach all reductions
         writer = make_job(folder, reduction, beams, args)
         run = Run(
             {"run": f"{reduction:g}" if reduction else "off"}, lambda writer=writer: caption_all(writer, images, args)

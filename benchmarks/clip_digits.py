@@ -21,7 +21,7 @@ from pathlib import Path
 
 from digit_tasks import Evaluation, load_model, make_batches, make_collator, run_example, train
 from reporting import EXAMPLES, Rows, environment, make_parser, mean_and_deviation, print_table, settings_of
-from selection import fixed_methods
+from selection import calibrate_all
 from transformers import set_seed
 
 from madtp_hf import calibrate
@@ -58,21 +58,21 @@ class Benchmark:
     def dense(self, seed) -> dict:
         return self.score(self.model())
 
-    def tome_methods(self, model) -> dict:
-        return fixed_methods("tome", model, self.evaluation.batches, self.args.reductions, 0)
+    def tome_model(self, seed=0):
+        """Return a model that prunes by Token Merging, calibrated on the images of the evaluation."""
+        model = self.model(seed)
+        model.set_pruning_method("tome")
+        calibrate_all(model, self.evaluation.batches, self.args.reductions)
+        return model
 
     def tome(self, seed) -> dict:
-        model, rows = self.model(), {}
-        for reduction, method in self.tome_methods(model).items():
-            model.set_reduction_method(method)
-            rows[str(reduction)] = self.score(model)["0.0"]
-        return rows
+        return self.score(self.tome_model(), self.args.reductions)
 
     def training_free(self, seed) -> dict:
         model = self.model(seed)
         validation = load_digit_captions("validation", self.args.validation_images)
         schedule = calibrate(model, make_batches("clip", validation, self.collator), self.args.reductions)
-        return self.score(model, [entry[0] for entry in schedule])
+        return self.score(model, [entry["reduction"] for entry in schedule])
 
     def folder(self, seed) -> Path:
         return self.args.work_dir / f"fine-tuned-{seed}"
@@ -92,12 +92,12 @@ class Benchmark:
             "lr_scheduler_type": settings["learning rate schedule"],
             "warmup_steps": 0,
         }
-        for reduction, method in self.tome_methods(self.model()).items():
+        for reduction in self.args.reductions:
             set_seed(seed)
-            model = self.model(seed)
-            model.set_reduction_method(method)
+            model = self.tome_model(seed)
+            model.set_pruning(reduction=reduction)
             train(model, "clip", dataset, self.collator, [], seed, settings["learning rate"], **recipe)
-            rows[str(reduction)] = self.score(model)["0.0"]
+            rows |= self.score(model, [reduction])
         return rows
 
 

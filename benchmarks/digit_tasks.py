@@ -1,7 +1,6 @@
 """The digit scenes as benchmarks need them: dense models, batches, training, predictions and their score.
 
-A new task needs an entry in `LOADERS`, and in `PREDICTORS` and `SCORERS` if it is none of these; a new model one in
-`MODELS`.
+A new task needs an entry in `LOADERS` and in `PREDICTORS`, a new model one in `MODELS`.
 """
 
 import functools
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from reporting import EXAMPLES, Rows
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from madtp_hf import MadtpBlipConfig, RetrievalTrainer, create_optimizer
+from madtp_hf import RetrievalTrainer, create_optimizer
 from madtp_hf.budgets.evaluation import evaluate_budgets
+from madtp_hf.checkpoints.load import load
 from madtp_hf.data import load_digit_captions, load_digit_questions, load_digit_statements
 from madtp_hf.data.collators import CaptioningCollator
-from madtp_hf.metrics import load_metric
 from madtp_hf.tasks import TASKS
 
 
@@ -56,21 +55,16 @@ def shipped_models(tasks) -> list[tuple[str, Path]]:
 def load_model(task: str, folder, seed: int = 0, num_alignment_tokens: int = NUM_ALIGNMENT_TOKENS, **overrides):
     """Load a dense model with alignment tokens drawn by `seed`, on the CPU in float32."""
     torch.manual_seed(seed)
-    model_class = TASKS[task].model_class
-    load = getattr(model_class, "from_blip", None) or model_class.from_clip
-    return load(str(folder), num_alignment_tokens=num_alignment_tokens, **overrides).float().eval()
+    return load(str(folder), task, device="cpu", num_alignment_tokens=num_alignment_tokens, **overrides).model
 
 
 # Data
 
 
 def make_collator(task: str, folder):
-    """The task's collator; for feature retrieval, batches that hold all captions of each image as well."""
-    processor = AutoProcessor.from_pretrained(folder)
-    collator_class = TASKS[task].collator
-    if TASKS[task].decoder_inputs is None:
-        return collator_class(processor)
-    return collator_class(processor, MadtpBlipConfig.from_pretrained(folder).text_config.bos_token_id)
+    """Return the collator of a task and a dense model."""
+    loaded = load(str(folder), task, device="cpu")
+    return loaded.task.make_collator(loaded.model, loaded.processor)
 
 
 def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -86,7 +80,7 @@ def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
 def make_batches(task: str, dataset, collator, batch_size: int = BATCH_SIZE) -> list[dict[str, torch.Tensor]]:
     """All of a data set as batches in memory: a calibration reads them many times."""
     collate = collator
-    if TASKS[task].metric == "retrieval_recall":
+    if TASKS[task].embeds:
         collate = functools.partial(with_captions, collator)
     return list(DataLoader(dataset, batch_size=batch_size, collate_fn=collate))
 
@@ -116,7 +110,7 @@ def train(model, task: str, dataset, collator, callbacks: list, seed: int, learn
     settings: `TrainingArguments` other than these. Returns the number of steps.
     """
     trainer_class = Trainer
-    if TASKS[task].metric == "retrieval_recall":
+    if TASKS[task].embeds:
         trainer_class = functools.partial(RetrievalTrainer, **QUEUE)
     recipe = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": BATCH_SIZE}
     with TemporaryDirectory() as folder:
@@ -206,36 +200,6 @@ PREDICTORS = {"vqa": answer, "nlvr2": classify, "captioning": caption, "retrieva
 # Scores
 
 
-def score_answers(metric, predictions, dataset):
-    # Of a digit scene there is one answer: all ten annotators agree on it.
-    return metric.compute(predictions=predictions, references=[[answer] * 10 for answer in dataset["answer"]])
-
-
-def score_labels(metric, predictions, dataset):
-    return metric.compute(predictions=predictions, references=dataset["label"])
-
-
-def score_captions(metric, predictions, dataset):
-    return metric.compute(predictions=predictions, references=dataset["captions"], metrics=("bleu",))
-
-
-def score_features(metric, predictions, dataset):
-    images, texts = zip(*predictions)
-    similarity = torch.stack(images) @ torch.cat(texts).T
-    ends = torch.tensor([len(captions) for captions in texts]).cumsum(0).tolist()
-    own = [list(range(end - len(captions), end)) for end, captions in zip(ends, texts)]
-    return metric.compute(predictions=similarity.numpy(), references=own, text_to_image=similarity.T.numpy())
-
-
-SCORERS = {
-    "vqa": score_answers,
-    "nlvr2": score_labels,
-    "captioning": score_captions,
-    "retrieval": score_features,
-    "clip": score_features,
-}
-
-
 class Evaluation:
     """A task's test data in memory, and what a model scores on it by the task's headline metric."""
 
@@ -243,13 +207,15 @@ class Evaluation:
         self.task, self.collator = task, collator
         self.batches = make_batches(task, dataset, collator)
         # Without the images, that scoring would decode.
-        self.dataset = dataset.remove_columns([name for name in dataset.column_names if "image" in name])
-        self.metric = load_metric(TASKS[task].metric)
-        self.headline = TASKS[task].headline.removesuffix(" %")
+        self.rows = list(dataset.remove_columns([name for name in dataset.column_names if "image" in name]))
 
     def score(self, predictions) -> float:
-        scores = SCORERS[self.task](self.metric, predictions, self.dataset)
-        return float({name.replace("_recall", ""): value for name, value in scores.items()}[self.headline])
+        task = TASKS[self.task]
+        if task.embeds:
+            images, texts = zip(*predictions)
+            similarity = torch.stack(images) @ torch.cat(texts).T
+            predictions = similarity, similarity.T
+        return float(task.score(predictions, self.rows)[task.headline])
 
     def at(self, model, reductions: list[float], batches=None) -> list[dict]:
         """One point for each reduction of the model's schedule; 0: no pruning, or the method of fixed numbers that is

@@ -34,7 +34,7 @@ from reporting import ROOT, environment, make_parser, print_table, settings_of, 
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from madtp_hf.modeling import sequences
+from madtp_hf.modeling import chunks
 
 
 sys.path.insert(0, str(ROOT))
@@ -111,7 +111,7 @@ def count(model, inputs: dict, kernels: bool) -> dict:
         finally:
             launches.paused = waits.paused = False
 
-    path = kernel_path(call) if kernels else mock.patch.object(sequences, "CPU_TAKES_PARTS", False)
+    path = kernel_path(call) if kernels else mock.patch.object(chunks, "CPU_TAKES_CHUNKS", False)
     with contextlib.ExitStack() as stack:
         for context in (path, waits, launches):
             stack.enter_context(context)
@@ -130,7 +130,8 @@ def count_all(args) -> list[dict]:
     dense, model = make_models(args.task, setup)
     batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
     schedule = calibrate_reachable(model, batches, args.reductions)
-    runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((f"{r:.2g}", model, r) for r, *_ in schedule)]
+    reductions = [entry["reduction"] for entry in schedule]
+    runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((f"{r:.2g}", model, r) for r in reductions)]
     rows = []
     for batch_size in args.batch_sizes:
         inputs = make_inputs(model.task, model.config, batch_size, setup)

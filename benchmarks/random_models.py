@@ -20,7 +20,7 @@ from transformers import (
     CLIPModel,
 )
 
-from madtp_hf import MadtpClipModel, calibrate
+from madtp_hf import calibrate
 from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.budgets.passes import restored
 from madtp_hf.tasks import TASKS
@@ -132,7 +132,7 @@ def make_models(task: str, setup: Setup, attention: str | None = None) -> tuple[
         dense = MODELS[task](clip_config(task, setup.size) if is_clip else blip_config(setup.size))
         if attention is not None:
             dense.set_attn_implementation(attention)
-        model = MadtpClipModel.from_clip(dense) if is_clip else TASKS[task].model_class.from_blip(dense)
+        model = TASKS[task.removesuffix("-large")].model_class.from_dense(dense)
     dense, model = (found.to(device=setup.device, dtype=setup.dtype).eval() for found in (dense, model))
     if setup.prepack:
         model.prepack_weights()
@@ -205,12 +205,13 @@ def calibrate_reachable(model, batches: list[dict], reductions: list[float], fre
             schedule = calibrate(model, batches, reductions, freeze)
         except ValueError:
             schedule = []
-        missing = set(reductions) - {entry[0] for entry in schedule}
+        missing = set(reductions) - {entry["reduction"] for entry in schedule}
         if not missing:
             return schedule
         model.config.pruning_granularity = "instance"
         with restored(model):
-            reached = {measure_reduction(model, batches, 10 ** (step / 2)) for step in range(-14, 11)}
+            path = model.pruning_method.path(model.config)
+            reached = {measure_reduction(model, batches, **path.setting(point)) for point in path.points[1:]}
         nearest = {min(reached, key=lambda found, goal=goal: abs(found - goal)) for goal in missing}
         print(f"{model.task}: {sorted(missing)} out of reach; the nearest in reach: {sorted(nearest)}.")
         instead = sorted({found for found in nearest if found > 0.02} | set(reductions) - missing)

@@ -32,13 +32,13 @@ from digit_tasks import (
     shipped_models,
     smaller_images,
 )
-from methods import FIXED, VARIANTS, find_schedule, make_method
+from methods import ABLATIONS
 from reporting import environment, make_parser
 from selection_tables import print_tables
 from torch.utils.data import DataLoader
 
 from madtp_hf import calibrate, init_alignment_from
-from madtp_hf.budgets.calibration import FACTORS, SCAN, measure_reduction
+from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.budgets.flops import dense_flops
 from madtp_hf.budgets.passes import decoder_tokens
 from madtp_hf.tasks import TASKS
@@ -54,9 +54,7 @@ SEEDS = {
     "random": 5,
     "madtp": 5,
     "class_attention": 5,
-    "without_self": 3,
-    "without_class": 3,
-    "without_alignment": 3,
+    **dict.fromkeys(ABLATIONS, 3),
     "madtp_data": 5,
 }
 INIT_SAMPLES = 640  # of the training split, that alignment tokens are made of
@@ -71,39 +69,35 @@ def init_from_training_data(model, task: str, collator, seed: int) -> None:
     init_alignment_from(model, DataLoader(samples, 64, collate_fn=collator))
 
 
-def nearest_threshold(model, batch: dict, target: float) -> list[float]:
-    """Of a coarse path of thresholds, the one that comes nearest to a target out of reach, on one batch."""
-    thresholds = [(temperature, 1.0) for temperature in SCAN] + [(SCAN[0], factor) for factor in FACTORS]
-    return list(min(thresholds, key=lambda threshold: abs(measure_reduction(model, [batch], *threshold) - target)))
+def nearest_setting(model, batch: dict, target: float) -> dict[str, float]:
+    """Of the method's path, the setting that comes nearest to a target out of reach, on one batch."""
+    path = model.pruning_method.path(model.config)
+    settings = [path.setting(point) for point in path.points[1:]]
+    return min(settings, key=lambda setting: abs(measure_reduction(model, [batch], **setting) - target))
 
 
 def calibrate_all(model, batches: list[dict], reductions: list[float]) -> None:
-    """`calibrate`, with the nearest threshold that there is for each reduction that it leaves out."""
+    """`calibrate`, with the nearest setting that there is for each reduction that it leaves out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
             schedule = calibrate(model, batches, reductions)
         except ValueError:  # none of them
             schedule = []
-    before = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
-    for missing in sorted(set(reductions) - {entry[0] for entry in schedule}):
-        schedule.append([missing, *nearest_threshold(model, batches[0], missing)])
-    model.set_pruning(temperature=before[0], factor=before[1])
-    model.config.pruning_schedule = sorted(schedule)
+    for missing in sorted(set(reductions) - {entry["reduction"] for entry in schedule}):
+        schedule.append({"reduction": missing, **nearest_setting(model, batches[0], missing)})
+    model.config.pruning_schedule = sorted(schedule, key=lambda entry: entry["reduction"])
 
 
-def run_adaptive(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
-    """Points of MADTP or a variant: calibrated once for all reductions."""
+def run_method(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
+    """Points of a method, calibrated once for all reductions."""
     model = load_model(task, folder, seed)
     if method == "madtp_data":
         init_from_training_data(model, task, evaluation.collator, seed)
-    elif method in VARIANTS:
-        model.set_reduction_method(make_method(method))
+    else:
+        model.set_pruning_method(method)
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions)
-
-
-# Fixed numbers of tokens
 
 
 def text_lengths(model, batches: list[dict]) -> dict:
@@ -116,26 +110,6 @@ def text_lengths(model, batches: list[dict]) -> dict:
         [tokens.expand(len(batch["pixel_values"])) for tokens, batch in zip(read, batches)]
     )
     return lengths
-
-
-def fixed_methods(method: str, model, validation: list[dict], reductions: list[float], seed: int) -> dict:
-    """By reduction, what `set_reduction_method` takes for ToMe, EViT or random tokens: the schedule nearest to it."""
-    lengths = text_lengths(model, validation)
-    schedules = {r: find_schedule(method, model.config, model.task, r, **lengths)[0] for r in reductions}
-    return {reduction: make_method(method, schedule, seed) for reduction, schedule in schedules.items()}
-
-
-def fixed_points(method: str, model, evaluation, validation: list[dict], reductions: list[float], seed: int):
-    points = []
-    for reduction, reduce in fixed_methods(method, model, validation, reductions, seed).items():
-        model.set_reduction_method(reduce)
-        points.append(evaluation.at(model, [0.0])[0] | {"asked": reduction})
-    return points
-
-
-def run_fixed(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
-    """Points of ToMe, EViT or random tokens, each by the schedule nearest to its reduction."""
-    return fixed_points(method, load_model(task, folder, seed), evaluation, validation, reductions, seed)
 
 
 def image_sizes(model, lengths: dict) -> dict[int, float]:
@@ -173,9 +147,7 @@ def run_dense(method, task, folder, seed, evaluation, validation, reductions) ->
 
 def points_of(method: str):
     """The function that makes a method's points."""
-    if method in FIXED:
-        return run_fixed
-    return {"dense": run_dense, "smaller_image": run_smaller_image}.get(method, run_adaptive)
+    return {"dense": run_dense, "smaller_image": run_smaller_image}.get(method, run_method)
 
 
 # The study

@@ -14,21 +14,19 @@ Methods, tables and the rest as in selection.py. Beside them:
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
-All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8: by `ReductionCallback`, or as the schedule of a
-fixed number of tokens.
+All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`.
 """
 
 import functools
 import time
 
-import torch
 from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
-from methods import FIXED, VARIANTS, make_method
 from reporting import environment
-from selection import calibrate_all, fixed_methods, fixed_points, init_from_training_data, parse_study, study_parser
-from transformers import TrainerCallback, set_seed
+from selection import calibrate_all, init_from_training_data, parse_study, study_parser
+from transformers import set_seed
 
 from madtp_hf import ReductionCallback
+from madtp_hf.modeling.pruning_method import METHODS as PRUNING_METHODS
 
 
 TARGETS = [0.5, 0.65, 0.8]  # of a training step
@@ -48,26 +46,13 @@ LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK
 LEARNING_RATE = 5e-5
 
 
-class DrawnScheduleCallback(TrainerCallback):
-    """Each step reduces by one of `methods`, drawn from the step's number."""
-
-    def __init__(self, methods: list, seed: int):
-        self.methods, self.seed = methods, seed
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
-        model.set_reduction_method(self.methods[int(torch.randint(len(self.methods), (), generator=generator))])
-
-
 def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int) -> list:
     """Set a model up for training by a method; its callbacks."""
-    if method in FIXED:
-        return [DrawnScheduleCallback(list(fixed_methods(method, model, validation, TARGETS, seed).values()), seed)]
     if method.startswith("dense"):
         return []
     init_from_training_data(model, task, collator, seed)
-    if method in VARIANTS:
-        model.set_reduction_method(make_method(method))
+    if method in PRUNING_METHODS:
+        model.set_pruning_method(method)
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])
@@ -87,8 +72,6 @@ def make_points(args, task, folder, method, seed, evaluation, validation) -> tup
     seconds = {"training_seconds": round(time.perf_counter() - started, 1)}
     if method.startswith("dense"):
         return evaluation.at(model, [0.0]), seconds
-    if method in FIXED:
-        return fixed_points(method, model, evaluation, validation, REDUCTIONS, seed), seconds
     reductions = [float(method.removeprefix("own_"))] if method.startswith("own_") else REDUCTIONS
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions), seconds

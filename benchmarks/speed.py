@@ -29,7 +29,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-from methods import FIXED, find_schedule, make_method
 from photographs import mixed_images
 from random_models import (
     MODELS,
@@ -50,7 +49,7 @@ from transformers import CLIPModel
 
 from madtp_hf import count_flops
 from madtp_hf.budgets.flops import dense_flops
-from madtp_hf.budgets.passes import decoder_tokens, measure
+from madtp_hf.budgets.passes import measure
 
 
 NUM_BEAMS, NEW_TOKENS = 3, 10  # for caption generation
@@ -90,6 +89,7 @@ def training_step(model, inputs):
     return output
 
 
+BASELINES = ("tome", "evit", "random", "class_attention")
 MORE_CALLS = {"captioning": {"-generate": generate}, "clip": {"-text": encode_texts}}
 
 
@@ -99,28 +99,25 @@ def make_runs(task: str, dense, model, inputs: dict, call: Callable, args, reduc
     All of ours use `model`'s weights.
     """
 
-    def run(labels, temperature=0.0, factor=1.0, granularity="instance", method=None):
+    def run(labels, setting=None, granularity="instance", method="madtp"):
         def setup():
-            model.set_reduction_method(method)
-            model.config.pruning_granularity = granularity
-            model.set_pruning(temperature=temperature, factor=factor)
+            model.config.pruning_granularity, model.config.pruning_method = granularity, method
+            model.config.pruning_setting = setting
 
         return Run(labels, functools.partial(call, model, inputs), setup, model)
 
     runs = [Run({"run": "transformers"}, functools.partial(call, dense, inputs), model=dense), run({"run": "off"})]
     for granularity in args.granularities:
         for reduction in reductions:
-            threshold = model.config.threshold_for(reduction)
-            runs.append(run({"run": granularity, "asked": reduction}, *threshold, granularity))
-    lengths = inputs["attention_mask"].sum(dim=1).cpu()
-    answers = decoder_tokens(inputs, task, model.config)
-    answers = answers.cpu() if isinstance(answers, torch.Tensor) else answers
+            runs.append(run({"run": granularity, "asked": reduction}, model.setting_for(reduction), granularity))
+    schedule = model.config.pruning_schedule
     for name in baselines:
-        for reduction in args.baseline_reductions:
-            schedule, reached = find_schedule(name, model.config, task, reduction, lengths, answers)
-            if abs(reached - reduction) > 0.01:
-                print(f"{task}: {name} can't reduce FLOPs by {reduction}; the nearest is {reached:.3f}.")
-            runs.append(run({"run": name, "asked": reduction}, method=make_method(name, schedule)))
+        model.set_pruning_method(name)
+        for entry in calibrate_reachable(model, [inputs], args.baseline_reductions):
+            setting = model.setting_for(entry["reduction"])
+            runs.append(run({"run": name, "asked": entry["reduction"]}, setting, method=name))
+    model.set_pruning_method("madtp")
+    model.config.pruning_schedule = schedule
     return runs
 
 
@@ -233,7 +230,7 @@ def time_task(row_name: str, args, setup: Setup, save: Callable) -> None:
         inputs = make_inputs(task, model.config, batch_size, setup)
         if args.calibrate_on_batch:
             schedule = calibrate_reachable(model, [inputs], args.reductions)
-        reductions, rounds = [entry[0] for entry in schedule], rounds_for(batch_size, index, args)
+        reductions, rounds = [entry["reduction"] for entry in schedule], rounds_for(batch_size, index, args)
         for ending, call in {"": forward, **MORE_CALLS.get(task, {})}.items():
             baselines = [] if call is encode_texts else args.baselines  # baselines don't reduce texts
             runs = make_runs(task, dense, model, inputs, call, args, reductions, baselines)
@@ -244,7 +241,7 @@ def time_task(row_name: str, args, setup: Setup, save: Callable) -> None:
                     if run.labels["run"] in args.granularities:
                         row, _ = inspect(run, call, mixed)
                         rows.append({"task": row_name, "batch_size": batch_size, "images": "mixed", **row})
-            model.set_reduction_method(None)  # a baseline may have set one
+            model.config.pruning_setting, model.config.pruning_method = None, "madtp"  # a baseline may have set one
             save(row_name + ending, batch_size, rows, schedule)
 
 
@@ -256,7 +253,7 @@ def time_training(args, setup: Setup, save: Callable) -> None:
     if not args.calibrate_on_batch:
         batches = calibration_batches("vqa", model.config, args.calibration_samples, setup)
     schedule = calibrate_reachable(model, batches, [args.training_reduction])
-    inputs, reductions = add_labels(inputs), [entry[0] for entry in schedule]
+    inputs, reductions = add_labels(inputs), [entry["reduction"] for entry in schedule]
     runs = make_runs("vqa", dense.train(), model.train(), inputs, training_step, args, reductions, baselines=[])
     rounds = rounds_for(args.training_batch_size, 0, args)
     rows = measure_runs("vqa-training", runs, training_step, inputs, rounds, setup.dtype)
@@ -290,7 +287,7 @@ def parse_arguments(arguments=None):
         help="of FLOPs, that pruned runs are calibrated to; default: 0.3 0.5 0.6 0.7 0.8",
     )
     parser.add_argument("--granularities", nargs="+", choices=("instance", "batch"), default=["instance", "batch"])
-    parser.add_argument("--baselines", nargs="*", choices=list(FIXED), default=["tome", "evit"])
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=["tome", "evit"])
     parser.add_argument("--baseline_reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
     parser.add_argument(
         "--rounds",

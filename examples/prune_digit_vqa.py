@@ -141,7 +141,7 @@ def main():
     # 4. Evaluate one checkpoint at every budget. It is saved at the largest budget that costs at most one point on
     # validation data.
     schedule = calibrate(model, validation_batches, args.reductions)
-    budgets = [0.0, *(entry[0] for entry in schedule)]
+    budgets = [0.0, *(entry["reduction"] for entry in schedule)]
     results = evaluate(model, processor, test, collator, budgets, args.batch_size)
     on_validation = evaluate(model, processor, validation, collator, budgets, args.batch_size)
     baseline = question_only_accuracy(train, test)

@@ -188,7 +188,7 @@ class PruningArguments:
 
     def budgets(self, model) -> list[float]:
         """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""
-        reached = {entry[0] for entry in model.config.pruning_schedule or ()}
+        reached = model.config.calibrated_reductions
         return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
 
     def settings(self, args, trainer) -> dict:

@@ -91,12 +91,16 @@ def test_launches(tmp_path):
     assert all(row["operations"] == sum(row["by_name"].values()) for row in found["rows"])
 
 
-def test_overhead(tmp_path):
-    found = run("overhead", tmp_path / "overhead.json", *TINY, "--batch_sizes", "2", "--rounds", "2")
+def test_profile(tmp_path):
+    found = run("profile_pass", tmp_path / "profile.json", *TINY, "--batch_sizes", "2", "--rounds", "2")
+    off, pruned = found["rows"]
     for row in found["rows"]:
-        percent = row["percent"]
-        assert percent["all"] == pytest.approx(sum(percent.values()) - percent["all"], abs=0.1)
-        assert percent["alignment scores"] > 0 and percent["threshold"] > 0
+        assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["products"] > 0
+        assert sum(sum(parts.values()) for parts in row["layers"].values()) == pytest.approx(row["milliseconds"])
+        assert len(row["layers"]) == 6 + 8 + 8 + 1  # of the three towers, and what is outside them
+    assert off["shares"]["gate"] == off["shares"]["attention with maps"] == 0 < off["shares"]["fused attention"]
+    assert min(pruned["shares"].values()) > 0
+    assert sum(pruned["gate"].values()) == pytest.approx(pruned["shares"]["gate"])
 
 
 @pytest.mark.slow

@@ -93,8 +93,8 @@ def test_prune_writes_a_calibrated_checkpoint_that_publishes(dense, pruned):
     card = ModelCard.load(out / "README.md").text
     assert "without training" in card and re.search(r"\| 0.4 \| \d+\.\d% \|", card) and str(dense) not in card
     model = AutoModel.from_pretrained(out)
-    assert [entry[0] for entry in model.config.pruning_schedule] == [0.2, 0.4]
-    assert (model.config.pruning_temperature, model.config.pruning_threshold_factor) == model.config.threshold_for(0.4)
+    assert model.config.calibrated_reductions == [0.2, 0.4]
+    assert model.config.pruning_setting == model.setting_for(0.4)
     theirs = load(dense / "vqa").model
     for name, tensor in theirs.state_dict().items():
         if not name.startswith("alignment."):
@@ -109,7 +109,7 @@ def test_prune_takes_each_task(task, dense, photos, tmp_path):
     loaded = load(tmp_path / "out")
     model = loaded.model
     assert model.task == loaded.task.name == task and not loaded.is_dense
-    assert model.config.pruning_schedule[0][0] == 0.4
+    assert model.config.calibrated_reductions[0] == 0.4
 
 
 def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):

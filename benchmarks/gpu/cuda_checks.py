@@ -173,7 +173,7 @@ def pruned_vqa(setup: Setup, samples: int):
     """Return a float32 model with a schedule, inputs, and its first reduction."""
     model = make_models("vqa", setup)[1]
     schedule = calibrate_reachable(model, calibration_batches("vqa", model.config, samples, setup), [0.5])
-    return model, make_inputs("vqa", model.config, 4, setup), schedule[0][0]
+    return model, make_inputs("vqa", model.config, 4, setup), schedule[0]["reduction"]
 
 
 @torch.no_grad()

@@ -109,17 +109,21 @@ def compiled(name: str, model, inputs: dict, mode: str | None) -> Callable:
 # The runs of a cell
 
 
-def set_up(model, granularity: str, temperature: float) -> None:
-    model.config.pruning_granularity = "instance"  # whose temperatures are free
-    model.set_pruning(temperature=temperature)
+def set_up(model, granularity: str, reduction: float) -> None:
+    model.config.pruning_granularity = "instance"  # whose settings are free
+    model.set_pruning(reduction=reduction)
     model.config.pruning_granularity = granularity
 
 
-def copy_of(model, granularity: str, temperature: float):
+def copy_of(model, granularity: str, reduction: float):
     """A model of its own for what is compiled: its configuration doesn't change from call to call."""
     other = copy.deepcopy(model)
-    set_up(other, granularity, temperature)
+    set_up(other, granularity, reduction)
     return other
+
+
+def reductions_of(schedule: list[dict]) -> list[float]:
+    return [entry["reduction"] for entry in schedule]
 
 
 def plain_runs(name: str, models: dict, schedule: list, inputs: dict, device) -> list[Cell]:
@@ -132,11 +136,11 @@ def plain_runs(name: str, models: dict, schedule: list, inputs: dict, device) ->
     ]
     states = [("off", "instance", 0.0)]
     for granularity in ("instance", "frozen"):
-        states += [(f"{granularity} {asked:.2g}", granularity, temperature) for asked, temperature in schedule]
-    for label, granularity, temperature in states:
+        states += [(f"{granularity} {asked:.2g}", granularity, asked) for asked in reductions_of(schedule)]
+    for label, granularity, reduction in states:
 
-        def setup(granularity=granularity, temperature=temperature):
-            set_up(model, granularity, temperature)
+        def setup(granularity=granularity, reduction=reduction):
+            set_up(model, granularity, reduction)
 
         runs.append(Cell(label, lambda: pass_of(name, model, inputs), model, setup))
         if granularity == "frozen":
@@ -157,13 +161,13 @@ def compiled_runs(name: str, models: dict, schedule: list, inputs: dict, device)
         Cell("transformers", lambda: pass_of(name, dense, inputs)),
         Cell("transformers torch.compile", lambda: compile_dense(None)),
     ]
-    for asked, temperature in schedule:
+    for asked in reductions_of(schedule):
 
-        def compile_frozen(temperature=temperature):
-            return compiled(name, copy_of(model, "frozen", temperature), inputs, "reduce-overhead")
+        def compile_frozen(reduction=asked):
+            return compiled(name, copy_of(model, "frozen", reduction), inputs, "reduce-overhead")
 
-        def setup(temperature=temperature):  # of the model that counts FLOPs
-            set_up(model, "frozen", temperature)
+        def setup(reduction=asked):  # of the model that counts FLOPs
+            set_up(model, "frozen", reduction)
 
         runs.append(Cell(f"frozen {asked:.2g} torch.compile", compile_frozen, model, setup))
     if device.type == "cuda":

@@ -41,6 +41,6 @@ def export(
         export_onnx(exported, loaded.processor, out, force=force)
     except (ImportError, RuntimeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-    counts = exported.config.token_counts() if exported.is_pruning else None
+    counts = exported.start_pass().token_counts
     pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
     typer.echo(f"{out}: {type(exported).__name__}, {pruned}; run it with the folder's onnx_runner.py.")

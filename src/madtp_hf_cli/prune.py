@@ -77,7 +77,7 @@ def prune(
     with warnings_as_messages():
         schedule = calibrate(model, batches, wanted)
 
-    reached = [entry[0] for entry in schedule]
+    reached = [row["reduction"] for row in schedule]
     results = evaluate_budgets(model, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results

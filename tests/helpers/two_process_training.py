@@ -157,7 +157,7 @@ def run_training(run, folder, processes) -> dict:
         "gradients": getattr(first, "gradients", {}),
         "weights": model.state_dict(),
         "memory": trainer.memory.state_dict() if with_memory else {},
-        "temperatures": {"log": torch.tensor(callback.log_temperatures)},
+        "temperatures": {"log": torch.tensor(callback.points)},
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 

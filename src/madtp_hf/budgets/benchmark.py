@@ -122,9 +122,9 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     """
     task = TASKS[model.task]
     if reductions is None:
-        reductions = [entry[0] for entry in model.config.pruning_schedule or ()]
+        reductions = model.config.calibrated_reductions
     for reduction in reductions:
-        model.config.threshold_for(reduction)
+        model.setting_for(reduction)
     dense = stock_model(model)
     runs = [Run("pruning off", model, 0.0), *(Run(f"{reduction:g}", model, reduction) for reduction in reductions)]
     if dense is not None:
@@ -203,13 +203,14 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
         ]
     else:
         rows = load_rows(entry, images, texts, samples=number, **reading)
-    known = [found for found, *_ in model.config.pruning_schedule or ()]
+    known = model.config.calibrated_reductions
     calibrated_here = not known
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
         if loaded.is_dense:
             init_alignment_from(model, batches)
-        known = [found for found, *_ in calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)]
+        calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)
+        known = model.config.calibrated_reductions
         reductions = known
     results = benchmark(model, processor, rows, reductions, batch_sizes, rounds)
     device, threads = model.device, torch.get_num_threads()

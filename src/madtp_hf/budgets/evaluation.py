@@ -169,9 +169,9 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
                 f" for the metric {task.metric} compares predictions with them."
             )
     if reductions is None:
-        reductions = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]
+        reductions = [0.0, *model.config.calibrated_reductions]
     for reduction in reductions:  # fail before minutes of prediction
-        model.config.threshold_for(reduction)
+        model.setting_for(reduction)
     predict = task.predict and partial(task.predict, model, processor)
     results = evaluate_budgets(model, make_batches(model, processor, rows, batch_size), list(reductions), predict)
     if task.predict_all is not None:  # a sample's cost is that of one pass, the time that of comparing all

@@ -250,28 +250,31 @@ def _loading(config, task, model_class: str, name: str) -> dict:
 
 def _pruning(config) -> dict:
     """Return the template's values that say which budgets a checkpoint has, and at which one it loads."""
-    schedule = getattr(config, "pruning_schedule", None) or []
-    temperature = getattr(config, "pruning_temperature", 0.0)
-    factor = getattr(config, "pruning_threshold_factor", 1.0)
+    schedule, reductions = (
+        getattr(config, "pruning_schedule", None) or [],
+        getattr(config, "calibrated_reductions", []),
+    )
+    setting = getattr(config, "pruning_setting", None)
     if schedule:
-        budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
+        budget = f"reduction={min(reductions, key=lambda r: abs(r - 0.5)):g}"
     else:
         original = getattr(config, "original_temperature", None)
         budget = "temperature=1.0" if original is None else f"temperature={original:g}"
     reached = [
-        reduction
-        for reduction, of_schedule, *others in schedule
-        if math.isclose(of_schedule, temperature) and math.isclose(others[0] if others else 1.0, factor)
+        entry["reduction"]
+        for entry in schedule
+        if setting and all(math.isclose(entry.get(name, value), value) for name, value in setting.items())
     ]
-    if not temperature:
+    if not setting:
         as_loaded = "pruning is off"
     elif reached:
         as_loaded = f"it prunes at reduction {reached[0]:g}"
     else:
-        as_loaded = f"it prunes at temperature {temperature:g}" + (f" and factor {factor:g}" if factor != 1 else "")
+        numbers = [f"{name} {value:g}" for name, value in setting.items() if (name, value) != ("factor", 1)]
+        as_loaded = f"it prunes at {' and '.join(numbers)}"
     return {
         "budget": budget,
-        "reductions": ", ".join(f"{reduction:g}" for reduction, *_ in schedule),
+        "reductions": ", ".join(f"{reduction:g}" for reduction in reductions),
         "several": len(schedule) > 1,
         "frozen": getattr(config, "pruning_granularity", None) == "frozen",
         "as_loaded": as_loaded,
@@ -337,7 +340,7 @@ def create_model_card(
     dense = (
         not loading["with_code"]
         and not getattr(config, "pruning_schedule", None)
-        and not getattr(config, "pruning_temperature", 0)
+        and not getattr(config, "pruning_setting", None)
     )
     data = ModelCardData(
         library_name="transformers",

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
-from .attention import TokenRoles  # noqa: F401
+from .attention import BranchSpec  # noqa: F401
+from .chunks import takes_chunks
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import BranchOutput, real_tokens
@@ -34,9 +35,17 @@ from .madtp_blip_outputs import (
     MadtpBlipForImageTextRetrievalOutput,
     MadtpBlipForQuestionAnsweringOutput,
 )
+from .method_class_attention import ClassAttentionMethod  # noqa: F401
+from .method_code import carry_code  # noqa: F401
+from .method_evit import EvitMethod  # noqa: F401
+from .method_madtp import MadtpMethod  # noqa: F401
+from .method_random import RandomMethod  # noqa: F401
+from .method_tome import TomeMethod  # noqa: F401
 from .padding import check_same_number, check_same_shape, left_align, read_prompts, text_lengths
 from .prepacked_linear import PrepackedLinear  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
+from .pruning_method import Decision  # noqa: F401
+from .repack import repack  # noqa: F401
 from .retrieval_loss import (
     TEMPERATURE,
     ContrastiveKeys,
@@ -46,9 +55,8 @@ from .retrieval_loss import (
     gather_rows,
     process_rank,
 )
-from .sequences import takes_parts, unpad
-from .token_pruning import AttentionEvidence  # noqa: F401
-from .token_reduction import Reduction  # noqa: F401
+from .sequences import unpad
+from .token_pruning import AttentionStatistics  # noqa: F401
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -76,12 +84,13 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         self.text_decoder = TextDecoder(config.text_config, config.text_config.hidden_size)
         self.post_init()
 
-    def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
+    def _encode(self, input_ids, pixel_values, attention_mask, pruning=None, with_feature=False, **vision_options):
         """Encode the images, then the questions with cross-attention to them; return a `BranchOutput` for each."""
+        pruning = pruning or self.start_pass()
         input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
-        vision = self._encode_images(pixel_values, with_feature, **vision_options)
+        vision = self._encode_images(pixel_values, with_feature, pruning=pruning, **vision_options)
         images = images_for_texts(vision, pixel_values, input_ids, "questions")
-        text = self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature)
+        text = self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature, pruning=pruning)
         return vision, text
 
     @can_return_tuple
@@ -138,10 +147,12 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         if decoder_input_ids.shape[0] != number:
             raise ValueError(f"{len(decoder_input_ids)} answers for {number} questions: expected one for each.")
 
+        pruning = self.start_pass()
         vision, text = self._encode(
             input_ids,
             pixel_values,
             attention_mask,
+            pruning,
             with_feature=labels is not None,
             interpolate_pos_encoding=interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
@@ -151,7 +162,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
             input_ids=decoder_input_ids,
             attention_mask=self_attention_mask(decoder_attention_mask),
             encoder_hidden_states=question_states,
-            encoder_attention_mask=cross_attention_mask(text.mask) if self.is_pruning else None,
+            encoder_attention_mask=cross_attention_mask(text.mask) if pruning.is_on else None,
             labels=labels,
             reduction="mean",
             use_cache=False,
@@ -200,15 +211,17 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         Returns:
             `torch.LongTensor` of shape `(batch_size, answer_length)`: the answers, the start token first.
         """
+        pruning = self.start_pass()
         _, text = self._encode(
             torch.as_tensor(input_ids, device=pixel_values.device),
             pixel_values,
             attention_mask,
+            pruning,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         number = text.sequences.batch_size
         start = torch.full((number, 1), self.config.text_config.bos_token_id, device=pixel_values.device)
-        return self._generate(start, text, masked=self.is_pruning, **generate_kwargs)
+        return self._generate(start, text, masked=pruning.is_on, **generate_kwargs)
 
 
 class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
@@ -281,7 +294,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             check_same_shape("labels", labels, input_ids)
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
-            if takes_parts(input_ids.device):  # on other devices, reading values would synchronize
+            if takes_chunks(input_ids.device):  # on other devices, reading values would synchronize
                 text_lengths(input_ids, attention_mask)
         vision = self._encode_images(
             pixel_values,
@@ -447,17 +460,18 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
                 f"labels holds {labels.unique().tolist()}: expected 1 where a sentence is true and 0 where it is"
                 " false."
             )
-        with_feature = labels is not None
+        with_feature, pruning = labels is not None, self.start_pass()
         vision = self._encode_images(
             pixel_values.flatten(0, 1),
             with_feature,
             interpolate_pos_encoding,
+            pruning,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
         # (2 * B, ...), left and right images alternating
         left, right = (vision.sequences.every_other(vision.states, side) for side in (0, 1))
-        text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature)
-        logits = self.cls_head(text.class_states)
+        text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature, pruning=pruning)
+        logits = self.cls_head(text.first_states)
 
         loss = task_loss = align_loss = None
         if labels is not None:
@@ -505,10 +519,10 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         self.post_init()
 
     def _image_feature(self, images: BranchOutput) -> torch.Tensor:
-        return F.normalize(self.vision_proj(images.class_states), dim=-1)
+        return F.normalize(self.vision_proj(images.first_states), dim=-1)
 
     def _text_feature(self, texts: BranchOutput) -> torch.Tensor:
-        return F.normalize(self.text_proj(texts.class_states), dim=-1)
+        return F.normalize(self.text_proj(texts.first_states), dim=-1)
 
     def get_image_features(
         self,
@@ -602,29 +616,31 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             check_same_number(pixel_values, input_ids, "texts")
         elif use_itm_head:
             input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
-        with_feature = bool(return_loss or not use_itm_head)
+        with_feature, pruning = bool(return_loss or not use_itm_head), self.start_pass()
         vision = self._encode_images(
             pixel_values,
             with_feature,
             interpolate_pos_encoding,
+            pruning,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
         image_feature = text_feature = align_loss = None
         losses = {}
         if with_feature:
-            text = self._encode_text(input_ids, attention_mask, with_feature=True)
+            text = self._encode_text(input_ids, attention_mask, with_feature=True, pruning=pruning)
             image_feature, text_feature = self._image_feature(vision), self._text_feature(text)
             if pixel_values.shape[0] == input_ids.shape[0]:
                 align_loss = self._alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
             images = images_for_texts(vision, pixel_values, input_ids, "texts")
-            text = self._encode_text(input_ids, attention_mask, *images)
-            itm_score = self.itm_head(text.class_states)
+            text = self._encode_text(input_ids, attention_mask, *images, pruning=pruning)
+            itm_score = self.itm_head(text.first_states)
         else:
             itm_score = image_feature @ text_feature.T
         if return_loss:
             features = (image_feature, text_feature)
-            losses = self._losses(input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys)
+            batch = (input_ids, attention_mask, vision, pruning)
+            losses = self._losses(batch, itm_score, features, image_ids, contrastive_keys)
             losses["loss"] = losses["task_loss"] + self.config.alignment_loss_weight * align_loss
         elif labels is not None:
             matching = F.cross_entropy(itm_score, labels)
@@ -649,25 +665,28 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             **losses,
         )
 
-    def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """Return the contrastive loss, the matching loss with hard negatives and their sum; itm_score (B, 2)."""
+    def _losses(self, batch, itm_score, features, image_ids, contrastive_keys) -> dict:
+        """Return the contrastive loss, the matching loss with hard negatives and their sum; itm_score (B, 2).
+
+        batch: input_ids, attention_mask, the images' `BranchOutput` and the pass's pruning.
+        """
         if image_ids is None:
-            image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
+            image_ids = torch.arange(len(batch[0]), device=batch[0].device) + process_rank() * len(batch[0])
         contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
         temperature = TEMPERATURE if contrastive_keys is None else contrastive_keys.temperature.detach()
-        negatives = self._score_hard_negatives(input_ids, attention_mask, vision, *features, image_ids, temperature)
+        negatives = self._score_hard_negatives(*batch, *features, image_ids, temperature)
         labels = torch.zeros(len(itm_score) + len(negatives), dtype=torch.long, device=itm_score.device)
         labels[: len(itm_score)] = 1
         matching = F.cross_entropy(torch.cat([itm_score, negatives]), labels)
         return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
 
-    def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
+    def match(self, input_ids, attention_mask, image_states, image_mask=None, pruning=None) -> torch.Tensor:
         """Return matching logits (B, 2) of texts (B, L) with image states (B, M, D) and their mask (B, M)."""
-        text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
-        return self.itm_head(text.class_states)
+        text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask), pruning=pruning)
+        return self.itm_head(text.first_states)
 
     def _score_hard_negatives(
-        self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
+        self, input_ids, attention_mask, vision, pruning, image_feature, text_feature, image_ids, temperature
     ) -> torch.Tensor:
         """Return matching logits (up to 2 * B, 2) of texts with a wrong image and images with a wrong text each."""
         rank = process_rank()
@@ -683,7 +702,8 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         start = len(image_ids) * rank
         pairs_text = torch.cat([of_text + start, wrong_text])
         pairs_image = torch.cat([wrong_image, of_image + start])
-        return self.match(texts[pairs_text], texts_mask[pairs_text], states[pairs_image], states_mask[pairs_image])
+        images = (states[pairs_image], states_mask[pairs_image])
+        return self.match(texts[pairs_text], texts_mask[pairs_text], *images, pruning=pruning)
 
 
 __all__ = [

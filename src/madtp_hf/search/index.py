@@ -216,7 +216,7 @@ def search(
         rerank = is_text and has_head
     depth = min(top_k if rerank is True else int(rerank), len(index))
     with restored(model):
-        model.set_pruning(temperature=index.info["pruning_temperature"], factor=index.info["pruning_threshold_factor"])
+        model.config.pruning_setting = index.info["pruning_setting"]
         encode = encode_texts if is_text else encode_images
         embedding = encode(model, processor, query)
         found = _nearest(index, embedding, max(top_k, depth))
@@ -287,8 +287,7 @@ def _model_of(index: ImageIndex, model, processor):
             model, processor = loaded.model, loaded.processor
         with restored(model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
-            temperature = index.info["pruning_temperature"]
-            model.set_pruning(temperature=temperature, factor=index.info["pruning_threshold_factor"])
+            model.config.pruning_setting = index.info["pruning_setting"]
             _check_same_model(index.info, _describe(model))
         index._models[id(given)] = model, processor  # kept alive, so that its id isn't reused
         index._models[id(model)] = model, processor
@@ -312,8 +311,8 @@ def _describe(model) -> dict:
         # With pruning off, alignment tokens have no effect, and those of a dense model are random.
         "alignment": alignment.hexdigest() if model.is_pruning else None,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "pruning_temperature": config.pruning_temperature,
-        "pruning_threshold_factor": config.pruning_threshold_factor,
+        "pruning_method": config.pruning_method,
+        "pruning_setting": config.pruning_setting,
     }
 
 
@@ -327,12 +326,12 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
     def differ(*names):
         return any(theirs[name] != ours[name] for name in names)
 
-    settings = ("pruning_temperature", "pruning_threshold_factor")
+    settings = ("pruning_method", "pruning_setting")
     if differ("weights", "dtype") or (differ("alignment") and not differ(*settings)):
         raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
     if differ(*settings):
         pruning = [
-            f"temperature {info[settings[0]]:g}" if info.get("reduction") is None else f"reduction {info['reduction']}"
+            f"setting {info['pruning_setting']}" if info.get("reduction") is None else f"reduction {info['reduction']}"
             for info in (theirs, ours)
         ]
         raise ValueError(f"The index was made at {pruning[0]}, and this is {pruning[1]}. {_HINT}")

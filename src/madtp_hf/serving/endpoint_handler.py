@@ -462,7 +462,6 @@ class EndpointHandler:
         )
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         self.pipeline = pipeline(self.task, model=str(folder), trust_remote_code=True, device=device)
-        self.lock = threading.Lock()
         # The first call prepares the weights and the tokenizer, which several threads mustn't do at once.
         image = Image.new("RGB", (32, 32))
         example = {**dict.fromkeys(self.parts, "a"), "image": image, "images": [image, image]}
@@ -559,15 +558,6 @@ class EndpointHandler:
                 return self.pipeline(item.pop("image"), **item)
             return self.pipeline(item, **parameters)
 
-    @contextlib.contextmanager
     def _pruning(self, reduction: float | None):
-        """Set the reduction for one call; all requests share the model."""
-        with self.lock:
-            model = self.pipeline.model
-            before = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
-            try:
-                if reduction is not None:
-                    model.set_pruning(reduction=reduction)
-                yield
-            finally:
-                model.config.pruning_temperature, model.config.pruning_threshold_factor = before
+        """Set the reduction for one call; other threads' requests do not see it."""
+        return contextlib.nullcontext() if reduction is None else self.pipeline.model.pruning(reduction=reduction)

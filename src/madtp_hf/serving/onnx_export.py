@@ -81,7 +81,7 @@ def _pad_texts(model, input_ids, attention_mask):
 
     This doesn't change the output: a frozen model ignores padding.
     """
-    counts = model.config.token_counts() if model.is_pruning else None
+    counts = model.start_pass().token_counts
     if counts is None:
         return input_ids, attention_mask
     shortest, longest = max(counts["text"]) + 1, model.config.text_config.max_position_embeddings
@@ -161,7 +161,7 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
 
 def _classify_pairs(model, input_ids, attention_mask, left_states, right_states):
     texts = _pad_texts(model, input_ids, attention_mask)
-    return model.cls_head(model._encode_text(*texts, *_layout(left_states), *_layout(right_states)).class_states)
+    return model.cls_head(model._encode_text(*texts, *_layout(left_states), *_layout(right_states)).first_states)
 
 
 def _encode_texts(model, input_ids, attention_mask):
@@ -170,7 +170,7 @@ def _encode_texts(model, input_ids, attention_mask):
 
 def _match(model, input_ids, attention_mask, image_states):
     texts = _pad_texts(model, input_ids, attention_mask)
-    return model.itm_head(model._encode_text(*texts, *_layout(image_states)).class_states)
+    return model.itm_head(model._encode_text(*texts, *_layout(image_states)).first_states)
 
 
 def _encode_clip_images(model, pixel_values):
@@ -402,7 +402,7 @@ def _check(model) -> None:
 def _describe(model, graphs: dict[str, dict]) -> dict:
     """Return the content of onnx.json."""
     config, text_config = model.config, model.config.text_config
-    counts = config.token_counts() if model.is_pruning else None
+    counts = model.start_pass().token_counts
     description = {
         "format": FORMAT,
         "madtp_version": __version__,

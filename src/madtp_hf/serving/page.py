@@ -65,7 +65,7 @@ def check_shown(task: str | None, config, source) -> None:
 
 def reduction_bounds(config) -> tuple[float, float]:
     """Return the smallest and the largest reduction of a model's schedule."""
-    return config.pruning_schedule[0][0], config.pruning_schedule[-1][0]
+    return config.calibrated_reductions[0], config.calibrated_reductions[-1]
 
 
 def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
@@ -255,7 +255,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
                 reduction = gr.Slider(
                     least,
                     max(most, least + 0.01),
-                    model.config.pruning_schedule[len(model.config.pruning_schedule) // 2][0],
+                    model.config.calibrated_reductions[len(model.config.pruning_schedule) // 2],
                     step=0.01,
                     interactive=most > least,
                     label="Reduction: the share of FLOPs to save",

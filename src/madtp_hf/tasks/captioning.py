@@ -31,8 +31,8 @@ def score(predictions, rows) -> dict[str, float]:
     return {f"{name} %" if name == "bleu_4" else name: value for name, value in shown.items()}
 
 
-def _flops(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    total = flops.vision_encoder(config, vision_tokens, "vision" in prunes)
+def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
+    total = flops.vision_encoder(config, vision_tokens, added.get("vision"))
     return total + flops.text_decoder(config, answer_tokens, vision_tokens[-1], config.vision_config.hidden_size)
 
 

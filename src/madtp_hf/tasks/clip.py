@@ -46,15 +46,15 @@ def predict_all(model, processor, rows, batch_size: int):
     return score_by_features(model, queries.pixel_batches, queries.input_ids, queries.attention_mask)
 
 
-def _flops(config, vision_tokens, text_tokens, answer_tokens, prunes):
+def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     """Count CLIP's features of an image and a text, and their product.
 
     Causal attention counts in full, because it is computed in full.
     """
     vision, text, width = config.vision_config, config.text_config, config.projection_dim
     total = flops.patch_embedding(vision, vision_tokens) + vision_tokens[0] * flops.LAYER_NORM * vision.hidden_size
-    total = total + flops.pre_norm_layers(config, vision, vision_tokens, "vision" in prunes)
-    total = total + flops.pre_norm_layers(config, text, text_tokens, "text" in prunes)
+    total = total + flops.pre_norm_layers(vision, vision_tokens, added.get("vision"))
+    total = total + flops.pre_norm_layers(text, text_tokens, added.get("text"))
     total = total + text_tokens[-1] * flops.LAYER_NORM * text.hidden_size + flops.LAYER_NORM * vision.hidden_size
     return total + (vision.hidden_size + text.hidden_size) * width + width
 

@@ -17,11 +17,11 @@ def score(predictions, rows) -> dict[str, float]:
     return {f"{name} %": value for name, value in scores.items()}
 
 
-def _flops(config, vision_tokens, text_tokens, answer_tokens, prunes):
+def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     """Count NLVR2's pass over two images; `vision_tokens` is (layers + 1, 2, B)."""
     images = vision_tokens.unbind(1)
-    total = sum(flops.vision_encoder(config, image, "vision" in prunes) for image in images)
-    total = total + flops.text_encoder(config, text_tokens, [image[-1] for image in images], "text" in prunes)
+    total = sum(flops.vision_encoder(config, image, added.get("vision")) for image in images)
+    total = total + flops.text_encoder(config, text_tokens, [image[-1] for image in images], added.get("text"))
     width = config.text_config.hidden_size
     return total + width**2 + width * 2  # the classification head
 

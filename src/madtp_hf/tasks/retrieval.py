@@ -102,10 +102,10 @@ def predict_all(model, processor, rows, batch_size: int):
     return score_images_and_texts(model, queries.pixel_batches, queries.input_ids, queries.attention_mask)
 
 
-def _flops(config, vision_tokens, text_tokens, answer_tokens, prunes):
+def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     """Count the pass that matches an image and a text."""
-    total = flops.vision_encoder(config, vision_tokens, "vision" in prunes)
-    total = total + flops.text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
+    total = flops.vision_encoder(config, vision_tokens, added.get("vision"))
+    total = total + flops.text_encoder(config, text_tokens, [vision_tokens[-1]], added.get("text"))
     return total + config.text_config.hidden_size * 2  # the matching head
 
 

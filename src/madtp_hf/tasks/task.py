@@ -20,7 +20,7 @@ class Task:
     name: str
     # The model.
     model_class: type
-    flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, prunes) -> (B,), see `flop_formulas`
+    flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, added) -> (B,), see `flop_formulas`
     # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
     collator: type
     metric: str

@@ -27,9 +27,9 @@ def score(predictions, rows) -> dict[str, float]:
     return {"accuracy %": scores["accuracy"]}
 
 
-def _flops(config, vision_tokens, text_tokens, answer_tokens, prunes):
-    total = flops.vision_encoder(config, vision_tokens, "vision" in prunes)
-    total = total + flops.text_encoder(config, text_tokens, [vision_tokens[-1]], "text" in prunes)
+def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
+    total = flops.vision_encoder(config, vision_tokens, added.get("vision"))
+    total = total + flops.text_encoder(config, text_tokens, [vision_tokens[-1]], added.get("text"))
     return total + flops.text_decoder(config, answer_tokens, text_tokens[-1], config.text_config.hidden_size)
 
 

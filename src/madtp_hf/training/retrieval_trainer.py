@@ -71,8 +71,7 @@ class ContrastiveMemory(nn.Module):
         if not self.has_temperature:  # scale similarities as the model does
             self.momentum_encoder.logit_scale.copy_(model.logit_scale)
         # Prune as the model does.
-        for name in ("pruning_temperature", "pruning_threshold_factor"):
-            setattr(self.momentum_encoder.config, name, getattr(model.config, name))
+        self.momentum_encoder.config.pruning_setting = model.config.pruning_setting
 
     @torch.no_grad()
     def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:
