@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from random_models import Setup, add_labels, calibrate_reachable, calibration_batches, make_inputs, make_models
+from calibrating import calibrate_all
+from random_models import Setup, add_labels, calibration_batches, make_inputs, make_models
 from reporting import ROOT
 
 from madtp_hf.modeling import triton_kernels
@@ -172,8 +173,8 @@ def check_parity(setup: Setup) -> list[dict]:
 def pruned_vqa(setup: Setup, samples: int):
     """Return a float32 model with a schedule, inputs, and its first reduction."""
     model = make_models("vqa", setup)[1]
-    schedule = calibrate_reachable(model, calibration_batches("vqa", model.config, samples, setup), [0.5])
-    return model, make_inputs("vqa", model.config, 4, setup), schedule[0]["reduction"]
+    reductions = calibrate_all(model, calibration_batches("vqa", model.config, samples, setup), [0.5])
+    return model, make_inputs("vqa", model.config, 4, setup), reductions[0]
 
 
 @torch.no_grad()
