@@ -387,7 +387,7 @@ def test_killed_it_goes_on_and_with_other_processes_too(models, many, tmp_path):
     process.communicate()
     assert not out.exists() and 0 < len(list(job.glob("part-*.jsonl"))) < 3
     other = caption(models, images, out, "--num-beams", 2)
-    assert other.exit_code == 1 and "begun with other settings (--num-beams was 1, now 2)" in other.stderr
+    assert other.exit_code == 1 and "started with other settings (--num-beams was 1, now 2)" in other.stderr
 
     first_part = (job / "part-00000.jsonl").stat()
     printed = finish(start([*COMMAND, models["captioning"], images, out, *OPTIONS], processes=2))

@@ -145,6 +145,32 @@ def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
     assert [row["reduction asked"] for row in content["results"]] == [0, 0.1] and content["metric"] == "mean %"
 
 
+def test_unreadable_images_stop_the_command_or_are_left_out_and_counted(pruned, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(4):
+        (tmp_path / "photos" / f"{index}.png").write_bytes((photos / f"{index}.png").read_bytes())
+    (tmp_path / "photos" / "2.png").write_text("broken")
+    data = "--data", tmp_path / "photos", "--question", QUESTION, "--reductions", 0.3
+    stopped = invoke("prune", pruned[0], tmp_path / "out", *data, "--batch-size", 1)
+    assert stopped.exit_code == 1 and "2.png" in stopped.stderr and not (tmp_path / "out").exists()
+    left_out = invoke("prune", pruned[0], tmp_path / "out", *data, "--skip-unreadable")
+    assert left_out.exit_code == 3, left_out.stderr
+    assert "Left out 1 of the rows" in left_out.stderr and "calibrated on 3 samples" in left_out.stdout
+    timed = "--rounds", 1, "--batch-sizes", 1, "--out", tmp_path / "speed.json", "--skip_unreadable"
+    result = invoke("benchmark", pruned[0], "--data", tmp_path / "photos", "--text", QUESTION, *timed)
+    assert result.exit_code == 3 and (tmp_path / "speed.json").exists()
+
+
+def test_columns_have_the_names_that_are_given(pruned, photos, tmp_path):
+    rows = [{"photo": f"{index}.png", "query": QUESTION} for index in range(3)]
+    table = write_csv(tmp_path / "table.csv", rows)
+    data = "--data", table, "--image-dir", photos, "--reductions", 0.3
+    refused = invoke("prune", pruned[0], tmp_path / "out", *data)
+    assert refused.exit_code == 1 and "--columns image=" in refused.stderr, refused.stderr
+    result = invoke("prune", pruned[0], tmp_path / "out", *data, "--columns", "image=photo", "question=query")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_prune_again_keeps_alignment_tokens_that_were_learned(pruned, photos, tmp_path):
     out, _ = pruned
     data = "--data", photos, "--question", QUESTION, "--reductions", "0.3"

@@ -155,6 +155,30 @@ def test_forms_of_a_checkpoint(form, tmp_path):
         assert_same(outputs(model, "vqa", temperature), outputs(original, "vqa", temperature))
 
 
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod."))
+def test_names_and_places_that_training_code_makes(prefix):
+    original = original_like()
+    content = with_training_state(to_original(original))
+    named = {prefix + name: tensor for name, tensor in content["model"].items()}
+    for source in ({**content, "model": named}, {"state_dict": named, "epoch": 3}, {"module": named}, named):
+        model = convert_original_checkpoint(source, "vqa", config=HEADS)
+        assert_same(outputs(model, "vqa", 3.0), outputs(original, "vqa", 3.0))
+
+
+def test_heads_and_activation_are_asked_or_said():
+    original = original_like(
+        vision_config={**original_like().config.vision_config.to_dict(), "hidden_act": "quick_gelu"}
+    )
+    state_dict = to_original(original)
+    with pytest.raises(ValueError, match=r"pass heads=\(vision, text\), or a config"):
+        convert_original_checkpoint(state_dict, "vqa")
+    with pytest.warns(UserWarning, match=r"Assumed, because weights don't tell: the activation gelu"):
+        model = convert_original_checkpoint(state_dict, "vqa", heads=(4, 4))
+    assert model.config.vision_config.num_attention_heads == model.config.text_config.num_attention_heads == 4
+    model = convert_original_checkpoint(state_dict, "vqa", config=HEADS, activation="quick_gelu")
+    assert model.config.vision_config.hidden_act == model.config.text_config.hidden_act == "quick_gelu"
+
+
 @pytest.mark.parametrize("vision_width", (768, 1024))
 def test_blip_sizes_need_no_configuration(vision_width):
     config = MadtpBlipConfig(

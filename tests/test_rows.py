@@ -110,6 +110,12 @@ def test_paths_inside_the_image_folder(folder, tmp_path):
     assert len(load_rows(VQA, table, on_error="skip")) == 1
 
 
+def test_tables_in_several_folders_need_an_image_folder(folder, tmp_path):
+    tables = [write_table("csv", one, ["2.png"], ["a ?"]) for one in (folder, folder / "more")]
+    assert all("in tables of several folders" in row.error for row in all_rows(tables))
+    assert [row.error for row in all_rows(tables, image_dir=folder / "more")] == [None, None]
+
+
 def test_paths_in_structs_of_parquet_stay_inside_too(folder):
     images = [{"bytes": None, "path": "0.png"}, {"bytes": None, "path": "../x.png"}, {"bytes": b"x", "path": "/y"}]
     pyarrow.parquet.write_table(pyarrow.table({"image": images, "question": ["?"] * 3}), folder / "t.parquet")
@@ -235,7 +241,7 @@ def test_tars_are_read_in_place_with_their_texts(folder, tmp_path):
     assert "question" not in open_rows(write_tar(tmp_path / "b.tar", folder)).columns
 
 
-@pytest.mark.parametrize("damage", ["checksum", "in a header", "before a header", "no end", "in an image"])
+@pytest.mark.parametrize("damage", ["checksum", "in a header", "before a header", "no end", "in an image", "joined"])
 def test_a_damaged_tar_loses_nothing_silently(damage, folder, tmp_path):
     """The second of three samples is damaged; the samples before, and the other tar's, are read."""
     whole = write_tar(tmp_path / "a-0.tar", folder).read_bytes()
@@ -249,12 +255,13 @@ def test_a_damaged_tar_loses_nothing_silently(damage, folder, tmp_path):
         "before a header": whole[:second],
         "no end": whole[:end],
         "in an image": whole[: second + 520],
+        "joined": whole + whole,
     }[damage]
     (tmp_path / "a-0.tar").write_bytes(content)
     rows = all_rows(tmp_path / "a-{0..1}.tar")
     good = [row.key for row in rows if row.error is None]
     (bad,) = [row for row in rows if row.error is not None]
-    kept = 3 if damage == "no end" else 1
+    kept = 3 if damage in ("no end", "joined") else 1
     assert good[-3:] == ["000", "001", "002"] and good[: len(good) - 3] == ["000", "001", "002"][: len(good) - 3]
     assert len(good) - 3 == kept and bad.key == "a-0.tar" and bad.index == kept
     assert re.search(r"a-0.tar can't be read to its end .*expected a whole, uncompressed tar", bad.error)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_new_file, print_table, warnings_as_messages
+from .common import check_new_file, exit_if_rows_were_left_out, print_table, warnings_as_messages
 
 
 def benchmark(
@@ -15,6 +15,9 @@ def benchmark(
         str | None, typer.Option(metavar="PATH", help="As prune reads it; noise by default, which prunes differently.")
     ] = None,
     text: options.Text = None,
+    image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     reductions: Annotated[
         list[float] | None,
         typer.Option(metavar="R ...", help="By default those calibrated, or 0.5 and 0.8, calibrated here."),
@@ -25,7 +28,6 @@ def benchmark(
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each run is timed.")] = 3,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")] = Path("benchmark.json"),
     task: options.Task = None,
-    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default torch's choice.")
@@ -47,10 +49,9 @@ def benchmark(
     if threads:
         torch.set_num_threads(threads)
     loaded = load(model, task, device=device)
-    on_error = "skip" if skip_unreadable else "raise"
-    with warnings_as_messages():
-        title, rows = run_benchmark(
-            loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, on_error=on_error
-        )
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    with warnings_as_messages() as messages:
+        title, rows = run_benchmark(loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, **how)
     print_table(title, rows)
     typer.echo(f"Wrote {out}.")
+    exit_if_rows_were_left_out(messages)

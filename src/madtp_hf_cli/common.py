@@ -95,13 +95,24 @@ def one_message_of_errors(params=()):
 
 @contextmanager
 def warnings_as_messages():
-    """Print this package's own warnings, such as those of calibration, as messages on stderr, one line each."""
+    """Print this package's own warnings, such as those of calibration, as messages on stderr, one line each.
+
+    Yields a list, which holds the messages afterwards.
+    """
+    messages = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out")
-        yield
-    for warning in caught:
-        typer.echo(f"madtp-hf: {warning.message}", err=True)
+        yield messages
+    messages += [str(warning.message) for warning in caught]
+    for message in messages:
+        typer.echo(f"madtp-hf: {message}", err=True)
+
+
+def exit_if_rows_were_left_out(messages: list[str]) -> None:
+    """End the command with the exit code of rows without a result, if a warning tells of such rows."""
+    if any(re.match(r"Left out \d+ of the rows", message) for message in messages):
+        raise typer.Exit(SOME_FAILED)
 
 
 def check_writable(out: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_new_file, warnings_as_messages
+from .common import check_new_file, exit_if_rows_were_left_out, warnings_as_messages
 
 
 def evaluate(
@@ -15,11 +15,12 @@ def evaluate(
     reductions: options.Reductions = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write results.json.")] = Path("."),
     image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     samples: options.Samples = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
     task: options.Task = None,
-    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     force: options.Force = False,
 ) -> None:
@@ -37,16 +38,12 @@ def evaluate(
     loaded = load(model, task, device=device).require_trained()
     entry = loaded.task
     # A missing text is not replaced by a default, which the metric would not notice.
-    how = {
-        "image_dir": image_dir,
-        "samples": samples,
-        "seed": seed,
-        "on_error": "skip" if skip_unreadable else "raise",
-    }
-    with warnings_as_messages():
-        rows = load_rows(entry, data, split="test", **how)
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    with warnings_as_messages() as messages:
+        rows = load_rows(entry, data, split="test", samples=samples, seed=seed, **how)
     results = evaluate_task(loaded.model, loaded.processor, rows, reductions, batch_size)
     name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
     facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}
     report(f"{len(rows)} samples of {name}", results, out, metric=entry.headline, **facts)
     typer.echo(f"Wrote {out / 'results.json'}.")
+    exit_if_rows_were_left_out(messages)

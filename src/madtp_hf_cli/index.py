@@ -19,7 +19,7 @@ class Kind(str, Enum):
 
 def index(
     model: options.Model,
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder, or a text file with one path per line.")],
+    images: options.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The index's folder: new, or an index to update.")],
     reduction: options.Reduction = None,
     kind: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_out, print_table, warnings_as_messages, written_in_one_step
+from .common import check_out, exit_if_rows_were_left_out, print_table, warnings_as_messages, written_in_one_step
 
 
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
@@ -31,6 +31,8 @@ def prune(
     ] = None,
     text: options.Texts = None,
     image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     samples: options.Samples = 200,
     seed: options.Seed = 0,
     task: options.Task = None,
@@ -39,7 +41,6 @@ def prune(
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
     ] = None,
     batch_size: options.BatchSize = 8,
-    skip_unreadable: options.SkipUnreadable = False,
     device: options.Device = None,
     force: options.Force = False,
 ) -> None:
@@ -66,14 +67,9 @@ def prune(
     read_reductions(wanted)  # fail before minutes of reading
     loaded = load(source, task, device=device).require_trained()
     model, processor, entry = loaded.model, loaded.processor, loaded.task
-    how = {
-        "image_dir": image_dir,
-        "samples": samples,
-        "seed": seed,
-        "on_error": "skip" if skip_unreadable else "raise",
-    }
-    with warnings_as_messages():
-        rows = load_rows(entry, data, text or (), **how)
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    with warnings_as_messages() as messages:
+        rows = load_rows(entry, data, text or (), samples=samples, seed=seed, **how)
     batches = make_batches(model, processor, rows, batch_size)
     fitted = loaded.is_dense if alignment is None else alignment == "fit"
     if fitted:
@@ -97,3 +93,4 @@ def prune(
         f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
         f" examples/{entry.script} --model {out.name}."
     )
+    exit_if_rows_were_left_out(messages)

@@ -176,16 +176,16 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
     return results
 
 
-def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, on_error="raise"):
+def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **reading):
     """Calibrate a checkpoint if it isn't, time it and write `out`; return the table's title and rows.
 
     Args:
         loaded: What [`~madtp_hf.checkpoints.load.load`] returned.
-        images (`str` or `Path`, *optional*): A folder of images; noise if None.
-        on_error (`str`, *optional*): As [`~madtp_hf.data.rows.load_rows`] takes it.
+        images (`str` or `Path`, *optional*): What [`~madtp_hf.data.rows.load_rows`] reads; noise if None.
         text (`str`, *optional*): The text for all images; the task's default if None.
         reductions, batch_sizes, rounds: As [`benchmark`] takes them.
         out (`str` or `Path`): The JSON file to write.
+        reading: `image_dir`, `columns` and `on_error` of `load_rows`.
     """
     model, processor, entry = loaded.model, loaded.processor, loaded.task
     number = max(*batch_sizes, CALIBRATION_SAMPLES)
@@ -202,7 +202,7 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, on
             for index in range(number)
         ]
     else:
-        rows = load_rows(entry, images, texts, samples=number, on_error=on_error)
+        rows = load_rows(entry, images, texts, samples=number, **reading)
     known = model.config.calibrated_reductions
     calibrated_here = not known
     if calibrated_here:

@@ -212,7 +212,7 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
         values = {name: sorted(values)[:10] for name, values in others.items()}
         raise ValueError(f"{rows.name} has no row where {where}: its values are {values}")
     if not good:
-        raise ValueError(f"{rows.name} has no row that can be used ({problems[0]}).")
+        raise ValueError(f"{rows.name} has no row that can be used ({'; '.join(problems[:1]) or 'it is empty'}).")
     if problems:
         shown = "; ".join(problems[:_SHOWN]) + "; ..." * (len(problems) > _SHOWN)
         warnings.warn(f"Left out {len(problems)} of the rows of {rows.name} ({shown}).", stacklevel=3)

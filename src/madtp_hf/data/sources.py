@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ class Rows:
     in_memory = False
 
     def __init__(self, name, columns: dict[str, str], found: Iterable[str], folder):
-        self.name, self.columns, self.found, self.folder = str(name), columns, [*found], os.path.abspath(folder)
+        self.name, self.columns, self.found = str(name), columns, [*found]
+        self.folder = folder and os.path.abspath(folder)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,6 +85,8 @@ class Rows:
                 image = image.get("path") if image.get("bytes") is None else image["bytes"]
             try:
                 if isinstance(image, str) and image:
+                    if self.folder is None:
+                        raise ValueError(f"image path {image!r} in tables of several folders: name the images' folder")
                     key = _as_key(image) if key is None and self.in_memory else key
                     image = path_inside(image, self.folder)
                 elif image and not isinstance(image, bytes):
@@ -119,7 +123,13 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
         ValueError, FileNotFoundError: if the source is none of these, can't be read, has no row, or lacks a column of
             images or one of `columns`.
     """
-    options = (wanted, columns, image_dir and Path(image_dir).expanduser())
+    rows = _open(source, (wanted, columns, image_dir and Path(image_dir).expanduser()), split)
+    if not len(rows):
+        raise ValueError(f"{rows.name} holds no image: expected {_EXPECTED}.")
+    return rows
+
+
+def _open(source, options: tuple, split) -> Rows:
     if isinstance(source, (list, tuple)):
         files = [Path(one).expanduser() for one in source]
         if any(file.suffix.lower() in (*TABLES, ".tar") for file in files):
@@ -133,10 +143,8 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
         return _images(path, [path.name], path.parent)
     if not path.exists() and (glob.has_magic(text) or "{" in text):
         names = require("braceexpand").braceexpand(text) if "{" in text else [text]
-        found = [
-            Path(file) for name in names for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])
-        ]
-        return _open_files(found or [path], options)
+        found = [file for name in names for file in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+        return _open_files([Path(file) for file in found or [text]], options)
     if path.exists() or path.suffix.lower() in (*_ENTRIES, ".parquet", ".tar"):
         return _open_files([path], options)
     if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
@@ -153,6 +161,8 @@ def _open_folder(path: Path, options: tuple, split) -> Rows:
     found = list(walk_images(path))
     problems = {row: reason for row, (_, reason) in enumerate(found) if reason}
     files = find_files(path) if len(found) == len(problems) else None
+    if files and problems:
+        raise ValueError(f"{path / found[0][0]}: {found[0][1]}. Make it readable, or name the files to read.")
     return _open_files(files, options) if files else _images(path, [name for name, _ in found], path, problems)
 
 
@@ -230,8 +240,6 @@ class TableRows(Rows):
 
 
 def _images(name, names: list[str], folder, problems: dict[int, str] | None = None) -> TableRows:
-    if not names:
-        raise ValueError(f"{name} holds no image: expected {_EXPECTED}.")
     return TableRows(name, {"image": "image"}, ["image"], folder, {"image": names}, problems)
 
 
@@ -263,11 +271,16 @@ def _read_table(files: list[Path], wanted, given, image_dir) -> TableRows:
         ours: [None if isinstance(entry, str) else entry.get(theirs) for entry in entries]
         for ours, theirs in columns.items()
     }
-    return TableRows(name, columns, found, image_dir or files[0].parent, values, problems)
+    return TableRows(name, columns, found, _folder(files, image_dir), values, problems)
 
 
 def _shown(files: list[Path]) -> Path:
     return files[0] if len(files) == 1 else files[0].parent
+
+
+def _folder(files: list[Path], image_dir):
+    """Return the image folder of tables; None if they are in several, so that paths start nowhere."""
+    return image_dir or (files[0].parent if len({file.parent for file in files}) == 1 else None)
 
 
 def _csv_entries(lines, delimiter: str = ",") -> Iterator[list | dict | str]:
@@ -334,7 +347,7 @@ class ParquetRows(Rows):
     rows_at_once = 32
 
     def __init__(self, files: list[Path], wanted, given, image_dir):
-        self.files, self._firsts, self._groups, self._total, self.schema = files, [], [], 0, None
+        self.files, self._groups, self._total, self.schema = files, [], 0, None
         for number, name in enumerate(files):
             try:
                 file = require("pyarrow.parquet").ParquetFile(name)
@@ -344,12 +357,10 @@ class ParquetRows(Rows):
             if file.schema_arrow.names != self.schema.names:
                 raise ValueError(f"{name} has other columns than {files[0]}: expected files of one table.")
             for group in range(file.metadata.num_row_groups):
-                self._firsts.append(self._total)
-                self._groups.append((number, group))
+                self._groups.append((self._total, number, group))
                 self._total += file.metadata.row_group(group).num_rows
-        names = self.schema.names
-        columns = match_columns(names, wanted, given, _shown(files))
-        super().__init__(_shown(files), columns, names, image_dir or files[0].parent)
+        columns = match_columns(self.schema.names, wanted, given, _shown(files))
+        super().__init__(_shown(files), columns, self.schema.names, _folder(files, image_dir))
         self._reader = None, None
 
     def __len__(self) -> int:
@@ -382,8 +393,7 @@ class ParquetRows(Rows):
 
     def _rows_from(self, start: int) -> Iterator[Row]:
         names = list(dict.fromkeys(self.columns.values()))
-        for group in range(bisect_right(self._firsts, start) - 1, len(self._groups)):
-            (number, of_file), index = self._groups[group], self._firsts[group]
+        for index, number, of_file in self._groups[bisect_right(self._groups, start, key=itemgetter(0)) - 1 :]:
             file = require("pyarrow.parquet").ParquetFile(self.files[number], buffer_size=2**20, pre_buffer=False)
             for batch in file.iter_batches(self.rows_at_once, row_groups=[of_file], columns=names):
                 skipped = min(max(0, start - index), batch.num_rows)
@@ -441,9 +451,10 @@ class TarRows(Rows):
                     if key is not None and (is_image(suffix) or suffix in (".txt", ".json")):
                         yield key, suffix, member.offset_data, member.size
                     tar.members = []  # otherwise tarfile keeps every member in memory
-                # tarfile takes a damaged header for the end, which is a block of zeros.
+                # tarfile takes a damaged header for the end, which is blocks of zeros and nothing after them.
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
+                if len(end) < tarfile.BLOCKSIZE or end.strip(tarfile.NUL):
                     raise tarfile.ReadError(f"it breaks off or is damaged at byte {tar.offset}")
         except (tarfile.TarError, OSError) as error:
             yield f"can't be read to its end ({error})", None, 0, 0
@@ -509,6 +520,11 @@ class DatasetRows(Rows):
         for name in {*self.columns.values()} & {*pictures}:
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self.dataset = dataset.select_columns(sorted({*self.columns.values()}))
+
+    def without_images(self) -> Rows:
+        rows = super().without_images()
+        rows.dataset = self.dataset.select_columns(sorted({*rows.columns.values()}))
+        return rows
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -77,7 +77,7 @@ class Output:
 
         Returns: the counts of the job if it has finished, else None.
 
-        Raises: `ValueError` if the job was begun with other settings, or if the output exists and isn't this job's.
+        Raises: `ValueError` if the job was started with other settings, or the output exists and isn't this job's.
         """
         try:
             finished = self._begin(force)
@@ -150,7 +150,7 @@ class Output:
         if names:
             changes = "; ".join(f"{name} was {begun.get(name)!r}, now {now.get(name)!r}" for name in names)
             raise ValueError(
-                f"{self.out} was begun with other settings ({changes}): repeat the same, choose another"
+                f"{self.out} was started with other settings ({changes}): repeat the same, choose another"
                 " output, or start over with `force=True`."
             )
 

@@ -75,21 +75,18 @@ def read_image(source, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | 
 
 def _name_of(source) -> str:
     """Return what messages call an image; raise a `TypeError` for what can't be one."""
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        return f"The image {text if len(text) <= 200 else text[:200] + '...'}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"The image of {len(source)} bytes"
     if isinstance(source, np.ndarray):
         return f"The image, an array of shape {source.shape} and dtype {source.dtype},"
-    if isinstance(source, Image.Image):
-        return f"The image {getattr(source, 'filename', '') or f'of {source.width} x {source.height} pixels'}"
-    if hasattr(source, "read"):
-        return f"The image {getattr(source, 'name', '')}".rstrip()
-    raise TypeError(
-        f"The image is a {type(source).__name__}: expected a path, the bytes of an image file, a PIL image, or a uint8"
-        " array (height, width, 3)."
-    )
+    if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
+        raise TypeError(
+            f"The image is a {type(source).__name__}: expected a path, the bytes of an image file, a PIL image, or a"
+            " uint8 array (height, width, 3)."
+        )
+    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", ""))
+    text = getattr(source, "filename", text)  # of a PIL image
+    return f"The image {text if len(text) <= 200 else text[:200] + '...'}".rstrip()
 
 
 def _why_no_file(path) -> str:

@@ -210,7 +210,7 @@ class MadtpBlipPipeline(Pipeline):
         return {"input_ids": read.input_ids, "attention_mask": read.attention_mask}
 
     def _generation_options(self, prompt_length: int, options: dict) -> dict:
-        """Limit `max_new_tokens` to the decoder's length, less a prompt of so many tokens."""
+        """Limit `max_new_tokens` to the decoder's length, less the prompt's."""
         room = self.model.config.text_config.max_position_embeddings - prompt_length
         return {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
 
