@@ -20,6 +20,7 @@ All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `Reduction
 import functools
 import time
 
+from calibrating import calibrate_all
 from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
 from reporting import environment
 from selection import init_from_training_data, parse_study, set_method, study_parser
