@@ -7,12 +7,8 @@ from ..data.collators import RetrievalCollator
 from ..families import CLIP
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas as flops
-<<<<<<< HEAD
 from . import onnx_parts as parts
-from .pair_scores import CaptionedImages, score
-=======
 from .pair_scores import CaptionedImages, score_recalls
->>>>>>> tasks
 from .task import Task
 
 

@@ -8,12 +8,8 @@ from ..data.collators import RetrievalCollator
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.retrieval_loss import is_distributed, process_rank
 from . import flop_formulas as flops
-<<<<<<< HEAD
 from . import onnx_parts as parts
-from .pair_scores import CaptionedImages, score
-=======
 from .pair_scores import CaptionedImages, score_recalls
->>>>>>> tasks
 from .task import INPUTS, Task
 
 
