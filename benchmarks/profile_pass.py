@@ -18,10 +18,10 @@ import statistics
 from unittest import mock
 
 import torch
+from calibrating import calibrate_all
 from random_models import (
     MODELS,
     add_arguments,
-    calibrate_reachable,
     calibration_batches,
     make_inputs,
     make_models,
@@ -187,8 +187,7 @@ def main(arguments=None):
     setup = read_setup(args, prepack=True)
     _, model = make_models(args.task, setup)
     batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
-    calibrate_reachable(model, batches, args.reductions)
-    budgets = [0.0, *model.config.calibrated_reductions]
+    budgets = [0.0, *calibrate_all(model, batches, args.reductions)]
     rows = []
     for batch_size in args.batch_sizes:
         inputs = make_inputs(model.task, model.config, batch_size, setup)
