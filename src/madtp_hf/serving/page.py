@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..budgets.evaluation import synchronize
-from ..budgets.flops import count_flops
+from ..budgets.flops import count_flops, dense_flops
 from ..budgets.passes import restored
 from ..modeling.images import read_image
 from .endpoint_handler import FORMATS, Limits
@@ -36,7 +36,7 @@ _TILE = (
 )
 
 
-class Answer(NamedTuple):
+class TimedAnswer(NamedTuple):
     """A model's text, the GFLOPs of the pass, generated tokens included, and the seconds of `generate`, warm."""
 
     text: str
@@ -47,8 +47,8 @@ class Answer(NamedTuple):
 class Look(NamedTuple):
     """The result of one click: the run of the pruned model, that of the dense one, and the tokens that survive."""
 
-    pruned: Answer
-    dense: Answer
+    pruned: TimedAnswer
+    dense: TimedAnswer
     survivors: Survivors
 
 
@@ -74,10 +74,10 @@ def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
     begun = time.perf_counter()
     for number in range(TIMED_ROUNDS + 1):
         for index, reduction in enumerate(reductions):
+            model.set_pruning(reduction=reduction)
             synchronize(model.device)
             start = time.perf_counter()
-            with model.pruning(reduction=reduction):
-                write()
+            write()
             synchronize(model.device)
             seconds[index].append(time.perf_counter() - start)
         if number and time.perf_counter() - begun > TIMED_SECONDS:
@@ -91,7 +91,7 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
 
     Args:
         model, processor:
-            A calibrated model of `TASKS_SHOWN` and its processor; the model's own setting doesn't change.
+            A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored afterwards.
         image: A PIL image, an array or a path.
         text (`str`): The question; captioning ignores it.
         reduction (`float`): The share of FLOPs to save, within the model's schedule.
@@ -113,19 +113,20 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
     with restored(model):
         times = _time_in_turns(model, write, [0.0, reduction])
         for share, seconds in zip((0.0, reduction), times):
-            with record_branches(model) as outputs, model.pruning(reduction=share):
-                written, pruning = write(), model.start_pass()
+            model.set_pruning(reduction=share)
+            with record_branches(model) as outputs:
+                written = write()
             vision, words = outputs["vision"].num_tokens, outputs.get("text")
             words = None if words is None else words.num_tokens
-            read = written.shape[1] - 1  # the last one isn't read
-            flops = count_flops(model.config, model.task, vision, words, read, pruning=pruning)
+            count = count_flops if share else dense_flops
+            flops = count(model.config, model.task, vision, words, written.shape[1] - 1)  # the last one isn't read
             answer = processor.tokenizer.decode(written[0], skip_special_tokens=True).strip()
-            runs.append(Answer(answer, flops.item() / 1e9, seconds))
+            runs.append(TimedAnswer(answer, flops.item() / 1e9, seconds))
     (survivors,) = collect_survivors(model, processor, batch, pictures, outputs)
     return Look(runs[1], runs[0], survivors)
 
 
-def as_html(found: Look) -> str:
+def cost_html(found: Look) -> str:
     """Format the answer and its cost, next to the dense model's, as HTML."""
 
     def shown_time(seconds):
@@ -217,7 +218,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
     asks, (least, most) = model.task == "vqa", reduction_bounds(model.config)
     layers = layers_to_draw(model.config.vision_config.num_hidden_layers)
     limits = Limits.from_environment()
-    lock = threading.Lock()  # a run is timed, and recorded by hooks on the model
+    lock = threading.Lock()  # all users share the model's temperature
 
     def show(image, question, reduction):
         if image is None:
@@ -231,7 +232,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
             raise gr.Error(str(error)) from error
         words = "" if found.survivors.words is None else words_as_html(found.survivors.words, None)
         patches = draw_patches([found.survivors], None, layers, size=140)
-        return as_html(found), words, plot_tokens(found.survivors), patches
+        return cost_html(found), words, plot_tokens(found.survivors), patches
 
     first = examples[0] if examples else (None, "")
     with gr.Blocks(title="What a pruned model drops", analytics_enabled=False) as app:
