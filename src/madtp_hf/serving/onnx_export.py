@@ -10,59 +10,27 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..modeling import images as image_decoder
-from ..modeling.encoder import real_tokens
-from ..modeling.madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache
-from ..modeling.sequences import Sequences
+from ..modeling.madtp_blip_decoder import TAKES_FINISHED_MASKS
 from ..modeling.versions import VERSION as __version__
+from ..tasks import TASKS
+from ..tasks.onnx_graphs import Graph, Sizes
 from . import onnx_runner
 
 
 FORMAT = 1  # version of onnx.json
-# Names of the dynamic dimensions.
-BATCH, LENGTH, STEP, PAST, TOTAL, KEPT = "batch", "length", "step", "past", "past + step", "kept"
 TOLERANCE = 1e-3  # between a graph's outputs and the model's, absolute and relative
-
-
-class Sizes(NamedTuple):
-    """The sizes of an example: batch, text length, the decoder's new tokens, and the tokens already in its cache."""
-
-    batch: int
-    length: int
-    step: int
-    past: int
 
 
 # All different, and none 1, so that the exporter doesn't equate two dimensions.
 TRACED = Sizes(3, 7, 2, 5)
 # Sizes at which graphs are compared with the model: the first step and a later one, short texts and the longest.
 COMPARED = (Sizes(1, 3, 1, 0), Sizes(2, 10**6, 2, 0), Sizes(2, 6, 1, 4))
-
-
-@dataclass
-class Graph:
-    """One graph to export.
-
-    run: computes the graph's outputs from a model and the inputs; inputs: from each name to an example and the names
-    of its dynamic dimensions, `{index: name}`; outputs: their names.
-    """
-
-    what: str
-    run: Callable
-    inputs: dict[str, tuple[torch.Tensor, dict[int, str]]]
-    outputs: list[str]
-
-    @property
-    def examples(self) -> tuple[torch.Tensor, ...]:
-        return tuple(example for example, _ in self.inputs.values())
 
 
 class Part(nn.Module):
@@ -74,252 +42,6 @@ class Part(nn.Module):
 
     def forward(self, *inputs):
         return self.run(self.model, *inputs)
-
-
-def _pad_texts(model, input_ids, attention_mask):
-    """Pad texts (B, L) to more tokens than any layer leaves, so that no shape depends on which of the two is smaller.
-
-    This doesn't change the output: a frozen model ignores padding.
-    """
-    counts = model.start_pass().token_counts
-    if counts is None:
-        return input_ids, attention_mask
-    shortest, longest = max(counts["text"]) + 1, model.config.text_config.max_position_embeddings
-    width = torch.sym_max(input_ids.shape[1], shortest) if shortest < longest else longest
-    return tuple(nn.functional.pad(x, (0, min(shortest, longest)))[:, :width] for x in (input_ids, attention_mask))
-
-
-def _layout(states: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
-    """Return images' states (B, M, D) as the flat states and `Sequences` that an encoder takes."""
-    return states.flatten(0, 1), Sequences.padded(*states.shape[:2], states.device)
-
-
-# What the graphs compute
-
-
-def _encode_images(model, pixel_values):
-    return model._encode_images(pixel_values).hidden_states
-
-
-def _encode_images_with_feature(model, pixel_values):
-    images = model._encode_images(pixel_values)
-    return images.hidden_states, model._image_feature(images)
-
-
-def _for_decoder(model, encoded, masked: bool):
-    """Return what the decoder reads of an encoder: a mask, and all layers' cross-attention keys and values."""
-    mask = real_tokens(encoded)
-    cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
-    keys_and_values = [tensor for layer in cache.cross_attention_cache.layers for tensor in (layer.keys, layer.values)]
-    # With pruning off, question answering's decoder attends to padding as well, as transformers' BLIP does.
-    return (mask if masked else torch.ones_like(mask)).long(), *keys_and_values
-
-
-def _encode_images_for_decoder(model, pixel_values):
-    return _for_decoder(model, model._encode_images(pixel_values), True)
-
-
-def _encode_questions(model, input_ids, attention_mask, image_states):
-    texts = _pad_texts(model, input_ids, attention_mask)
-    return _for_decoder(model, model._encode_text(*texts, *_layout(image_states)), model.is_pruning)
-
-
-def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_values):
-    """Run one step of the decoder: n new tokens after p cached ones.
-
-    Returns the logits (B, n, V) and the self-attention keys and values of all p + n tokens. Keys and values are taken
-    and returned as key, value, key, ...; `keys_and_values` holds those of self-attention, then those of
-    cross-attention.
-    """
-    half = len(keys_and_values) // 2
-    caches = []
-    for tensors in (keys_and_values[:half], keys_and_values[half:]):
-        cache = DynamicCache()
-        for layer in range(half // 2):
-            cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
-        caches.append(cache)
-    cache = EncoderDecoderCache(*caches)
-    cache.is_updated = dict.fromkeys(range(half // 2), True)
-    step, total = input_ids.shape[1], attention_mask.shape[1]
-    queries = torch.arange(step, device=input_ids.device) + (total - step)
-    slots, queries_column = torch.arange(total, device=input_ids.device), queries.unsqueeze(1)
-    mask = attention_mask.bool()[:, None, None, :] & (slots <= queries_column)
-    mask = mask | (slots == queries_column)  # for padding as well: a row without any key would give NaN
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0).index_select(1, queries)
-    output = model.text_decoder(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        encoder_hidden_states=keys_and_values[half],  # only checked for presence: the cached keys and values are read
-        encoder_attention_mask=encoder_attention_mask.bool()[:, None, None, :],
-        use_cache=True,
-        **{CACHE_ARGUMENT: cache},
-    )
-    layers = cache.self_attention_cache.layers
-    return output.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
-
-
-def _classify_pairs(model, input_ids, attention_mask, left_states, right_states):
-    texts = _pad_texts(model, input_ids, attention_mask)
-    return model.cls_head(model._encode_text(*texts, *_layout(left_states), *_layout(right_states)).first_states)
-
-
-def _encode_texts(model, input_ids, attention_mask):
-    return model._text_feature(model._encode_text(*_pad_texts(model, input_ids, attention_mask)))
-
-
-def _match(model, input_ids, attention_mask, image_states):
-    texts = _pad_texts(model, input_ids, attention_mask)
-    return model.itm_head(model._encode_text(*texts, *_layout(image_states)).first_states)
-
-
-def _encode_clip_images(model, pixel_values):
-    return nn.functional.normalize(model.get_image_features(pixel_values).pooler_output, dim=-1)
-
-
-def _encode_clip_texts(model, input_ids, attention_mask):
-    texts = _pad_texts(model, input_ids, attention_mask)
-    return nn.functional.normalize(model.get_text_features(*texts).pooler_output, dim=-1)
-
-
-# Their inputs and outputs
-
-
-def _images(model, sizes: Sizes) -> dict:
-    side = model.config.vision_config.image_size
-    return {"pixel_values": (torch.randn(sizes.batch, 3, side, side), {0: BATCH})}
-
-
-def _texts(model, sizes: Sizes) -> dict:
-    dims, config = {0: BATCH, 1: LENGTH}, model.config.text_config
-    length = min(sizes.length, config.max_position_embeddings)
-    ids = torch.randint(4, config.vocab_size - 2, (sizes.batch, length))
-    mask = torch.ones_like(ids)
-    if sizes.batch > 1:
-        mask[0, 2:] = 0  # a short text
-    if model.task == "clip":
-        ids[torch.arange(sizes.batch), mask.sum(dim=1) - 1] = config.eos_token_id
-    return {"input_ids": (ids, dims), "attention_mask": (mask, dims)}
-
-
-def _states(model, sizes: Sizes, *names: str) -> dict:
-    """Return image states as the vision encoder outputs them; their number of tokens is fixed."""
-    with torch.no_grad():
-        states = _encode_images(model, _images(model, sizes)["pixel_values"][0])
-    # Distinct tensors with different values: the exporter merges inputs that share a tensor.
-    return {name: (states.roll(index, dims=1), {0: BATCH}) for index, name in enumerate(names)}
-
-
-def _cache_names(model, kind: str, what: str) -> list[str]:
-    layers = range(model.config.text_config.num_hidden_layers)
-    return [f"{what}.{layer}.{kind}.{part}" for layer in layers for part in ("key", "value")]
-
-
-def _decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
-    """Describe the decoder's graph.
-
-    varies: whether the number of the encoder's states is dynamic.
-    """
-    config = model.config.text_config
-    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    ids = torch.randint(4, config.vocab_size - 2, (sizes.batch, sizes.step))
-    mask = torch.ones(sizes.batch, sizes.past + sizes.step, dtype=torch.long)
-    mask[-1, 0] = 0  # left padding
-    states_mask = torch.ones(sizes.batch, num_states, dtype=torch.long)
-    inputs = {
-        "input_ids": (ids, {0: BATCH, 1: STEP}),
-        "attention_mask": (mask, {0: BATCH, 1: TOTAL}),
-        "encoder_attention_mask": (states_mask, {0: BATCH, 1: KEPT} if varies else {0: BATCH}),
-    }
-    cross_dims = {0: BATCH, 2: KEPT} if varies else {0: BATCH}
-    for kind, number, dims in (("decoder", sizes.past, {0: BATCH, 2: PAST}), ("encoder", num_states, cross_dims)):
-        # Distinct tensors: the exporter merges inputs that share a tensor.
-        for name in _cache_names(model, kind, "past_key_values"):
-            inputs[name] = (torch.randn(sizes.batch, heads, number, width), dims)
-    outputs = ["logits", *_cache_names(model, "decoder", "present")]
-    what = "One step of the decoder: scores of the next token after those whose keys and values are given."
-    return Graph(what, _decode, inputs, outputs)
-
-
-# The graphs of each task
-
-
-def _vision_encoder(model, sizes: Sizes) -> Graph:
-    return Graph("Images: their tokens' states.", _encode_images, _images(model, sizes), ["image_states"])
-
-
-def _question_answering(model, sizes: Sizes) -> dict[str, Graph]:
-    return {
-        "vision_encoder": _vision_encoder(model, sizes),
-        "question_encoder": Graph(
-            "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
-            _encode_questions,
-            {**_texts(model, sizes), **_states(model, sizes, "image_states")},
-            ["encoder_attention_mask", *_cache_names(model, "encoder", "present")],
-        ),
-        "decoder": _decoder(model, sizes, 4 + 5 * sizes.batch, varies=True),
-    }
-
-
-def _captioning(model, sizes: Sizes) -> dict[str, Graph]:
-    num_states = _states(model, sizes, "states")["states"][0].shape[1]
-    return {
-        "vision_encoder": Graph(
-            "Images: what the decoder reads, a mask and the keys and values of its cross-attention.",
-            _encode_images_for_decoder,
-            _images(model, sizes),
-            ["encoder_attention_mask", *_cache_names(model, "encoder", "present")],
-        ),
-        "decoder": _decoder(model, sizes, num_states, varies=False),
-    }
-
-
-def _visual_reasoning(model, sizes: Sizes) -> dict[str, Graph]:
-    return {
-        "vision_encoder": _vision_encoder(model, sizes),
-        "classifier": Graph(
-            "Sentences about pairs of images: scores of false and true.",
-            _classify_pairs,
-            {**_texts(model, sizes), **_states(model, sizes, "left_states", "right_states")},
-            ["logits"],
-        ),
-    }
-
-
-def _retrieval(model, sizes: Sizes) -> dict[str, Graph]:
-    texts = _texts(model, sizes)
-    return {
-        "vision_encoder": Graph(
-            "Images: their tokens' states, for the matching head, and their normalised features.",
-            _encode_images_with_feature,
-            _images(model, sizes),
-            ["image_states", "image_feature"],
-        ),
-        "text_encoder": Graph("Texts: their normalised features.", _encode_texts, texts, ["text_feature"]),
-        "matching_head": Graph(
-            "Texts with an image each: scores of no match and match.",
-            _match,
-            {**texts, **_states(model, sizes, "image_states")},
-            ["itm_score"],
-        ),
-    }
-
-
-def _clip(model, sizes: Sizes) -> dict[str, Graph]:
-    images, texts = _images(model, sizes), _texts(model, sizes)
-    return {
-        "vision_encoder": Graph("Images: their normalised features.", _encode_clip_images, images, ["image_feature"]),
-        "text_encoder": Graph("Texts: their normalised features.", _encode_clip_texts, texts, ["text_feature"]),
-    }
-
-
-_GRAPHS = {
-    "vqa": _question_answering,
-    "captioning": _captioning,
-    "nlvr2": _visual_reasoning,
-    "retrieval": _retrieval,
-    "clip": _clip,
-}
 
 
 def _write_graph(model, name: str, graph: Graph, folder: Path) -> dict:
@@ -382,7 +104,7 @@ def _compare(model, name: str, graph: Graph, folder: Path) -> None:
 
 def _check(model) -> None:
     """Raise an error for a model that can't be exported."""
-    if getattr(model, "task", None) not in _GRAPHS:
+    if getattr(model, "task", None) not in TASKS:
         raise TypeError(f"export_onnx got a {type(model).__name__}: expected one of madtp_hf's models.")
     if model.is_pruning and model.config.pruning_granularity != "frozen":
         raise ValueError(
@@ -422,7 +144,7 @@ def _describe(model, graphs: dict[str, dict]) -> dict:
             "num_heads": heads,
             "head_width": text_config.hidden_size // heads,
         }
-    if model.task == "clip":
+    if hasattr(model, "logit_scale"):
         description["logit_scale"] = model.logit_scale.exp().item()
     return description
 
@@ -480,7 +202,7 @@ def export_onnx(model, processor, out, *, force: bool = False) -> Path:
         made = Path(scratch, "made")
         made.mkdir()
         with _as_traced(model):
-            make = _GRAPHS[model.task]
+            make = TASKS[model.task].onnx_graphs
             graphs = {name: _write_graph(model, name, graph, made) for name, graph in make(model, TRACED).items()}
             for sizes in COMPARED:
                 for name, graph in make(model, sizes).items():

@@ -7,6 +7,7 @@ from ..data.collators import RetrievalCollator
 from ..families import CLIP
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas as flops
+from . import onnx_graphs as onnx
 from .pair_scores import CaptionedImages, score_recalls
 from .task import Task
 
@@ -59,6 +60,25 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + (vision.hidden_size + text.hidden_size) * width + width
 
 
+def _encode_clip_images(model, pixel_values):
+    return F.normalize(model.get_image_features(pixel_values).pooler_output, dim=-1)
+
+
+def _encode_clip_texts(model, input_ids, attention_mask):
+    texts = onnx.pad_texts(model, input_ids, attention_mask)
+    return F.normalize(model.get_text_features(*texts).pooler_output, dim=-1)
+
+
+def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
+    images, texts = onnx.image_inputs(model, sizes), onnx.text_inputs(model, sizes)
+    return {
+        "vision_encoder": onnx.Graph(
+            "Images: their normalised features.", _encode_clip_images, images, ["image_feature"]
+        ),
+        "text_encoder": onnx.Graph("Texts: their normalised features.", _encode_clip_texts, texts, ["text_feature"]),
+    }
+
+
 TASK = Task(
     name="clip",
     family=CLIP,
@@ -86,5 +106,6 @@ print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well 
     predict_all=_predict_all,
     score=score_recalls,
     embeds=True,
+    onnx_graphs=_onnx_graphs,
     script="run_clip_retrieval.py",
 )

@@ -4,6 +4,7 @@ from ..data.collators import VisualReasoningCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForImagesAndTextClassification
 from . import flop_formulas as flops
+from . import onnx_graphs as onnx
 from .task import Task
 
 
@@ -24,6 +25,25 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     total = total + flops.text_encoder(config, text_tokens, [image[-1] for image in images], added.get("text"))
     width = config.text_config.hidden_size
     return total + width**2 + width * 2  # the classification head
+
+
+def _classify_pairs(model, input_ids, attention_mask, left_states, right_states):
+    texts = onnx.pad_texts(model, input_ids, attention_mask)
+    return model.cls_head(
+        model._encode_text(*texts, *onnx.image_layout(left_states), *onnx.image_layout(right_states)).first_states
+    )
+
+
+def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
+    return {
+        "vision_encoder": onnx.vision_encoder_graph(model, sizes),
+        "classifier": onnx.Graph(
+            "Sentences about pairs of images: scores of false and true.",
+            _classify_pairs,
+            {**onnx.text_inputs(model, sizes), **onnx.state_inputs(model, sizes, "left_states", "right_states")},
+            ["logits"],
+        ),
+    }
 
 
 TASK = Task(
@@ -53,5 +73,6 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
     tags=("visual-reasoning", "nlvr2"),
     predict=_predict,
     score=_score,
+    onnx_graphs=_onnx_graphs,
     script="run_nlvr2.py",
 )

@@ -8,6 +8,7 @@ from ..data.collators import RetrievalCollator
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.retrieval_loss import is_distributed, process_rank
 from . import flop_formulas as flops
+from . import onnx_graphs as onnx
 from .pair_scores import CaptionedImages, score_recalls
 from .task import INPUTS, Task
 
@@ -109,6 +110,39 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + config.text_config.hidden_size * 2  # the matching head
 
 
+def _encode_images_with_feature(model, pixel_values):
+    images = model._encode_images(pixel_values)
+    return images.hidden_states, model._image_feature(images)
+
+
+def _encode_texts(model, input_ids, attention_mask):
+    return model._text_feature(model._encode_text(*onnx.pad_texts(model, input_ids, attention_mask)))
+
+
+def _match(model, input_ids, attention_mask, image_states):
+    texts = onnx.pad_texts(model, input_ids, attention_mask)
+    return model.itm_head(model._encode_text(*texts, *onnx.image_layout(image_states)).first_states)
+
+
+def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
+    texts = onnx.text_inputs(model, sizes)
+    return {
+        "vision_encoder": onnx.Graph(
+            "Images: their tokens' states, for the matching head, and their normalised features.",
+            _encode_images_with_feature,
+            onnx.image_inputs(model, sizes),
+            ["image_states", "image_feature"],
+        ),
+        "text_encoder": onnx.Graph("Texts: their normalised features.", _encode_texts, texts, ["text_feature"]),
+        "matching_head": onnx.Graph(
+            "Texts with an image each: scores of no match and match.",
+            _match,
+            {**texts, **onnx.state_inputs(model, sizes, "image_states")},
+            ["itm_score"],
+        ),
+    }
+
+
 TASK = Task(
     name="retrieval",
     model_class=MadtpBlipForImageTextRetrieval,
@@ -133,5 +167,6 @@ print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine simi
     predict_all=_predict_all,
     score=score_recalls,
     embeds=True,
+    onnx_graphs=_onnx_graphs,
     script="run_retrieval.py",
 )

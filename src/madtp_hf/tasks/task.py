@@ -28,6 +28,7 @@ class Task:
     headline_title: str
     # Evaluation. (predictions, rows) -> scores by name, shares where the name ends in "%".
     score: Callable
+    onnx_graphs: Callable  # (model, sizes) -> `Graph`s by name, see `onnx_graphs`
     # Checkpoints: the auto class that loads one, and the parts of an original checkpoint besides BLIP's vision tower.
     auto_class: str
     original_parts: tuple[str, ...]

@@ -4,6 +4,7 @@ from ..data.collators import QuestionAnsweringCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForQuestionAnswering
 from . import flop_formulas as flops
+from . import onnx_graphs as onnx
 from .task import INPUTS, Task
 
 
@@ -33,6 +34,24 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + flops.text_decoder(config, answer_tokens, text_tokens[-1], config.text_config.hidden_size)
 
 
+def _encode_questions(model, input_ids, attention_mask, image_states):
+    texts = onnx.pad_texts(model, input_ids, attention_mask)
+    return onnx.read_by_decoder(model, model._encode_text(*texts, *onnx.image_layout(image_states)), model.is_pruning)
+
+
+def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
+    return {
+        "vision_encoder": onnx.vision_encoder_graph(model, sizes),
+        "question_encoder": onnx.Graph(
+            "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
+            _encode_questions,
+            {**onnx.text_inputs(model, sizes), **onnx.state_inputs(model, sizes, "image_states")},
+            ["encoder_attention_mask", *onnx.cache_names(model, "encoder", "present")],
+        ),
+        "decoder": onnx.decoder_graph(model, sizes, 4 + 5 * sizes.batch, varies=True),
+    }
+
+
 TASK = Task(
     name="vqa",
     model_class=MadtpBlipForQuestionAnswering,
@@ -57,5 +76,6 @@ TASK = Task(
     score=_score,
     generate=_generate,
     timed_tokens=4,
+    onnx_graphs=_onnx_graphs,
     script="run_vqa.py",
 )
