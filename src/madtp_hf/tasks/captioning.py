@@ -4,7 +4,7 @@ from ..data.collators import CaptioningCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForConditionalGeneration
 from . import flop_formulas as flops
-from . import onnx_graphs as onnx
+from . import onnx_parts as parts
 from .task import INPUTS, Task
 
 
@@ -38,19 +38,19 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
 
 
 def _encode_images_for_decoder(model, pixel_values):
-    return onnx.read_by_decoder(model, model._encode_images(pixel_values), True)
+    return parts.for_decoder(model, model._encode_images(pixel_values), True)
 
 
-def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
-    num_states = onnx.state_inputs(model, sizes, "states")["states"][0].shape[1]
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    num_states = parts.states(model, sizes, "states")["states"][0].shape[1]
     return {
-        "vision_encoder": onnx.Graph(
+        "vision_encoder": parts.Graph(
             "Images: what the decoder reads, a mask and the keys and values of its cross-attention.",
             _encode_images_for_decoder,
-            onnx.image_inputs(model, sizes),
-            ["encoder_attention_mask", *onnx.cache_names(model, "encoder", "present")],
+            parts.images(model, sizes),
+            ["encoder_attention_mask", *parts.cache_names(model, "encoder", "present")],
         ),
-        "decoder": onnx.decoder_graph(model, sizes, num_states, varies=False),
+        "decoder": parts.decoder(model, sizes, num_states, varies=False),
     }
 
 
@@ -58,6 +58,7 @@ TASK = Task(
     name="captioning",
     model_class=MadtpBlipForConditionalGeneration,
     flops=_flops,
+    graphs=_graphs,
     text_encoder=None,
     decoder_inputs="input_ids",
     collator=CaptioningCollator,
@@ -81,6 +82,5 @@ TASK = Task(
     score=_score,
     generate=_generate,
     timed_tokens=10,
-    onnx_graphs=_onnx_graphs,
     script="run_captioning.py",
 )

@@ -7,7 +7,7 @@ from ..data.collators import RetrievalCollator
 from ..families import CLIP
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas as flops
-from . import onnx_graphs as onnx
+from . import onnx_parts as parts
 from .pair_scores import CaptionedImages, score_recalls
 from .task import Task
 
@@ -65,17 +65,17 @@ def _encode_clip_images(model, pixel_values):
 
 
 def _encode_clip_texts(model, input_ids, attention_mask):
-    texts = onnx.pad_texts(model, input_ids, attention_mask)
+    texts = parts.pad_texts(model, input_ids, attention_mask)
     return F.normalize(model.get_text_features(*texts).pooler_output, dim=-1)
 
 
-def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
-    images, texts = onnx.image_inputs(model, sizes), onnx.text_inputs(model, sizes)
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    images, texts = parts.images(model, sizes), parts.texts(model, sizes)
     return {
-        "vision_encoder": onnx.Graph(
+        "vision_encoder": parts.Graph(
             "Images: their normalised features.", _encode_clip_images, images, ["image_feature"]
         ),
-        "text_encoder": onnx.Graph("Texts: their normalised features.", _encode_clip_texts, texts, ["text_feature"]),
+        "text_encoder": parts.Graph("Texts: their normalised features.", _encode_clip_texts, texts, ["text_feature"]),
     }
 
 
@@ -84,6 +84,7 @@ TASK = Task(
     family=CLIP,
     model_class=MadtpClipModel,
     flops=_flops,
+    graphs=_graphs,
     text_encoder="text_model",
     collator=RetrievalCollator,
     text_column="captions",
@@ -106,6 +107,5 @@ print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well 
     predict_all=_predict_all,
     score=score_recalls,
     embeds=True,
-    onnx_graphs=_onnx_graphs,
     script="run_clip_retrieval.py",
 )

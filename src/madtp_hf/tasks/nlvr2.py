@@ -4,7 +4,7 @@ from ..data.collators import VisualReasoningCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForImagesAndTextClassification
 from . import flop_formulas as flops
-from . import onnx_graphs as onnx
+from . import onnx_parts as parts
 from .task import Task
 
 
@@ -28,19 +28,19 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
 
 
 def _classify_pairs(model, input_ids, attention_mask, left_states, right_states):
-    texts = onnx.pad_texts(model, input_ids, attention_mask)
+    texts = parts.pad_texts(model, input_ids, attention_mask)
     return model.cls_head(
-        model._encode_text(*texts, *onnx.image_layout(left_states), *onnx.image_layout(right_states)).first_states
+        model._encode_text(*texts, *parts.layout(left_states), *parts.layout(right_states)).first_states
     )
 
 
-def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
     return {
-        "vision_encoder": onnx.vision_encoder_graph(model, sizes),
-        "classifier": onnx.Graph(
+        "vision_encoder": parts.vision_encoder(model, sizes),
+        "classifier": parts.Graph(
             "Sentences about pairs of images: scores of false and true.",
             _classify_pairs,
-            {**onnx.text_inputs(model, sizes), **onnx.state_inputs(model, sizes, "left_states", "right_states")},
+            {**parts.texts(model, sizes), **parts.states(model, sizes, "left_states", "right_states")},
             ["logits"],
         ),
     }
@@ -50,6 +50,7 @@ TASK = Task(
     name="nlvr2",
     model_class=MadtpBlipForImagesAndTextClassification,
     flops=_flops,
+    graphs=_graphs,
     num_images=2,
     collator=VisualReasoningCollator,
     image_columns=("left_image", "right_image"),
@@ -73,6 +74,5 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
     tags=("visual-reasoning", "nlvr2"),
     predict=_predict,
     score=_score,
-    onnx_graphs=_onnx_graphs,
     script="run_nlvr2.py",
 )

@@ -8,7 +8,7 @@ from ..data.collators import RetrievalCollator
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.retrieval_loss import is_distributed, process_rank
 from . import flop_formulas as flops
-from . import onnx_graphs as onnx
+from . import onnx_parts as parts
 from .pair_scores import CaptionedImages, score_recalls
 from .task import INPUTS, Task
 
@@ -116,28 +116,28 @@ def _encode_images_with_feature(model, pixel_values):
 
 
 def _encode_texts(model, input_ids, attention_mask):
-    return model._text_feature(model._encode_text(*onnx.pad_texts(model, input_ids, attention_mask)))
+    return model._text_feature(model._encode_text(*parts.pad_texts(model, input_ids, attention_mask)))
 
 
 def _match(model, input_ids, attention_mask, image_states):
-    texts = onnx.pad_texts(model, input_ids, attention_mask)
-    return model.itm_head(model._encode_text(*texts, *onnx.image_layout(image_states)).first_states)
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return model.itm_head(model._encode_text(*texts, *parts.layout(image_states)).first_states)
 
 
-def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
-    texts = onnx.text_inputs(model, sizes)
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    texts = parts.texts(model, sizes)
     return {
-        "vision_encoder": onnx.Graph(
+        "vision_encoder": parts.Graph(
             "Images: their tokens' states, for the matching head, and their normalised features.",
             _encode_images_with_feature,
-            onnx.image_inputs(model, sizes),
+            parts.images(model, sizes),
             ["image_states", "image_feature"],
         ),
-        "text_encoder": onnx.Graph("Texts: their normalised features.", _encode_texts, texts, ["text_feature"]),
-        "matching_head": onnx.Graph(
+        "text_encoder": parts.Graph("Texts: their normalised features.", _encode_texts, texts, ["text_feature"]),
+        "matching_head": parts.Graph(
             "Texts with an image each: scores of no match and match.",
             _match,
-            {**texts, **onnx.state_inputs(model, sizes, "image_states")},
+            {**texts, **parts.states(model, sizes, "image_states")},
             ["itm_score"],
         ),
     }
@@ -147,6 +147,7 @@ TASK = Task(
     name="retrieval",
     model_class=MadtpBlipForImageTextRetrieval,
     flops=_flops,
+    graphs=_graphs,
     collator=RetrievalCollator,
     text_column="captions",
     target_columns=("captions",),
@@ -167,6 +168,5 @@ print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine simi
     predict_all=_predict_all,
     score=score_recalls,
     embeds=True,
-    onnx_graphs=_onnx_graphs,
     script="run_retrieval.py",
 )

@@ -21,6 +21,7 @@ class Task:
     # The model.
     model_class: type
     flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, added) -> (B,), see `flop_formulas`
+    graphs: Callable  # (model, sizes) -> the ONNX graphs by name, see `onnx_parts`
     # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
     collator: type
     metric: str
@@ -28,7 +29,6 @@ class Task:
     headline_title: str
     # Evaluation. (predictions, rows) -> scores by name, shares where the name ends in "%".
     score: Callable
-    onnx_graphs: Callable  # (model, sizes) -> `Graph`s by name, see `onnx_graphs`
     # Checkpoints: the auto class that loads one, and the parts of an original checkpoint besides BLIP's vision tower.
     auto_class: str
     original_parts: tuple[str, ...]

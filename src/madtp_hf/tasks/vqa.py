@@ -4,7 +4,7 @@ from ..data.collators import QuestionAnsweringCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForQuestionAnswering
 from . import flop_formulas as flops
-from . import onnx_graphs as onnx
+from . import onnx_parts as parts
 from .task import INPUTS, Task
 
 
@@ -35,20 +35,20 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
 
 
 def _encode_questions(model, input_ids, attention_mask, image_states):
-    texts = onnx.pad_texts(model, input_ids, attention_mask)
-    return onnx.read_by_decoder(model, model._encode_text(*texts, *onnx.image_layout(image_states)), model.is_pruning)
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return parts.for_decoder(model, model._encode_text(*texts, *parts.layout(image_states)), model.is_pruning)
 
 
-def _onnx_graphs(model, sizes: onnx.Sizes) -> dict[str, onnx.Graph]:
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
     return {
-        "vision_encoder": onnx.vision_encoder_graph(model, sizes),
-        "question_encoder": onnx.Graph(
+        "vision_encoder": parts.vision_encoder(model, sizes),
+        "question_encoder": parts.Graph(
             "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
             _encode_questions,
-            {**onnx.text_inputs(model, sizes), **onnx.state_inputs(model, sizes, "image_states")},
-            ["encoder_attention_mask", *onnx.cache_names(model, "encoder", "present")],
+            {**parts.texts(model, sizes), **parts.states(model, sizes, "image_states")},
+            ["encoder_attention_mask", *parts.cache_names(model, "encoder", "present")],
         ),
-        "decoder": onnx.decoder_graph(model, sizes, 4 + 5 * sizes.batch, varies=True),
+        "decoder": parts.decoder(model, sizes, 4 + 5 * sizes.batch, varies=True),
     }
 
 
@@ -56,6 +56,7 @@ TASK = Task(
     name="vqa",
     model_class=MadtpBlipForQuestionAnswering,
     flops=_flops,
+    graphs=_graphs,
     decoder_inputs="decoder_input_ids",
     collator=QuestionAnsweringCollator,
     text_column="question",
@@ -76,6 +77,5 @@ TASK = Task(
     score=_score,
     generate=_generate,
     timed_tokens=4,
-    onnx_graphs=_onnx_graphs,
     script="run_vqa.py",
 )

@@ -1,4 +1,4 @@
-"""What the tasks' ONNX graphs are made of: see `serving/onnx_export.py`, which exports them."""
+"""The parts of models that are exported as ONNX graphs: what all tasks share. Each task's file lists its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +26,12 @@ class Sizes(NamedTuple):
     past: int
 
 
+# All different, and none 1, so that the exporter doesn't equate two dimensions.
+TRACED = Sizes(3, 7, 2, 5)
+# Sizes at which graphs are compared with the model: the first step and a later one, short texts and the longest.
+COMPARED = (Sizes(1, 3, 1, 0), Sizes(2, 10**6, 2, 0), Sizes(2, 6, 1, 4))
+
+
 @dataclass
 class Graph:
     """One graph to export.
@@ -44,9 +50,6 @@ class Graph:
         return tuple(example for example, _ in self.inputs.values())
 
 
-# What they compute
-
-
 def pad_texts(model, input_ids, attention_mask):
     """Pad texts (B, L) to more tokens than any layer leaves, so that no shape depends on which of the two is smaller.
 
@@ -60,16 +63,16 @@ def pad_texts(model, input_ids, attention_mask):
     return tuple(nn.functional.pad(x, (0, min(shortest, longest)))[:, :width] for x in (input_ids, attention_mask))
 
 
-def image_layout(states: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
+def layout(states: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
     """Return images' states (B, M, D) as the flat states and `Sequences` that an encoder takes."""
     return states.flatten(0, 1), Sequences.padded(*states.shape[:2], states.device)
 
 
-def image_states(model, pixel_values):
+def encode_images(model, pixel_values):
     return model._encode_images(pixel_values).hidden_states
 
 
-def read_by_decoder(model, encoded, masked: bool):
+def for_decoder(model, encoded, masked: bool):
     """Return what the decoder reads of an encoder: a mask, and all layers' cross-attention keys and values."""
     mask = real_tokens(encoded)
     cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
@@ -113,29 +116,27 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
     return output.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
 
 
-# Their inputs and outputs
-
-
-def image_inputs(model, sizes: Sizes) -> dict:
+def images(model, sizes: Sizes) -> dict:
     side = model.config.vision_config.image_size
     return {"pixel_values": (torch.randn(sizes.batch, 3, side, side), {0: BATCH})}
 
 
-def text_inputs(model, sizes: Sizes) -> dict:
+def texts(model, sizes: Sizes) -> dict:
     dims, config = {0: BATCH, 1: LENGTH}, model.config.text_config
     length = min(sizes.length, config.max_position_embeddings)
     ids = torch.randint(4, config.vocab_size - 2, (sizes.batch, length))
     mask = torch.ones_like(ids)
     if sizes.batch > 1:
         mask[0, 2:] = 0  # a short text
-    ids[torch.arange(sizes.batch), mask.sum(dim=1) - 1] = config.eos_token_id  # where CLIP reads a text's feature
+    if model.task == "clip":
+        ids[torch.arange(sizes.batch), mask.sum(dim=1) - 1] = config.eos_token_id
     return {"input_ids": (ids, dims), "attention_mask": (mask, dims)}
 
 
-def state_inputs(model, sizes: Sizes, *names: str) -> dict:
+def states(model, sizes: Sizes, *names: str) -> dict:
     """Return image states as the vision encoder outputs them; their number of tokens is fixed."""
     with torch.no_grad():
-        states = image_states(model, image_inputs(model, sizes)["pixel_values"][0])
+        states = encode_images(model, images(model, sizes)["pixel_values"][0])
     # Distinct tensors with different values: the exporter merges inputs that share a tensor.
     return {name: (states.roll(index, dims=1), {0: BATCH}) for index, name in enumerate(names)}
 
@@ -145,7 +146,7 @@ def cache_names(model, kind: str, what: str) -> list[str]:
     return [f"{what}.{layer}.{kind}.{part}" for layer in layers for part in ("key", "value")]
 
 
-def decoder_graph(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
+def decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
     """Describe the decoder's graph.
 
     varies: whether the number of the encoder's states is dynamic.
@@ -171,5 +172,5 @@ def decoder_graph(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
     return Graph(what, _decode, inputs, outputs)
 
 
-def vision_encoder_graph(model, sizes: Sizes) -> Graph:
-    return Graph("Images: their tokens' states.", image_states, image_inputs(model, sizes), ["image_states"])
+def vision_encoder(model, sizes: Sizes) -> Graph:
+    return Graph("Images: their tokens' states.", encode_images, images(model, sizes), ["image_states"])
