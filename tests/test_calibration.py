@@ -93,6 +93,8 @@ def test_labels_change_nothing_but_what_the_decoder_reads(task):
     model = make_task_model(task)
     batch = TASKS[task].make_inputs((9, 5, 7, 12))
     measured = measure_reduction(model, [batch], temperature=3.0)
+    assert not model.is_pruning
+    model.set_pruning(temperature=3.0)
     with torch.no_grad():
         assert measured == pytest.approx(measure(model, batch, model(**batch)).mean().item(), abs=1e-6)
 

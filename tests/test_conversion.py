@@ -170,7 +170,7 @@ def test_heads_and_activation_are_asked_or_said():
         vision_config={**original_like().config.vision_config.to_dict(), "hidden_act": "quick_gelu"}
     )
     state_dict = to_original(original)
-    with pytest.raises(ValueError, match=r"pass heads=\(vision, text\), or a config"):
+    with pytest.raises(ValueError, match=r"pass `heads`, or a config"):
         convert_original_checkpoint(state_dict, "vqa")
     with pytest.warns(UserWarning, match=r"Assumed, because weights don't tell: the activation gelu"):
         model = convert_original_checkpoint(state_dict, "vqa", heads=(4, 4))

@@ -56,7 +56,7 @@ def test_coco_official_errors(coco):
         load_coco_captions(file, "train")
     good = json.loads(file.read_text())
     for key, fields, pieces in (
-        ("annotations", {"image_id": 3}, ["annotations, entry 1", "image_id 3", "none of the file's images"]),
+        ("annotations", {"image_id": 3}, ["annotations, entry 1", "image_id 3", "not one of the file's images"]),
         ("annotations", {"caption": None}, ["annotations, entry 1", "'caption'", "expected a string"]),
         ("images", {"id": "9"}, ["images, entry 1", "'id'", "a whole number"]),
     ):

@@ -641,7 +641,7 @@ def test_hub_errors(hub, monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("no such data set")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with refused(FileNotFoundError, "org/set", "no file or folder here", "no such data set"):
+    with refused(FileNotFoundError, "org/set", "not a local file or folder", "no such data set"):
         load_coco_captions("org/set", "test")
 
 

@@ -73,21 +73,28 @@ def as_options(message: str, params=()) -> str:
 
 @contextmanager
 def one_message_of_errors(params=()):
-    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback or warnings.
+    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback.
+
+    Of warnings, only this package's own are shown, such as those of calibration or conversion, one line each.
 
     params: the command's parameters, by whose names the message calls arguments.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    def say(message):
+        typer.echo(f"madtp-hf: {as_options(str(message), params)}", err=True)
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out|Assumed")
+            warnings.showwarning = lambda message, *_: say(message)
             yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        typer.echo(f"madtp-hf: {as_options(str(error), params)}", err=True)
+        say(error)
         raise typer.Exit(1) from None
     finally:
         logging.set_verbosity(verbosity)

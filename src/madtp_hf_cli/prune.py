@@ -74,8 +74,7 @@ def prune(
     fitted = loaded.is_dense if alignment is None else alignment == "fit"
     if fitted:
         init_alignment_from(model, batches)
-    with warnings_as_messages():
-        schedule = calibrate(model, batches, wanted)
+    schedule = calibrate(model, batches, wanted)
 
     reached = [row["reduction"] for row in schedule]
     results = evaluate_budgets(model, batches, [0.0, *reached])

@@ -20,9 +20,11 @@ HEAD_WIDTH = 64  # in all attention layers of BLIP and of OpenAI's CLIP
 class _Layout(NamedTuple):
     """The names of a family's original checkpoints.
 
-    renames: (pattern, replacement) pairs from original names to ours, applied in order; patches: the patch
-    convolution's weight and the position embeddings; layers, text_layers: what is before and after the number of a
-    layer whose first feed-forward weight is named; text: words and positions; eps: of the norms in either tower.
+    renames: (pattern, replacement) pairs from original names to ours, applied in order.
+    patches: the patch convolution's weight and the position embeddings.
+    layers, text_layers: what is before and after a layer's number in the name of its first feed-forward weight.
+    text: the embeddings of words and of positions.
+    activation, eps: what the original uses; eps of the norms in the vision and in the text tower.
     """
 
     renames: tuple[tuple[str, str], ...]
@@ -197,8 +199,7 @@ def _count_heads(width: int, tower: str) -> int:
     if width % HEAD_WIDTH:
         raise ValueError(
             f"The checkpoint's {tower} tower is {width} wide, not a multiple of {HEAD_WIDTH}, the width of the"
-            f" original's attention heads: pass heads=(vision, text), or a config with"
-            f" {tower}_config.num_attention_heads."
+            f" original's attention heads: pass `heads`, or a config with {tower}_config.num_attention_heads."
         )
     return width // HEAD_WIDTH
 
@@ -250,9 +251,7 @@ def _check_options(config, config_class, family: str, heads, activation) -> None
     if heads is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n > 0 for n in numbers)):
         raise ValueError(f"heads={heads!r}: expected two numbers, of the vision and the text tower's attention heads.")
     if activation is not None and activation not in ACT2FN:
-        raise ValueError(
-            f"activation={activation!r}: expected an activation of transformers, such as gelu or quick_gelu."
-        )
+        raise ValueError(f"activation={activation!r}: expected an activation of transformers, such as gelu or quick_gelu.")
 
 
 def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: dict[str, str]) -> str:
@@ -357,7 +356,7 @@ def convert_original_checkpoint(
     if assumed:
         warnings.warn(
             f"Assumed, because weights don't tell: {', '.join(assumed)}. If the checkpoint was trained with others,"
-            " pass `heads=`, `activation=` or `config=`.",
+            " pass `heads`, `activation` or `config`.",
             stacklevel=2,
         )
     new = [name for name in model.state_dict() if name.startswith("alignment.") and name not in state_dict]

@@ -473,7 +473,7 @@ def _is_local(path, columns, where=None, **local_options) -> bool:
     given = [f"{name}=" for name, value in local_options.items() if value is not None]
     if given:
         raise ValueError(
-            f"{', '.join(given)} is for files, and {path} is no file or folder here; correct the path, or leave it"
+            f"{', '.join(given)} is for files, and {path} is not a local file or folder; correct the path, or leave it"
             " out to load from the Hub"
         )
     return False

@@ -171,7 +171,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         loss = task_loss = align_loss = None
         if labels is not None:
             task_loss = self.text_decoder.loss_of(answer, shift_labels)
-            align_loss = self._alignment_loss(vision.feature, text.feature)
+            align_loss = self.compute_alignment_loss(vision.feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForQuestionAnsweringOutput(
             loss=loss,
@@ -477,7 +477,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         if labels is not None:
             task_loss = F.cross_entropy(logits, labels)
             image_feature = None if vision.feature is None else vision.feature.unflatten(0, (-1, 2)).mean(dim=1)
-            align_loss = self._alignment_loss(image_feature, text.feature)
+            align_loss = self.compute_alignment_loss(image_feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForImagesAndTextClassificationOutput(
             loss=loss,
@@ -630,7 +630,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             text = self._encode_text(input_ids, attention_mask, with_feature=True, pruning=pruning)
             image_feature, text_feature = self._image_feature(vision), self._text_feature(text)
             if pixel_values.shape[0] == input_ids.shape[0]:
-                align_loss = self._alignment_loss(vision.feature, text.feature)
+                align_loss = self.compute_alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
             images = images_for_texts(vision, pixel_values, input_ids, "texts")
             text = self._encode_text(input_ids, attention_mask, *images, pruning=pruning)

@@ -225,7 +225,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             else:
                 temperature = (-self.logit_scale).exp()
                 task_loss = contrastive_loss(image_embeds, text_embeds, image_ids, contrastive_keys, temperature)
-            align_loss = self._alignment_loss(images.feature, texts.feature)
+            align_loss = self.compute_alignment_loss(images.feature, texts.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpClipOutput(
             loss=loss,

@@ -124,7 +124,7 @@ class PrunedModelMixin:
         for branch in (config.vision_config, config.text_config):
             if branch._attn_implementation is None:  # inherits the whole model's
                 branch._attn_implementation = config._attn_implementation
-        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
+        self.model_tags = list(self.model_tags or ())  # `add_model_tags` and `push_to_hub(tags=...)` add to it
         family, name = config.model_type, type(self).__name__
         config.auto_map = {
             "AutoConfig": f"configuration_{family}.{self.config_class.__name__}",
@@ -288,7 +288,9 @@ class PrunedModelMixin:
         """
         return pruning.method.for_branch(self, pruning, modality, with_feature)
 
-    def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
+    def compute_alignment_loss(
+        self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the alignment loss, 0 if a branch has no feature, as with pruning off.
 
         The 0 depends on all alignment parameters, because distributed training waits for the gradient of each.

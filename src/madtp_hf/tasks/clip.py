@@ -7,7 +7,8 @@ from ..data.collators import RetrievalCollator
 from ..families import CLIP
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas as flops
-from .pair_scores import CaptionedImages, score
+from . import onnx_parts as parts
+from .pair_scores import CaptionedImages, score_recalls
 from .task import Task
 
 
@@ -41,7 +42,7 @@ def score_by_features(
     return similarity, similarity.T
 
 
-def predict_all(model, processor, rows, batch_size: int):
+def _predict_all(model, processor, rows, batch_size: int):
     queries = CaptionedImages(rows, processor, model.config.text_config.max_position_embeddings, batch_size)
     return score_by_features(model, queries.pixel_batches, queries.input_ids, queries.attention_mask)
 
@@ -59,11 +60,31 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + (vision.hidden_size + text.hidden_size) * width + width
 
 
+def _encode_clip_images(model, pixel_values):
+    return F.normalize(model.get_image_features(pixel_values).pooler_output, dim=-1)
+
+
+def _encode_clip_texts(model, input_ids, attention_mask):
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return F.normalize(model.get_text_features(*texts).pooler_output, dim=-1)
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    images, texts = parts.images(model, sizes), parts.texts(model, sizes)
+    return {
+        "vision_encoder": parts.Graph(
+            "Images: their normalised features.", _encode_clip_images, images, ["image_feature"]
+        ),
+        "text_encoder": parts.Graph("Texts: their normalised features.", _encode_clip_texts, texts, ["text_feature"]),
+    }
+
+
 TASK = Task(
     name="clip",
     family=CLIP,
     model_class=MadtpClipModel,
     flops=_flops,
+    graphs=_graphs,
     text_encoder="text_model",
     collator=RetrievalCollator,
     text_column="captions",
@@ -83,8 +104,8 @@ print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well 
     baseline="Chance",
     pipeline_tag="zero-shot-image-classification",
     tags=("image-text-retrieval",),
-    predict_all=predict_all,
-    score=score,
+    predict_all=_predict_all,
+    score=score_recalls,
     embeds=True,
     script="run_clip_retrieval.py",
 )

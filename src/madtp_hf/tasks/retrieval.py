@@ -8,7 +8,8 @@ from ..data.collators import RetrievalCollator
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.retrieval_loss import is_distributed, process_rank
 from . import flop_formulas as flops
-from .pair_scores import CaptionedImages, score
+from . import onnx_parts as parts
+from .pair_scores import CaptionedImages, score_recalls
 from .task import INPUTS, Task
 
 
@@ -97,7 +98,7 @@ def score_images_and_texts(
     return rescore(similarity, True), rescore(similarity.T.contiguous(), False)
 
 
-def predict_all(model, processor, rows, batch_size: int):
+def _predict_all(model, processor, rows, batch_size: int):
     queries = CaptionedImages(rows, processor, model.config.text_config.max_position_embeddings, batch_size)
     return score_images_and_texts(model, queries.pixel_batches, queries.input_ids, queries.attention_mask)
 
@@ -109,10 +110,44 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + config.text_config.hidden_size * 2  # the matching head
 
 
+def _encode_images_with_feature(model, pixel_values):
+    images = model._encode_images(pixel_values)
+    return images.hidden_states, model._image_feature(images)
+
+
+def _encode_texts(model, input_ids, attention_mask):
+    return model._text_feature(model._encode_text(*parts.pad_texts(model, input_ids, attention_mask)))
+
+
+def _match(model, input_ids, attention_mask, image_states):
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return model.itm_head(model._encode_text(*texts, *parts.layout(image_states)).first_states)
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    texts = parts.texts(model, sizes)
+    return {
+        "vision_encoder": parts.Graph(
+            "Images: their tokens' states, for the matching head, and their normalised features.",
+            _encode_images_with_feature,
+            parts.images(model, sizes),
+            ["image_states", "image_feature"],
+        ),
+        "text_encoder": parts.Graph("Texts: their normalised features.", _encode_texts, texts, ["text_feature"]),
+        "matching_head": parts.Graph(
+            "Texts with an image each: scores of no match and match.",
+            _match,
+            {**texts, **parts.states(model, sizes, "image_states")},
+            ["itm_score"],
+        ),
+    }
+
+
 TASK = Task(
     name="retrieval",
     model_class=MadtpBlipForImageTextRetrieval,
     flops=_flops,
+    graphs=_graphs,
     collator=RetrievalCollator,
     text_column="captions",
     target_columns=("captions",),
@@ -130,8 +165,8 @@ print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine simi
     text="two dogs on a beach",
     baseline="Chance",
     tags=("image-text-retrieval", "image-text-matching"),
-    predict_all=predict_all,
-    score=score,
+    predict_all=_predict_all,
+    score=score_recalls,
     embeds=True,
     script="run_retrieval.py",
 )

@@ -21,6 +21,7 @@ class Task:
     # The model.
     model_class: type
     flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, added) -> (B,), see `flop_formulas`
+    graphs: Callable  # (model, sizes) -> the ONNX graphs by name, see `onnx_parts`
     # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
     collator: type
     metric: str

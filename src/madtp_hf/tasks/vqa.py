@@ -4,22 +4,23 @@ from ..data.collators import QuestionAnsweringCollator
 from ..metrics import load_metric
 from ..modeling.modeling_madtp_blip import MadtpBlipForQuestionAnswering
 from . import flop_formulas as flops
+from . import onnx_parts as parts
 from .task import INPUTS, Task
 
 
 ANSWER_TOKENS = 10
 
 
-def generate(model, inputs, **options):
+def _generate(model, inputs, **options):
     return model.generate(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], **options)
 
 
-def predict(model, processor, batch) -> list[str]:
-    written = generate(model, batch, max_new_tokens=ANSWER_TOKENS)
+def _predict(model, processor, batch) -> list[str]:
+    written = _generate(model, batch, max_new_tokens=ANSWER_TOKENS)
     return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def score(predictions, rows) -> dict[str, float]:
+def _score(predictions, rows) -> dict[str, float]:
     # VQA accuracy expects the answers of ten annotators: up to three true answers are repeated to make ten.
     references = [list(row.get("answers") or [row["answer"]]) for row in rows]
     references = [answers if len(answers) > 3 else (answers * 10)[:10] for answers in references]
@@ -33,10 +34,29 @@ def _flops(config, vision_tokens, text_tokens, answer_tokens, added):
     return total + flops.text_decoder(config, answer_tokens, text_tokens[-1], config.text_config.hidden_size)
 
 
+def _encode_questions(model, input_ids, attention_mask, image_states):
+    texts = parts.pad_texts(model, input_ids, attention_mask)
+    return parts.for_decoder(model, model._encode_text(*texts, *parts.layout(image_states)), model.is_pruning)
+
+
+def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
+    return {
+        "vision_encoder": parts.vision_encoder_graph(model, sizes),
+        "question_encoder": parts.Graph(
+            "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
+            _encode_questions,
+            {**parts.texts(model, sizes), **parts.states(model, sizes, "image_states")},
+            ["encoder_attention_mask", *parts.cache_names(model, "encoder", "present")],
+        ),
+        "decoder": parts.decoder(model, sizes, 4 + 5 * sizes.batch, varies=True),
+    }
+
+
 TASK = Task(
     name="vqa",
     model_class=MadtpBlipForQuestionAnswering,
     flops=_flops,
+    graphs=_graphs,
     decoder_inputs="decoder_input_ids",
     collator=QuestionAnsweringCollator,
     text_column="question",
@@ -53,9 +73,9 @@ TASK = Task(
     text="how many dogs are there?",
     baseline="Language-only baseline, from the words of the questions",
     pipeline_tag="visual-question-answering",
-    predict=predict,
-    score=score,
-    generate=generate,
+    predict=_predict,
+    score=_score,
+    generate=_generate,
     timed_tokens=4,
     script="run_vqa.py",
 )
