@@ -70,7 +70,7 @@ class PruningPass:
     def __init__(self, config, method: type[PruningMethod], setting: dict | None):
         if setting is not None and not all(name in method.fields for name in setting):
             raise ValueError(
-                f"The setting {setting} is none of the pruning method {method.name!r}, which expects"
+                f"The setting {setting} does not fit the pruning method {method.name!r}, which expects"
                 f" {', '.join(method.fields)}."
             )
         self.method, self.setting, self.granularity = method, setting, config.pruning_granularity
