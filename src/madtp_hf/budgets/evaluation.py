@@ -241,8 +241,10 @@ def public_name(source) -> str:
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
-def show_number(name: str, value: float) -> str:
+def show_number(name: str, value: float | str) -> str:
     """Format a number of a results table: as a percentage if its column's name says that it is a share."""
+    if isinstance(value, str):
+        return value
     return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
 
 
