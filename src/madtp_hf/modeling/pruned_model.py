@@ -21,6 +21,7 @@ from .method_tome import TomeMethod  # noqa: F401
 from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
 from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
+from .training_passes import TrainingPasses
 
 
 logger = logging.get_logger("transformers.models.madtp")
@@ -111,6 +112,8 @@ class PrunedModelMixin:
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
     min_kept = 1
     has_layer_projections = False
+    distilled: dict[str, str] = {}  # the outputs that pruned passes learn, see `training_passes.distillation_loss`
+    _training_passes: TrainingPasses | None = None
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
@@ -230,6 +233,13 @@ class PrunedModelMixin:
             return None
         low, high, share = self.config.schedule_entries(reduction)
         return self.pruning_method.between(low, high, share)
+
+    def set_training_passes(self, settings: list[dict | None] | None, observe=None, teacher=None) -> None:
+        """Set the forward passes of the next training steps, see `TrainingPasses`; None trains as the model is set.
+
+        `madtp_hf.ReductionCallback` calls this before each step.
+        """
+        self._training_passes = None if settings is None else TrainingPasses(settings, observe, teacher)
 
     @property
     def pruning_method(self) -> type[PruningMethod]:
