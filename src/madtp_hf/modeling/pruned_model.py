@@ -382,8 +382,7 @@ class PrunedModelMixin:
         if prepacked and not can_prepack():
             raise RuntimeError(
                 "prepack_weights needs torch with oneDNN, and this one has none: expected a build where"
-                " torch.backends.mkldnn.is_available();"
-                " go on without, the model runs as it is."
+                " torch.backends.mkldnn.is_available(). Without it, the model still runs."
             )
         for module in self.modules():
             if isinstance(module, AlignmentProjection):
