@@ -16,15 +16,13 @@ Recall is the mean over 1, 5 and 10 and both directions, among the images of the
 import argparse
 import json
 import statistics
-import warnings
 from pathlib import Path
 
+from calibrating import calibrate_all
 from digit_tasks import Evaluation, load_model, make_batches, make_collator, run_example, train
 from reporting import EXAMPLES, Rows, environment, make_parser, mean_and_deviation, print_table, settings_of
-from selection import calibrate_all
 from transformers import set_seed
 
-from madtp_hf import calibrate
 from madtp_hf.data import load_digit_captions
 from madtp_hf.tasks.clip import score_by_features
 from madtp_hf.tasks.pair_scores import CaptionedImages
@@ -71,8 +69,8 @@ class Benchmark:
     def training_free(self, seed) -> dict:
         model = self.model(seed)
         validation = load_digit_captions("validation", self.args.validation_images)
-        schedule = calibrate(model, make_batches("clip", validation, self.collator), self.args.reductions)
-        return self.score(model, [entry["reduction"] for entry in schedule])
+        batches = make_batches("clip", validation, self.collator)
+        return self.score(model, calibrate_all(model, batches, self.args.reductions))
 
     def folder(self, seed) -> Path:
         return self.args.work_dir / f"fine-tuned-{seed}"
@@ -139,7 +137,6 @@ def main(arguments=None):
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for the training script, last")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/clip-digits"))
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message="The schedule rests on")
     header = {"settings": settings_of(args, "kinds", "seeds", "work_dir"), **environment(), "summary": []}
     results, benchmark = Rows(args.output, header, ("kind", "seed")), Benchmark(args)
     for kind in args.kinds:

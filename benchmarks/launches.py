@@ -21,10 +21,10 @@ import sys
 from unittest import mock
 
 import torch
+from calibrating import calibrate_all
 from random_models import (
     MODELS,
     add_arguments,
-    calibrate_reachable,
     calibration_batches,
     make_inputs,
     make_models,
@@ -129,8 +129,7 @@ def count_all(args) -> list[dict]:
     setup = read_setup(args)
     dense, model = make_models(args.task, setup)
     batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
-    schedule = calibrate_reachable(model, batches, args.reductions)
-    reductions = [entry["reduction"] for entry in schedule]
+    reductions = calibrate_all(model, batches, args.reductions)
     runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((f"{r:.2g}", model, r) for r in reductions)]
     rows = []
     for batch_size in args.batch_sizes:

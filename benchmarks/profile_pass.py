@@ -18,10 +18,10 @@ import statistics
 from unittest import mock
 
 import torch
+from calibrating import calibrate_all
 from random_models import (
     MODELS,
     add_arguments,
-    calibrate_reachable,
     calibration_batches,
     make_inputs,
     make_models,
@@ -31,21 +31,21 @@ from reporting import environment, make_parser, print_table, settings_of, write_
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from madtp_hf.modeling import encoder
+from madtp_hf.modeling import encoder, method_madtp, pruning_method
 from madtp_hf.modeling.attention import attend
 
 
 PARTS = ("products", "attention with maps", "fused attention", "gate", "gather", "rest")
 # The engine's functions of a part, where it looks them up; whatever they call belongs to the part.
 FUNCTIONS = {
-    "gate: alignment scores": (encoder.MadtpReduction, "read_input"),
-    "gate: importance": (encoder, "token_importance"),
-    "gate: threshold": (encoder, "importance_threshold"),
-    "gate: selection": (encoder, "select_tokens"),
-    "gate: weights": (encoder, "merge_weights"),
-    "gate: other": (encoder.MadtpReduction, "choose"),
-    "attention with maps": (encoder, "attend_with_evidence"),
-    "gather": (encoder, "reduce"),
+    "gate: alignment scores": (method_madtp.MadtpMethod, "read_input"),
+    "gate: importance": (method_madtp, "token_importance"),
+    "gate: threshold": (method_madtp, "importance_threshold"),
+    "gate: selection": (method_madtp, "select_tokens"),
+    "gate: weights": (method_madtp, "merge_weights"),
+    "gate: other": (method_madtp.MadtpMethod, "decide"),
+    "attention with maps": (pruning_method, "attend_with_statistics"),
+    "gather": (encoder, "repack"),
 }
 # The operations of a part anywhere else, by what their names contain.
 OPERATIONS = {
@@ -187,8 +187,7 @@ def main(arguments=None):
     setup = read_setup(args, prepack=True)
     _, model = make_models(args.task, setup)
     batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
-    calibrate_reachable(model, batches, args.reductions)
-    budgets = [0.0, *(entry[0] for entry in model.config.pruning_schedule or ())]
+    budgets = [0.0, *calibrate_all(model, batches, args.reductions)]
     rows = []
     for batch_size in args.batch_sizes:
         inputs = make_inputs(model.task, model.config, batch_size, setup)

@@ -5,7 +5,6 @@ pruned model keeps depends on the image; texts are random words.
 """
 
 import argparse
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -20,9 +19,6 @@ from transformers import (
     CLIPModel,
 )
 
-from madtp_hf import calibrate
-from madtp_hf.budgets.calibration import measure_reduction
-from madtp_hf.budgets.passes import restored
 from madtp_hf.tasks import TASKS
 
 
@@ -190,29 +186,3 @@ def calibration_batches(task: str, config, samples: int, setup: Setup) -> list[d
     starts = range(0, samples, CALIBRATION_BATCH)
     sizes = [min(CALIBRATION_BATCH, samples - start) for start in starts]
     return [make_inputs(task, config, size, setup, seed=CALIBRATION_SEED + index) for index, size in enumerate(sizes)]
-
-
-def calibrate_reachable(model, batches: list[dict], reductions: list[float], freeze: bool = False) -> list:
-    """Calibrate; a reduction out of reach gives way to the nearest that is in reach. Return the schedule.
-
-    A long benchmark must not fail because a small model can't reach a reduction.
-    """
-    if not reductions:
-        return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about the reductions that are left out
-        try:
-            schedule = calibrate(model, batches, reductions, freeze)
-        except ValueError:
-            schedule = []
-        missing = set(reductions) - {entry["reduction"] for entry in schedule}
-        if not missing:
-            return schedule
-        model.config.pruning_granularity = "instance"
-        with restored(model):
-            path = model.pruning_method.path(model.config)
-            reached = {measure_reduction(model, batches, **path.setting(point)) for point in path.points[1:]}
-        nearest = {min(reached, key=lambda found, goal=goal: abs(found - goal)) for goal in missing}
-        print(f"{model.task}: {sorted(missing)} out of reach; the nearest in reach: {sorted(nearest)}.")
-        instead = sorted({found for found in nearest if found > 0.02} | set(reductions) - missing)
-        return calibrate(model, batches, instead, freeze) if instead else []

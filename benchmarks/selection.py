@@ -19,10 +19,10 @@ found on the validation split, the metric is of the test split. Methods:
 What no threshold or schedule reaches is measured at the nearest that there is, and marked `missed`.
 """
 
-import warnings
 from pathlib import Path
 
 import torch
+from calibrating import calibrate_all
 from digit_tasks import (
     LOADERS,
     Evaluation,
@@ -37,8 +37,7 @@ from reporting import environment, make_parser
 from selection_tables import print_tables
 from torch.utils.data import DataLoader
 
-from madtp_hf import calibrate, init_alignment_from
-from madtp_hf.budgets.calibration import measure_reduction
+from madtp_hf import init_alignment_from
 from madtp_hf.budgets.flops import dense_flops
 from madtp_hf.budgets.passes import decoder_tokens
 from madtp_hf.tasks import TASKS
@@ -69,24 +68,11 @@ def init_from_training_data(model, task: str, collator, seed: int) -> None:
     init_alignment_from(model, DataLoader(samples, 64, collate_fn=collator))
 
 
-def nearest_setting(model, batch: dict, target: float) -> dict[str, float]:
-    """Of the method's path, the setting that comes nearest to a target out of reach, on one batch."""
-    path = model.pruning_method.path(model.config)
-    settings = [path.setting(point) for point in path.points[1:]]
-    return min(settings, key=lambda setting: abs(measure_reduction(model, [batch], **setting) - target))
-
-
-def calibrate_all(model, batches: list[dict], reductions: list[float]) -> None:
-    """`calibrate`, with the nearest setting that there is for each reduction that it leaves out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            schedule = calibrate(model, batches, reductions)
-        except ValueError:  # none of them
-            schedule = []
-    for missing in sorted(set(reductions) - {entry["reduction"] for entry in schedule}):
-        schedule.append({"reduction": missing, **nearest_setting(model, batches[0], missing)})
-    model.config.pruning_schedule = sorted(schedule, key=lambda entry: entry["reduction"])
+def set_method(model, method: str, seed: int) -> None:
+    """Choose tokens by a method, whose own draws, if it has any, begin with the seed."""
+    model.set_pruning_method(method)
+    if "seed" in model.pruning_method.fields:
+        model.set_pruning(keep_rate=0.5, seed=seed)  # calibration keeps the seed
 
 
 def run_method(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
@@ -95,7 +81,7 @@ def run_method(method, task, folder, seed, evaluation, validation, reductions) -
     if method == "madtp_data":
         init_from_training_data(model, task, evaluation.collator, seed)
     else:
-        model.set_pruning_method(method)
+        set_method(model, method, seed)
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions)
 

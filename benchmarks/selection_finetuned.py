@@ -20,9 +20,10 @@ All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `Reduction
 import functools
 import time
 
+from calibrating import calibrate_all
 from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
 from reporting import environment
-from selection import calibrate_all, init_from_training_data, parse_study, study_parser
+from selection import init_from_training_data, parse_study, set_method, study_parser
 from transformers import set_seed
 
 from madtp_hf import ReductionCallback
@@ -52,7 +53,7 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
         return []
     init_from_training_data(model, task, collator, seed)
     if method in PRUNING_METHODS:
-        model.set_pruning_method(method)
+        set_method(model, method, seed)
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])

@@ -29,13 +29,13 @@ import functools
 from collections.abc import Callable
 
 import torch
+from calibrating import calibrate_all
 from photographs import mixed_images
 from random_models import (
     MODELS,
     Setup,
     add_arguments,
     add_labels,
-    calibrate_reachable,
     calibration_batches,
     make_inputs,
     make_models,
@@ -113,9 +113,8 @@ def make_runs(task: str, dense, model, inputs: dict, call: Callable, args, reduc
     schedule = model.config.pruning_schedule
     for name in baselines:
         model.set_pruning_method(name)
-        for entry in calibrate_reachable(model, [inputs], args.baseline_reductions):
-            setting = model.setting_for(entry["reduction"])
-            runs.append(run({"run": name, "asked": entry["reduction"]}, setting, method=name))
+        for reduction in calibrate_all(model, [inputs], args.baseline_reductions):
+            runs.append(run({"run": name, "asked": reduction}, model.setting_for(reduction), method=name))
     model.set_pruning_method("madtp")
     model.config.pruning_schedule = schedule
     return runs
@@ -222,15 +221,15 @@ def rounds_for(batch_size: int, index: int, args) -> int:
 def time_task(row_name: str, args, setup: Setup, save: Callable) -> None:
     dense, model = make_models(row_name, setup)
     task = model.task
-    schedule = []
+    reductions = []
     if not args.calibrate_on_batch:
         batches = calibration_batches(task, model.config, args.calibration_samples, setup)
-        schedule = calibrate_reachable(model, batches, args.reductions)
+        reductions = calibrate_all(model, batches, args.reductions)
     for index, batch_size in enumerate(args.batch_sizes):
         inputs = make_inputs(task, model.config, batch_size, setup)
         if args.calibrate_on_batch:
-            schedule = calibrate_reachable(model, [inputs], args.reductions)
-        reductions, rounds = [entry["reduction"] for entry in schedule], rounds_for(batch_size, index, args)
+            reductions = calibrate_all(model, [inputs], args.reductions)
+        rounds = rounds_for(batch_size, index, args)
         for ending, call in {"": forward, **MORE_CALLS.get(task, {})}.items():
             baselines = [] if call is encode_texts else args.baselines  # baselines don't reduce texts
             runs = make_runs(task, dense, model, inputs, call, args, reductions, baselines)
@@ -242,7 +241,7 @@ def time_task(row_name: str, args, setup: Setup, save: Callable) -> None:
                         row, _ = inspect(run, call, mixed)
                         rows.append({"task": row_name, "batch_size": batch_size, "images": "mixed", **row})
             model.config.pruning_setting, model.config.pruning_method = None, "madtp"  # a baseline may have set one
-            save(row_name + ending, batch_size, rows, schedule)
+            save(row_name + ending, batch_size, rows, model.config.pruning_schedule)
 
 
 def time_training(args, setup: Setup, save: Callable) -> None:
@@ -252,12 +251,11 @@ def time_training(args, setup: Setup, save: Callable) -> None:
     batches = [inputs]
     if not args.calibrate_on_batch:
         batches = calibration_batches("vqa", model.config, args.calibration_samples, setup)
-    schedule = calibrate_reachable(model, batches, [args.training_reduction])
-    inputs, reductions = add_labels(inputs), [entry["reduction"] for entry in schedule]
+    reductions, inputs = calibrate_all(model, batches, [args.training_reduction]), add_labels(inputs)
     runs = make_runs("vqa", dense.train(), model.train(), inputs, training_step, args, reductions, baselines=[])
     rounds = rounds_for(args.training_batch_size, 0, args)
     rows = measure_runs("vqa-training", runs, training_step, inputs, rounds, setup.dtype)
-    save("vqa-training", args.training_batch_size, rows, schedule)
+    save("vqa-training", args.training_batch_size, rows, model.config.pruning_schedule)
 
 
 # Results

@@ -153,7 +153,7 @@ class PruningArguments:
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
     )
     num_alignment_tokens: int = field(
-        default=default_of(MadtpBlipConfig, "num_alignment_tokens"),
+        default=MadtpBlipConfig().num_alignment_tokens,
         metadata={"help": "The number of alignment tokens."},
     )
     alignment_dim: int = field(default=0, metadata={"help": "Their width; 0 for the text's."})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madtp_hf.serving.page import check_shown, describe, layers_to_draw, look, make_app, reduction_bounds
+from madtp_hf.serving.page import check_shown, cost_html, layers_to_draw, look, make_app, reduction_bounds
 
 from .conftest import make_processor, make_task_model
 
@@ -52,7 +52,7 @@ def test_a_look_is_what_the_model_says(task, processor, monkeypatch):
     assert found.survivors.patches[0, 0].all() and not found.survivors.patches[0, -1].all()
     assert (found.survivors.words is None) == (task == "captioning")
     assert found.pruned.gflops < found.dense.gflops
-    assert "dense" in describe(found)
+    assert "dense" in cost_html(found)
 
 
 def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
 def test_what_a_model_writes_is_escaped(processor, monkeypatch):
     monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     found = look(pruned_model(), processor, picture(), QUESTION, 0.5)
-    shown = describe(found._replace(pruned=found.pruned._replace(text="<script>")))
+    shown = cost_html(found._replace(pruned=found.pruned._replace(text="<script>")))
     assert "&lt;script&gt;" in shown and "<script>" not in shown
 
 

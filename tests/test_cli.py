@@ -32,7 +32,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-TASKS = {name: task for name, task in ALL_TASKS.items() if task.family == "BLIP"}
+TASKS = {name: task for name, task in ALL_TASKS.items() if task.family.name == "BLIP"}
 
 
 def make_checkpoint(task, folder):
@@ -177,7 +177,9 @@ def test_what_weights_do_not_tell_is_an_option_or_said(source, tmp_path):
     said += " the activation gelu, the original's norms and special tokens. If the checkpoint was trained with others,"
     assert f"{said} pass --heads, --activation or --config.\n" in assumed.stderr
     given = invoke(*arguments, "--heads", 8, 4, "--activation", "quick_gelu", "--force")
-    assert given.exit_code == 0 and "heads in" not in given.stderr and "activation" not in given.stderr.split(". If")[0]
+    assert (
+        given.exit_code == 0 and "heads in" not in given.stderr and "activation" not in given.stderr.split(". If")[0]
+    )
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     towers = [fields[f"{name}_config"] for name in ("vision", "text")]
     assert [(tower["num_attention_heads"], tower["hidden_act"]) for tower in towers] == [

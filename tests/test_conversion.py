@@ -15,7 +15,7 @@ HEADS = MadtpBlipConfig(
     text_config={"num_attention_heads": 4, "bos_token_id": 38, "sep_token_id": 3},
     vision_config={"num_attention_heads": 4},
 )
-TASKS = pytest.mark.parametrize("task", [name for name, entry in TASK_ENTRIES.items() if entry.family == "BLIP"])
+TASKS = pytest.mark.parametrize("task", [name for name, entry in TASK_ENTRIES.items() if entry.family.name == "BLIP"])
 
 
 def to_original(model, alignment=True):
@@ -305,7 +305,7 @@ def test_another_task_is_named(task):
     state_dict = to_original(original_like(task))
     for other in TASK_ENTRIES:
         if other != task:
-            config = HEADS if TASK_ENTRIES[other].family == "BLIP" else None
+            config = HEADS if TASK_ENTRIES[other].family.name == "BLIP" else None
             with pytest.raises(
                 ValueError, match=f"not of task '{other}': .* looks like a checkpoint of task '{task}'."
             ):

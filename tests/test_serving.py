@@ -178,7 +178,9 @@ def test_what_is_no_image_is_named_and_no_path_is_read(given, handler, tmp_path,
 
 
 def test_a_handler_loads_a_folder_and_nothing_from_the_hub():
-    with pytest.raises(FileNotFoundError, match=r"org/name/config.json: expected the folder of a checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"org/name/config.json does not exist: expected the folder of a checkpoint"
+    ):
         endpoint_handler.EndpointHandler("org/name")
 
 

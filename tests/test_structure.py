@@ -25,6 +25,8 @@ LAYERS = (
     "__init__",
     "madtp_hf_cli",
 )
+# What each file of tasks/ defines under the same name.
+TASK_FIELDS = ("predict", "predict_all", "score", "generate")
 LONGEST_FILE, LONGEST_FUNCTION = 700, 80
 
 
@@ -149,7 +151,8 @@ def test_no_public_name_is_defined_twice():
     for name, file in MODULES.items():
         if place(name) not in ("madtp_hf_cli", "metrics"):  # a command is called like what it runs
             for public in public_names(ast.parse(file.read_text())):
-                homes[public].append(name)
+                if not (place(name) == "tasks" and public in TASK_FIELDS):
+                    homes[public].append(name)
     assert {public: names for public, names in homes.items() if len(names) > 1} == {}
 
 

@@ -5,23 +5,20 @@ read and no bound.
 """
 
 import contextlib
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from random_models import Setup, add_labels, calibrate_reachable, calibration_batches, make_inputs, make_models
-from reporting import ROOT
+from calibrating import calibrate_all
+from random_models import Setup, add_labels, calibration_batches, make_inputs, make_models
 
 from madtp_hf.modeling import triton_kernels
 
 
 FLOAT32_BOUND = 1e-3  # of the largest output, between two orders of the same sums
 BFLOAT16_BOUND = 2.0  # times transformers' own distance from float32
-WHOLE = (ROOT.parent / "shared" / "reference", ROOT / "shared" / "reference")
 
 
 class Kernels:
@@ -95,31 +92,18 @@ def same_counts(output, other) -> bool:
 # Golden cases
 
 
-def golden_cases(whole: Path | None):
-    """Return what cases.json holds, the tensors, and a function: task -> its original weights."""
-    if whole is not None:
-        from safetensors.torch import load_file
-
-        cases, tensors = json.loads((whole / "cases.json").read_text()), load_file(whole / "cases.safetensors")
-        return cases, tensors, lambda task: whole / f"{task}.weights.safetensors"
-    from tests import golden
-
-    def to_torch(arrays):
-        return {name: torch.from_numpy(values) for name, values in arrays.items()}
-
-    (cases, tensors), weights = golden.load_cases(), golden.load_weights()
-    return cases, to_torch(tensors), lambda task: to_torch(weights[task])
-
-
 def check_golden(setup: Setup, deadline: float) -> list[dict]:
+    from tests import golden
     from tests.golden.comparison import check_case, load_model
 
     rows, device = [], setup.device
-    whole = next((folder for folder in WHOLE if folder.is_dir()), None) if device.type == "cuda" else None
-    cases, tensors, weights = golden_cases(whole)
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    (cases, tensors), weights = golden.load_cases(), golden.load_weights()
+    tensors = {name: torch.from_numpy(values).to(device) for name, values in tensors.items()}
     keys = sorted({tuple(entry["key"].split(".")[:2]) for entry in cases["cases"]})
-    models = {task: load_model(cases, weights(task), task).to(device).eval() for task in {task for task, _ in keys}}
+    models = {}
+    for task in {task for task, _ in keys}:
+        original = {name: torch.from_numpy(values) for name, values in weights[task].items()}
+        models[task] = load_model(cases, original, task).to(device).eval()
     # NLVR2 runs two images at once, case 3 three samples: recorded in batch granularity.
     every = [
         (on, task, case, granularity)
@@ -172,8 +156,8 @@ def check_parity(setup: Setup) -> list[dict]:
 def pruned_vqa(setup: Setup, samples: int):
     """Return a float32 model with a schedule, inputs, and its first reduction."""
     model = make_models("vqa", setup)[1]
-    schedule = calibrate_reachable(model, calibration_batches("vqa", model.config, samples, setup), [0.5])
-    return model, make_inputs("vqa", model.config, 4, setup), schedule[0]["reduction"]
+    reductions = calibrate_all(model, calibration_batches("vqa", model.config, samples, setup), [0.5])
+    return model, make_inputs("vqa", model.config, 4, setup), reductions[0]
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from calibrating import calibrate_all
 from cuda_checks import kernels
-from random_models import Setup, calibrate_reachable, calibration_batches, make_inputs, make_models
+from random_models import Setup, calibration_batches, make_inputs, make_models
 from timing import Run, compare, peak_memory, time_runs
 from torch.profiler import ProfilerActivity, profile
 
@@ -122,11 +123,7 @@ def copy_of(model, granularity: str, reduction: float):
     return other
 
 
-def reductions_of(schedule: list[dict]) -> list[float]:
-    return [entry["reduction"] for entry in schedule]
-
-
-def plain_runs(name: str, models: dict, schedule: list, inputs: dict, device) -> list[Cell]:
+def plain_runs(name: str, models: dict, reductions: list[float], inputs: dict, device) -> list[Cell]:
     """transformers' as it ships and with sdpa, ours off and pruned, frozen, and frozen as a CUDA graph."""
     model = models["ours"]
     runs = [
@@ -136,7 +133,7 @@ def plain_runs(name: str, models: dict, schedule: list, inputs: dict, device) ->
     ]
     states = [("off", "instance", 0.0)]
     for granularity in ("instance", "frozen"):
-        states += [(f"{granularity} {asked:.2g}", granularity, asked) for asked in reductions_of(schedule)]
+        states += [(f"{granularity} {asked:.2g}", granularity, asked) for asked in reductions]
     for label, granularity, reduction in states:
 
         def setup(granularity=granularity, reduction=reduction):
@@ -148,7 +145,7 @@ def plain_runs(name: str, models: dict, schedule: list, inputs: dict, device) ->
     return runs
 
 
-def compiled_runs(name: str, models: dict, schedule: list, inputs: dict, device) -> list[Cell]:
+def compiled_runs(name: str, models: dict, reductions: list[float], inputs: dict, device) -> list[Cell]:
     """transformers' as it ships, for comparison, then compiled; ours frozen and compiled, with CUDA graphs."""
     dense, model = models["transformers"], models["ours"]
 
@@ -161,7 +158,7 @@ def compiled_runs(name: str, models: dict, schedule: list, inputs: dict, device)
         Cell("transformers", lambda: pass_of(name, dense, inputs)),
         Cell("transformers torch.compile", lambda: compile_dense(None)),
     ]
-    for asked in reductions_of(schedule):
+    for asked in reductions:
 
         def compile_frozen(reduction=asked):
             return compiled(name, copy_of(model, "frozen", reduction), inputs, "reduce-overhead")
@@ -320,10 +317,10 @@ def make_task(task: str, setup: Setup, limits: Limits, record: Callable) -> tupl
         record("sdpa", {"task": task, "transformers sdpa": f"not supported: {str(error)[:200]}"})
     started = time.time()
     batches = calibration_batches(task, model.config, 4 if setup.size == "tiny" else 16, setup)
-    schedule = calibrate_reachable(model, batches, limits.reductions, freeze=True)
-    facts = {"task": task, "asked": limits.reductions, "schedule": schedule}
+    reductions = calibrate_all(model, batches, limits.reductions, freeze=True)
+    facts = {"task": task, "asked": limits.reductions, "schedule": model.config.pruning_schedule}
     record("calibration", {**facts, "seconds": round(time.time() - started, 1)})
-    return models, schedule
+    return models, reductions
 
 
 def run_speed(setup: Setup, limits: Limits, record: Callable, make_runs: Callable, order: list) -> None:
@@ -338,12 +335,12 @@ def run_speed(setup: Setup, limits: Limits, record: Callable, make_runs: Callabl
             task = TASK_OF[name]
             if task not in tasks:
                 tasks[task] = make_task(task, setup, limits, record)
-            models, schedule = tasks[task]
+            models, reductions = tasks[task]
             # A mask of captions is checked by the host, which no CUDA graph can capture.
             inputs = make_inputs(task, models["ours"].config, batch_size, setup, padded=task != "captioning")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                runs = make_runs(name, models, schedule, inputs, setup.device)
+                runs = make_runs(name, models, reductions, inputs, setup.device)
                 rows = time_cell(name, runs, inputs, setup.device, limits)
         except Exception as error:
             rows = [{**whole, "error": message_of(error)}]

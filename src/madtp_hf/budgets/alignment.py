@@ -266,9 +266,9 @@ def init_alignment_from(model, dataloader) -> None:
     recording = _Recording(model)
     recording.run(dataloader)
     if not recording.num_images:
-        raise ValueError("dataloader gave no images of several patches: expected batches as the model takes them.")
+        raise ValueError("dataloader yields no image with several patches: expected batches as the model takes them.")
     if recording.task.text_encoder is not None and not recording.num_words:
-        raise ValueError("dataloader gave no text of more than its first token: expected batches with some words.")
+        raise ValueError("dataloader yields no text with more than its first token: expected texts with words.")
     alignment = model.alignment
     patches = torch.cat(recording.patches, dim=1)
     patches = torch.stack([_projected(alignment.vision_projection, layer, x) for layer, x in enumerate(patches)])

@@ -30,7 +30,7 @@ ROUNDS, BATCH_SIZES = 3, (1, 8)
 CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
 
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """A run to time: its name in the table, its model, and the reduction to set (None for transformers' model)."""
 
     name: str
@@ -96,7 +96,7 @@ def _resident(name: str) -> float:
 
 
 @torch.no_grad()
-def _call(run: Run, inputs: dict, task: Task):
+def _call(run: TimedRun, inputs: dict, task: Task):
     """Run the model as a user does: generate an answer or a caption, or compute the scores of other tasks."""
     if task.generate is None:
         return run.model(**inputs)
@@ -126,9 +126,12 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     for reduction in reductions:
         model.setting_for(reduction)
     dense = stock_model(model)
-    runs = [Run("pruning off", model, 0.0), *(Run(f"{reduction:g}", model, reduction) for reduction in reductions)]
+    runs = [
+        TimedRun("pruning off", model, 0.0),
+        *(TimedRun(f"{reduction:g}", model, reduction) for reduction in reductions),
+    ]
     if dense is not None:
-        runs.insert(0, Run("transformers", dense, None))
+        runs.insert(0, TimedRun("transformers", dense, None))
     results = []
     with restored(model), prepacked(model):
         for batch_size in batch_sizes:
@@ -141,7 +144,7 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
 
 
 @torch.no_grad()
-def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: int, task: Task) -> list[dict]:
+def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, rounds: int, task: Task) -> list[dict]:
     def set_up(run):
         if run.reduction is not None:
             run.model.set_pruning(reduction=run.reduction)

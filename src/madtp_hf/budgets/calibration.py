@@ -204,8 +204,8 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
     finding = (
         f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
         f" {curve.largest(scan):.3f}, the smallest about {curve.smallest(scan):.3f}."
-        " Give more samples if it is in between, or fine-tune with"
-        f" `madtp_hf.ReductionCallback({unreached[-1]})` first."
+        " Pass more samples if it is in between, or first fine-tune with"
+        f" `madtp_hf.ReductionCallback({unreached[-1]})`."
     )
     if nothing_reached:
         raise ValueError(f"reductions={unreached}: {finding}")
@@ -219,7 +219,7 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
         return
     if number < 2:
         warnings.warn(
-            "The schedule rests on 1 sample, which doesn't tell how much samples differ: give some hundreds.",
+            "The schedule rests on 1 sample, which doesn't show how much samples differ: pass a few hundred.",
             stacklevel=3,
         )
         return
@@ -229,7 +229,7 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
         warnings.warn(
             f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of"
             f" {spread:.3f}, and"
-            f" the mean's standard error is {error:.3f}. Give at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
+            f" the mean's standard error is {error:.3f}. Pass at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
             f" for {ACCEPTED}.",
             stacklevel=3,
         )
@@ -278,11 +278,11 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[dict[
     targets = read_reductions(reductions)
     if iter(dataloader) is dataloader:
         raise ValueError(
-            "dataloader can be read only once, it is an iterator: expected a DataLoader or a list of batches."
+            "dataloader is an iterator, which can be read only once: expected a DataLoader or a list of batches."
         )
     first = next(iter(dataloader), None)
     if first is None:
-        raise ValueError("dataloader gave no batch: expected at least one.")
+        raise ValueError("dataloader yields no batch: expected at least one.")
 
     freeze = freeze or model.config.pruning_granularity == "frozen"
     schedule, unreached, counts, found = [], [], [], []

@@ -251,7 +251,7 @@ def _check_options(config, config_class, family: str, heads, activation) -> None
     if heads is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n > 0 for n in numbers)):
         raise ValueError(f"heads={heads!r}: expected two numbers, of the vision and the text tower's attention heads.")
     if activation is not None and activation not in ACT2FN:
-        raise ValueError(f"activation={activation!r}: expected a name that transformers has, gelu or quick_gelu.")
+        raise ValueError(f"activation={activation!r}: expected one of transformers, such as gelu or quick_gelu.")
 
 
 def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: dict[str, str]) -> str:
@@ -267,7 +267,7 @@ def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: d
             if name not in state_dict and tied.get(name) not in state_dict and not name.startswith("alignment.")
         ],
         "unexpected": [original_names[name] for name in state_dict if name not in expected],
-        "of another shape": [
+        "with another shape": [
             f"{original_names[name]} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
             for name, tensor in state_dict.items()
             if name in expected and tensor.shape != expected[name].shape
@@ -277,8 +277,8 @@ def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: d
         both = name in state_dict and twin in state_dict
         if both and not any(findings.values()) and not torch.equal(state_dict[name], state_dict[twin]):
             raise ValueError(
-                f"The checkpoint's {original_names[name]} differs from its {original_names[twin]}: expected the same"
-                " numbers, the two are one tensor in BLIP."
+                f"The checkpoint's {original_names[name]} differs from its {original_names[twin]}: expected"
+                " equal tensors, because BLIP ties the two."
             )
     return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

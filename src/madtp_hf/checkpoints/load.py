@@ -66,7 +66,7 @@ def load(
             What to prepare the model for, as in `model.prepare_for_inference`; by default it is left as it is.
         config_overrides:
             Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
-            `num_alignment_tokens` and `alignment_dim` say; for another they are made anew in that shape.
+            `num_alignment_tokens` and `alignment_dim` say; for another they are new, in that shape.
 
     Returns:
         [`Loaded`]: `model`, `processor`, `task`, `is_dense`, `is_trained`, `source` and `revision`.
@@ -128,7 +128,7 @@ def _find(source, revision: str | None) -> tuple[str, dict]:
         config = hf_hub_download(name, "config.json", revision=revision)  # the cache notes the revision's commit
         return name, {"revision": Path(config).parent.name}
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name!r} is not a directory and cannot be a model's id: {_EXPECTED}.") from error
+        raise FileNotFoundError(f"{name!r} is not a directory and not a model's id: {_EXPECTED}.") from error
     except Exception as error:  # whatever the Hub's client raises for an answer or a connection
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):

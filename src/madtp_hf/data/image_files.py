@@ -27,9 +27,10 @@ def walk_images(folder) -> Iterator[tuple[str, str | None]]:
     failed = []
     for parent, folders, files in os.walk(folder, onerror=failed.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = "" if parent == os.fspath(folder) else os.path.join(os.path.relpath(parent, folder), "")
         for name in sorted(files + folders):
             if is_image(name) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(parent, name), folder), None
+                yield inside + name, None
     for error in failed:
         yield os.path.relpath(error.filename, folder), f"the folder can't be read: {(error.strerror or '').lower()}"
 
@@ -40,7 +41,7 @@ def path_inside(image: str, folder, allow_absolute: bool = True) -> str:
     Raises:
         ValueError: if the path leads out of `folder`: it has "..", or is absolute and elsewhere.
     """
-    folder = os.path.abspath(folder)
+    folder = folder if os.path.isabs(folder) else os.path.abspath(folder)
     path = os.path.normpath(os.path.join(folder, image))
     is_inside = allow_absolute and os.path.isabs(image) and path.startswith(os.path.join(folder, ""))
     if _PARENT.match(image) or (_ABSOLUTE.match(image) and not is_inside):

@@ -175,7 +175,7 @@ def _in_pairs(rows, image_columns, source: Rows):
     number, group = len(image_columns), []
     if len(source) < number:
         raise ValueError(
-            f"{source.name} has {len(source)} image: expected at least {number}, for each sample has {number}."
+            f"{source.name} has {len(source)} image: expected at least {number}, because each sample has {number}."
         )
     for row in rows:
         group.append(row)
@@ -205,7 +205,7 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
             problem = f"row {row.index + 1}: {getattr(error, 'reason', error)}".rstrip(".")
             if on_error == "raise":
                 raise type(error)(
-                    f"{rows.name}, {problem}. Mend it, or pass on_error='skip' to leave such rows out."
+                    f"{rows.name}, {problem}. Fix it, or pass on_error='skip' to leave such rows out."
                 ) from error
             problems.append(problem)
     if not good and where and not problems:

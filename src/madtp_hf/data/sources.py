@@ -86,7 +86,7 @@ class Rows:
             try:
                 if isinstance(image, str) and image:
                     if self.folder is None:
-                        raise ValueError(f"image path {image!r} in tables of several folders: name the images' folder")
+                        raise ValueError(f"image path {image!r} in tables of several folders: pass `image_dir`")
                     key = _as_key(image) if key is None and self.in_memory else key
                     image = path_inside(image, self.folder)
                 elif image and not isinstance(image, bytes):
@@ -120,8 +120,8 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
         `Rows` with `len`, `rows(start, stop)`, `keys()`, `fingerprint`, `columns`, `name` and `folder`.
 
     Raises:
-        ValueError, FileNotFoundError: if the source is none of these, can't be read, has no row, or lacks a column of
-            images or one of `columns`.
+        ValueError, FileNotFoundError: if the source is not one of these, can't be read, has no row, or lacks a column
+            of images or one of `columns`.
     """
     rows = _open(source, (wanted, columns, image_dir and Path(image_dir).expanduser()), split)
     if not len(rows):
@@ -388,7 +388,7 @@ class ParquetRows(Rows):
             start = row.index + 1
             yield row
         if start < stop:
-            raise ValueError(f"{self.name} has fewer rows than it says: write it again.")
+            raise ValueError(f"{self.name} has fewer rows than its metadata says: write it again.")
         self._reader = start, reader
 
     def _rows_from(self, start: int) -> Iterator[Row]:
@@ -455,7 +455,7 @@ class TarRows(Rows):
                 tar.fileobj.seek(tar.offset)
                 end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
                 if len(end) < tarfile.BLOCKSIZE or end.strip(tarfile.NUL):
-                    raise tarfile.ReadError(f"it breaks off or is damaged at byte {tar.offset}")
+                    raise tarfile.ReadError(f"it is truncated or damaged at byte {tar.offset}")
         except (tarfile.TarError, OSError) as error:
             yield f"can't be read to its end ({error})", None, 0, 0
 

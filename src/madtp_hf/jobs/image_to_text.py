@@ -87,7 +87,7 @@ class ImageToText:
             self._prompt = self.processor.tokenizer(generation.prompt, return_tensors="pt").input_ids.to(self.device)
             room -= self._prompt.shape[1] - 2
         if room < 1:
-            raise ValueError(f"The prompt {generation.prompt!r} leaves the decoder no room: expected a shorter one.")
+            raise ValueError(f"The prompt {generation.prompt!r} fills the decoder's length: expected a shorter one.")
         self.max_new_tokens = min(generation.max_new_tokens, room)
 
     def pixel_values(self, pixels: np.ndarray) -> torch.Tensor:

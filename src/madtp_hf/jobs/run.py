@@ -82,9 +82,9 @@ class PreparedBatches(Dataset):
         if row.error is not None or row.index in self.refused:
             raise UnreadableImage(row.error or self.refused[row.index])
         if self.asks and not (isinstance(question, str) and question.strip()):
-            raise UnreadableImage("there is no question in this row")
+            raise UnreadableImage("the row has no question")
         if row.values.get("image") is None:
-            raise UnreadableImage("there is no image in this row")
+            raise UnreadableImage("the row has no image")
         image = read_image(row.values["image"], self.max_pixels)
         try:
             return prepare(image, self.image_processor)

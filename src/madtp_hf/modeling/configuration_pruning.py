@@ -88,6 +88,7 @@ _CHECKS = {
         lambda value: value is None or _is_setting(value),
         "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0, 0 < factor <= 1",
     ),
+    "distillation_weight": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "pruning_temperature": (
         lambda value: is_number(value) and value >= 0,
         "a finite number, 0 to switch pruning off or larger to prune more",
@@ -122,6 +123,7 @@ class PruningConfigMixin:
         num_alignment_tokens=100,
         alignment_dim=None,
         alignment_loss_weight=0.1,
+        distillation_weight=1.0,
         pruning_method="madtp",
         pruning_setting=None,
         pruning_temperature=None,
@@ -138,6 +140,7 @@ class PruningConfigMixin:
         self.num_alignment_tokens = num_alignment_tokens
         self.alignment_dim = alignment_dim
         self.alignment_loss_weight = alignment_loss_weight
+        self.distillation_weight = distillation_weight
         self.pruning_method = pruning_method
         self.pruning_modalities = pruning_modalities
         self.pruning_schedule = pruning_schedule

@@ -179,7 +179,7 @@ def run_layers(
     all_hidden_states = []
 
     def record(states, sequences):
-        """Record padded states on request; layers go on from the recorded tensor, so that its gradient can be read."""
+        """Record padded states on request; layers continue from the recorded tensor, which so gets a gradient."""
         padded = sequences.pad_zeros(states) if len(all_hidden_states) in wanted else None
         all_hidden_states.append(padded)
         return states if padded is None else sequences.unpad(padded)

@@ -162,7 +162,7 @@ def init_alignment(module: nn.Module) -> None:
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan
 FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
 ALMOST_1 = 1 - 1e-5
-STEADY = 0.003  # a smaller difference of two reductions is none
+STEADY = 0.003  # a smaller difference of two reductions counts as none
 
 
 class MadtpMethod(PruningMethod):

@@ -29,6 +29,7 @@ from .madtp_blip_base import (
 )
 from .madtp_blip_decoder import TextDecoder, cross_attention_mask, self_attention_mask
 from .madtp_blip_encoders import MadtpBlipPairTextLayer, MadtpBlipTextModel, MadtpBlipVisionModel
+from .madtp_blip_losses import RetrievalLosses
 from .madtp_blip_outputs import (
     MadtpBlipForConditionalGenerationOutput,
     MadtpBlipForImagesAndTextClassificationOutput,
@@ -41,27 +42,21 @@ from .method_evit import EvitMethod  # noqa: F401
 from .method_madtp import MadtpMethod  # noqa: F401
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
-from .padding import check_same_number, check_same_shape, left_align, read_prompts, text_lengths
+from .padding import check_same_number, check_same_shape, read_prompts, text_lengths
 from .prepacked_linear import PrepackedLinear  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
 from .pruning_method import Decision  # noqa: F401
 from .repack import repack  # noqa: F401
-from .retrieval_loss import (
-    TEMPERATURE,
-    ContrastiveKeys,
-    contrastive_loss,
-    draw_hard_negatives,
-    gather_padded,
-    gather_rows,
-    process_rank,
-)
-from .sequences import unpad
+from .retrieval_loss import ContrastiveKeys
+from .sequences import Sequences  # noqa: F401
 from .token_pruning import AttentionStatistics  # noqa: F401
+from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
 
-if TYPE_CHECKING:  # `as_pipeline` imports it lazily
+if TYPE_CHECKING:  # `as_pipeline` imports them lazily
+    from .images import UnreadableImage  # noqa: F401
     from .pipeline_madtp_blip import PIPELINES  # noqa: F401
 
 
@@ -73,6 +68,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     }
     task = "vqa"
+    distilled = {"logits": "tokens"}
     _task_auto_class = "AutoModelForVisualQuestionAnswering"
     _task_pipeline = ("visual-question-answering", "pipeline_madtp_blip.MadtpBlipVisualQuestionAnsweringPipeline")
     _dense_classes = (BlipForQuestionAnswering,)
@@ -94,6 +90,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         return vision, text
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -171,7 +168,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         loss = task_loss = align_loss = None
         if labels is not None:
             task_loss = self.text_decoder.loss_of(answer, shift_labels)
-            align_loss = self._alignment_loss(vision.feature, text.feature)
+            align_loss = self.compute_alignment_loss(vision.feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForQuestionAnsweringOutput(
             loss=loss,
@@ -230,6 +227,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     main_input_name = "pixel_values"
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
     task = "captioning"
+    distilled = {"logits": "tokens"}
     _task_auto_class = "AutoModelForImageTextToText"
     _task_pipeline = ("image-to-text", "pipeline_madtp_blip.MadtpBlipImageToTextPipeline")
     _dense_classes = (BlipForConditionalGeneration,)
@@ -247,6 +245,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         self.text_decoder.set_input_embeddings(value)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -381,6 +380,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
     """
 
     task = "nlvr2"
+    distilled = {"logits": "classes"}
     _dense_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
     _new_in_task = ("alignment.", "merge_layer.", "cls_head.")
     _task_pipeline = (
@@ -415,6 +415,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         return weights
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -477,7 +478,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         if labels is not None:
             task_loss = F.cross_entropy(logits, labels)
             image_feature = None if vision.feature is None else vision.feature.unflatten(0, (-1, 2)).mean(dim=1)
-            align_loss = self._alignment_loss(image_feature, text.feature)
+            align_loss = self.compute_alignment_loss(image_feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForImagesAndTextClassificationOutput(
             loss=loss,
@@ -495,7 +496,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         )
 
 
-class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
+class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
     """BLIP for image-text retrieval that prunes image and text tokens that matter to neither modality.
 
     It has three passes: image only and text only, for features whose dot products are similarities, and text with
@@ -505,6 +506,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     """
 
     task = "retrieval"
+    distilled = {"itm_score": "classes", "image_feature": "features", "text_feature": "features"}
     _task_pipeline = ("image-text-retrieval", "pipeline_madtp_blip.MadtpBlipImageTextRetrievalPipeline")
     _dense_classes = (BlipForImageTextRetrieval,)
 
@@ -560,6 +562,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return with_states(self._text_feature(texts), texts, return_dict)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -630,7 +633,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             text = self._encode_text(input_ids, attention_mask, with_feature=True, pruning=pruning)
             image_feature, text_feature = self._image_feature(vision), self._text_feature(text)
             if pixel_values.shape[0] == input_ids.shape[0]:
-                align_loss = self._alignment_loss(vision.feature, text.feature)
+                align_loss = self.compute_alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
             images = images_for_texts(vision, pixel_values, input_ids, "texts")
             text = self._encode_text(input_ids, attention_mask, *images, pruning=pruning)
@@ -664,46 +667,6 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             text_feature=text_feature,
             **losses,
         )
-
-    def _losses(self, batch, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """Return the contrastive loss, the matching loss with hard negatives and their sum; itm_score (B, 2).
-
-        batch: input_ids, attention_mask, the images' `BranchOutput` and the pass's pruning.
-        """
-        if image_ids is None:
-            image_ids = torch.arange(len(batch[0]), device=batch[0].device) + process_rank() * len(batch[0])
-        contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
-        temperature = TEMPERATURE if contrastive_keys is None else contrastive_keys.temperature.detach()
-        negatives = self._score_hard_negatives(*batch, *features, image_ids, temperature)
-        labels = torch.zeros(len(itm_score) + len(negatives), dtype=torch.long, device=itm_score.device)
-        labels[: len(itm_score)] = 1
-        matching = F.cross_entropy(torch.cat([itm_score, negatives]), labels)
-        return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
-
-    def match(self, input_ids, attention_mask, image_states, image_mask=None, pruning=None) -> torch.Tensor:
-        """Return matching logits (B, 2) of texts (B, L) with image states (B, M, D) and their mask (B, M)."""
-        text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask), pruning=pruning)
-        return self.itm_head(text.first_states)
-
-    def _score_hard_negatives(
-        self, input_ids, attention_mask, vision, pruning, image_feature, text_feature, image_ids, temperature
-    ) -> torch.Tensor:
-        """Return matching logits (up to 2 * B, 2) of texts with a wrong image and images with a wrong text each."""
-        rank = process_rank()
-        text_ids, text_mask = input_ids, None
-        if attention_mask is not None:
-            text_ids, text_mask = left_align(input_ids, attention_mask.bool())
-        all_ids = gather_rows(image_ids)
-        states, states_mask = gather_padded(vision.hidden_states, vision.mask)
-        texts, texts_mask = gather_padded(text_ids, text_mask)
-        other_images, other_texts = (gather_rows(f.detach()) for f in (image_feature, text_feature))
-        of_text, wrong_image = draw_hard_negatives(text_feature, other_images, image_ids, all_ids, temperature)
-        of_image, wrong_text = draw_hard_negatives(image_feature, other_texts, image_ids, all_ids, temperature)
-        start = len(image_ids) * rank
-        pairs_text = torch.cat([of_text + start, wrong_text])
-        pairs_image = torch.cat([wrong_image, of_image + start])
-        images = (states[pairs_image], states_mask[pairs_image])
-        return self.match(texts[pairs_text], texts_mask[pairs_text], *images, pruning=pruning)
 
 
 __all__ = [

@@ -39,6 +39,7 @@ from .repack import repack  # noqa: F401
 from .retrieval_loss import ContrastiveKeys, contrastive_loss
 from .sequences import Sequences  # noqa: F401
 from .token_pruning import AttentionStatistics  # noqa: F401
+from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -65,6 +66,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     base_model_prefix = "madtp_clip"
     model_tags = ["clip", "madtp", "token-pruning"]  # in a model card's metadata
     task = "clip"
+    distilled = {"logits_per_image": "classes", "image_embeds": "features", "text_embeds": "features"}
     _dense_classes = (CLIPModel,)
     _from_dense_name = "from_clip"
     _task_auto_class = "AutoModelForZeroShotImageClassification"
@@ -175,6 +177,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         return as_model_output(images)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -225,7 +228,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             else:
                 temperature = (-self.logit_scale).exp()
                 task_loss = contrastive_loss(image_embeds, text_embeds, image_ids, contrastive_keys, temperature)
-            align_loss = self._alignment_loss(images.feature, texts.feature)
+            align_loss = self.compute_alignment_loss(images.feature, texts.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpClipOutput(
             loss=loss,

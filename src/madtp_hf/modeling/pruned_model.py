@@ -21,6 +21,7 @@ from .method_tome import TomeMethod  # noqa: F401
 from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
 from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
+from .training_passes import TrainingPasses
 
 
 logger = logging.get_logger("transformers.models.madtp")
@@ -69,7 +70,7 @@ class PruningPass:
     def __init__(self, config, method: type[PruningMethod], setting: dict | None):
         if setting is not None and not all(name in method.fields for name in setting):
             raise ValueError(
-                f"The setting {setting} is none of the pruning method {method.name!r}, which expects"
+                f"The setting {setting} does not fit the pruning method {method.name!r}, which expects"
                 f" {', '.join(method.fields)}."
             )
         self.method, self.setting, self.granularity = method, setting, config.pruning_granularity
@@ -111,6 +112,8 @@ class PrunedModelMixin:
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
     min_kept = 1
     has_layer_projections = False
+    distilled: dict[str, str] = {}  # the outputs that pruned passes learn, see `training_passes.distillation_loss`
+    _training_passes: TrainingPasses | None = None
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
@@ -124,7 +127,7 @@ class PrunedModelMixin:
         for branch in (config.vision_config, config.text_config):
             if branch._attn_implementation is None:  # inherits the whole model's
                 branch._attn_implementation = config._attn_implementation
-        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
+        self.model_tags = list(self.model_tags or ())  # `add_model_tags` and `push_to_hub(tags=...)` add to it
         family, name = config.model_type, type(self).__name__
         config.auto_map = {
             "AutoConfig": f"configuration_{family}.{self.config_class.__name__}",
@@ -231,6 +234,13 @@ class PrunedModelMixin:
         low, high, share = self.config.schedule_entries(reduction)
         return self.pruning_method.between(low, high, share)
 
+    def set_training_passes(self, settings: list[dict | None] | None, observe=None, teacher=None) -> None:
+        """Set the forward passes of the next training steps, see `TrainingPasses`; None trains as the model is set.
+
+        `madtp_hf.ReductionCallback` calls this before each step.
+        """
+        self._training_passes = None if settings is None else TrainingPasses(settings, observe, teacher)
+
     @property
     def pruning_method(self) -> type[PruningMethod]:
         """The class of the model's pruning method."""
@@ -288,7 +298,9 @@ class PrunedModelMixin:
         """
         return pruning.method.for_branch(self, pruning, modality, with_feature)
 
-    def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
+    def compute_alignment_loss(
+        self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the alignment loss, 0 if a branch has no feature, as with pruning off.
 
         The 0 depends on all alignment parameters, because distributed training waits for the gradient of each.

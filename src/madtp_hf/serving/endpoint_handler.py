@@ -553,11 +553,8 @@ class EndpointHandler:
             raise ValueError(f"{str(error).rstrip('.')}: expected {expected}.") from error
 
     def _run(self, item: dict, parameters: dict, reduction: float | None) -> list:
-        with self._pruning(reduction):
+        model = self.pipeline.model
+        with contextlib.nullcontext() if reduction is None else model.pruning(reduction=reduction):
             if self.task == ZERO_SHOT:
                 return self.pipeline(item.pop("image"), **item)
             return self.pipeline(item, **parameters)
-
-    def _pruning(self, reduction: float | None):
-        """Set the reduction for one call; other threads' requests do not see it."""
-        return contextlib.nullcontext() if reduction is None else self.pipeline.model.pruning(reduction=reduction)

@@ -63,7 +63,7 @@ class OnnxModel:
         self.task = self.description["task"]
         missing = [g["file"] for g in self.description["graphs"].values() if not (self.folder / g["file"]).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {DESCRIPTION} names: export again.")
+            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {DESCRIPTION} lists: export again.")
         processor_class = getattr(transformers, _CLASSES.get(self.task, "BlipProcessor"))
         self._has_warned = False  # of truncated texts
         self.processor = processor_class.from_pretrained(self.folder)

@@ -36,7 +36,7 @@ _TILE = (
 )
 
 
-class Run(NamedTuple):
+class TimedAnswer(NamedTuple):
     """A model's text, the GFLOPs of the pass, generated tokens included, and the seconds of `generate`, warm."""
 
     text: str
@@ -47,8 +47,8 @@ class Run(NamedTuple):
 class Look(NamedTuple):
     """The result of one click: the run of the pruned model, that of the dense one, and the tokens that survive."""
 
-    pruned: Run
-    dense: Run
+    pruned: TimedAnswer
+    dense: TimedAnswer
     survivors: Survivors
 
 
@@ -121,12 +121,12 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
             count = count_flops if share else dense_flops
             flops = count(model.config, model.task, vision, words, written.shape[1] - 1)  # the last one isn't read
             answer = processor.tokenizer.decode(written[0], skip_special_tokens=True).strip()
-            runs.append(Run(answer, flops.item() / 1e9, seconds))
+            runs.append(TimedAnswer(answer, flops.item() / 1e9, seconds))
     (survivors,) = collect_survivors(model, processor, batch, pictures, outputs)
     return Look(runs[1], runs[0], survivors)
 
 
-def describe(found: Look) -> str:
+def cost_html(found: Look) -> str:
     """Format the answer and its cost, next to the dense model's, as HTML."""
 
     def shown_time(seconds):
@@ -232,7 +232,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
             raise gr.Error(str(error)) from error
         words = "" if found.survivors.words is None else words_as_html(found.survivors.words, None)
         patches = draw_patches([found.survivors], None, layers, size=140)
-        return describe(found), words, plot_tokens(found.survivors), patches
+        return cost_html(found), words, plot_tokens(found.survivors), patches
 
     first = examples[0] if examples else (None, "")
     with gr.Blocks(title="What a pruned model drops", analytics_enabled=False) as app:

@@ -12,20 +12,20 @@ CAPTION_TOKENS, CAPTION_BEAMS = 20, 3
 METRICS = ("bleu", "cider", "rouge")  # those that need no Java
 
 
-def generate(model, inputs, **options):
+def _generate(model, inputs, **options):
     return model.generate(inputs["pixel_values"], num_beams=CAPTION_BEAMS, **options)
 
 
-def predict(model, processor, batch) -> list[str]:
+def _predict(model, processor, batch) -> list[str]:
     collator = TASK.make_collator(model, processor)
     prompt = collator.prompt_ids(len(batch["pixel_values"])).to(model.device)
     room = model.config.text_config.max_position_embeddings - prompt.shape[1]
-    written = generate(model, batch, input_ids=prompt, max_new_tokens=min(CAPTION_TOKENS, room))
+    written = _generate(model, batch, input_ids=prompt, max_new_tokens=min(CAPTION_TOKENS, room))
     captions = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
     return [caption.removeprefix(collator.prompt).strip() for caption in captions]
 
 
-def score(predictions, rows) -> dict[str, float]:
+def _score(predictions, rows) -> dict[str, float]:
     references = [list(row["captions"]) for row in rows]
     scores = load_metric(TASK.metric).compute(predictions=predictions, references=references, metrics=METRICS)
     shown = {name: value for name, value in scores.items() if name not in ("bleu_1", "bleu_2", "bleu_3")}
@@ -78,9 +78,9 @@ TASK = Task(
     baseline="Baseline, with captions of other images",
     pipeline_tag="image-to-text",
     tags=("image-captioning",),
-    predict=predict,
-    score=score,
-    generate=generate,
+    predict=_predict,
+    score=_score,
+    generate=_generate,
     timed_tokens=10,
     script="run_captioning.py",
 )

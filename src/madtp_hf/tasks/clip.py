@@ -8,7 +8,7 @@ from ..families import CLIP
 from ..modeling.modeling_madtp_clip import MadtpClipModel
 from . import flop_formulas as flops
 from . import onnx_parts as parts
-from .pair_scores import CaptionedImages, score
+from .pair_scores import CaptionedImages, score_recalls
 from .task import Task
 
 
@@ -42,7 +42,7 @@ def score_by_features(
     return similarity, similarity.T
 
 
-def predict_all(model, processor, rows, batch_size: int):
+def _predict_all(model, processor, rows, batch_size: int):
     queries = CaptionedImages(rows, processor, model.config.text_config.max_position_embeddings, batch_size)
     return score_by_features(model, queries.pixel_batches, queries.input_ids, queries.attention_mask)
 
@@ -104,8 +104,8 @@ print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well 
     baseline="Chance",
     pipeline_tag="zero-shot-image-classification",
     tags=("image-text-retrieval",),
-    predict_all=predict_all,
-    score=score,
+    predict_all=_predict_all,
+    score=score_recalls,
     embeds=True,
     script="run_clip_retrieval.py",
 )

@@ -8,11 +8,11 @@ from . import onnx_parts as parts
 from .task import Task
 
 
-def predict(model, processor, batch) -> list[int]:
+def _predict(model, processor, batch) -> list[int]:
     return model(**{name: value for name, value in batch.items() if name != "labels"}).logits.argmax(-1).tolist()
 
 
-def score(predictions, rows) -> dict[str, float]:
+def _score(predictions, rows) -> dict[str, float]:
     references = [row["label"] for row in rows]
     scores = load_metric(TASK.metric).compute(predictions=predictions, references=references)
     return {f"{name} %": value for name, value in scores.items()}
@@ -36,7 +36,7 @@ def _classify_pairs(model, input_ids, attention_mask, left_states, right_states)
 
 def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
     return {
-        "vision_encoder": parts.vision_encoder(model, sizes),
+        "vision_encoder": parts.vision_encoder_graph(model, sizes),
         "classifier": parts.Graph(
             "Sentences about pairs of images: scores of false and true.",
             _classify_pairs,
@@ -72,7 +72,7 @@ print(model(**inputs).logits.softmax(dim=-1)[0, 1].item())  # how likely it is t
     text="there are two dogs in the left image",
     baseline="Language-only baseline, from the words of the sentences",
     tags=("visual-reasoning", "nlvr2"),
-    predict=predict,
-    score=score,
+    predict=_predict,
+    score=_score,
     script="run_nlvr2.py",
 )

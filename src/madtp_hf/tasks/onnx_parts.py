@@ -68,7 +68,7 @@ def layout(states: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
     return states.flatten(0, 1), Sequences.padded(*states.shape[:2], states.device)
 
 
-def encode_images(model, pixel_values):
+def encoder_states(model, pixel_values):
     return model._encode_images(pixel_values).hidden_states
 
 
@@ -136,7 +136,7 @@ def texts(model, sizes: Sizes) -> dict:
 def states(model, sizes: Sizes, *names: str) -> dict:
     """Return image states as the vision encoder outputs them; their number of tokens is fixed."""
     with torch.no_grad():
-        states = encode_images(model, images(model, sizes)["pixel_values"][0])
+        states = encoder_states(model, images(model, sizes)["pixel_values"][0])
     # Distinct tensors with different values: the exporter merges inputs that share a tensor.
     return {name: (states.roll(index, dims=1), {0: BATCH}) for index, name in enumerate(names)}
 
@@ -172,5 +172,5 @@ def decoder(model, sizes: Sizes, num_states: int, varies: bool) -> Graph:
     return Graph(what, _decode, inputs, outputs)
 
 
-def vision_encoder(model, sizes: Sizes) -> Graph:
-    return Graph("Images: their tokens' states.", encode_images, images(model, sizes), ["image_states"])
+def vision_encoder_graph(model, sizes: Sizes) -> Graph:
+    return Graph("Images: their tokens' states.", encoder_states, images(model, sizes), ["image_states"])

@@ -53,7 +53,7 @@ class CaptionedImages:
         return self.recalls(chance, chance.T)
 
 
-def score(predictions, rows) -> dict[str, float]:
+def score_recalls(predictions, rows) -> dict[str, float]:
     """Return the recalls that a results table shows; predictions: image_to_text and text_to_image scores."""
     return shown_recalls(_recalls(_captions(rows), *predictions))
 

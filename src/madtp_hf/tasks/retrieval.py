@@ -9,7 +9,7 @@ from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.retrieval_loss import is_distributed, process_rank
 from . import flop_formulas as flops
 from . import onnx_parts as parts
-from .pair_scores import CaptionedImages, score
+from .pair_scores import CaptionedImages, score_recalls
 from .task import INPUTS, Task
 
 
@@ -17,7 +17,7 @@ NOT_LISTED = -100.0  # the score of a pair outside the shortlists, below every o
 
 
 @torch.no_grad()
-def encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _encode_images(model, pixel_batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Encode batches of pixel_values (B, 3, H, W).
 
     Returns features (I, E) and, for each of the I images, the states (L, D) of its tokens without padding.
@@ -62,7 +62,7 @@ def score_images_and_texts(
     if k < 1:
         raise ValueError(f"k={k}: expected the length of a shortlist, at least 1.")
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    image_features, states = encode_images(model, pixel_batches)
+    image_features, states = _encode_images(model, pixel_batches)
     text_features = torch.cat(
         [
             model.get_text_features(ids, mask)
@@ -98,7 +98,7 @@ def score_images_and_texts(
     return rescore(similarity, True), rescore(similarity.T.contiguous(), False)
 
 
-def predict_all(model, processor, rows, batch_size: int):
+def _predict_all(model, processor, rows, batch_size: int):
     queries = CaptionedImages(rows, processor, model.config.text_config.max_position_embeddings, batch_size)
     return score_images_and_texts(model, queries.pixel_batches, queries.input_ids, queries.attention_mask)
 
@@ -165,8 +165,8 @@ print(model(**inputs, use_itm_head=False).itm_score.item())  # their cosine simi
     text="two dogs on a beach",
     baseline="Chance",
     tags=("image-text-retrieval", "image-text-matching"),
-    predict_all=predict_all,
-    score=score,
+    predict_all=_predict_all,
+    score=score_recalls,
     embeds=True,
     script="run_retrieval.py",
 )

@@ -11,16 +11,16 @@ from .task import INPUTS, Task
 ANSWER_TOKENS = 10
 
 
-def generate(model, inputs, **options):
+def _generate(model, inputs, **options):
     return model.generate(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], **options)
 
 
-def predict(model, processor, batch) -> list[str]:
-    written = generate(model, batch, max_new_tokens=ANSWER_TOKENS)
+def _predict(model, processor, batch) -> list[str]:
+    written = _generate(model, batch, max_new_tokens=ANSWER_TOKENS)
     return processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def score(predictions, rows) -> dict[str, float]:
+def _score(predictions, rows) -> dict[str, float]:
     # VQA accuracy expects the answers of ten annotators: up to three true answers are repeated to make ten.
     references = [list(row.get("answers") or [row["answer"]]) for row in rows]
     references = [answers if len(answers) > 3 else (answers * 10)[:10] for answers in references]
@@ -41,7 +41,7 @@ def _encode_questions(model, input_ids, attention_mask, image_states):
 
 def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
     return {
-        "vision_encoder": parts.vision_encoder(model, sizes),
+        "vision_encoder": parts.vision_encoder_graph(model, sizes),
         "question_encoder": parts.Graph(
             "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
             _encode_questions,
@@ -73,9 +73,9 @@ TASK = Task(
     text="how many dogs are there?",
     baseline="Language-only baseline, from the words of the questions",
     pipeline_tag="visual-question-answering",
-    predict=predict,
-    score=score,
-    generate=generate,
+    predict=_predict,
+    score=_score,
+    generate=_generate,
     timed_tokens=4,
     script="run_vqa.py",
 )
