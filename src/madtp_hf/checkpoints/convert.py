@@ -251,9 +251,7 @@ def _check_options(config, config_class, family: str, heads, activation) -> None
     if heads is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n > 0 for n in numbers)):
         raise ValueError(f"heads={heads!r}: expected two numbers, of the vision and the text tower's attention heads.")
     if activation is not None and activation not in ACT2FN:
-        raise ValueError(
-            f"activation={activation!r}: expected an activation of transformers, such as gelu or quick_gelu."
-        )
+        raise ValueError(f"activation={activation!r}: expected one of transformers, such as gelu or quick_gelu.")
 
 
 def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: dict[str, str]) -> str:

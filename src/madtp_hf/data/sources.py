@@ -120,7 +120,7 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
         `Rows` with `len`, `rows(start, stop)`, `keys()`, `fingerprint`, `columns`, `name` and `folder`.
 
     Raises:
-        ValueError, FileNotFoundError: if the source is of another kind, can't be read, has no row, or lacks a column
+        ValueError, FileNotFoundError: if the source is not one of these, can't be read, has no row, or lacks a column
             of images or one of `columns`.
     """
     rows = _open(source, (wanted, columns, image_dir and Path(image_dir).expanduser()), split)
