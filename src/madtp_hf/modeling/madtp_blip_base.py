@@ -41,7 +41,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         "BlipTextEmbeddings",
         "BlipVisionEmbeddings",
     ]
-    _prepacked_classes = (nn.Linear, MergeLayer)
     _fused_activations = {
         BlipMLP: ("fc1", "activation_fn"),
         BlipTextIntermediate: ("dense", "intermediate_act_fn"),

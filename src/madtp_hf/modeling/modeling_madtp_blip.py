@@ -35,7 +35,7 @@ from .madtp_blip_outputs import (
     MadtpBlipForQuestionAnsweringOutput,
 )
 from .padding import check_same_number, check_same_shape, left_align, read_prompts, text_lengths
-from .prepacked_linear import PrepackedLinear  # noqa: F401
+from .prepared_linear import PreparedForward  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
 from .retrieval_loss import (
     TEMPERATURE,

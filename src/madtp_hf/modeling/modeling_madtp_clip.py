@@ -25,7 +25,7 @@ from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import as_model_output, real_tokens
 from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
 from .padding import check_same_number
-from .prepacked_linear import PrepackedLinear  # noqa: F401
+from .prepared_linear import PreparedForward  # noqa: F401
 from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, PruningOutput, init_alignment
 from .retrieval_loss import ContrastiveKeys, contrastive_loss
 from .sequences import Sequences  # noqa: F401
