@@ -89,11 +89,11 @@ def expected(models, folder, tmp_path_factory):
 
 
 def caption(models, images, out, *options):
-    return invoke("caption", models["captioning"], images, out, "--reduction", 0.5, "--max_new_tokens", 6, *options)
+    return invoke("caption", models["captioning"], images, out, "--reduction", 0.5, "--max-new-tokens", 6, *options)
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "captions.parquet"])
-@pytest.mark.parametrize("options", [(), ("--batch_size", 2, "--workers", 2)])
+@pytest.mark.parametrize("options", [(), ("--batch-size", 2, "--workers", 2)])
 def test_a_folder_is_captioned_in_order_whatever_the_batch(models, folder, expected, tmp_path, name, options):
     result = caption(models, folder, tmp_path / name, *(options or ("--workers", 0)))
     assert result.exit_code == 0, result.stderr
@@ -118,7 +118,7 @@ def test_side_files_beside_the_images_or_in_a_tree_of_their_own(models, folder, 
     picture(1).save(images / "0.gif")  # whose text would be the same file
     for _ in range(2):  # what the first run wrote is no image of the second
         result = caption(models, images, images, "--suffix", ".txt", "--workers", 0)
-        assert result.exit_code == 0, result.stderr
+        assert result.exit_code == 3, result.stderr
         assert sorted(path.name for path in images.iterdir()) == ["0.gif", "0.png", "0.txt"]
     assert "1 images, all done before, 1 errors" in result.stdout
     (error,) = read_rows(tmp_path / "images.errors.jsonl")
@@ -152,8 +152,8 @@ def test_bad_images_are_listed_and_move_no_caption(models, expected, tmp_path, w
     for index in range(NUMBER):
         picture(index).save(images / name_of(index))
     bad = bad_files(images)
-    result = caption(models, images, tmp_path / "c.jsonl", "--batch_size", 4, "--workers", workers)
-    assert result.exit_code == 0, result.stderr
+    result = caption(models, images, tmp_path / "c.jsonl", "--batch-size", 4, "--workers", workers)
+    assert result.exit_code == 3, result.stderr
     assert f"6 errors, listed in {tmp_path / 'c.errors.jsonl'}" in result.stdout
     assert {row["key"]: row["caption"] for row in read_rows(tmp_path / "c.jsonl")} == expected
     errors = {row["key"]: row["error"] for row in read_rows(tmp_path / "c.errors.jsonl")}
@@ -183,7 +183,7 @@ def write_source(kind: str, folder: Path, tmp_path: Path):
     if kind == "txt":
         text = "".join(f"{name}\t{question}\n" for name, question in zip(names, questions))
         (tmp_path / "list.txt").write_text(text)
-        return tmp_path / "list.txt", ("--image_root", folder)
+        return tmp_path / "list.txt", ("--image-dir", folder)
     if kind == "jsonl":
         rows = [{"path": str(folder / name), "question": question} for name, question in zip(names, questions)]
         (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -191,7 +191,7 @@ def write_source(kind: str, folder: Path, tmp_path: Path):
     if kind == "csv":
         lines = [f'{index},{folder / name},"{questions[index]}"\n' for index, name in enumerate(names)]
         (tmp_path / "list.csv").write_text("id,where,question\n" + "".join(lines))
-        return tmp_path / "list.csv", ("--image_column", "where")
+        return tmp_path / "list.csv", ("--columns", "image=where")
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
         from pyarrow import parquet
@@ -220,7 +220,7 @@ def write_source(kind: str, folder: Path, tmp_path: Path):
 def answers(models, folder, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("answers")
     images, options = write_source("jsonl", folder, tmp_path)
-    result = invoke("ask", models["vqa"], images, tmp_path / "a.jsonl", *options, "--workers", 0, "--batch_size", 1)
+    result = invoke("ask", models["vqa"], images, tmp_path / "a.jsonl", *options, "--workers", 0, "--batch-size", 1)
     assert result.exit_code == 0, result.stderr
     rows = read_rows(tmp_path / "a.jsonl")
     assert len({row["answer"] for row in rows}) > 2
@@ -230,7 +230,7 @@ def answers(models, folder, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["txt", "csv", "parquet", "tar", "datasets"])
 def test_all_sources_give_the_same_answers(models, folder, answers, tmp_path, kind):
     images, options = write_source(kind, folder, tmp_path)
-    result = invoke("ask", models["vqa"], images, tmp_path / "a.parquet", *options, "--batch_size", 4, "--workers", 2)
+    result = invoke("ask", models["vqa"], images, tmp_path / "a.parquet", *options, "--batch-size", 4, "--workers", 2)
     assert result.exit_code == 0, result.stderr
     rows = read_rows(tmp_path / "a.parquet")
     assert [(row["question"], row["answer"]) for row in rows] == answers
@@ -243,10 +243,25 @@ def test_one_question_for_all_images(models, folder, tmp_path):
     result = invoke("ask", models["vqa"], folder, tmp_path / "a.jsonl", "--question", question, "--workers", 0)
     assert result.exit_code == 0, result.stderr
     assert {row["question"] for row in read_rows(tmp_path / "a.jsonl")} == {question}
-    # Without one, there is nothing to ask: each row is listed.
-    result = invoke("ask", models["vqa"], folder, tmp_path / "b.jsonl", "--workers", 0)
-    assert result.exit_code == 0 and read_rows(tmp_path / "b.jsonl") == []
-    assert {row["error"] for row in read_rows(tmp_path / "b.errors.jsonl")} == {"there is no question in this row"}
+    # One row without a question is listed; without any, there is nothing to ask.
+    rows = [{"path": str(folder / name_of(index)), "question": question if index else None} for index in range(3)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke("ask", models["vqa"], tmp_path / "list.jsonl", tmp_path / "b.jsonl", "--workers", 0)
+    assert result.exit_code == 3 and len(read_rows(tmp_path / "b.jsonl")) == 2
+    (error,) = read_rows(tmp_path / "b.errors.jsonl")
+    assert error["row"] == 0 and error["error"] == "there is no question in this row"
+    result = invoke("ask", models["vqa"], folder, tmp_path / "c.jsonl", "--workers", 0)
+    assert result.exit_code == 1 and "has no questions: pass --question" in result.stderr
+    assert not list(tmp_path.glob("c.*"))
+
+
+def test_it_is_no_success_if_every_row_failed(models, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("broken")
+    result = caption(models, tmp_path / "images", tmp_path / "c.jsonl", "--workers", 0)
+    assert result.exit_code == 3 and "c.jsonl: 0 images" in result.stdout and "1 errors, listed in" in result.stdout
+    again = caption(models, tmp_path / "images", tmp_path / "c.jsonl", "--workers", 0)
+    assert again.exit_code == 3 and "all done before, 1 errors" in again.stdout
 
 
 def test_any_range_of_a_source_is_the_same_rows(folder, tmp_path):
@@ -263,10 +278,10 @@ def test_prompts_are_not_in_the_output_and_sampling_repeats(models, folder, tmp_
     for name, options in {
         "plain": (),
         "prompted": ("--prompt", "the image of"),
-        "beams": ("--num_beams", 3),
-        "drawn": ("--do_sample", "--temperature", 2.0),
-        "again": ("--do_sample", "--temperature", 2.0),
-        "other": ("--do_sample", "--temperature", 2.0, "--seed", 1),
+        "beams": ("--num-beams", 3),
+        "drawn": ("--do-sample", "--temperature", 2.0),
+        "again": ("--do-sample", "--temperature", 2.0),
+        "other": ("--do-sample", "--temperature", 2.0, "--seed", 1),
     }.items():
         result = caption(models, folder, tmp_path / f"{name}.jsonl", "--workers", 0, *options)
         assert result.exit_code == 0, result.stderr
@@ -289,12 +304,13 @@ def test_bad_requests_are_one_line_and_write_nothing(models, folder, tmp_path):
         ((tmp_path / "empty", out), "empty holds no image"),
         (
             (tmp_path / "list.csv", out),
-            "has the columns where, what: name the one with the images with --image_column",
+            "has the columns where, what: name the one with the images, pass --columns image=NAME",
         ),
-        ((folder, tmp_path / "o.txt"), r"expected a name that ends in .jsonl or .parquet, or --suffix"),
-        ((folder, tmp_path / "kept.jsonl"), "kept.jsonl exists, .* or use --force"),
-        ((folder, out, "--memory", "much"), "--memory much: expected a size, such as 2GB"),
-        ((folder, out, "--reduction", 0.9), "reduction=0.9 is outside"),
+        ((folder, tmp_path / "o.txt"), r"expected a name that ends in .jsonl or .parquet, or --suffix .txt"),
+        ((folder, tmp_path / "kept.jsonl"), "kept.jsonl exists, .* or pass --force"),
+        ((folder, out, "--temperature", 2.0), "--temperature is of no use without --do-sample"),
+        ((folder, tmp_path / "kept.jsonl" / "o.jsonl"), "o.jsonl can't be written .* is not a directory.*: choose"),
+        ((folder, out, "--reduction", 0.9), "--reduction 0.9 is outside"),
         ((folder, out, "--prompt", "the image " * 20), "leaves the decoder no room"),
         ((folder, tmp_path / "t", "--suffix", "txt"), "--suffix txt: expected a suffix with its dot"),
     ):
@@ -311,7 +327,7 @@ def test_help_fits_a_screen():
         shown = (
             CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}).stdout
         )
-        assert len(shown.splitlines()) <= 45 and "--max_new_tokens" in shown
+        assert len(shown.splitlines()) <= 45 and "--max-new-tokens" in shown
 
 
 # Going on after a stop
@@ -355,7 +371,7 @@ def many(models, tmp_path_factory):
 
 
 COMMAND = ("-m", "madtp_hf_cli", "caption")
-OPTIONS = ("--reduction", 0.5, "--max_new_tokens", 6)
+OPTIONS = ("--reduction", 0.5, "--max-new-tokens", 6)
 
 
 @pytest.mark.slow
@@ -364,14 +380,14 @@ def test_killed_it_goes_on_and_with_other_processes_too(models, many, tmp_path):
     images, whole = many
     out = tmp_path / "c.jsonl"
     job = tmp_path / "c.jsonl.job"
-    process = start([*COMMAND, models["captioning"], images, out, *OPTIONS, "--batch_size", 8, "--workers", 1])
+    process = start([*COMMAND, models["captioning"], images, out, *OPTIONS, "--batch-size", 8, "--workers", 1])
     while process.poll() is None and not (job / "part-00000.jsonl").exists():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not out.exists() and 0 < len(list(job.glob("part-*.jsonl"))) < 3
-    other = caption(models, images, out, "--num_beams", 2)
-    assert other.exit_code == 1 and "begun with other settings (num_beams was 1, now 2)" in other.stderr
+    other = caption(models, images, out, "--num-beams", 2)
+    assert other.exit_code == 1 and "begun with other settings (--num-beams was 1, now 2)" in other.stderr
 
     first_part = (job / "part-00000.jsonl").stat()
     printed = finish(start([*COMMAND, models["captioning"], images, out, *OPTIONS], processes=2))

@@ -219,9 +219,12 @@ def test_bad_inputs_are_one_message_and_leave_nothing(source, tmp_path, monkeypa
             (source / "retrieval.pth", out, "vqa", bert),
             "not of task 'vqa': .* looks like a checkpoint of task 'retrieval'",
         ),
-        ((vqa, tmp_path / "full", "vqa", bert), "full is not empty: choose another folder, or replace it .* --force"),
+        (
+            (vqa, tmp_path / "full", "vqa", bert),
+            "full is not empty: choose another folder, or replace everything in it with --force",
+        ),
         ((vqa, tmp_path / "file", "vqa", bert), "file is a file: expected the name of a folder"),
-        ((vqa, out, "vqa", bert, "--image-size", "50"), "image_size=50: expected a multiple of .* patch size, 8"),
+        ((vqa, out, "vqa", bert, "--image-size", "50"), "--image-size 50: expected a multiple of .* patch size, 8"),
         (
             (vqa, out, "vqa", tmp_path / "few"),
             "few' has 8 tokens, .DEC. is 6 and .ENC. 7; the checkpoint has 40, 38 and 39",
@@ -262,10 +265,10 @@ def test_force_replaces_a_folder_and_failure_does_not(source, tmp_path, monkeypa
     checkpoint = make_checkpoint("nlvr2", out)
     for folder in (out, tmp_path):
         result = invoke(checkpoint, folder, *arguments[2:], "--force")
-        assert result.exit_code == 1 and "can't be replaced: " in result.stderr
+        assert result.exit_code == 1 and "can't be replaced, because " in result.stderr
     monkeypatch.chdir(out)
     result = invoke(*arguments, "--force")
-    assert result.exit_code == 1 and "can't be replaced: " in result.stderr and checkpoint.exists()
+    assert result.exit_code == 1 and "can't be replaced, because " in result.stderr and checkpoint.exists()
 
 
 def test_a_tokenizer_that_has_blip_tokens_is_taken_as_it_is(source, tmp_path):

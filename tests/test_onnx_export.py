@@ -215,7 +215,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     for arguments, message in (
         (("model", "out"), "depends on its input"),
         (("model", "full"), "is not empty"),
-        (("missing", "out"), "There is no folder"),
+        (("missing", "out"), "missing is not a directory"),
         (("model", "out", "--reduction", "0.5"), "needs a calibrated schedule"),
     ):
         paths = [str(tmp_path / name) for name in arguments[:2]]

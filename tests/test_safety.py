@@ -223,11 +223,11 @@ def test_a_push_takes_no_file_from_outside_the_folder(folder, tmp_path):
     refused("expected the name of a file in that folder")
     module.unlink()
     module.symlink_to(tmp_path / "secret.py")
-    refused(r"versions.py is a link to .*secret.py, outside the folder: put the file itself there")
+    refused(r"versions.py is a symlink to .*secret.py, outside the folder: replace it with the file")
     module.unlink()
     module.write_text(code)
     (folder / "NOTICE").symlink_to(tmp_path / "secret.py")
-    refused("NOTICE is a link to")
+    refused("NOTICE is a symlink to")
     (folder / "NOTICE").unlink()
 
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")

@@ -15,7 +15,7 @@ except ImportError as error:
 from .ask import ask
 from .benchmark import benchmark
 from .caption import caption
-from .common import ManyNumbers
+from .common import EXIT_CODES, Command, with_hyphens
 from .convert import convert
 from .evaluate import evaluate
 from .export import export
@@ -35,8 +35,9 @@ def print_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    cls=ManyNumbers,
-    help="BLIP and CLIP made faster: MADTP token pruning, in the manner of transformers.",
+    help="BLIP and CLIP made faster by MADTP token pruning.",
+    epilog=EXIT_CODES,
+    context_settings={"token_normalize_func": with_hyphens},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,4 +61,4 @@ def version() -> None:
 
 
 for command in (convert, prune, evaluate, benchmark, caption, ask, index, search, export, push):
-    app.command(no_args_is_help=True)(command)
+    app.command(cls=Command, epilog=EXIT_CODES, no_args_is_help=True)(command)

@@ -1,45 +1,33 @@
 """`madtp-hf ask`: answer every question about an image."""
 
-from typing import Annotated
-
-import typer
-
-from . import bulk
-
-
-Images = Annotated[
-    str,
-    typer.Argument(metavar="IMAGES", help="A list, *.parquet, tars or data set of images and questions; or images."),
-]
+from . import bulk, options
 
 
 def ask(
-    model: bulk.Model,
-    images: Images,
-    out: bulk.Out,
-    question: Annotated[str | None, typer.Option(metavar="TEXT", help="Ask this of every image.")] = None,
-    suffix: bulk.Suffix = None,
-    reduction: bulk.Reduction = None,
-    max_new_tokens: bulk.NewTokens = 10,
-    num_beams: bulk.Beams = 1,
-    do_sample: bulk.DoSample = False,
-    temperature: bulk.Temperature = None,
-    top_p: bulk.TopP = None,
-    seed: bulk.Seed = 0,
-    device: bulk.Device = None,
-    dtype: bulk.Dtype = None,
-    memory: bulk.Memory = None,
-    batch_size: bulk.BatchSize = None,
-    workers: bulk.Workers = None,
-    split: bulk.Split = None,
-    image_column: bulk.ImageColumn = None,
-    question_column: bulk.QuestionColumn = None,
-    key_column: bulk.KeyColumn = None,
-    image_root: bulk.ImageRoot = None,
-    max_pixels: bulk.MaxPixels = None,
-    force: bulk.Force = False,
+    model: options.Model,
+    images: options.Images,
+    out: options.OutFile,
+    question: options.Question = None,
+    suffix: options.Suffix = None,
+    reduction: options.Reduction = None,
+    max_new_tokens: options.MaxNewTokens = 10,
+    num_beams: options.NumBeams = 1,
+    do_sample: options.DoSample = False,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.AutoDtype = None,
+    memory: options.Memory = None,
+    batch_size: options.AutoBatchSize = None,
+    workers: options.Workers = None,
+    split: options.Split = None,
+    columns: options.Columns = None,
+    image_dir: options.ImageDir = None,
+    max_pixels: options.MaxPixels = None,
+    force: options.Force = False,
 ) -> None:
-    """Answer every question. Stopped or killed, the same command goes on; unreadable images are listed.
+    """Answer every question of a table, or one about every image. Run it again to resume; failed rows are listed.
 
     Example: madtp-hf ask org/blip-vqa-madtp questions.jsonl answers.parquet --reduction 0.5
     """

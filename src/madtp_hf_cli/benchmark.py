@@ -5,53 +5,45 @@ from typing import Annotated
 
 import typer
 
-from .common import check_new_file, one_message_of_errors, print_table
+from . import options
+from .common import check_new_file, print_table
 
 
 def benchmark(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A pruned checkpoint, or a dense one: folder or Hub id.")
-    ],
-    images: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Your images; noise if not given, which prunes otherwise than images."),
+    model: options.Model,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="As prune reads it; noise by default, which prunes differently.")
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="The question, sentence or caption; one of the task if not given."),
-    ] = None,
+    text: options.Text = None,
     reductions: Annotated[
         list[float] | None,
-        typer.Option(metavar="R ...", help="Budgets; by default those calibrated, or 0.5 and 0.8, calibrated here."),
+        typer.Option(metavar="R ...", help="By default those calibrated, or 0.5 and 0.8, calibrated here."),
     ] = None,
     batch_sizes: Annotated[
-        list[int] | None, typer.Option(metavar="N ...", min=1, help="Samples at a time; 1 8 if not given.")
+        list[int] | None, typer.Option(metavar="N ...", min=1, help="Samples per forward pass. Default: 1 8.")
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each run is timed.")] = 3,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")] = Path("benchmark.json"),
-    task: Annotated[str | None, typer.Option(metavar="TASK", help="The task, if not the checkpoint's own.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda; found if not given.")] = None,
+    task: options.Task = None,
+    device: options.Device = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads; torch's choice if not given.")
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default torch's choice.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    force: options.Force = False,
 ) -> None:
-    """Time each budget on this machine, beside the same weights in transformers' own class: a table, and JSON.
+    """Time each budget on this machine, next to the same weights in transformers' own class: a table, and JSON.
 
-    Runs take turns in each round. Memory is the peak beyond the weights.
+    Runs alternate in each round. Memory is the peak beyond the weights.
 
-    Example: madtp-hf benchmark blip-vqa-madtp --images photos --batch-sizes 1 8
+    Example: madtp-hf benchmark blip-vqa-madtp --data photos --batch-sizes 1 8
     """
-    with one_message_of_errors():
-        import torch
+    check_new_file(out, force)
+    import torch
 
-        from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
+    from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
 
-        check_new_file(out, force)
-        if threads:
-            torch.set_num_threads(threads)
-        title, rows = run_benchmark(
-            model, images, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device
-        )
+    if threads:
+        torch.set_num_threads(threads)
+    title, rows = run_benchmark(model, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device)
     print_table(title, rows)
-    typer.echo(f"{out}: written.")
+    typer.echo(f"Wrote {out}.")

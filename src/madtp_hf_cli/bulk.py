@@ -1,58 +1,17 @@
-"""What `caption` and `ask` share: their options, and the job that they run."""
-
-from pathlib import Path
-from typing import Annotated
+"""The job that `caption` and `ask` share."""
 
 import typer
 
-from .common import one_message_of_errors
+from .common import INTERRUPTED, SOME_FAILED, check_writable
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A pruned checkpoint, or a dense BLIP: folder or Hub id.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="captions.parquet or .jsonl; with --suffix, a folder.")]
-Suffix = Annotated[str | None, typer.Option(metavar=".txt", help="A file an image: OUT/a/b.txt of a/b.jpg.")]
-Reduction = Annotated[float | None, typer.Option(help="Prune to this budget, such as 0.5; 0 is off.")]
-NewTokens = Annotated[int, typer.Option("--max_new_tokens", metavar="N", min=1, help="The longest text, in tokens.")]
-Beams = Annotated[int, typer.Option("--num_beams", metavar="N", min=1, help="Beams to search; 1 is greedy.")]
-DoSample = Annotated[bool, typer.Option("--do_sample", help="Draw words instead of taking the likeliest.")]
-Temperature = Annotated[float | None, typer.Option(help="Of --do_sample.")]
-TopP = Annotated[float | None, typer.Option("--top_p", help="Of --do_sample.")]
-Seed = Annotated[int, typer.Option(help="Of --do_sample.")]
-Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="A GPU if there is one, if not given.")]
-Dtype = Annotated[str | None, typer.Option(help="float32 on a CPU, bfloat16 on a GPU, if not given.")]
-Memory = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for batches, such as 2GB.")]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch_size", metavar="N", min=1, help="Images at a time, instead of --memory.")
-]
-Workers = Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that read images; 0: none.")]
-Split = Annotated[str | None, typer.Option(help="Of a data set with several.")]
-ImageColumn = Annotated[str | None, typer.Option("--image_column", metavar="NAME", help="A table's column of images.")]
-QuestionColumn = Annotated[
-    str | None, typer.Option("--question_column", metavar="NAME", help="A table's column of questions.")
-]
-KeyColumn = Annotated[
-    str | None, typer.Option("--key_column", metavar="NAME", help="A table's column of names of rows.")
-]
-ImageRoot = Annotated[
-    Path | None, typer.Option("--image_root", metavar="FOLDER", help="Where a list's paths begin; its folder.")
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option("--max_pixels", help="List larger images as errors; 89 million if not given.", metavar="N"),
-]
-Force = Annotated[bool, typer.Option("--force", help="Start anew, and replace OUT.")]
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def run(task: str, model: str, images: str, out: Path, options: dict, question: str | None = None) -> None:
+def run(task: str, model: str, images: str, out, options: dict, question: str | None = None) -> None:
     """Run a job of `task`, `"captioning"` or `"vqa"`, with the command's options by name, and print a summary line."""
     try:
-        with one_message_of_errors():
-            summary, output = _run(task, model, images, out, options, question)
+        summary, output = _run(task, model, images, out, options, question)
     except KeyboardInterrupt:
-        typer.echo("\nStopped: finished parts are kept, and the same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
+        typer.echo("\nStopped. Finished parts are kept: run the same command again to resume.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if summary is None:  # another process prints it
         return
     line = f"{output.out}: {summary.images} images"
@@ -63,35 +22,39 @@ def run(task: str, model: str, images: str, out: Path, options: dict, question: 
         line += ", all done before"
     where = f", listed in {output.errors_file}" if summary.errors else ""
     typer.echo(f"{line}, {summary.errors} errors{where}")
+    if summary.errors:
+        raise typer.Exit(SOME_FAILED)
 
 
-def _run(task: str, model: str, images: str, out: Path, options: dict, question: str | None):
-    if options["dtype"] not in (None, *_DTYPES):
-        raise typer.BadParameter(f"{options['dtype']!r}, expected {', '.join(_DTYPES)}.", param_hint="--dtype")
+def _check_options(task: str, out, options: dict, question: str | None) -> None:
+    """Raise a `ValueError` for options that can't work together."""
+    for name in ("temperature", "top_p"):
+        if options[name] is not None and not options["do_sample"]:
+            raise ValueError(f"--{name} has no effect without --do-sample: pass both, or neither.".replace("_", "-"))
+    if question is not None and not question.strip():
+        raise ValueError(f"--question {question!r}: expected a question to ask of every image.")
+    check_writable(out.expanduser())
+
+
+def _run(task: str, model: str, images: str, out, options: dict, question: str | None):
+    _check_options(task, out, options, question)
     import transformers
 
-    from madtp_hf.jobs import (
-        Columns,
-        Generation,
-        ImageToText,
-        Output,
-        PreparedBatches,
-        open_source,
-        parse_memory,
-        run_job,
-    )
+    from madtp_hf.jobs import Columns, Generation, ImageToText, Output, PreparedBatches, open_source, run_job
     from madtp_hf.modeling.images import MAX_PIXELS
 
     transformers.utils.logging.disable_progress_bar()
-    memory = None if options["memory"] is None else parse_memory(options["memory"])
-    names = Columns.__dataclass_fields__
-    columns = Columns(**{name: options.get(f"{name}_column") for name in names})
+    source = open_source(images, Columns(**dict(options["columns"] or ())), options["split"], options["image_dir"])
+    if task == "vqa" and question is None and not any(row.question for row in source.rows(0, len(source))):
+        raise ValueError(
+            f"{images} has no questions: pass --question TEXT to ask one about every image, or a table with questions."
+        )
     column = "caption" if task == "captioning" else "answer"
-    source = open_source(images, columns, options["split"], options["image_root"])
     Output(out, {}, len(source), column, options["suffix"])  # report a bad name before loading the model
     generation = Generation(**{name: options[name] for name in Generation.__dataclass_fields__ if name in options})
-    writer = ImageToText(model, task, generation, options["device"], options["dtype"])
-    batch_size = options["batch_size"] or writer.batch_size(memory)
+    dtype = options["dtype"] and options["dtype"].value
+    writer = ImageToText(model, task, generation, options["device"], dtype)
+    batch_size = options["batch_size"] or writer.batch_size(options["memory"])
     settings = {
         "command": "caption" if task == "captioning" else "ask",
         "model": writer.fingerprint,

@@ -4,40 +4,34 @@ from typing import Annotated
 
 import typer
 
-from . import bulk
-
-
-Images = Annotated[
-    str, typer.Argument(metavar="IMAGES", help="A folder, list, *.parquet, tars such as x-{00..99}.tar, or data set.")
-]
+from . import bulk, options
 
 
 def caption(
-    model: bulk.Model,
-    images: Images,
-    out: bulk.Out,
-    suffix: bulk.Suffix = None,
-    reduction: bulk.Reduction = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What captions go on from; left out.")] = None,
-    max_new_tokens: bulk.NewTokens = 30,
-    num_beams: bulk.Beams = 1,
-    do_sample: bulk.DoSample = False,
-    temperature: bulk.Temperature = None,
-    top_p: bulk.TopP = None,
-    seed: bulk.Seed = 0,
-    device: bulk.Device = None,
-    dtype: bulk.Dtype = None,
-    memory: bulk.Memory = None,
-    batch_size: bulk.BatchSize = None,
-    workers: bulk.Workers = None,
-    split: bulk.Split = None,
-    image_column: bulk.ImageColumn = None,
-    key_column: bulk.KeyColumn = None,
-    image_root: bulk.ImageRoot = None,
-    max_pixels: bulk.MaxPixels = None,
-    force: bulk.Force = False,
+    model: options.Model,
+    images: options.Images,
+    out: options.OutFile,
+    suffix: options.Suffix = None,
+    reduction: options.Reduction = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What captions continue; not written.")] = None,
+    max_new_tokens: options.MaxNewTokens = 30,
+    num_beams: options.NumBeams = 1,
+    do_sample: options.DoSample = False,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.AutoDtype = None,
+    memory: options.Memory = None,
+    batch_size: options.AutoBatchSize = None,
+    workers: options.Workers = None,
+    split: options.Split = None,
+    columns: options.Columns = None,
+    image_dir: options.ImageDir = None,
+    max_pixels: options.MaxPixels = None,
+    force: options.Force = False,
 ) -> None:
-    """Caption every image. Stopped or killed, the same command goes on; unreadable images are listed.
+    """Caption every image. Run the same command again to resume after a stop; unreadable images are listed.
 
     Example: madtp-hf caption org/blip-madtp photos/ captions.parquet --reduction 0.5
     """

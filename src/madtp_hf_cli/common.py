@@ -1,45 +1,81 @@
-"""Helpers that the commands share: one-line errors, options, and protection of existing output."""
+"""What the commands share: how options are parsed, one-line errors, exit codes, and protection of existing output."""
 
 import os
+import re
 import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+# Exit codes: 1 is an error and 2 a wrong option, as elsewhere.
+SOME_FAILED = 3
+INTERRUPTED = 130
+EXIT_CODES = "Exit code: 0 all rows done, 3 some rows failed, 1 error, 2 wrong option, 130 stopped."
+# Arguments of library functions whose option has another name.
+_OTHER_NAMES = {"num_workers": "workers", "texts": "text", "reduction": "reductions"}
 
 
-class ManyNumbers(TyperGroup):
-    """A command group that reads `--reductions 0.3 0.5` as click's `--reductions 0.3 --reductions 0.5`."""
+def with_hyphens(name: str) -> str:
+    """Spell an option with hyphens: click applies this to what is typed, so that underscores are accepted."""
+    return name.replace("_", "-")
 
-    options = ("--reductions", "--batch-sizes")
+
+def _is_value(metavar: str, argument: str) -> bool:
+    """Whether an argument can be another value of an option, `KIND=NAME ...` or one of numbers."""
+    number = r"[-+]?[\d.]+(e[-+]?\d+)?"
+    return "=" in argument if "=" in metavar else re.fullmatch(number, argument) is not None
+
+
+class Command(TyperCommand):
+    """A command whose options may take several values at once, and whose errors are one line.
+
+    An option whose metavar ends in "..." reads `--reductions 0.3 0.5` as click's `--reductions 0.3 --reductions 0.5`.
+    """
 
     def parse_args(self, ctx, args):
-        expanded, current = [], None
+        metavars = {name: option.metavar or "" for option in self.params for name in option.opts}
+        expanded, current, metavar = [], None, ""
         for argument in args:
-            if argument in self.options:
-                current = argument
-            elif current and _is_number(argument):
+            if argument.startswith("--"):
+                current, metavar = argument, metavars.get(with_hyphens(argument), "")
+            elif metavar.endswith("...") and _is_value(metavar, argument):
                 if expanded[-1] != current:
                     expanded.append(current)
             else:
-                current = None
+                metavar = ""
             expanded.append(argument)
         return super().parse_args(ctx, expanded)
 
+    def invoke(self, ctx):
+        with one_message_of_errors(self.params):
+            return super().invoke(ctx)
+
+
+def as_options(message: str, params=()) -> str:
+    """Replace a library's Python arguments in a message, such as `force=True`, by a command's options: `--force`."""
+    names = {option.name: option.opts[0] for option in params if option.opts[0].startswith("--")}
+    names = {other: names[name] for other, name in _OTHER_NAMES.items() if name in names} | names
+    for name, option in names.items():
+        argument = rf"(?<![\w/.(-])(?<!, ){name}"
+        message = re.sub(rf'{argument}={{"(\w+)": ([^}}]*)}}', rf"{option} \1=\2", message)
+        message = re.sub(rf"`{name}(?:=True)?`|{argument}=True\b", option, message)
+        message = re.sub(rf"{argument}='([^']*)'", rf"{option} \1", message)
+        message = re.sub(rf"{argument}=(?=\S)", f"{option} ", message)
+        if "_" in name:
+            message = re.sub(rf"{argument}(?![\w/=-])", option, message)
+    return message
+
 
 @contextmanager
-def one_message_of_errors():
-    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback or warnings."""
+def one_message_of_errors(params=()):
+    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback or warnings.
+
+    params: the command's parameters, by whose names the message calls arguments.
+    """
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -50,7 +86,7 @@ def one_message_of_errors():
             warnings.simplefilter("ignore")
             yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        typer.echo(f"madtp-hf: {error}", err=True)
+        typer.echo(f"madtp-hf: {as_options(str(error), params)}", err=True)
         raise typer.Exit(1) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -67,30 +103,40 @@ def warnings_as_messages():
         typer.echo(f"madtp-hf: {warning.message}", err=True)
 
 
+def check_writable(out: Path) -> None:
+    """Raise a `ValueError` if nothing can be written at `out`, a file or folder that may not exist yet."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a directory")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out} can't be written ({error.strerror or error}): choose another location.") from None
+
+
 def check_out(out: Path, source: Path | str, force: bool) -> None:
-    """Raise a `ValueError` if `out` must not be written, or must not be replaced with all that is in it.
+    """Raise a `ValueError` if the folder `out` must not or can't be written, or replaced with everything in it.
 
     source: what the command reads, a path or a Hub id.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.is_file():
         raise ValueError(f"{out} is a file: expected the name of a folder to write.")
-    if not force and any(out.iterdir()):
-        raise ValueError(
-            f"{out} is not empty: choose another folder, or replace it and all that is in it with --force."
-        )
+    if not force and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another folder, or replace everything in it with --force.")
     for kept in (Path(source).resolve(), Path.cwd(), Path(os.path.expanduser("~"))):
-        if kept.is_relative_to(out):
-            raise ValueError(f"{out} can't be replaced: {kept} is in it. Choose another folder.")
+        if out.exists() and kept.is_relative_to(out):
+            raise ValueError(f"{out} can't be replaced, because {kept} is in it: choose another folder.")
+    check_writable(out)
 
 
 def check_new_file(file: Path, force: bool) -> None:
-    """Raise a `ValueError` if a file must not be written."""
+    """Raise a `ValueError` if a file must not or can't be written."""
     if file.is_dir():
         raise ValueError(f"{file} is a folder: expected the name of a file to write.")
     if file.exists() and not force:
-        raise ValueError(f"{file} is there already: choose another, or replace it with --force.")
+        raise ValueError(f"{file} exists: choose another name, or replace it with --force.")
+    check_writable(file)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .common import check_out, one_message_of_errors, written_in_one_step
+from . import options
+from .common import check_out, written_in_one_step
 
 
 _TOKENIZERS = {"BLIP": "bert-base-uncased", "CLIP": "openai/clip-vit-base-patch32"}
@@ -107,33 +108,23 @@ accuracy at larger reductions."""
 
 def convert(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="IN", help="A checkpoint of the original BLIP, CLIP or MADTP code: .pth or .safetensors."
-        ),
+        Path, typer.Argument(metavar="IN", help="Of the original BLIP, CLIP or MADTP code: .pth or .safetensors.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")],
+    out: options.OutFolder,
     task: Annotated[
-        str, typer.Option(metavar="TASK", help="What it was trained for: vqa, captioning, nlvr2, retrieval, or clip.")
+        str, typer.Option(metavar="TASK", help="What it was trained for: vqa, captioning, nlvr2, retrieval or clip.")
     ],
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FOLDER",
-            help=(
-                "The tokenizer that it was trained with: on the Hub, or a folder. bert-base-uncased, or CLIP's, if not"
-                " given."
-            ),
+            metavar="NAME|FOLDER", help="The one it was trained with; by default bert-base-uncased, or CLIP's own."
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="PIXELS",
-            help="The size of the images to take, if not the checkpoint's: positions are interpolated.",
-        ),
+        typer.Option(metavar="PIXELS", min=1, help="Interpolate positions to this size; by default the checkpoint's."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT, and all that is in it.")] = False,
+    force: options.Force = False,
 ) -> None:
     """Turn an original checkpoint of BLIP, CLIP or MADTP into a folder that transformers loads.
 
@@ -142,29 +133,28 @@ def convert(
 
     Example: madtp-hf convert model_base_vqa_capfilt_large.pth blip-vqa --task vqa
     """
-    with one_message_of_errors():
-        from madtp_hf.checkpoints.card import create_model_card
-        from madtp_hf.checkpoints.convert import convert_original_checkpoint, read_checkpoint
-        from madtp_hf.tasks import TASKS
+    out = out.resolve()
+    check_out(out, checkpoint, force)
+    from madtp_hf.checkpoints.card import create_model_card
+    from madtp_hf.checkpoints.convert import convert_original_checkpoint, read_checkpoint
+    from madtp_hf.tasks import TASKS
 
-        if task not in TASKS:
-            raise typer.BadParameter(f"{task!r}, expected one of {', '.join(TASKS)}.", param_hint="--task")
-        out = out.resolve()
-        check_out(out, checkpoint, force)
-        content = read_checkpoint(checkpoint)
-        family = TASKS[task].family
-        source = tokenizer or _TOKENIZERS[family]
-        loaded = _load_tokenizer(source, family)
-        model = convert_original_checkpoint(content, task, image_size=image_size)
-        processor = _make_processor(model, loaded, source, family)
-        side = model.config.vision_config.image_size
-        is_aligned = "space_dict" in content.get("model", content)
-        card = create_model_card(model.config, out.name, notes=_notes(checkpoint.name, model.config, is_aligned))
+    if task not in TASKS:
+        raise typer.BadParameter(f"{task!r}, expected one of {', '.join(TASKS)}.", param_hint="--task")
+    content = read_checkpoint(checkpoint)
+    family = TASKS[task].family
+    source = tokenizer or _TOKENIZERS[family]
+    loaded = _load_tokenizer(source, family)
+    model = convert_original_checkpoint(content, task, image_size=image_size)
+    processor = _make_processor(model, loaded, source, family)
+    side = model.config.vision_config.image_size
+    is_aligned = "space_dict" in content.get("model", content)
+    card = create_model_card(model.config, out.name, notes=_notes(checkpoint.name, model.config, is_aligned))
 
-        with written_in_one_step(out) as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            card.save(folder / "README.md")
+    with written_in_one_step(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        card.save(folder / "README.md")
     typer.echo(
         f"{out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, images of {side} x {side}"
         " pixels."

@@ -5,23 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .common import check_out, one_message_of_errors
+from . import options
+from .common import check_out
 
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A saved checkpoint, frozen or to be exported dense.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")],
-    onnx: Annotated[bool, typer.Option("--onnx", help="The format, and the only one that there is.")] = True,
-    reduction: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="The share of FLOPs to save, of those it was frozen at; 0 is off. As saved if not given.",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT, and all that is in it.")] = False,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a checkpoint, frozen or dense.")],
+    out: options.OutFolder,
+    onnx: Annotated[bool, typer.Option("--onnx", help="The only format.")] = True,
+    reduction: options.Reduction = None,
+    force: options.Force = False,
 ) -> None:
     """Write a checkpoint as ONNX graphs, with onnx.json, processor files and a runner.
 
@@ -30,24 +23,23 @@ def export(
 
     Example: madtp-hf export blip-vqa blip-vqa-onnx --onnx --reduction 0.5
     """
-    with one_message_of_errors():
-        from madtp_hf.checkpoints.push import find_checkpoint_files
-        from madtp_hf.serving.onnx_export import export_onnx
-        from madtp_hf.tasks import TASKS
+    out = out.resolve()
+    check_out(out, model, force)
+    from madtp_hf.checkpoints.push import find_checkpoint_files
+    from madtp_hf.serving.onnx_export import export_onnx
+    from madtp_hf.tasks import TASKS
 
-        out = out.resolve()
-        check_out(out, model, force)
-        find_checkpoint_files(model)
-        loaded, processor = _load(model, TASKS)
-        if reduction is not None:
-            loaded.set_pruning(reduction=reduction)
-        try:
-            export_onnx(loaded, processor, out, force=force)
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(" ".join(str(error).split())) from error
+    find_checkpoint_files(model)
+    loaded, processor = _load(model, TASKS)
+    if reduction is not None:
+        loaded.set_pruning(reduction=reduction)
+    try:
+        export_onnx(loaded, processor, out, force=force)
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
     counts = loaded.config.token_counts() if loaded.is_pruning else None
     pruned = "pruning off" if counts is None else f"{counts['vision'][-1]} image tokens left"
-    typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with onnx_runner.py in there.")
+    typer.echo(f"{out}: {type(loaded).__name__}, {pruned}; run it with the folder's onnx_runner.py.")
 
 
 def _load(folder: Path, tasks):

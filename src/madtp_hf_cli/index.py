@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import one_message_of_errors
+from . import options
+from .common import INTERRUPTED, SOME_FAILED, check_writable
 
 
 class Kind(str, Enum):
@@ -16,67 +17,53 @@ class Kind(str, Enum):
     ivf = "ivf"
 
 
-class DType(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def index(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="BLIP for retrieval or CLIP, MADTP's or not: a folder or Hub id.")
-    ],
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder, or a text file with a path a line.")],
+    model: options.Model,
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder, or a text file with one path per line.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The index's folder: new, or an index to update.")],
-    reduction: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The calibrated share of FLOPs to save.")
-    ] = None,
+    reduction: options.Reduction = None,
     kind: Annotated[
-        Kind, typer.Option(help="flat is exact; beyond a million images hnsw and ivf are faster.")
+        Kind, typer.Option(metavar="KIND", help="flat is exact; hnsw and ivf are faster beyond a million images.")
     ] = Kind.flat,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images per forward pass.")] = 64,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Processes that decode; a CPU core each, up to 8.")
-    ] = None,
-    dtype: Annotated[DType, typer.Option(help="What to compute in, queries as well.")] = DType.float32,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Such as cuda:1; by default a GPU if there is one.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Of MODEL on the Hub.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Embed all anew, whatever OUT is an index of.")] = False,
+    batch_size: options.BatchSize = 64,
+    workers: options.Workers = None,
+    dtype: options.Dtype = options.Dtypes.float32,
+    device: options.Device = None,
+    revision: options.Revision = None,
+    force: options.Force = False,
 ) -> None:
     """Embed images into an index on disk.
 
-    Run again on the same OUT, it embeds only what is new or changed and drops what is gone. Images that can't be read
-    are listed and left out.
+    Run it again on the same OUT to embed only new and changed images and to drop those that are gone.
+    Unreadable images are listed and left out.
 
     Example: madtp-hf index org/blip-madtp-retrieval photos photos-index
     """
-    with one_message_of_errors():
-        from transformers.utils import logging
+    check_writable(out / "index.json")
+    from transformers.utils import logging
 
-        from madtp_hf.search import index_images, load_model
+    from madtp_hf.search import index_images, load_model
 
-        logging.disable_progress_bar()  # of loading
-        loaded, processor = load_model(model, revision, dtype.value, device)
-        loaded.prepack_for_inference()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        try:
-            made = index_images(
-                loaded,
-                processor,
-                images,
-                out,
-                kind=kind.value,
-                reduction=reduction,
-                batch_size=batch_size,
-                num_workers=min(cores, 8) if workers is None else workers,
-                force=force,
-                show_progress_bar=True,
-            )
-        except KeyboardInterrupt:
-            typer.echo("madtp-hf: interrupted; run it again to go on with the images that are missing.", err=True)
-            raise typer.Exit(130) from None
+    logging.disable_progress_bar()  # of loading
+    loaded, processor = load_model(model, revision, dtype.value, device)
+    loaded.prepack_for_inference()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        made = index_images(
+            loaded,
+            processor,
+            images,
+            out,
+            kind=kind.value,
+            reduction=reduction,
+            batch_size=batch_size,
+            num_workers=min(cores, 8) if workers is None else workers,
+            force=force,
+            show_progress_bar=True,
+        )
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Finished embeddings are kept: run the same command again to resume.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     unreadable = made.info["unreadable"]
     for name, reason in list(unreadable.items())[:20]:
         typer.echo(f"left out: {name}: {reason}", err=True)
@@ -86,3 +73,5 @@ def index(
         f"{out}: {len(made)} images; {made.embedded} embedded, {made.kept} kept, {made.removed} dropped,"
         f" {len(unreadable)} unreadable."
     )
+    if unreadable:
+        raise typer.Exit(SOME_FAILED)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import one_message_of_errors
+from . import options
 
 
 def search(
@@ -16,40 +16,33 @@ def search(
     top_k: Annotated[int, typer.Option("--top-k", "-k", metavar="N", min=1, help="How many images to find.")] = 10,
     rerank: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="How many to re-rank by BLIP's matching head, by default as many as -k; 0 is off.",
-        ),
+        typer.Option(metavar="N", min=0, help="Re-rank this many by BLIP's matching head; by default as many as -k."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Where the index's model is now, if it has moved.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="Such as cuda:1; by default a GPU if there is one.")
-    ] = None,
+    device: options.Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Find the images of an index that are nearest to words or to an image.
 
     Example: madtp-hf search photos-index "a dog on a beach"
     """
-    with one_message_of_errors():
-        from transformers.utils import logging
+    from transformers.utils import logging
 
-        from madtp_hf.search import load_index, load_model
-        from madtp_hf.search import search as find
+    from madtp_hf.search import load_index, load_model
+    from madtp_hf.search import search as find
 
-        logging.disable_progress_bar()  # of loading
-        index = load_index(folder)
-        info = index.info
-        revision = info["revision"] if model in (None, info["model"]) else None
-        try:
-            loaded, processor = load_model(model or info["model"], revision, info["dtype"], device)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{error} The index was made by {info['model']}.") from error
-        is_image = os.path.isfile(query)
-        found = find(index, Path(query) if is_image else query, top_k, rerank, loaded, processor)
+    logging.disable_progress_bar()  # of loading
+    index = load_index(folder)
+    info = index.info
+    revision = info["revision"] if model in (None, info["model"]) else None
+    try:
+        loaded, processor = load_model(model or info["model"], revision, info["dtype"], device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} The index was made by {info['model']}.") from error
+    is_image = os.path.isfile(query)
+    found = find(index, Path(query) if is_image else query, top_k, rerank, loaded, processor)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -57,12 +50,12 @@ def search(
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    reranked = any(one["matching"] is not None for one in found)
+    reranked = any(hit["matching"] is not None for hit in found)
     for name in ("score", "similarity", "matching") if reranked else ("similarity",):
         table.add_column(name, justify="right")
     # A truncated path is of no use, so it is folded over several lines.
     table.add_column("image", overflow="fold")
-    for one in found:
-        numbers = [one["score"], one["similarity"], one["matching"]] if reranked else [one["similarity"]]
-        table.add_row(*("-" if number is None else f"{number:.4f}" for number in numbers), one["path"])
+    for hit in found:
+        numbers = [hit["score"], hit["similarity"], hit["matching"]] if reranked else [hit["similarity"]]
+        table.add_row(*("-" if number is None else f"{number:.4f}" for number in numbers), hit["path"])
     Console(highlight=False, markup=False).print(table)

@@ -129,9 +129,8 @@ def push_checkpoint(
         raise TypeError(f"push_checkpoint got a {type(model).__name__}: expected one of madtp_hf's models.")
     if hasattr(model, "peft_config"):
         raise TypeError(
-            f"push_checkpoint got a {type(model).__name__}, a model with an adapter: call its merge_and_unload() and"
-            " push what that gives, or"
-            " save the adapter and upload its folder."
+            f"push_checkpoint got a {type(model).__name__}, a model with an adapter: push the result of its"
+            " merge_and_unload(), or save the adapter and upload its folder."
         )
     expected = "CLIPProcessor" if model.config.model_type == "madtp_clip" else "BlipProcessor"
     for part in ("image_processor", "tokenizer"):
@@ -231,8 +230,8 @@ def _push(
         files |= _make_files(folder, repo_id, metrics, **metadata)
     elif metrics is not None or any(value is not None for value in metadata.values()):
         raise ValueError(
-            f"{folder} has a README.md, which is the model card as it is: leave out what is to be written into one"
-            " (metrics, base model, license, data sets), or take the file away and a new card is made."
+            f"{folder} already has a model card, README.md: leave out what would be written into a new one (metrics,"
+            " base model, license, data sets), or delete the file."
         )
     if dry_run:
         url = f"{HfApi(token=False).endpoint}/{repo_id}"
@@ -250,11 +249,11 @@ def find_checkpoint_files(folder: str | os.PathLike) -> list[str]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: expected one with a saved checkpoint.")
+        raise FileNotFoundError(f"{folder} is not a directory: expected a folder with a saved checkpoint.")
     config = _read_json(_require(folder, "config.json", "the model's configuration"))
     if config.get("model_type") not in _MODEL_TYPES:
         raise ValueError(
-            f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}: expected"
+            f"{folder / 'config.json'} has the model type {config.get('model_type')!r}: expected"
             f" {' or '.join(map(repr, _MODEL_TYPES))}, a model of this package;"
             " make one with `from_blip`, `from_clip` or `madtp-hf convert`."
         )
@@ -298,7 +297,7 @@ def _check_inside(folder: Path, name: str) -> None:
         roots.append(folder.resolve().parents[1] / "blobs")
     target = (folder / name).resolve()
     if not any(target.is_relative_to(root) for root in roots):
-        raise ValueError(f"{folder / name} is a link to {target}, outside the folder: put the file itself there.")
+        raise ValueError(f"{folder / name} is a symlink to {target}, outside the folder: replace it with the file.")
 
 
 def _require(folder: Path, name: str, what: str) -> Path:
@@ -312,7 +311,7 @@ def _read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no readable JSON ({error}): it may be cut short; {_SAVE_AGAIN}.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}), it may be truncated: {_SAVE_AGAIN}.") from error
 
 
 def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
@@ -343,10 +342,10 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
                 shapes |= {tensor: tuple(weights.get_slice(tensor).get_shape()) for tensor in weights.keys()}
         except SafetensorError as error:
             raise ValueError(
-                f"{folder / shard} is cut short or damaged ({error}): {_SAVE_AGAIN}, or download it again."
+                f"{folder / shard} is truncated or damaged ({error}): {_SAVE_AGAIN}, or download it again."
             ) from error
         if missing:
-            raise ValueError(f"{folder / shard} lacks {min(missing)}, which the index says is in it: {_SAVE_AGAIN}.")
+            raise ValueError(f"{folder / shard} lacks {min(missing)}, which the index lists: {_SAVE_AGAIN}.")
     if "quantization_config" not in config:
         _check_tensors(folder, shapes, model_class, config)
     return [*tensors_of, *([index_name] if name not in tensors_of else [])]
@@ -371,7 +370,7 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
         raise ValueError(f"{where} {problem}: {_SAVE_AGAIN}.")
     unknown = sorted(shapes.keys() - expected.keys())
     if unknown:
-        raise ValueError(f"{where} has {unknown[0]}, which the model has not: {_SAVE_AGAIN}.")
+        raise ValueError(f"{where} has {unknown[0]}, which the model does not have: {_SAVE_AGAIN}.")
 
 
 def _find_modules(folder: Path) -> list[str]:
@@ -392,8 +391,7 @@ def _find_modules(folder: Path) -> list[str]:
                 if "--" in path:
                     raise ValueError(
                         f"{folder / name} takes its code from another repository, {path!r}: expected code in this"
-                        " folder;"
-                        " load the model with madtp_hf's own class, and save it."
+                        " folder; load the model with madtp_hf's own class, and save it."
                     )
                 wanted.setdefault(f"{path.rpartition('.')[0]}.py", name)
     found = {}
@@ -456,7 +454,7 @@ def check_token(token: str | None) -> str:
     if not (token.isascii() and token.isprintable() and " " not in token):
         # If it were sent, a library's error message would quote it.
         raise ValueError(
-            "The token has characters that none has, such as a space or a line break: expected `hf_` and letters."
+            "The token has characters that no token has, such as a space or a line break: expected `hf_` and letters."
         )
     return token
 
@@ -507,9 +505,8 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
             raise
         reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
         raise OSError(
-            f"The upload to {repo_id} broke off and nothing was published ({reason}): run the same again, what is up"
-            " already is not"
-            " sent twice."
+            f"The upload to {repo_id} was interrupted and nothing was published ({reason}): try again; files that are"
+            " already uploaded are not sent twice."
         ) from error
     return f"{api.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"
 
@@ -535,8 +532,7 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
     if isinstance(error, HFValidationError):
         return ValueError(
             f"{repo_id!r} can't be the name of a repository: expected `name` or `namespace/name`, of letters, digits,"
-            " '-', '_' and"
-            " '.', at most 96 of them; choose another."
+            " '-', '_' and '.', at most 96 characters."
         )
     if isinstance(error, OfflineModeIsEnabled):
         return ConnectionError("HF_HUB_OFFLINE is set, and nothing can be published offline: unset it and try again.")
@@ -545,19 +541,21 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
     if isinstance(error, HTTPError):  # no response at all
         return ConnectionError(
             f"{endpoint} can't be reached ({type(error).__name__}), so nothing was published: check the connection and"
-            " run the same again."
+            " try again."
         )
     if isinstance(error, json.JSONDecodeError):
-        return ConnectionError(f"{endpoint} does not answer as a model hub does: check the variable HF_ENDPOINT.")
+        return ConnectionError(
+            f"{endpoint} does not respond like a model hub: check the environment variable HF_ENDPOINT."
+        )
     if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
         explained = OSError(
-            f"No space is left to save the checkpoint in {tempfile.gettempdir()}: make room, or set TMPDIR."
+            f"No space is left to save the checkpoint in {tempfile.gettempdir()}: free some, or set TMPDIR."
         )
         explained.errno = errno.ENOSPC
         return explained
     if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
         problems = "; ".join(line.removeprefix("- ") for line in str(error).splitlines()[1:])
-        return ValueError(f"The model card's metadata is not accepted by {endpoint} ({problems}): correct README.md.")
+        return ValueError(f"{endpoint} rejects the model card's metadata ({problems}): correct README.md.")
     return None
 
 
@@ -566,29 +564,26 @@ def _explain_answer(error: HfHubHTTPError, repo_id: str, endpoint: str) -> Excep
     said = (error.server_message or "no reason given").strip().replace("\n", " ").rstrip(".")
     if status == 401:
         return PermissionError(
-            f"{endpoint} does not take the token for {repo_id} ({said}): make one with write access in your account's"
-            " settings, and log in"
-            " with `hf auth login`."
+            f"{endpoint} rejects the token for {repo_id} ({said}): create one with write access in your account's"
+            " settings, and log in with `hf auth login`."
         )
     if status == 403:
         return PermissionError(
-            f"The token may not write to {repo_id} ({said}): expected one with write access there; if the name is"
-            " someone else's, choose"
-            " one in a namespace of your own."
+            f"The token may not write to {repo_id} ({said}): expected one with write access there; if the"
+            " namespace is someone else's, choose your own."
         )
     if status == 404:
         return FileNotFoundError(
-            f"{endpoint} has no {repo_id} for this token, or not that revision ({said}): check the name, the branch"
-            " and the token."
+            f"{endpoint} has no {repo_id} that this token can see, or not that revision ({said}): check the name,"
+            " the branch and the token."
         )
     if status in (409, 412):
         return OSError(
-            f"{repo_id} was changed by someone else meanwhile ({said}): nothing was published, run the same again."
+            f"{repo_id} was changed by someone else in the meantime ({said}): nothing was published, try again."
         )
     if status == 400:
-        return ValueError(f"{endpoint} does not take what was to be published as {repo_id}: {said}.")
+        return ValueError(f"{endpoint} rejects the files of {repo_id}: {said}.")
     return OSError(
-        f"{endpoint} answered {status} and nothing was published as {repo_id} ({said}): run the same again, what is up"
-        " already is"
-        " not sent twice."
+        f"{endpoint} answered {status} and nothing was published as {repo_id} ({said}): try again; files that are"
+        " already uploaded are not sent twice."
     )

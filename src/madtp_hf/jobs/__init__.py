@@ -1,7 +1,7 @@
 """Bulk captioning and question answering: the parts behind `madtp-hf caption` and `madtp-hf ask`."""
 
 from ..modeling.images import UnreadableImage, read_image
-from .image_to_text import Generation, ImageToText, parse_memory, prepare
+from .image_to_text import Generation, ImageToText, prepare
 from .output import Counts, Output
 from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
 from .sources import Columns, Row, open_source
@@ -20,7 +20,6 @@ __all__ = [
     "UnreadableImage",
     "finish_batch",
     "open_source",
-    "parse_memory",
     "places",
     "prepare",
     "read_image",

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,6 @@ from ..tasks import TASKS
 # nothing, and their large blocks, whose size varies with the batch, fragment the memory.
 CPU_MEMORY, GPU_SHARE = 2 * 2**30, 0.25
 MAX_BATCH = {"cpu": 32, "cuda": 256}
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,6 @@ def prepare(image: Image.Image, image_processor) -> np.ndarray:
     """
     pixels = image_processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
     return np.ascontiguousarray(pixels[0], dtype=np.uint8)
-
-
-def parse_memory(text: str) -> int:
-    """Parse `"2GB"`, `"500 MiB"` or `"2e9"` as a number of bytes; units are powers of 1024."""
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?\s*", text, re.IGNORECASE)
-    try:
-        size = int(float(match[1]) * _UNITS[match[2].lower()])
-    except (TypeError, ValueError):
-        size = 0
-    if size <= 0:
-        raise ValueError(f"--memory {text}: expected a size, such as 2GB or 500MB.")
-    return size
 
 
 class ImageToText:

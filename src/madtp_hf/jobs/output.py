@@ -55,12 +55,12 @@ class Output:
     def _check_name(self) -> None:
         if self.suffix is None and self.out.suffix not in (".jsonl", ".parquet"):
             raise ValueError(
-                f"{self.out}: expected a name that ends in .jsonl or .parquet, or --suffix .txt for a file an image."
+                f"{self.out}: expected a name that ends in .jsonl or .parquet, or suffix='.txt' for a file per image."
             )
         if self.suffix is None and self.out.is_dir():
             raise ValueError(f"{self.out} is a folder: expected the name of a file.")
         if self.suffix is not None and (not self.suffix.startswith(".") or "/" in self.suffix or self.suffix == "."):
-            raise ValueError(f"--suffix {self.suffix}: expected a suffix with its dot, such as .txt or .caption.")
+            raise ValueError(f"suffix={self.suffix!r}: expected a suffix with its dot, such as .txt or .caption.")
         if self.suffix is not None and self.out.is_file():
             raise ValueError(f"{self.out} is a file: expected the folder of the {self.suffix} files.")
 
@@ -101,7 +101,9 @@ class Output:
                 self._remove_parts()
                 return Counts(**manifest["finished"])
         elif self.suffix is None and self.out.exists():
-            raise ValueError(f"{self.out} exists, and is of no job that could go on: choose another, or use --force.")
+            raise ValueError(
+                f"{self.out} exists, but is not the output of an unfinished job: choose another, or pass `force=True`."
+            )
         self._lock()
         self._write_manifest(None)
         return None
@@ -148,8 +150,8 @@ class Output:
         if names:
             changes = "; ".join(f"{name} was {begun.get(name)!r}, now {now.get(name)!r}" for name in names)
             raise ValueError(
-                f"{self.out} was begun with other settings ({changes}): go on with the same, choose another output, or"
-                " start anew with --force."
+                f"{self.out} was begun with other settings ({changes}): repeat the same, choose another"
+                " output, or start over with `force=True`."
             )
 
     def _part_file(self, part: int) -> Path:

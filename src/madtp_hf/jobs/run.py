@@ -212,7 +212,7 @@ def _run_parts(batches, write_texts, output: Output, todo: list, workers: int | 
             raise
         raise OSError(
             f"A process that reads images was killed ({str(error).splitlines()[0]}); finished parts are kept. Run"
-            " the same command again, with fewer --workers if memory was short."
+            " the same command again, with fewer `workers` if memory was short."
         ) from error
 
 

@@ -56,7 +56,8 @@ class Columns:
             chosen[kind] = given or next((name for name in usual if name in names), None)
         if chosen["image"] is None:
             raise ValueError(
-                f"{where} has the columns {', '.join(names)}: name the one with the images with --image_column."
+                f"{where} has the columns {', '.join(names)}: name the one with the images, "
+                'pass columns={"image": NAME}.'
             )
         return Columns(**chosen)
 

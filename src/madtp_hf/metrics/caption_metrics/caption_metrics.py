@@ -26,8 +26,8 @@ takes over, which may move the other scores a little; a warning says so. SPICE, 
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list` of `str`): one caption an image.
-    references (`list` of `list` of `str`): each image's captions by people, one at least.
+    predictions (`list` of `str`): one caption per image.
+    references (`list` of `list` of `str`): each image's captions by people, at least one.
     metrics (`tuple` of `str`, *optional*, defaults to `("bleu", "cider", "rouge", "meteor")`): which to compute, of
         "bleu", "cider", "rouge", "meteor" (needs Java) and "spice" (needs Java and, the first time, a network).
     tokenizer (`str`, *optional*, defaults to `"auto"`): "ptb", the Penn Treebank tokenizer of published numbers (needs
@@ -206,7 +206,7 @@ class CaptionMetrics(evaluate.Metric):
             raise ValueError("no captions to evaluate: predictions and references are empty")
         for index, captions in enumerate(references):
             if not captions:
-                raise ValueError(f"image {index} has no reference caption: expected one at least")
+                raise ValueError(f"image {index} has no reference caption: expected at least one")
 
         # All captions in one call, since starting Java takes longer than tokenizing. "|||" is METEOR's separator.
         captions = [caption for group in ([predictions], references) for row in group for caption in row]

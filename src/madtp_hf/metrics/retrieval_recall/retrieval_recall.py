@@ -51,11 +51,11 @@ def _score_matrix(scores, name: str) -> np.ndarray:
     lengths = {len(row) for row in scores}
     if len(lengths) > 1:
         raise ValueError(
-            f"the rows of {name} have between {min(lengths)} and {max(lengths)} scores: expected as many in each"
+            f"the rows of {name} have between {min(lengths)} and {max(lengths)} scores: expected equal numbers"
         )
     scores = np.asarray(scores, dtype=np.float32)
     if scores.ndim != 2:
-        raise ValueError(f"{name} has shape {scores.shape}: expected a matrix, a row of scores a query")
+        raise ValueError(f"{name} has shape {scores.shape}: expected a matrix with one row of scores per query")
     missing = np.isnan(scores).any(axis=1)
     if missing.any():
         raise ValueError(f"row {missing.argmax()} of {name} has a score that is missing or not a number")

@@ -17,8 +17,8 @@ disagree: where they all gave the same answer, only an equal one will do, letter
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list` of `str`): one answer a question.
-    references (`list` of `list` of `str`): each question's answers, one an annotator. Ten of them in VQA; at least
+    predictions (`list` of `str`): one answer per question.
+    references (`list` of `list` of `str`): each question's answers, one per annotator. Ten of them in VQA; at least
         four, for with fewer the rule can give no answer full marks. With a single true answer, repeat it: `[answer] *
         10`.
     per_question (`bool`, *optional*, defaults to `False`): also return each question's accuracy.
@@ -125,7 +125,7 @@ class VqaAccuracy(evaluate.Metric):
                 raise ValueError(
                     f"question {index} has {len(answers)} answers, and the VQA rule needs at least {MIN_ANSWERS} to"
                     " give "
-                    "full marks (VQA has ten a question). With a single true answer, pass references=[[answer] * 10,"
+                    "full marks (VQA has ten per question). With a single true answer, pass references=[[answer] * 10,"
                     " ...]"
                 )
         accuracies = [_question_accuracy(prediction, answers) for prediction, answers in zip(predictions, references)]

@@ -1,0 +1,151 @@
+"""The options that commands share: for each thing one name, one help text and one check."""
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtypes(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _check_device(device: str | None) -> str | None:
+    """Raise a `typer.BadParameter` for a device that torch can't compute on here."""
+    if device is None:
+        return None
+    import torch
+
+    try:
+        known = torch.device(device).type != "meta"
+    except RuntimeError:
+        known = False
+    if not known:
+        raise typer.BadParameter(f"{device!r} is not a device: expected a name such as cpu, cuda, cuda:1 or mps.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise typer.BadParameter(f"{device!r} is not available ({reason}): leave it out, or use cpu.") from None
+    return device
+
+
+def parse_memory(text: str | int) -> int:
+    """Parse `"2GB"`, `"500 MiB"` or `"2e9"` as a number of bytes; units are powers of 1024."""
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?\s*", str(text), re.IGNORECASE)
+    try:
+        size = int(float(match[1]) * _UNITS[match[2].lower()])
+    except (TypeError, ValueError):
+        size = 0
+    if size <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size: expected a number with a unit, such as 2GB or 500MB.")
+    return size
+
+
+def _parse_column(text: str) -> tuple[str, str]:
+    kind, equals, name = text.partition("=")
+    if not (kind and equals and name):
+        raise typer.BadParameter(f"{text!r}: expected KIND=NAME, such as image=photo or question=query.")
+    return kind, name
+
+
+def _check_share(share: float | None) -> float | None:
+    if share is not None and not 0 < share <= 1:
+        raise typer.BadParameter(f"{share:g}: expected a number above 0 and at most 1.")
+    return share
+
+
+def _check_temperature(temperature: float | None) -> float | None:
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise typer.BadParameter(
+            f"{temperature:g}: expected a number above 0; for the likeliest words leave --do-sample out."
+        )
+    return temperature
+
+
+# What to read.
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A BLIP or CLIP, pruned or dense: folder or Hub id.")]
+Images = Annotated[
+    str,
+    typer.Argument(metavar="IMAGES", help="A folder, table, *.parquet, tars (x-{0..9}.tar) or data set."),
+]
+Data = Annotated[
+    str, typer.Option(metavar="PATH", help="A folder of images, a table such as .csv or .jsonl, or digits.")
+]
+Text = Annotated[str | None, typer.Option("--text", "--question", metavar="TEXT", help="For images without a text.")]
+Question = Annotated[str | None, typer.Option("--question", "--text", metavar="TEXT", help="Ask this of every image.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", "--question", metavar="TEXT", help="For images without a text; may be repeated."),
+]
+ImageDir = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Where a table's image paths start; by default its folder.")
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND=NAME ...", parser=_parse_column, help="A table's columns, such as image=photo."),
+]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help="The split of a data set.")]
+Samples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw this many samples; all by default.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of random draws.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Skip rows whose image can't be read, instead of stopping.")
+]
+MaxPixels = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Largest image to read; by default 89 million pixels.")
+]
+
+# How to compute.
+Task = Annotated[str | None, typer.Option(metavar="TASK", help="The task, if it isn't the checkpoint's own.")]
+Reduction = Annotated[
+    float | None, typer.Option(metavar="R", help="FLOPs to save, such as 0.5; 0 is off; by default as saved.")
+]
+Reductions = Annotated[
+    list[float] | None, typer.Option(metavar="R ...", help="FLOPs to save; by default 0 and those calibrated.")
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Samples per forward pass.")]
+AutoBatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", min=1, help="Samples per forward pass."),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(metavar="SIZE", parser=parse_memory, help="Memory for a batch, such as 2GB; sets the batch size."),
+]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Processes that decode images; by default up to 8.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", callback=_check_device, help="Such as cpu or cuda:1; a GPU if there is one."),
+]
+Dtype = Annotated[Dtypes, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.")]
+AutoDtype = Annotated[
+    Dtypes | None,
+    typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU"),
+]
+Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Of MODEL on the Hub.")]
+
+# How texts are generated.
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="The longest text, in tokens.")]
+NumBeams = Annotated[int, typer.Option(metavar="N", min=1, help="Beams to search; 1 is greedy.")]
+DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample words instead of taking the likeliest.")]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", callback=_check_temperature, help="Of sampling; needs --do-sample.")
+]
+TopP = Annotated[
+    float | None, typer.Option(metavar="P", callback=_check_share, help="Of sampling; needs --do-sample.")
+]
+
+# What to write.
+OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")]
+OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet or .jsonl file; with --suffix, a folder.")]
+Suffix = Annotated[str | None, typer.Option(metavar=".txt", help="Write a file per image: OUT/a/b.txt for a/b.jpg.")]
+Force = Annotated[bool, typer.Option("--force", help="Start over, and replace existing output.")]
