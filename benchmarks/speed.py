@@ -141,7 +141,7 @@ def make_models(task: str, args) -> tuple[nn.Module, nn.Module]:
     dense = MODELS[task](config).to(device=args.device, dtype=args.torch_dtype).eval()
     model = MadtpClipModel.from_clip(dense) if is_clip else TASKS[task].model_class.from_blip(dense)
     if args.device.type == "cpu" and args.dtype == "float32" and not args.plain_weights:
-        model.prepack_weights()
+        model.prepare_for_inference("float32")
     return (BlipForImagesAndText.from_madtp(model) if task == "nlvr2" else dense), model
 
 
@@ -539,7 +539,7 @@ def parse_arguments():
         ),
     )
     parser.add_argument(
-        "--plain_weights", action="store_true", help="don't lay out weights for the CPU, see prepack_weights"
+        "--plain_weights", action="store_true", help="don't lay out weights for the CPU, see prepare_for_inference"
     )
     parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
     parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")

@@ -46,7 +46,7 @@ def index(
 
     logging.disable_progress_bar()  # of loading
     loaded, processor = load_model(model, revision, dtype.value, device)
-    loaded.prepack_for_inference()
+    loaded.prepare_for_inference()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         made = index_images(

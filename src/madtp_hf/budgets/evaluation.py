@@ -11,7 +11,6 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from ..modeling.prepacked_linear import PrepackedLinear
 from ..modeling.versions import VERSION as __version__
 from ..tasks import TASKS
 from .flops import count_flops, dense_flops
@@ -73,20 +72,27 @@ def record_tokens(model):
 
 
 @contextmanager
-def prepacked(model):
-    """On a CPU, prepack a model's large weights for inference; on exit, undo it unless they were prepacked before."""
-    before = any(isinstance(module, PrepackedLinear) for module in model.modules())
-    if not before:
-        model.prepack_for_inference()
+def prepared(model, precision: str | None = None):
+    """On a CPU, prepare a model for inference, unless it is; with a precision, in that one. Undo it on exit.
+
+    Raises a `ValueError` for a precision on another device, whose weights would have to be cast for good.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    before = model.inference_precision
+    if model.device.type == "cpu":
+        if precision is not None or before is None:
+            model.prepare_for_inference(precision or "auto")
+    elif precision not in (None, "auto"):
+        raise ValueError(f"{precision=} on {model.device}: expected a model that was loaded with the dtype to evaluate.")
     try:
         yield
     finally:
-        if not before:
-            model.prepack_weights(False)
+        if model.device.type == "cpu":
+            model.prepare_for_inference(before)
 
 
 @torch.no_grad()
-def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> list[BudgetResult]:
+def evaluate_budgets(model, loader, reductions, predict, accelerator=None, precision=None) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
@@ -101,6 +107,9 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
             encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them.
         accelerator (`accelerate.Accelerator`, *optional*):
             If given, results are gathered from all processes, and every process gets all of them.
+        precision (`str`, *optional*):
+            On a CPU, the precision of inference, see `prepare_for_inference`; by default, as the model is prepared, or
+            `"auto"`.
 
     Returns:
         `list[BudgetResult]`, one per reduction.
@@ -110,7 +119,7 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None) -> li
     )
     rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
     names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
-    with restored(model), prepacked(model), record_tokens(model) as tokens:
+    with restored(model), prepared(model, precision), record_tokens(model) as tokens:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             batch = complete(model, batch)
             answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])

@@ -11,7 +11,7 @@ from ..checkpoints.load import make_batches, make_collator
 from ..metrics import load_metric
 from ..tasks import TASKS
 from ..tasks.pair_scores import score_by_features, score_images_and_texts
-from .evaluation import budget_rows, evaluate_budgets, prepacked
+from .evaluation import budget_rows, evaluate_budgets, prepared
 from .passes import restored
 
 
@@ -129,7 +129,7 @@ def _retrieval(model, processor, rows, reductions, batch_size):
 
     costs = evaluate_budgets(model, make_batches(model, processor, rows, batch_size), reductions, forward)
     results = []
-    with restored(model), prepacked(model):
+    with restored(model), prepared(model):
         for cost in costs:
             model.set_pruning(reduction=cost.reduction_asked)
             started = time.perf_counter()

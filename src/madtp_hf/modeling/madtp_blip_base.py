@@ -19,7 +19,7 @@ from .encoder import BranchOutput
 from .madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache, cross_attention_mask
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
-from .pruned_model import MadtpAlignment, PrunedModelMixin, init_alignment
+from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, init_alignment
 from .sequences import Sequences, takes_parts
 
 
@@ -51,6 +51,9 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MadtpAlignment):
             init_alignment(module)
+        elif isinstance(module, AlignmentProjection):  # as a linear map
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         elif isinstance(module, MergeLayer):
             # Start as the mean of both images' cross-attention outputs, which earlier layers compute.
             init.copy_(module.weight, torch.eye(module.out_features, device=module.weight.device).repeat(1, 2) / 2)

@@ -26,7 +26,14 @@ from .encoder import as_model_output, real_tokens
 from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
 from .padding import check_same_number
 from .prepared_linear import PreparedForward  # noqa: F401
-from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, PruningOutput, init_alignment
+from .pruned_model import (
+    AlignmentProjection,
+    LayerProjections,
+    MadtpAlignment,
+    PrunedModelMixin,
+    PruningOutput,
+    init_alignment,
+)
 from .retrieval_loss import ContrastiveKeys, contrastive_loss
 from .sequences import Sequences  # noqa: F401
 from .token_pruning import AttentionEvidence  # noqa: F401
@@ -54,7 +61,7 @@ class MadtpClipAlignment(MadtpAlignment):
 
     def make_projection(self, branch, width):
         layers = [AlignmentProjection(branch.hidden_size, width) for _ in range(branch.num_hidden_layers)]
-        return nn.ModuleList(layers)
+        return LayerProjections(layers)
 
 
 class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
@@ -92,6 +99,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             init_alignment(module)
         elif isinstance(module, AlignmentProjection):  # preserves the scale of the tokens
             init.normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
         elif isinstance(module, MadtpClipModel):
             for projection in (module.visual_projection, module.text_projection):
                 init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)

@@ -70,8 +70,9 @@ def _is_stamped(tensor: torch.Tensor, stamp: tuple) -> bool:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of a few elements; it reads the tensor's memory anew whenever it is compared."""
-    return tensor.detach()[:: -(-len(tensor) // SAMPLED_ROWS), ..., :SAMPLED_COLUMNS]
+    """Return a view of some elements of a matrix, or of a whole bias, which reads the tensor's memory when compared."""
+    tensor = tensor.detach()
+    return tensor[:: -(-len(tensor) // SAMPLED_ROWS), :SAMPLED_COLUMNS] if tensor.ndim == 2 else tensor
 
 
 # The products: each function prepares a weight (N, K) and returns a function of states (..., K), the bias (N,) and
@@ -117,7 +118,7 @@ class PreparedForward:
     """The `forward` of a prepared linear map: without gradients on a CPU, it multiplies by the prepared weight.
 
     The weight is prepared when first used, and again when it has changed. Training, other devices, autocast and
-    compilation use the map's own weight, as do maps whose weight is no plain parameter any more.
+    compilation use the map's own weight, as does a map whose weight was cast or is no plain parameter any more.
 
     mapped_at: the address of the weight if it is mapped from a file: its memory is released once it is prepared.
     """
@@ -125,12 +126,18 @@ class PreparedForward:
     def __init__(self, linear: nn.Linear, precision: str, mapped_at: int | None = None):
         self.linear, self.mapped_at, self.prepared = linear, mapped_at, None
         self.make, self.dtype = PRODUCTS[precision]
+        self.weight_dtype = linear.weight.dtype
 
     def __call__(self, states: torch.Tensor, gelu: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Apply the map and, if asked, the exact GELU after it; the result has the states' dtype, or `dtype`."""
         linear = self.linear
         weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-        can_use = not linear.training and type(weight) is nn.Parameter and weight.device.type == "cpu"
+        can_use = (
+            not linear.training
+            and type(weight) is nn.Parameter
+            and weight.device.type == "cpu"
+            and weight.dtype == self.weight_dtype
+        )
         if not can_use:
             self.prepared = None
         if (

@@ -255,7 +255,7 @@ def _model_of(index: ImageIndex, model, processor):
         if given is None:
             info = index.info
             model, processor = load_model(info["model"], info["revision"], info["dtype"])
-            model.prepack_for_inference()
+            model.prepare_for_inference()
         with restored(model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
             temperature = index.info["pruning_temperature"]

@@ -87,7 +87,7 @@ def load_model(source, revision: str | None = None):
     model = AutoModel.from_pretrained(source, revision=revision, trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).prepack_for_inference(), processor
+    return model.to(device).prepare_for_inference(), processor
 
 
 def reduction_bounds(config) -> tuple[float, float]:
