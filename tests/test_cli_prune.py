@@ -112,6 +112,15 @@ def test_prune_takes_each_task(task, dense, photos, tmp_path):
     assert model.config.calibrated_reductions[0] == 0.4
 
 
+def test_prune_freezes_what_each_layer_keeps(dense, photos, tmp_path):
+    arguments = dense / "vqa", tmp_path / "out", "--data", photos, "--question", QUESTION, "--reductions", "0.2"
+    result = invoke("prune", *arguments, "--freeze")
+    assert result.exit_code == 0, result.output
+    model = TASKS["vqa"].model_class.from_pretrained(tmp_path / "out")
+    assert model.config.pruning_granularity == "frozen" and model.is_pruning
+    assert model.start_pass().token_counts is not None
+
+
 def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
     words = [
         "<|startoftext|>",

@@ -5,6 +5,7 @@ import re
 import tempfile
 import warnings
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 
 import typer
@@ -15,6 +16,7 @@ from typer.core import TyperCommand
 SOME_FAILED = 3
 INTERRUPTED = 130
 EXIT_CODES = "Exit code: 0 all rows done, 3 some rows failed, 1 error, 2 wrong option, 130 stopped."
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # they tell on import of what they lack
 # Arguments of library functions whose option has another name.
 _OTHER_NAMES = {"num_workers": "workers", "texts": "text", "reduction": "reductions"}
 
@@ -85,6 +87,8 @@ def one_message_of_errors(params=()):
     def say(message):
         typer.echo(f"madtp-hf: {as_options(str(message), params)}", err=True)
 
+    for name in _NOISY_LOGGERS:
+        getLogger(name).setLevel("ERROR")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

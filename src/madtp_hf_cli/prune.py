@@ -21,6 +21,26 @@ was measured: measure it before you rely on a budget.
 """ + "\n".join(lines)
 
 
+def calibrate_on(loaded, data, text, reductions, *, samples, seed, batch_size, alignment=None, freeze=False, **how):
+    """Calibrate a loaded model on images, which is what pruning without training is.
+
+    Returns:
+        The rows read, the batches made of them, whether alignment tokens were fitted to them, and the warnings shown.
+    """
+    from madtp_hf import calibrate, init_alignment_from
+    from madtp_hf.data.rows import load_rows
+    from madtp_hf.tasks import make_batches
+
+    with warnings_as_messages() as messages:
+        rows = load_rows(loaded.task, data, text or (), samples=samples, seed=seed, **how)
+    batches = make_batches(loaded.model, loaded.processor, rows, batch_size)
+    is_fitted = loaded.is_dense if alignment is None else alignment == "fit"
+    if is_fitted:
+        init_alignment_from(loaded.model, batches)
+    calibrate(loaded.model, batches, reductions, freeze=freeze)
+    return rows, batches, is_fitted, messages
+
+
 def prune(
     model: options.Model,
     out: options.OutFolder,
@@ -40,6 +60,9 @@ def prune(
         str | None,
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
     ] = None,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="Fix how many tokens each layer keeps, as ONNX and CUDA graphs need.")
+    ] = False,
     batch_size: options.BatchSize = 8,
     device: options.Device = None,
     force: options.Force = False,
@@ -54,13 +77,10 @@ def prune(
     check_out(out, model, force)
     if alignment not in (None, "fit", "keep"):
         raise ValueError(f"--alignment {alignment}: expected fit or keep.")
-    from madtp_hf import calibrate, init_alignment_from
     from madtp_hf.budgets.calibration import read_reductions
     from madtp_hf.budgets.evaluation import evaluate_budgets
     from madtp_hf.checkpoints.card import write_model_card
     from madtp_hf.checkpoints.load import load
-    from madtp_hf.data.rows import load_rows
-    from madtp_hf.tasks import make_batches
 
     wanted = reductions or [0.5, 0.3, 0.7]
     source = model
@@ -68,15 +88,9 @@ def prune(
     loaded = load(source, task, device=device).require_trained()
     model, processor, entry = loaded.model, loaded.processor, loaded.task
     how = options.how_to_read(image_dir, columns, skip_unreadable)
-    with warnings_as_messages() as messages:
-        rows = load_rows(entry, data, text or (), samples=samples, seed=seed, **how)
-    batches = make_batches(model, processor, rows, batch_size)
-    fitted = loaded.is_dense if alignment is None else alignment == "fit"
-    if fitted:
-        init_alignment_from(model, batches)
-    schedule = calibrate(model, batches, wanted)
-
-    reached = [row["reduction"] for row in schedule]
+    how |= {"samples": samples, "seed": seed, "batch_size": batch_size, "alignment": alignment, "freeze": freeze}
+    rows, batches, fitted, messages = calibrate_on(loaded, data, text, wanted, **how)
+    reached = [row["reduction"] for row in model.config.pruning_schedule]
     results = evaluate_budgets(model, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results

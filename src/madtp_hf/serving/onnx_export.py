@@ -162,7 +162,7 @@ def _quantize(name: str, sensitive: list[str], folder: Path) -> None:
         op_types_to_quantize=["MatMul"],  # and Gemm, which it turns into MatMul
         per_channel=True,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=sensitive,
+        nodes_to_exclude=sensitive + [f"{node}_MatMul" for node in sensitive],  # the same, once they were Gemm
     )
     prepared.unlink()
 
