@@ -76,7 +76,7 @@ dense: install
 # Against transformers' BLIP, ToMe and EViT at BLIP-base size; some hours on 2 cores. What is committed took less, see docs/performance.md.
 bench: install
 	$(BIN)/python benchmarks/speed.py --training_step --output benchmarks/results/speed_cpu.json
-	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead_cpu.json
+	$(BIN)/python benchmarks/profile_pass.py --output benchmarks/results/profile_cpu.json
 	$(BIN)/python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
 	$(BIN)/python benchmarks/plot.py benchmarks/results/speed_cpu.json
 

@@ -9,19 +9,18 @@ reduction that is missing from a model's schedule is larger than the model can r
 names it.
 """
 
-import argparse
-import json
 import time
 import warnings
-from pathlib import Path
 
 import torch
+from reporting import environment, make_parser, write_json
 
 from madtp_hf import MadtpBlipConfig, calibrate
 from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.tasks import TASKS
 
 
+BLIP_TASKS = [task for task in TASKS if TASKS[task].family.name == "BLIP"]
 SHAPES = ((3, 32), (4, 64), (6, 96), (9, 48), (12, 128))  # layers of each encoder, width
 IMAGE_SIZE, PATCH_SIZE, VOCABULARY, LONGEST = 64, 8, 100, 16
 
@@ -70,34 +69,33 @@ def reach(model, batches, reductions: list[float]) -> dict:
             schedule = calibrate(model, batches, reductions)
         except ValueError as error:  # no reduction was reached
             return {"reached": {}, "schedule": [], "told": [str(error)]}
-    reached = {asked: measure_reduction(model, batches, *threshold) for asked, *threshold in schedule}
+    reached = {
+        entry["reduction"]: measure_reduction(model, batches, **model.setting_for(entry["reduction"]))
+        for entry in schedule
+    }
     return {"reached": reached, "schedule": schedule, "told": [str(warning.message) for warning in told]}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__, "any_budget.json")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.05, 0.1, 0.3, 0.5])
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/any_budget.json"))
-    args = parser.parse_args()
+    parser.add_argument("--tasks", nargs="+", choices=BLIP_TASKS, default=BLIP_TASKS)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
-    blip_tasks = [task for task in TASKS if TASKS[task].family == "BLIP"]
-    for number, (task, (num_layers, width)) in enumerate((task, shape) for task in blip_tasks for shape in SHAPES):
+    for number, (task, (num_layers, width)) in enumerate((task, shape) for task in args.tasks for shape in SHAPES):
         model = random_model(task, num_layers, width, seed=number)
         started = time.perf_counter()
         row = {"task": task, "layers": num_layers, "width": width, "seed": number}
-        row |= reach(model, random_batches(task, args.samples, 32, seed=number), args.reductions)
+        row |= reach(model, random_batches(task, args.samples, min(32, args.samples), seed=number), args.reductions)
         missing = sorted(set(args.reductions) - set(row["reached"]))
         worst = max((abs(asked - got) for asked, got in row["reached"].items()), default=0.0)
         rows.append(row | {"missing": missing, "worst": worst, "seconds": time.perf_counter() - started})
         print(
-            task, num_layers, width, f"missing {missing}, worst {worst:.4f}, {rows[-1]['seconds']:.1f} s", flush=True
+            f"{task} {num_layers} {width}: missing {missing}, worst {worst:.4f}", *row["told"], sep="\n   ", flush=True
         )
-        for line in row["told"]:
-            print("   ", line)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"samples": args.samples, "models": rows}, indent=2) + "\n")
+        write_json(args.output, {"samples": args.samples, **environment(), "models": rows})
 
 
 if __name__ == "__main__":

@@ -9,62 +9,49 @@ same unseen scenes.
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+from digit_tasks import run_example
+from reporting import Rows, environment, make_parser, print_table
 
 from madtp_hf.tasks import TASKS
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def fine_tune(task: str, targets: list[float], reductions: list[float], folder: Path, options: list[str]) -> dict:
-    """Run one training; return the script's results and the seconds that it took."""
-    command = [sys.executable, str(EXAMPLES / f"run_{task}.py"), "--output_dir", str(folder), *options]
-    command += ["--target_reduction", *map(str, targets), "--reductions", *map(str, reductions)]
-    if len(targets) > 1:
-        command += ["--num_targets", str(len(reductions))]
-    started = time.perf_counter()
-    with open(folder.parent / f"{folder.name}.log", "w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return {**json.loads((folder / "results.json").read_text()), "seconds": time.perf_counter() - started}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__, "budgets_digits.json")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["vqa"])
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for the training scripts, last")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/budgets"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/budgets_digits.json"))
-    args = parser.parse_args()
-
-    options = ["--seed", str(args.seed), *args.options]
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    args = parser.parse_args(arguments)
+    results = Rows(
+        args.output, {"settings": {"seed": args.seed, "options": args.options}, **environment()}, ("task", "reduction")
+    )
     for task in args.tasks:
-        folder = args.work_dir / task
-        folder.mkdir(parents=True, exist_ok=True)
-        span = [min(args.reductions), max(args.reductions)]
-        together = fine_tune(task, span, args.reductions, folder / "all", options)
-        metric = TASKS[task].headline
+        metric, folder = TASKS[task].headline, args.work_dir / task
+
+        def fine_tune(targets: list[float], reductions: list[float], name: str, task=task, folder=folder) -> dict:
+            options = ["--seed", args.seed, "--target_reduction", *targets, "--reductions", *reductions]
+            options += ["--num_targets", len(reductions)] if len(targets) > 1 else []
+            return run_example(TASKS[task].script, folder / name, [*options, *args.options])
+
+        together = fine_tune(sorted({min(args.reductions), max(args.reductions)}), args.reductions, "all")
         of_all = {row["reduction asked"]: row for row in together["results"]}
-        rows = []
         for reduction in args.reductions:
-            alone = fine_tune(task, [reduction], [reduction], folder / str(reduction), options)
-            row = {
-                "reduction": reduction,
-                "one checkpoint": of_all[reduction][metric],
-                "its own": alone["results"][-1][metric],
-                "reached": [of_all[reduction]["reached"], alone["results"][-1]["reached"]],
-            }
-            rows.append(row)
-            print(task, metric, json.dumps(row), flush=True)
-        results[task] = {"metric": metric, "options": options, "seconds": together["seconds"], "rows": rows}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+            alone = fine_tune([reduction], [reduction], str(reduction))
+            found = of_all[reduction], alone["results"][-1]
+            row = {"task": task, "reduction": reduction, "metric": metric}
+            row |= {"one checkpoint": found[0][metric], "its own": found[1][metric]}
+            row |= {"reached": [one["reached"] for one in found], "seconds": [together["seconds"], alone["seconds"]]}
+            results.add(row)
+            print(json.dumps(row), flush=True)
+    columns = ["task", "reduction", "metric", "one checkpoint", "its own", "reached"]
+    print_table(
+        "one checkpoint, or one per budget",
+        columns,
+        [[row[name] for name in columns] for row in results.rows.values()],
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ The model is the captioning example for digits, pruned at 0.5; the job around it
 - `ray`: the same rows from examples/caption_with_ray.py with two workers.
 """
 
-import argparse
+import functools
+import io
 import json
 import os
 import subprocess
@@ -24,31 +25,30 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
-import torch
+from digit_tasks import load_model, make_batches, make_collator
 from PIL import Image
-from torch.utils.data import DataLoader
-from transformers import BlipProcessor
+from reporting import EXAMPLES, environment, make_parser, write_json
 
-from madtp_hf import MadtpBlipForConditionalGeneration, calibrate
-from madtp_hf.data import CaptioningCollator, load_digit_captions
+from madtp_hf import calibrate
+from madtp_hf.data import load_digit_captions
 from madtp_hf.data.digit_scenes import draw_scenes
 
 
-ROOT = Path(__file__).parents[1]
 CHECKS = ("bad_images", "killed", "ray")
 OPTIONS = ("--reduction", "0.5", "--max_new_tokens", "6")
+SOME_ROWS_FAILED = 3  # the exit code of `madtp-hf caption`
 
 
 def make_model(folder: Path) -> None:
-    source = ROOT / "examples" / "blip-captioning-digits"
-    torch.manual_seed(0)
-    processor = BlipProcessor.from_pretrained(source)
-    model = MadtpBlipForConditionalGeneration.from_blip(str(source), dtype=torch.float32)
-    collator = CaptioningCollator(processor, model.config.text_config.bos_token_id, "a picture of", None)
-    samples = load_digit_captions("validation", 96)
-    calibrate(model, DataLoader(samples, batch_size=32, collate_fn=collator), [0.5])
+    """Save the captioning example, pruned without training and calibrated at 0.5."""
+    source = EXAMPLES / "blip-captioning-digits"
+    model, collator = load_model("captioning", source), make_collator("captioning", source)
+    calibrate(model, make_batches("captioning", load_digit_captions("validation", 96), collator), [0.5])
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    collator.processor.save_pretrained(folder)
+
+
+# Images
 
 
 def _scenes(number: int) -> list[Image.Image]:
@@ -63,13 +63,11 @@ def make_images(folder: Path, number: int) -> tuple[set[str], set[str]]:
     for index in range(number - len(odd)):
         name = f"{index % 7}/{index:06d}.{('png', 'jpg')[index % 2]}"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        scene = scenes[index % len(scenes)].rotate(90 * (index // len(scenes) % 4))
-        scene.save(folder / name)
+        scenes[index % len(scenes)].rotate(90 * (index // len(scenes) % 4)).save(folder / name)
         readable.add(name)
     for index, (name, write) in enumerate(odd.items()):
-        # Spread the odd images over the folders, each among good ones.
         stem, suffix = os.path.splitext(name)
-        name = f"{index % 7}/{index * 250:06d}-{stem}{suffix}"
+        name = f"{index % 7}/{index * 250:06d}-{stem}{suffix}"  # spread over the folders, each among good ones
         write(folder / name)
         (unreadable if stem.startswith("bad") else readable).add(name)
     return readable, unreadable
@@ -77,79 +75,69 @@ def make_images(folder: Path, number: int) -> tuple[set[str], set[str]]:
 
 def odd_images(scene: Image.Image) -> dict:
     """Return image kinds that are not plain RGB files but can be read: file name -> function that writes it."""
-
-    def deep(path):
-        Image.fromarray(np.asarray(scene.convert("L"), dtype=np.uint16) * 257).save(path)
-
-    def palette(path):
-        image = scene.convert("P")
-        image.info["transparency"] = 0
-        image.save(path, transparency=0)
-
-    def turned(path):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        scene.save(path, exif=exif)
-
-    return {
-        "cmyk.jpg": lambda path: scene.convert("CMYK").save(path),
-        "cmyk.tif": lambda path: scene.convert("CMYK").save(path),
-        "deep.png": deep,
-        "deep.tif": deep,
-        "floats.tif": lambda path: Image.fromarray(np.asarray(scene.convert("L"), np.float32) / 255).save(path),
-        "animated.gif": lambda path: scene.save(path, save_all=True, append_images=[scene.rotate(90)] * 3),
-        "animated.webp": lambda path: scene.save(path, save_all=True, append_images=[scene.rotate(90)] * 3),
-        "animated.png": lambda path: scene.save(path, save_all=True, append_images=[scene.rotate(90)] * 3),
-        "palette.png": palette,
-        "alpha.png": lambda path: scene.convert("RGBA").save(path),
-        "gray-alpha.png": lambda path: scene.convert("LA").save(path),
-        "one-bit.png": lambda path: scene.convert("1").save(path),
-        "gray.jpg": lambda path: scene.convert("L").save(path),
-        "png-named.jpg": lambda path: scene.save(path, format="PNG"),
-        "jpeg-named.png": lambda path: scene.save(path, format="JPEG"),
-        "turned.jpg": turned,
-        "one-pixel.png": lambda path: scene.resize((1, 1)).save(path),
-        "long.png": lambda path: scene.resize((3000, 2)).save(path),
-        "UPPER.JPG": lambda path: scene.save(path),
+    gray, palette, exif = np.asarray(scene.convert("L")), scene.convert("P"), Image.Exif()
+    palette.info["transparency"], exif[0x0112] = 0, 6
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    frames = {"save_all": True, "append_images": [scene.rotate(90)] * 3}
+    images = {
+        "cmyk.jpg": (scene.convert("CMYK"), {}),
+        "cmyk.tif": (scene.convert("CMYK"), {}),
+        "deep.png": (deep, {}),
+        "deep.tif": (deep, {}),
+        "floats.tif": (Image.fromarray(gray.astype(np.float32) / 255), {}),
+        "animated.gif": (scene, frames),
+        "animated.webp": (scene, frames),
+        "animated.png": (scene, frames),
+        "palette.png": (palette, {"transparency": 0}),
+        "alpha.png": (scene.convert("RGBA"), {}),
+        "gray-alpha.png": (scene.convert("LA"), {}),
+        "one-bit.png": (scene.convert("1"), {}),
+        "gray.jpg": (scene.convert("L"), {}),
+        "png-named.jpg": (scene, {"format": "PNG"}),
+        "jpeg-named.png": (scene, {"format": "JPEG"}),
+        "turned.jpg": (scene, {"exif": exif}),
+        "one-pixel.png": (scene.resize((1, 1)), {}),
+        "long.png": (scene.resize((3000, 2)), {}),
+        "UPPER.JPG": (scene, {}),
     }
+    return {name: functools.partial(Image.Image.save, image, **options) for name, (image, options) in images.items()}
 
 
 def broken_images(scene: Image.Image) -> dict:
     """Return kinds of files that can't be read: file name -> function that writes it."""
 
-    def part_of(kind: str, share: float):
-        def write(path):
-            scene.resize((300, 300)).save(path, format=kind)
-            path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    def encoded(kind: str, share: float = 1.0) -> bytes:
+        buffer = io.BytesIO()
+        scene.resize((300, 300)).save(buffer, format=kind)
+        return buffer.getvalue()[: int(len(buffer.getvalue()) * share)]
 
-        return write
-
-    def damaged(path):
-        scene.resize((300, 300)).save(path)
-        content = bytearray(path.read_bytes())
-        content[40 : len(content) // 2] = bytes(len(content) // 2 - 40)
-        path.write_bytes(content)
-
+    whole = encoded("PNG")
+    contents = {
+        "bad-cut.jpg": encoded("JPEG", 0.5),
+        "bad-cut.png": encoded("PNG", 0.5),
+        "bad-cut.gif": encoded("GIF", 0.1),
+        "bad-cut.webp": encoded("WEBP", 0.3),
+        "bad-cut.tif": encoded("TIFF", 0.5),
+        "bad-cut.bmp": encoded("BMP", 0.5),
+        "bad-header.jpg": encoded("JPEG", 0.02),
+        "bad-damaged.png": whole[:40] + bytes(len(whole) // 2 - 40) + whole[len(whole) // 2 :],
+        "bad-empty.jpg": b"",
+        "bad-zeros.jpg": bytes(5000),
+        "bad-text.jpg": b"404 Not Found",
+        "bad-html.png": b"<html><body>Forbidden</body></html>",
+        "bad-svg.jpg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    }
     return {
-        "bad-cut.jpg": part_of("JPEG", 0.5),
-        "bad-cut.png": part_of("PNG", 0.5),
-        "bad-cut.gif": part_of("GIF", 0.1),
-        "bad-cut.webp": part_of("WEBP", 0.3),
-        "bad-cut.tif": part_of("TIFF", 0.5),
-        "bad-cut.bmp": part_of("BMP", 0.5),
-        "bad-header.jpg": part_of("JPEG", 0.02),
-        "bad-damaged.png": damaged,
-        "bad-empty.jpg": lambda path: path.touch(),
-        "bad-zeros.jpg": lambda path: path.write_bytes(bytes(5000)),
-        "bad-text.jpg": lambda path: path.write_text("404 Not Found"),
-        "bad-html.png": lambda path: path.write_text("<html><body>Forbidden</body></html>"),
-        "bad-svg.jpg": lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"),
+        **{name: lambda path, content=content: path.write_bytes(content) for name, content in contents.items()},
         "bad-huge.png": lambda path: Image.new("1", (20000, 10000)).save(path),
         "bad-large.png": lambda path: Image.new("L", (10000, 9500)).save(path),
         "bad-link.jpg": lambda path: path.symlink_to("nowhere.jpg"),
         "bad-folder.png": lambda path: path.mkdir(),
         "bad-loop.jpg": lambda path: path.symlink_to(path.name),
     }
+
+
+# Processes
 
 
 def command(*arguments, processes: int = 1) -> list[str]:
@@ -164,8 +152,11 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def run(arguments: list[str]) -> tuple[str, int]:
-    """Run a command; return its last line of output and the peak resident memory of all its processes, in bytes."""
+def run(arguments: list[str], status: int = 0) -> tuple[str, int]:
+    """Run a command that exits with `status`.
+
+    Returns its last line of output and the peak resident memory of all its processes, in bytes.
+    """
     process, peak = start(arguments), 0
     watched = psutil.Process(process.pid)
     while process.poll() is None:
@@ -176,18 +167,18 @@ def run(arguments: list[str]) -> tuple[str, int]:
             pass
         time.sleep(0.1)
     printed, errors = process.communicate()
-    if process.returncode:
+    if process.returncode != status:
         raise SystemExit(f"{' '.join(arguments)}\n{errors[-3000:]}")
     return printed.splitlines()[-1], peak
 
 
 def run_killed(arguments: list[str], out: Path, num_parts: int, kills: int = 3) -> list[int]:
     """Run a command, kill it with all its processes after some more parts each time, then let it run to the end."""
-    done = []
+    done, job = [], out.with_name(out.name + ".job")
     for kill in range(1, kills + 1):
         process = start(arguments)
         wanted = max(1, num_parts * kill // (kills + 1))
-        while process.poll() is None and len(list(out.with_name(out.name + ".job").glob("part-*"))) < wanted:
+        while process.poll() is None and len(list(job.glob("part-*"))) < wanted:
             time.sleep(0.02)
         time.sleep(0.3)  # kill in the middle of a part
         if process.poll() is not None:
@@ -198,20 +189,21 @@ def run_killed(arguments: list[str], out: Path, num_parts: int, kills: int = 3) 
         for killed in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             killed.kill()
         process.communicate()
-        done.append(len(list(out.with_name(out.name + ".job").glob("part-*"))))
+        done.append(len(list(job.glob("part-*"))))
     run(arguments)
     return done
+
+
+# Checks
 
 
 def check_bad_images(model: Path, work: Path, number: int) -> tuple[dict, int]:
     images, out = work / f"images-{number}", work / f"texts-{number}"
     readable, unreadable = make_images(images, number)
-    line, peak = run(command("caption", model, images, out, "--suffix", ".txt", *OPTIONS))
+    line, peak = run(command("caption", model, images, out, "--suffix", ".txt", *OPTIONS), SOME_ROWS_FAILED)
     written = {str(path.relative_to(out).with_suffix("")) for path in out.rglob("*.txt")}
-    listed = {}
-    for text in (work / f"{out.name}.errors.jsonl").read_text().splitlines():
-        row = json.loads(text)
-        listed[row["key"]] = row["error"]
+    errors = [json.loads(text) for text in (work / f"{out.name}.errors.jsonl").read_text().splitlines()]
+    listed = {row["key"]: row["error"] for row in errors}
     result = {
         "images": number,
         "odd": len(odd_images(_scenes(1)[0])),
@@ -242,46 +234,42 @@ def check_kills(model: Path, work: Path, images: Path, number: int) -> dict:
 
 def check_ray(model: Path, work: Path, images: Path) -> dict:
     out = work / "ray.jsonl"
-    script = ROOT / "examples" / "caption_with_ray.py"
+    script = EXAMPLES / "caption_with_ray.py"
     run([sys.executable, str(script), str(model), str(images), str(out), "--workers", "2", *OPTIONS])
     return {"workers": 2, "same rows": out.read_bytes() == (work / "whole.jsonl").read_bytes()}
 
 
-def report(results: dict, output: Path | None) -> None:
-    """Print the results and merge them into the output file."""
-    print(json.dumps(results, indent=2), flush=True)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(output.read_text()) if output.is_file() else {}
-        output.write_text(json.dumps({**before, **results}, indent=2) + "\n")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__)
     parser.add_argument("--images", type=int, default=10000, help="how many, in the large folder")
     parser.add_argument("--fewer", type=int, default=1000, help="how many, in the small one")
     parser.add_argument("--resumed", type=int, default=2000, help="how many, in the runs that are killed")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, help="`ray` needs `killed`")
-    parser.add_argument("--output", type=Path, help="others' results in this file stay")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    known = json.loads(args.output.read_text()) if args.output and args.output.is_file() else {}
+
+    def report(results: dict) -> None:
+        """Print results and merge them into the output file."""
+        print(json.dumps(results, indent=2), flush=True)
+        known.update({**environment(), **results})
+        write_json(args.output, known)
+
     with TemporaryDirectory() as work:
         work = Path(work)
-        make_model(work / "model")
+        model, images = work / "model", work / "images-killed"
+        make_model(model)
         if "bad_images" in args.only:
-            _, few_peak = check_bad_images(work / "model", work, args.fewer)
-            bad_images, peak = check_bad_images(work / "model", work, args.images)
-            memory = {
-                f"MiB at {args.fewer} images": round(few_peak / 2**20),
-                f"MiB at {args.images} images": round(peak / 2**20),
-                "ratio": round(peak / few_peak, 3),
-            }
-            report({"bad_images": bad_images, "memory": memory}, args.output)
-        images = work / "images-killed"
+            _, few_peak = check_bad_images(model, work, args.fewer)
+            bad_images, peak = check_bad_images(model, work, args.images)
+            memory = {"ratio": round(peak / few_peak, 3)}
+            for number, found in ((args.fewer, few_peak), (args.images, peak)):
+                memory[f"MiB at {number} images"] = round(found / 2**20)
+            report({"bad_images": bad_images, "memory": memory})
         if "killed" in args.only:
             make_images(images, args.resumed)
-            report({"killed": check_kills(work / "model", work, images, args.resumed)}, args.output)
+            report({"killed": check_kills(model, work, images, args.resumed)})
         if "ray" in args.only:
-            report({"ray": check_ray(work / "model", work, images)}, args.output)
+            report({"ray": check_ray(model, work, images)})
 
 
 if __name__ == "__main__":

@@ -10,39 +10,24 @@ that is fastest on this machine, found first on a part of the images. `off`, `0.
 `madtp-hf caption` with its defaults, unpruned or pruned to these reductions. Each round times every run once.
 """
 
-import argparse
-import json
-import platform
+import functools
 import statistics
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-import transformers
-from photographs import SMALLEST_CROP, photograph_crops
-from PIL import Image
-from sklearn.datasets import load_sample_images
-from speed import SIZES, blip_config
+from photographs import draw_crops, photograph_crops
+from random_models import SIZES, blip_config
+from reporting import environment, make_parser, print_table, settings_of, write_json
+from timing import Run, compare, time_runs, timed
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor, pipeline
 
 from madtp_hf import MadtpBlipForConditionalGeneration, calibrate
-from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_source, run_job
+from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_rows, run_job
 
 
 NEW_TOKENS, BEAMS, REDUCTIONS = 10, (1, 3), (0.5, 0.8)
-
-
-def save_crops(folder: Path, number: int) -> None:
-    """Save square crops of two photographs, with random positions and sizes, as JPEG files."""
-    rng = np.random.default_rng(0)
-    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
-    for index in range(number):
-        photograph = photographs[rng.integers(len(photographs))]
-        side = int(rng.integers(SMALLEST_CROP, min(photograph.size) + 1))
-        left, top = (int(rng.integers(0, length - side + 1)) for length in photograph.size)
-        photograph.crop((left, top, left + side, top + side)).save(folder / f"{index:04d}.jpg", quality=95)
 
 
 def save_models(folder: Path, args) -> None:
@@ -70,70 +55,76 @@ def save_models(folder: Path, args) -> None:
         processor.save_pretrained(folder / name)
 
 
-def make_pipeline(folder: Path, args):
-    return pipeline("image-text-to-text", model=str(folder / "dense"), device=args.device, dtype=args.dtype)
-
-
-def time_pipeline(ask, files: list[str], beams: int, batch_size: int) -> float:
-    """Return the seconds that the pipeline takes for all files."""
+def ask_all(ask, files: list[str], beams: int, batch_size: int) -> None:
+    """Caption all files with the pipeline."""
     settings = {"num_beams": beams, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    began = time.perf_counter()
     written = ask(images=files, text=["a"] * len(files), batch_size=batch_size, generate_kwargs=settings)
     assert len(written) == len(files)
-    return time.perf_counter() - began
 
 
-def time_job(writer: ImageToText, images: Path, args) -> float:
-    """Return the seconds that the job takes for all files, including its own start and end."""
+def make_job(folder: Path, reduction: float, beams: int, args) -> ImageToText:
+    generation = Generation(float(reduction), max_new_tokens=NEW_TOKENS, num_beams=beams)
+    writer = ImageToText(folder / "pruned", "captioning", generation, args.device, args.dtype)
+    # Weights are prepared lazily, at a cost that doesn't depend on the number of images: exclude it.
+    side = writer.model.config.vision_config.image_size
+    writer(np.zeros((1, 3, side, side), dtype=np.uint8))
+    return writer
+
+
+def caption_all(writer: ImageToText, images: Path, args) -> None:
+    """Caption all files with the job, including its own start and end."""
     with TemporaryDirectory() as work:
-        source = open_source(images)
+        source = open_rows(images)
         output = Output(Path(work, "captions.jsonl"), {}, len(source), "caption")
         batches = PreparedBatches(source, writer.processor.image_processor)
         batch_size = args.batch_size or writer.batch_size()
-        began = time.perf_counter()
         summary = run_job(batches, writer, output, batch_size, args.workers, show_progress=False)
         assert summary.images == len(source) and not summary.errors
-        return time.perf_counter() - began
 
 
-def measure(folder: Path, images: Path, args) -> dict:
+def measure(folder: Path, images: Path, beams: int, args) -> dict:
     files = [str(file) for file in sorted(images.iterdir())]
-    ask = make_pipeline(folder, args)
+    ask = pipeline("image-text-to-text", model=str(folder / "dense"), device=args.device, dtype=args.dtype)
+    tried = files[: max(args.pipeline_batches)]
+    times = {}
+    for size in args.pipeline_batches:
+        times[size] = timed(functools.partial(ask_all, ask, tried, beams, size))[0]
+    best = min(times, key=times.get)
+    runs = [
+        Run({"run": "pipeline"}, lambda: ask_all(ask, files, beams, 1)),
+        Run({"run": "pipeline-best"}, lambda: ask_all(ask, files, beams, best)),
+    ]
     config = MadtpBlipForConditionalGeneration.config_class.from_pretrained(folder / "pruned")
-    reached = [entry[0] for entry in config.pruning_schedule]  # small models don't reach all reductions
-    results = {}
-    for beams in args.beams:
-        tried = files[: max(args.pipeline_batches)]
-        times = {size: time_pipeline(ask, tried, beams, size) / len(tried) for size in args.pipeline_batches}
-        best = min(times, key=times.get)
-        seconds: dict[str, list[float]] = {}
-        for _ in range(args.rounds):
-            seconds.setdefault("pipeline", []).append(time_pipeline(ask, files, beams, 1))
-            seconds.setdefault("pipeline-best", []).append(time_pipeline(ask, files, beams, best))
-            for reduction in (0, *reached):
-                generation = Generation(float(reduction), max_new_tokens=NEW_TOKENS, num_beams=beams)
-                writer = ImageToText(folder / "pruned", "captioning", generation, args.device, args.dtype)
-                # Weights are prepared lazily, at a cost that doesn't depend on the number of images: exclude it.
-                side = writer.model.config.vision_config.image_size
-                writer(np.zeros((1, 3, side, side), dtype=np.uint8))
-                seconds.setdefault(str(reduction or "off"), []).append(time_job(writer, images, args))
-                del writer
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        results[f"{beams} beam" + "s" * (beams > 1)] = {
-            "pipeline's seconds an image by batch size": {size: round(value, 4) for size, value in times.items()},
-            "pipeline's best batch size": best,
-            "captions a second": {name: round(len(files) / value, 3) for name, value in medians.items()},
-            "times the pipeline's best": {
-                name: round(min(medians["pipeline"], medians["pipeline-best"]) / value, 2)
-                for name, value in medians.items()
-            },
-        }
-        print(json.dumps(results, indent=2), flush=True)
-    return results
+    for reduction in (0, *config.calibrated_reductions):  # small models don't reach all reductions
+        writer = make_job(folder, reduction, beams, args)
+        run = Run(
+            {"run": f"{reduction:g}" if reduction else "off"}, lambda writer=writer: caption_all(writer, images, args)
+        )
+        runs.append(run)
+    seconds = time_runs(runs, args.rounds)
+    fastest = min(seconds[:2], key=statistics.median)
+    rows = []
+    for run, spent in zip(runs, seconds):
+        of_best = compare(spent, fastest)
+        rate = len(files) * 1000 / of_best["milliseconds"]
+        rows.append(
+            {
+                "run": run.labels["run"],
+                "captions a second": round(rate, 3),
+                "times the pipeline's best": round(of_best["time_ratio"], 2),
+            }
+        )
+    return {
+        "pipeline's seconds an image by batch size": {
+            str(size): round(spent / len(tried), 4) for size, spent in times.items()
+        },
+        "pipeline's best batch size": best,
+        "rows": rows,
+    }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--calibration_images", type=int, default=16)
@@ -145,24 +136,20 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    results = {"settings": settings_of(args), **environment()}
     with TemporaryDirectory() as work:
         folder, images = Path(work), Path(work, "images")
         images.mkdir()
-        save_crops(images, args.images)
+        for index, crop in enumerate(draw_crops(args.images, seed=0)):
+            crop.save(images / f"{index:04d}.jpg", quality=95)
         save_models(folder, args)
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": platform.machine(),
-        }
-        results = {"settings": settings, "versions": versions, **measure(folder, images, args)}
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        for beams in args.beams:
+            name = f"{beams} beam" + "s" * (beams > 1)
+            results[name] = found = measure(folder, images, beams, args)
+            print_table(name, found["rows"][0], [row.values() for row in found["rows"]])
+            write_json(args.output, results)
 
 
 if __name__ == "__main__":

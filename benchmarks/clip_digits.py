@@ -16,130 +16,97 @@ Recall is the mean over 1, 5 and 10 and both directions, among the images of the
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
-import torch
-from methods import find_schedule, make_method
-from torch.utils.data import DataLoader
-from transformers import CLIPProcessor, TrainingArguments, set_seed
+from calibrating import calibrate_all
+from digit_tasks import Evaluation, load_model, make_batches, make_collator, run_example, train
+from reporting import EXAMPLES, Rows, environment, make_parser, mean_and_deviation, print_table, settings_of
+from transformers import set_seed
 
-from madtp_hf import MadtpClipModel, RetrievalTrainer, calibrate, create_optimizer
-from madtp_hf.budgets.passes import measure
-from madtp_hf.data import RetrievalCollator, load_digit_captions
-from madtp_hf.tasks.pair_scores import CaptionedImages, score_by_features
+from madtp_hf.data import load_digit_captions
+from madtp_hf.tasks.clip import score_by_features
+from madtp_hf.tasks.pair_scores import CaptionedImages
 
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "run_clip_retrieval.py"
-MODEL = ROOT / "examples" / "clip-digits"
-KINDS = ("dense", "tome", "training-free", "fine-tuned", "tome fine-tuned")
+SCRIPT, MODEL = "run_clip_retrieval.py", EXAMPLES / "clip-digits"
 
 
 class Benchmark:
-    """The data and the shipped model, loaded lazily."""
+    """The data and the shipped model, loaded lazily. Each kind of row is a method: seed -> points, one a reduction."""
 
     def __init__(self, args):
-        self.args = args
-        self.processor = CLIPProcessor.from_pretrained(MODEL)
-        self.collator = RetrievalCollator(self.processor)
-        test = load_digit_captions(args.split, args.images)
-        self.queries = CaptionedImages(test, self.processor)
-        self.pairs = list(DataLoader(test, 64, collate_fn=self.collator))
+        self.args, self.collator = args, make_collator("clip", MODEL)
+        self.test = load_digit_captions(args.split, args.images)
+        self.evaluation = Evaluation("clip", self.test, self.collator)
 
-    def model(self) -> MadtpClipModel:
-        return MadtpClipModel.from_clip(MODEL, num_alignment_tokens=self.args.num_alignment_tokens).float().eval()
+    def model(self, seed: int = 0):
+        return load_model("clip", MODEL, seed, num_alignment_tokens=self.args.num_alignment_tokens)
 
-    @torch.no_grad()
-    def score(self, model) -> dict:
-        """Return the mean recall, and the reduction of FLOPs of an image and one of its captions."""
-        queries = self.queries
-        scores = score_by_features(model.eval(), queries.pixel_batches, queries.input_ids, queries.attention_mask)
-        saved = []
-        for batch in self.pairs:
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-            saved.append(measure(model, inputs, model(**inputs)))
-        return {"mean %": queries.recalls(*scores)["mean %"], "reached": torch.cat(saved).mean().item()}
+    def score(self, model, reductions=(0.0,)) -> dict:
+        points = self.evaluation.at(model, list(reductions))
+        return {str(point["asked"]): {"mean %": point["score"], "reached": point["reached"]} for point in points}
 
-    def with_tome(self, model, reduction: float) -> MadtpClipModel:
-        lengths = torch.cat([batch["attention_mask"].sum(dim=1) for batch in self.pairs])
-        schedule, _ = find_schedule("tome", model.config, "clip", reduction, lengths)
-        model.set_reduction_method(make_method("tome", schedule))
-        return model
-
-    # Each method returns {reduction: measurements}.
-
-    def dense(self, seed) -> dict:
-        return {0.0: self.score(self.model())}
-
-    @torch.no_grad()
     def facts(self) -> dict:
         """Return the facts of the dense checkpoint's model card: all recalls, and the chance level."""
-        queries = self.queries
+        queries = CaptionedImages(self.test, self.collator.processor)
         scores = score_by_features(self.model(), queries.pixel_batches, queries.input_ids, queries.attention_mask)
         title = f"{self.args.images} images, {len(queries.texts)} captions"
         return {"title": title, "recalls": queries.recalls(*scores), "baseline": queries.by_chance()}
 
+    def dense(self, seed) -> dict:
+        return self.score(self.model())
+
+    def tome_model(self, seed=0):
+        """Return a model that prunes by Token Merging, calibrated on the images of the evaluation."""
+        model = self.model(seed)
+        model.set_pruning_method("tome")
+        calibrate_all(model, self.evaluation.batches, self.args.reductions)
+        return model
+
     def tome(self, seed) -> dict:
-        return {reduction: self.score(self.with_tome(self.model(), reduction)) for reduction in self.args.reductions}
+        return self.score(self.tome_model(), self.args.reductions)
 
     def training_free(self, seed) -> dict:
-        set_seed(seed)
-        model, rows = self.model(), {}
+        model = self.model(seed)
         validation = load_digit_captions("validation", self.args.validation_images)
-        calibrate(model, DataLoader(validation, 64, collate_fn=self.collator), self.args.reductions)
-        for reduction, *_ in model.config.pruning_schedule:
-            model.set_pruning(reduction=reduction)
-            rows[reduction] = self.score(model)
-        return rows
+        batches = make_batches("clip", validation, self.collator)
+        return self.score(model, calibrate_all(model, batches, self.args.reductions))
+
+    def folder(self, seed) -> Path:
+        return self.args.work_dir / f"fine-tuned-{seed}"
 
     def fine_tuned(self, seed) -> dict:
-        folder = self.args.work_dir / f"fine-tuned-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), "--seed", str(seed)]
-        command += ["--evaluation_split", self.args.split, "--test_samples", str(self.args.images), *self.args.options]
-        command += ["--reductions", *map(str, self.args.reductions)]
-        with open(folder / "log", "w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-        outcome = json.loads((folder / "results.json").read_text())
-        rows = {
-            row["reduction asked"]: {name: row[name] for name in ("mean %", "reached")} for row in outcome["results"]
-        }
-        return rows
+        options = ["--seed", seed, "--test_split", self.args.split, "--test_samples", self.args.images]
+        options += [*self.args.options, "--reductions", *self.args.reductions]
+        rows = run_example(SCRIPT, self.folder(seed), options)["results"]
+        return {str(row["reduction asked"]): {name: row[name] for name in ("mean %", "reached")} for row in rows}
 
     def tome_fine_tuned(self, seed) -> dict:
         """Fine-tune with Token Merging, with the training settings that the script reports in its results."""
-        settings = json.loads((self.args.work_dir / f"fine-tuned-{seed}" / "results.json").read_text())["settings"]
-        train = load_digit_captions("train", settings["training rows"])
-        rows = {}
+        settings = json.loads((self.folder(seed) / "results.json").read_text())["settings"]
+        dataset, rows = load_digit_captions("train", settings["training rows"]), {}
+        recipe = {
+            "per_device_train_batch_size": settings["batch size"],
+            "lr_scheduler_type": settings["learning rate schedule"],
+            "warmup_steps": 0,
+        }
         for reduction in self.args.reductions:
             set_seed(seed)
-            model = self.with_tome(self.model(), reduction)
-            arguments = TrainingArguments(
-                str(self.args.work_dir / f"tome-{reduction}-{seed}"),
-                per_device_train_batch_size=settings["batch size"],
-                num_train_epochs=1,
-                learning_rate=settings["learning rate"],
-                lr_scheduler_type=settings["learning rate schedule"],
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                use_cpu=True,
-                disable_tqdm=True,
-                seed=seed,
-            )
-            RetrievalTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=train,
-                data_collator=self.collator,
-                optimizers=(create_optimizer(model, settings["learning rate"]), None),
-                queue_size=1024,  # the script's default, like the trainer's other settings
-            ).train()
-            rows[reduction] = self.score(model)
+            model = self.tome_model(seed)
+            model.set_pruning(reduction=reduction)
+            train(model, "clip", dataset, self.collator, [], seed, settings["learning rate"], **recipe)
+            rows |= self.score(model, [reduction])
         return rows
+
+
+# By kind, the method that makes its rows.
+KINDS = {
+    "dense": Benchmark.dense,
+    "tome": Benchmark.tome,
+    "training-free": Benchmark.training_free,
+    "fine-tuned": Benchmark.fine_tuned,
+    "tome fine-tuned": Benchmark.tome_fine_tuned,
+}
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -148,21 +115,18 @@ def summary(rows: list[dict]) -> list[dict]:
     for row in rows:
         for reduction, measured in row["results"].items():
             grouped.setdefault((row["kind"], float(reduction)), []).append(measured)
-    return [
-        {
-            "kind": kind,
-            "reduction": reduction,
-            "seeds": len(found),
-            "mean %": statistics.mean(one["mean %"] for one in found),
-            "standard deviation": statistics.stdev(one["mean %"] for one in found) if len(found) > 1 else None,
-            "reached": statistics.mean(one["reached"] for one in found),
-        }
-        for (kind, reduction), found in sorted(grouped.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1]))
-    ]
+    lines = []
+    for kind, reduction in sorted(grouped, key=lambda key: (list(KINDS).index(key[0]), key[1])):
+        found = grouped[kind, reduction]
+        mean, deviation = mean_and_deviation([one["mean %"] for one in found])
+        reached = statistics.fmean(one["reached"] for one in found)
+        line = {"kind": kind, "reduction": reduction, "seeds": len(found), "mean %": mean}
+        lines.append({**line, "standard deviation": deviation, "reached": reached})
+    return lines
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__, "clip_digits.json")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -172,33 +136,19 @@ def main():
     parser.add_argument("--num_alignment_tokens", type=int, default=100, help="of training-free pruning")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for the training script, last")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/clip-digits"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/clip_digits.json"))
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", message="The schedule rests on")
-
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("kinds", "seeds", "work_dir", "output")
-    }
-    result = {"settings": settings, "rows": []}
-    if args.output.exists():
-        before = json.loads(args.output.read_text())
-        if before["settings"] != settings:
-            sys.exit(f"{args.output} has rows of {before['settings']}, not {settings}: give another --output.")
-        result = before
-    benchmark = Benchmark(args)
+    args = parser.parse_args(arguments)
+    header = {"settings": settings_of(args, "kinds", "seeds", "work_dir"), **environment(), "summary": []}
+    results, benchmark = Rows(args.output, header, ("kind", "seed")), Benchmark(args)
     for kind in args.kinds:
         for seed in args.seeds if kind not in ("dense", "tome") else args.seeds[:1]:
-            if any((row["kind"], row["seed"]) == (kind, seed) for row in result["rows"]):
+            if (kind, seed) in results:
                 continue
-            measured = getattr(benchmark, kind.replace(" ", "_").replace("-", "_"))(seed)
-            more = benchmark.facts() if kind == "dense" else {}
-            result["rows"].append({"kind": kind, "seed": seed, "results": measured, **more})
-            result["summary"] = summary(result["rows"])
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
-            print(kind, seed, json.dumps(measured), flush=True)
-    for row in result["summary"]:
-        print(json.dumps(row))
+            row = {"kind": kind, "seed": seed, "results": KINDS[kind](benchmark, seed)}
+            row |= benchmark.facts() if kind == "dense" else {}
+            results.add(row, summary=summary([*results.rows.values(), row]))
+            print(kind, seed, json.dumps(row["results"]), flush=True)
+    lines = [list(line.values()) for line in summary(list(results.rows.values()))]
+    print_table("mean over seeds", ["kind", "reduction", "seeds", "mean %", "deviation", "reached"], lines)
 
 
 if __name__ == "__main__":

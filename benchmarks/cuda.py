@@ -1,6 +1,6 @@
 """Check correctness and measure speed on a GPU, in one call of some minutes.
 
-It needs only torch and transformers besides this repository.
+It needs this repository, the dependencies of its package, and scikit-learn, whose two photographs are the images.
 
     python benchmarks/cuda.py                                        # on a GPU, 8.5 minutes at most
     python benchmarks/cuda.py --stages facts compiled --output benchmarks/results/cuda_compiled.json
@@ -16,7 +16,7 @@ Each stage runs in a process of its own, so that a stage that crashes the device
 - `speed`: question answering (a forward pass with one decoder token), captioning (a teacher-forced forward pass) and
   caption generation (ten tokens, greedy) in bfloat16: transformers' BLIP with its defaults and, where supported, with
   sdpa; ours with pruning off, pruned ("instance"), pruned to fixed token counts ("frozen"), and these as CUDA graphs.
-  Weights are random, images are textures. See gpu/cuda_speed.py.
+  Weights are random, images are crops of photographs. See gpu/cuda_speed.py.
 - `compiled`: transformers' BLIP with torch.compile, and ours frozen with torch.compile(mode="reduce-overhead").
 
 Runs of a task and batch size are interleaved and timed by CUDA events. Columns: `images/s` and `ms`, medians;
@@ -29,9 +29,9 @@ the share that differs). Results are written to `--output` as they come; it name
 """
 
 import argparse
+import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -39,43 +39,48 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    # Take this folder off the path: libraries that import a module named `cuda` would find this file instead.
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
-    sys.path.insert(0, str(HERE / "gpu"))
-
 STAGES = ("facts", "checks", "speed", "compiled")
 # The share of the time until which each stage may start new work.
 SHARES = {"facts": 0.1, "checks": 0.25, "speed": 0.55, "compiled": 0.82}
 SPEED_TASKS = ("vqa", "captioning-generate", "captioning")
 
 
-def default_output() -> Path:
-    folder = os.environ.get("OUT")
-    return (Path(folder) if folder else HERE / "results") / "cuda.json"
+@contextlib.contextmanager
+def own_modules():
+    """Make this folder's modules importable, for now: libraries that look for `cuda` must not find this file."""
+    folders = [str(HERE), str(HERE / "gpu"), str(HERE.parent), str(HERE.parent / "src")]
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE] + folders
+    try:
+        yield
+    finally:
+        sys.path.remove(str(HERE))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.5, help="all of it, at most; default: 8.5")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="tiny: only to see whether it runs")
+    parser.add_argument("--size", choices=("base", "large", "tiny"), default="base", help="tiny: to try it")
     parser.add_argument(
         "--tasks", nargs="+", choices=SPEED_TASKS, default=list(SPEED_TASKS), help="to time; default: all"
     )
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 8 64 256, on a CPU 2")
     parser.add_argument("--reductions", type=float, nargs="+", help="default: 0.5 0.8, on a CPU 0.5")
     parser.add_argument(
-        "--output", type=Path, default=default_output(), help="default: $OUT/cuda.json or benchmarks/results/cuda.json"
+        "--output",
+        type=Path,
+        default=Path(os.environ.get("OUT") or HERE / "results") / "cuda.json",
+        help="default: $OUT/cuda.json or benchmarks/results/cuda.json",
     )
     parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)  # a stage in its own process
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--no_kernels", action="store_true", help="without Triton's kernels")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     on_cuda = args.device == "cuda"
     args.batch_sizes = args.batch_sizes or ([1, 8, 64, 256] if on_cuda else [2])
     args.reductions = args.reductions or ([0.5, 0.8] if on_cuda else [0.5])
+    args.output = args.output.resolve()
     return args
 
 
@@ -84,20 +89,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def facts(device: str) -> dict:
     import torch
-    import transformers
+    from reporting import environment
 
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit(
             "--device cuda, but torch sees no GPU here: expected one, or pass --device cpu --size tiny --minutes 2."
         )
+    found = environment(torch.device(device))
     found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **found["machine"],
+        **found["versions"],
         "cuda": torch.version.cuda,
-        "device": device,
         "cudnn": torch.backends.cudnn.version(),
-        "cpus": os.cpu_count(),
     }
     try:
         import triton
@@ -107,12 +110,9 @@ def facts(device: str) -> dict:
         found["triton"] = f"none: {error}"
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "capability": list(torch.cuda.get_device_capability()),
-            "memory_gb": round(properties.total_memory / 1e9, 1),
-            "multiprocessors": properties.multi_processor_count,
-        }
+        found["capability"] = list(torch.cuda.get_device_capability())
+        found["memory_gb"] = round(properties.total_memory / 1e9, 1)
+        found["multiprocessors"] = properties.multi_processor_count
     return found
 
 
@@ -133,48 +133,29 @@ def run_child(args) -> None:
         with lines.open("a") as file:
             file.write(json.dumps({"stage": args.child, "kind": kind, **finding}) + "\n")
 
-    if args.child == "facts":
-        record("facts", facts(args.device))
-        return
-    import torch
+    with own_modules():
+        import torch
+        from cuda_checks import run_checks, triton_kernels
+        from cuda_speed import Limits, compiled_runs, plain_runs, run_speed
+        from random_models import Setup
 
-    device = torch.device(args.device)
-    if device.type == "cpu":
+        if args.child == "facts":
+            record("facts", facts(args.device))
+            return
+    device, on_cuda = torch.device(args.device), args.device == "cuda"
+    if not on_cuda:
         torch.set_num_threads(1)
     if args.no_kernels:
-        from cuda_models import triton_kernels
-
         triton_kernels._enabled = False
     if args.child == "checks":
-        from cuda_checks import run_checks
-
-        run_checks(device, args.size, args.deadline, record)
+        run_checks(Setup(args.size, device), args.deadline, record)
         return
-    from cuda_speed import Settings, compiled_runs, plain_runs, run_speed
-
-    on_cuda = device.type == "cuda"
-    settings = Settings(
-        args.size,
-        device,
-        torch.bfloat16 if on_cuda else torch.float32,
-        args.batch_sizes,
-        args.reductions,
-        args.deadline,
-        cell_seconds=5.0 if on_cuda else 1.0,
-        rounds=25 if on_cuda else 3,
-    )
-    found = read_lines(lines)
-    done = {
-        (row["task"], row["batch_size"])
-        for row in found
-        if row["kind"] == "row" and row["stage"] == args.child and "milliseconds" in row
-    }
-    run_speed(
-        settings,
-        record,
-        compiled_runs if args.child == "compiled" else plain_runs,
-        order_of(args.child, args.tasks, args.batch_sizes, done),
-    )
+    setup = Setup(args.size, device, torch.bfloat16 if on_cuda else torch.float32)
+    limits = Limits(args.reductions, args.deadline, *((5.0, 25) if on_cuda else (1.0, 3)))
+    rows = [row for row in read_lines(lines) if row["kind"] == "row" and row["stage"] == args.child]
+    done = {(row["task"], row["batch_size"]) for row in rows if "milliseconds" in row}
+    order = order_of(args.child, args.tasks, args.batch_sizes, done)
+    run_speed(setup, limits, record, compiled_runs if args.child == "compiled" else plain_runs, order)
 
 
 # All stages
@@ -184,26 +165,21 @@ def read_lines(path: Path) -> list[dict]:
     """Read the findings; the last line of a killed process may be incomplete."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 
 def collect(args, state: dict) -> dict:
+    """Write the findings so far as one JSON file, and return them."""
     found = read_lines(args.output.with_suffix(".jsonl"))
 
     def of_kind(*kinds):
         return [{k: v for k, v in item.items() if k != "kind"} for item in found if item["kind"] in kinds]
 
+    settings = {"size": args.size, "minutes": args.minutes, "stages": args.stages, "kernels": not args.no_kernels}
     result = {
-        "settings": {
-            "size": args.size,
-            "minutes": args.minutes,
-            "stages": args.stages,
-            "kernels": not args.no_kernels,
-        },
+        "settings": settings,
         "facts": (of_kind("facts") or [{}])[0],
         "stages": state,
         "checks": of_kind("check"),
@@ -225,23 +201,16 @@ def run_stage(stage: str, args, started: float, state: dict, no_kernels: bool = 
         state[stage] = "not started: out of time"
         return 0
     print(f"{stage}, {time.time() - started:.0f} s after the start", flush=True)
-    given = ["--device", args.device, "--size", args.size, "--output", str(args.output), "--deadline", str(soft)]
-    given += [
-        "--tasks",
-        *args.tasks,
-        "--batch_sizes",
-        *map(str, args.batch_sizes),
-        "--reductions",
-        *map(str, args.reductions),
-    ]
-    given += ["--no_kernels"] * (no_kernels or args.no_kernels)
+    given = ["--child", stage, "--deadline", soft, "--device", args.device, "--size", args.size]
+    given += ["--output", args.output, "--tasks", *args.tasks, "--batch_sizes", *args.batch_sizes]
+    given += ["--reductions", *args.reductions, *["--no_kernels"] * (no_kernels or args.no_kernels)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    child = subprocess.Popen([sys.executable, __file__, "--child", stage, *given], env=environment)
+    child = subprocess.Popen([sys.executable, __file__, *map(str, given)], env=environment)
     began = time.time()
     while child.poll() is None and time.time() < hard:
-        time.sleep(0.2)
-        if int(time.time() * 5) % 10 == 0:
-            collect(args, state)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(min(2.0, max(hard - time.time(), 0.1)))
+        collect(args, state)
     if child.poll() is None:
         child.kill()
         child.wait()
@@ -251,13 +220,12 @@ def run_stage(stage: str, args, started: float, state: dict, no_kernels: bool = 
     return child.returncode
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments=None) -> None:
+    args = parse_arguments(arguments)
     if args.child:
         run_child(args)
         return
     started, state = time.time(), {}
-    args.output = args.output.resolve()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".jsonl").unlink(missing_ok=True)
     for stage in args.stages:
@@ -275,40 +243,45 @@ def main() -> None:
 
 # The report
 
+# By title of a column: the row's entry, and its format.
+COLUMNS = {
+    "images/s": ("images_per_second", ".1f"),
+    "ms": ("milliseconds", ".2f"),
+    "faster": ("time_ratio", ".2f"),
+    "FLOPs": ("reduction", ".2f"),
+    "MB": ("memory_mb", ".0f"),
+    "ops": ("device operations", "d"),
+    "launches": ("launches", "d"),
+    "waits": ("waits", "d"),
+    "idle": ("share without device work", ".2f"),
+    "differs": ("difference", ".1g"),
+}
+
 
 def print_report(result: dict) -> None:
+    with own_modules():
+        from reporting import print_table, show
+
     print("\n" + "  ".join(f"{name} {value}" for name, value in result["facts"].items() if name != "stage"))
     print("\n".join(f"{stage}: {how}" for stage, how in result["stages"].items()))
+    verdicts = {True: "passed", False: "FAILED", None: "-"}
     if result["checks"]:
         passed = [check["passed"] for check in result["checks"]]
         print(f"\nchecks: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} open")
     for check in result["checks"]:
-        verdict = {True: "passed", False: "FAILED", None: "-"}[check["passed"]]
-        if verdict == "passed" and check["check"].startswith("golden"):
+        if check["passed"] and check["check"].startswith("golden"):
             continue
-        rest = ", ".join(
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in check.items()
-            if name not in ("check", "passed", "stage")
+        found = {name: value for name, value in check.items() if name not in ("check", "passed", "stage")}
+        texts = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
         )
-        print(f"{verdict:7} {check['check']}: {rest}")
-    columns = (
-        ("images/s", "images_per_second", ".1f"),
-        ("ms", "milliseconds", ".2f"),
-        ("faster", "times_faster", ".2f"),
-        ("FLOPs", "reduction", ".2f"),
-        ("MB", "memory_mb", ".0f"),
-        ("ops", "device operations", "d"),
-        ("launches", "launches", "d"),
-        ("waits", "waits", "d"),
-        ("idle", "share without device work", ".2f"),
-        ("differs", "difference", ".1g"),
-    )
-    print(f"\n{'task':20} {'batch':>5} {'run':43}" + "".join(f"{title:>9}" for title, *_ in columns))
+        print(f"{verdicts[check['passed']]:7} {check['check']}: {', '.join(texts)}")
+    lines = []
     for row in result["rows"]:
-        cells = [format(row[key], form) if row.get(key) is not None else "" for _, key, form in columns]
-        text = "".join(f"{cell:>9}" for cell in cells) if "error" not in row else f"  {row['error'][:110]}"
-        print(f"{row['task']:20} {row['batch_size']:>5} {row['run']:43}{text}")
+        cells = [show(row.get(key), form) for key, form in COLUMNS.values()]
+        name = f"{row['run']}: {row['error'][:110]}" if "error" in row else row["run"]
+        lines.append([row["task"], row["batch_size"], name, *cells])
+    print_table("passes", ["task", "batch", "run", *COLUMNS], lines)
     if result["facts"].get("device") == "cpu":
         print("skipped: no CUDA: kernels, CUDA graphs, memory, launches")
 

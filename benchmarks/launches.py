@@ -4,7 +4,7 @@ On a GPU a pass takes the time of its arithmetic or of its launches, whichever i
 on any machine: question answering runs on the path of devices other than the CPU, where every operation that torch
 dispatches and that is not a view counts as one launch, and every value that the host reads as one wait. `--kernels`
 also counts the path through Triton's kernels: each kernel counts as one launch, while plain torch computes its result
-(kernel_standins.py).
+(tests/helpers/kernel_standins.py).
 
     python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
     python benchmarks/launches.py --size tiny --batch_sizes 4   # a quick trial
@@ -15,23 +15,30 @@ pruning is calibrated to, on separate images and texts. In the file, `by_name` c
 `by_place` by calling function.
 """
 
-import argparse
 import collections
 import contextlib
-import json
 import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
-from kernel_standins import kernel_path
-from rich.console import Console
-from rich.table import Table
-from speed import MODELS, SIZES, calibrate_reachable, calibration_batches, machine, make_inputs, make_models
+from calibrating import calibrate_all
+from random_models import (
+    MODELS,
+    add_arguments,
+    calibration_batches,
+    make_inputs,
+    make_models,
+    read_setup,
+)
+from reporting import ROOT, environment, make_parser, print_table, settings_of, write_json
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from madtp_hf.modeling import sequences
+from madtp_hf.modeling import chunks
+
+
+sys.path.insert(0, str(ROOT))
+from tests.helpers.kernel_standins import kernel_path
 
 
 # Not launches: views, and operations that only allocate.
@@ -104,7 +111,7 @@ def count(model, inputs: dict, kernels: bool) -> dict:
         finally:
             launches.paused = waits.paused = False
 
-    path = kernel_path(call) if kernels else mock.patch.object(sequences, "CPU_TAKES_PARTS", False)
+    path = kernel_path(call) if kernels else mock.patch.object(chunks, "CPU_TAKES_CHUNKS", False)
     with contextlib.ExitStack() as stack:
         for context in (path, waits, launches):
             stack.enter_context(context)
@@ -119,14 +126,16 @@ def count(model, inputs: dict, kernels: bool) -> dict:
 
 
 def count_all(args) -> list[dict]:
-    dense, model = make_models(args.task, args)
-    schedule = calibrate_reachable(model, calibration_batches(args.task, model.config, args), args.reductions)
+    setup = read_setup(args)
+    dense, model = make_models(args.task, setup)
+    batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
+    reductions = calibrate_all(model, batches, args.reductions)
+    runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((f"{r:.2g}", model, r) for r in reductions)]
     rows = []
     for batch_size in args.batch_sizes:
-        inputs = make_inputs(args.task, model.config, batch_size, args)
-        runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((str(r), model, t) for r, t in schedule)]
-        for name, run_model, temperature in runs:
-            model.set_pruning(temperature=temperature)
+        inputs = make_inputs(model.task, model.config, batch_size, setup)
+        for name, run_model, reduction in runs:
+            model.set_pruning(reduction=reduction)
             for path in ["plain", "kernels"][: 1 + (args.kernels and run_model is model)]:
                 found = count(run_model, inputs, kernels=path == "kernels")
                 rows.append({"batch_size": batch_size, "run": name, "path": path, **found})
@@ -139,60 +148,42 @@ def count_all(args) -> list[dict]:
 def print_counts(title: str, rows: list[dict]) -> None:
     """Print one line per run: each path's counts, and their ratio to those with pruning off."""
     found = {(row["batch_size"], row["run"], row["path"]): row for row in rows}
-    paths = list(dict.fromkeys(row["path"] for row in rows))
-    table = Table("batch", "run", title=title)
-    for path in paths:
-        for column in (path, "of off", "waits"):
-            table.add_column(column, justify="right")
+    paths, lines = list(dict.fromkeys(row["path"] for row in rows)), []
     for batch_size, run in dict.fromkeys((row["batch_size"], row["run"]) for row in rows):
-        cells = []
+        line = [run, batch_size]
         for path in paths:
-            row, off = found.get((batch_size, run, path)), found[batch_size, "off", path]
-            if row is None:
-                cells += ["", "", ""]
-            else:
-                cells += [str(row["operations"]), f"{row['operations'] / off['operations']:.2f}", str(row["waits"])]
-        table.add_row(str(batch_size), run, *cells)
-    Console(width=120).print(table)
+            row, off = found.get((batch_size, run, path)), found[batch_size, "off", path]["operations"]
+            line += (
+                ["", "", ""] if row is None else [row["operations"], f"{row['operations'] / off:.2f}", row["waits"]]
+            )
+        lines.append(line)
+    print_table(title, ["run", "batch", *(name for path in paths for name in (path, "of off", "waits"))], lines)
 
 
 def print_makers(title: str, rows: list[dict], key: str, number: int = 20) -> None:
     """Print the largest contributors to the counts: one per line, with a column for each row of results."""
-    table = Table(key.replace("_", " ").removeprefix("by "), title=title)
-    totals = collections.Counter()
-    for row in rows:
-        table.add_column(f"{row['run']}, {row['path']}", justify="right")
-        totals.update(row[key])
-    for name, _ in totals.most_common(number):
-        table.add_row(name, *(str(row[key].get(name, "")) for row in rows))
-    Console(width=120).print(table)
+    totals = sum((collections.Counter(row[key]) for row in rows), collections.Counter())
+    columns = [key.replace("_", " ").removeprefix("by "), *(f"{row['run']}, {row['path']}" for row in rows)]
+    print_table(
+        title, columns, [[name, *(row[key].get(name) for row in rows)] for name, _ in totals.most_common(number)]
+    )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__)
     parser.add_argument("--task", choices=MODELS, default="vqa")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 32], help="default: 1 4 32")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
     parser.add_argument("--kernels", action="store_true", help="count the path through Triton's kernels as well")
     parser.add_argument("--calibration_samples", type=int, default=4, help="default: 4")
-    parser.add_argument("--size", choices=SIZES, default="narrow", help="default: narrow, as many layers as base")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    args.device, args.dtype, args.torch_dtype = torch.device("cpu"), "float32", torch.float32
-    args.plain_weights = True
-
+    add_arguments(parser, size="narrow")  # as many layers and tokens as base
+    args = parser.parse_args(arguments)
     rows = count_all(args)
     print_counts(f"{args.task}, {args.size}: operations", rows)
     last = [row for row in rows if row["batch_size"] == args.batch_sizes[-1] and row["run"] != "transformers"]
     for key in ("by_name", "by_place", "waits_by_place"):
         print_makers(f"what makes them, batches of {args.batch_sizes[-1]}", last, key)
-    if args.output:
-        settings = {name: getattr(args, name) for name in ("task", "calibration_samples", "seed")}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps({"settings": settings, "machine": machine(args), "rows": rows}, indent=1) + "\n"
-        )
+    write_json(args.output, {"settings": settings_of(args), **environment(), "rows": rows})
 
 
 if __name__ == "__main__":

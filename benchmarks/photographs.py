@@ -23,8 +23,8 @@ def to_pixel_values(images, size: int) -> torch.Tensor:
     return normalised.permute(0, 3, 1, 2).contiguous()
 
 
-def photograph_crops(n: int, size: int, seed: int) -> torch.Tensor:
-    """Return `n` random square crops of either photograph as pixel_values (n, 3, size, size)."""
+def draw_crops(n: int, seed: int) -> list[Image.Image]:
+    """Return `n` square crops of either photograph, at random positions and of random sizes."""
     rng = np.random.default_rng(seed)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     crops = []
@@ -33,7 +33,12 @@ def photograph_crops(n: int, size: int, seed: int) -> torch.Tensor:
         side = int(rng.integers(SMALLEST_CROP, min(photograph.size) + 1))
         left, top = (int(rng.integers(0, length - side + 1)) for length in photograph.size)
         crops.append(photograph.crop((left, top, left + side, top + side)))
-    return to_pixel_values(crops, size)
+    return crops
+
+
+def photograph_crops(n: int, size: int, seed: int) -> torch.Tensor:
+    """Return `n` random square crops of either photograph as pixel_values (n, 3, size, size)."""
+    return to_pixel_values(draw_crops(n, seed), size)
 
 
 def mixed_images(n: int, size: int, seed: int) -> torch.Tensor:

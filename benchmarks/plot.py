@@ -10,8 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-from matplotlib import pyplot
+from reporting import draw_panels, markdown
 
 
 SERIES = {
@@ -36,10 +35,9 @@ TASKS = {
 }
 
 
-def print_table(rows: list[dict]) -> None:
-    print("| task | batch | run | times faster | quartiles | FLOPs saved | efficiency | of ours | memory |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
+def table(rows: list[dict]) -> list[str]:
     off = {(row["task"], row["batch_size"]): row["time_ratio"] for row in rows if row["run"] == "off"}
+    lines = []
     for row in rows:
         if row["run"] == "transformers":
             continue
@@ -48,11 +46,14 @@ def print_table(rows: list[dict]) -> None:
         quartiles = "{:.2f}-{:.2f}".format(*row["time_quartiles"]) if row["rounds"] > 1 else ""
         numbers = [row["flops_ratio"], row["efficiency"], of_ours, row["memory_ratio"]]
         cells = [TASKS[row["task"]], row["batch_size"], run, f"{row['time_ratio']:.2f}", quartiles]
-        print("| " + " | ".join(map(str, [*cells, *(format(number, ".2f") for number in numbers)])) + " |")
+        lines.append([*cells, *(f"{number:.2f}" for number in numbers)])
+    columns = "task, batch, run, times faster, quartiles, FLOPs saved, efficiency, of ours, memory"
+    return markdown(columns.split(", "), lines)
 
 
-def draw_panel(axes, rows: list[dict], title: str) -> None:
+def draw_panel(axes, panel: tuple[str, list[dict]]) -> None:
     """Draw one task and batch size."""
+    title, rows = panel
     for run, (label, color, marker) in SERIES.items():
         points = sorted((row for row in rows if row["run"] == run), key=lambda row: row["flops_ratio"])
         if not points:
@@ -67,33 +68,18 @@ def draw_panel(axes, rows: list[dict], title: str) -> None:
     axes.set(title=title, xlim=(0, widest), ylim=(0, highest), xlabel="FLOPs ratio", ylabel="time ratio")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="the JSON file that speed.py has written")
     parser.add_argument("--output", type=Path, help="default: the same name with .png")
-    args = parser.parse_args()
-    matplotlib.use("Agg")
-
+    args = parser.parse_args(arguments)
     rows = [row for row in json.loads(args.results.read_text())["rows"] if "time_ratio" in row]
-    print_table(rows)
-    panels: dict[str, dict[int, list]] = {}
+    print("\n".join(table(rows)))
+    lines: dict[str, dict[int, list]] = {}
     for row in rows:
-        panels.setdefault(row["task"], {}).setdefault(row["batch_size"], []).append(row)
-    columns = max(len(sizes) for sizes in panels.values())
-    figure, grid = pyplot.subplots(
-        len(panels), columns, figsize=(3.4 * columns, 3.1 * len(panels)), squeeze=False, layout="constrained"
-    )
-    handles = {}
-    for line, (task, sizes) in zip(grid, panels.items()):
-        for axes, batch_size in zip(line, sorted(sizes)):
-            draw_panel(axes, sizes[batch_size], f"{task}, batch size {batch_size}")
-            handles.update(dict(zip(*reversed(axes.get_legend_handles_labels()))))
-        for axes in line[len(sizes) :]:
-            axes.set_axis_off()
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    output = args.output or args.results.with_suffix(".png")
-    figure.savefig(output, dpi=150)
-    print(f"Wrote {output}.")
+        lines.setdefault(row["task"], {}).setdefault(row["batch_size"], []).append(row)
+    panels = [[(f"{task}, batch size {size}", sizes[size]) for size in sorted(sizes)] for task, sizes in lines.items()]
+    draw_panels(panels, draw_panel, (3.4, 3.1), args.output or args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

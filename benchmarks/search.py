@@ -8,24 +8,23 @@ index; for some images the embedding is computed again and compared.
     python benchmarks/search.py --images 200 --queries 10   # a quick trial
 """
 
-import argparse
-import json
-import os
-import platform
+import functools
 import tempfile
-import time
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 from PIL import Image
+from reporting import EXAMPLES, environment, make_parser, print_table, settings_of, write_json
+from timing import timed
 
+from madtp_hf.checkpoints.load import load
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
-from madtp_hf.search import encode_images, encode_texts, index_images, load_index, load_model, search
+from madtp_hf.search import encode_images, encode_texts, index_images, load_index, search
 
 
-MODEL = Path(__file__).parents[1] / "examples" / "blip-retrieval-digits"
+MODEL = EXAMPLES / "blip-retrieval-digits"
 TOP_K = 10
 
 
@@ -49,9 +48,8 @@ def ask(index, captions: list[str], asked: np.ndarray, brute_force: list[np.ndar
     search(index, captions[0], TOP_K, **options)  # loads the model if necessary
     seconds, first, shared, equal = [], [], [], []
     for row, products in zip(asked, brute_force):
-        started = time.perf_counter()
-        hits = search(index, captions[row], TOP_K, **options)
-        seconds.append(time.perf_counter() - started)
+        spent, hits = timed(functools.partial(search, index, captions[row], TOP_K, **options))
+        seconds.append(spent)
         first.append(row_of(hits[0]) == row)
         # Compare by value, since two images may have equal scores.
         exact, found = np.sort(products)[::-1][:TOP_K], products[[row_of(hit) for hit in hits]]
@@ -67,29 +65,25 @@ def ask(index, captions: list[str], asked: np.ndarray, brute_force: list[np.ndar
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = make_parser(__doc__)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    model, processor = load_model(MODEL, device="cpu")
+    loaded = load(MODEL, device="cpu")
+    model, processor = loaded.model, loaded.processor
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
-        photos = Path(scratch, "photos")
+        photos, flat = Path(scratch, "photos"), Path(scratch, "flat")
         photos.mkdir()
         captions = draw(photos, args.images, args.seed)
-        started = time.perf_counter()
-        index_images(model, processor, photos, Path(scratch, "flat"), batch_size=64)
-        embedding = time.perf_counter() - started
-        started = time.perf_counter()
-        again = index_images(model, processor, photos, Path(scratch, "flat"), batch_size=64)
-        updating = time.perf_counter() - started
-
+        update = functools.partial(index_images, model, processor, photos, flat)
+        embedding, _ = timed(lambda: update(batch_size=64))
+        updating, again = timed(lambda: update(batch_size=64))
         rng = np.random.default_rng(args.seed)
         asked = rng.choice(args.images, args.queries, replace=False)
         vectors = again.vectors.reconstruct_n(0, len(again)).astype(np.float64)
@@ -98,35 +92,26 @@ def main():
         some = np.sort(rng.choice(args.images, min(256, args.images), replace=False))
         computed = encode_images(model, processor, [again.path(row) for row in some])
         for kind in ("flat", "hnsw", "ivf"):
-            # This embeds nothing; it builds another kind of index from the same vectors.
-            index_images(model, processor, photos, Path(scratch, "flat"), kind=kind)
-            started = time.perf_counter()
-            index = load_index(Path(scratch, "flat"))
-            loading = time.perf_counter() - started
-            results[kind] = {"loading ms": round(loading * 1000, 2)}
-            results[kind] |= ask(index, captions, asked, brute_force, rerank=False)
-        index = load_index(Path(scratch, "flat"))
-        results[f"ivf, {TOP_K} re-ranked"] = ask(index, captions, asked, brute_force)
-
+            update(kind=kind)  # embeds nothing; builds another kind of index from the same vectors
+            loading, index = timed(lambda: load_index(flat))
+            found = ask(index, captions, asked, brute_force, rerank=False)
+            results[kind] = {"loading ms": round(loading * 1000, 2), **found}
+        results[f"ivf, {TOP_K} re-ranked"] = ask(load_index(flat), captions, asked, brute_force)
+    title = f"{args.queries} captions asked of {args.images} digit scenes, the nearest {TOP_K}"
     content = {
-        "title": f"{args.queries} captions asked of {args.images} digit scenes, the nearest {TOP_K}",
-        "settings": {
-            "images": args.images,
-            "queries": args.queries,
-            "threads": args.threads,
-            "seed": args.seed,
-            "processor": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
-            "torch": torch.__version__,
-            "faiss": faiss.__version__,
-        },
+        "title": title,
+        "settings": settings_of(args),
+        **environment(packages=("faiss-cpu",)),
         "embedding": {"seconds": round(embedding, 1), "images per second": round(args.images / embedding, 1)},
         "updating, nothing new": {"seconds": round(updating, 2), "kept": again.kept, "embedded": again.embedded},
         "largest difference of an embedding computed again": float(np.abs(computed - vectors[some]).max()),
         "results": results,
     }
-    print(json.dumps(content, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+    columns = list(results["flat"])
+    print_table(title, ["index", *columns], [[kind, *map(of.get, columns)] for kind, of in results.items()])
+    for name in ("embedding", "updating, nothing new", "largest difference of an embedding computed again"):
+        print(f"{name}: {content[name]}")
+    write_json(args.output, content)
 
 
 if __name__ == "__main__":

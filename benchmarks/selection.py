@@ -19,31 +19,25 @@ found on the validation split, the metric is of the test split. Methods:
 What no threshold or schedule reaches is measured at the nearest that there is, and marked `missed`.
 """
 
-import argparse
-import sys
-import time
-import warnings
 from pathlib import Path
 
 import torch
-from methods import FIXED, VARIANTS, find_schedule, make_method
-from selection_tasks import (
+from calibrating import calibrate_all
+from digit_tasks import (
     LOADERS,
-    ROOT,
     Evaluation,
-    Results,
-    finish_row,
     load_model,
     make_batches,
-    make_collator,
+    run_study,
     shipped_models,
     smaller_images,
-    study_header,
 )
+from methods import ABLATIONS
+from reporting import environment, make_parser
+from selection_tables import print_tables
 from torch.utils.data import DataLoader
 
-from madtp_hf import calibrate, init_alignment_from
-from madtp_hf.budgets.calibration import FACTORS, SCAN, measure_reduction
+from madtp_hf import init_alignment_from
 from madtp_hf.budgets.flops import dense_flops
 from madtp_hf.budgets.passes import decoder_tokens
 from madtp_hf.tasks import TASKS
@@ -59,9 +53,7 @@ SEEDS = {
     "random": 5,
     "madtp": 5,
     "class_attention": 5,
-    "without_self": 3,
-    "without_class": 3,
-    "without_alignment": 3,
+    **dict.fromkeys(ABLATIONS, 3),
     "madtp_data": 5,
 }
 INIT_SAMPLES = 640  # of the training split, that alignment tokens are made of
@@ -76,39 +68,22 @@ def init_from_training_data(model, task: str, collator, seed: int) -> None:
     init_alignment_from(model, DataLoader(samples, 64, collate_fn=collator))
 
 
-def nearest_threshold(model, batch: dict, target: float) -> list[float]:
-    """Of a coarse path of thresholds, the one that comes nearest to a target out of reach, on one batch."""
-    thresholds = [(temperature, 1.0) for temperature in SCAN] + [(SCAN[0], factor) for factor in FACTORS]
-    return list(min(thresholds, key=lambda threshold: abs(measure_reduction(model, [batch], *threshold) - target)))
+def set_method(model, method: str, seed: int) -> None:
+    """Choose tokens by a method, whose own draws, if it has any, begin with the seed."""
+    model.set_pruning_method(method)
+    if "seed" in model.pruning_method.fields:
+        model.set_pruning(keep_rate=0.5, seed=seed)  # calibration keeps the seed
 
 
-def calibrate_all(model, batches: list[dict], reductions: list[float]) -> None:
-    """`calibrate`, with the nearest threshold that there is for each reduction that it leaves out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            schedule = calibrate(model, batches, reductions)
-        except ValueError:  # none of them
-            schedule = []
-    before = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
-    for missing in sorted(set(reductions) - {entry[0] for entry in schedule}):
-        schedule.append([missing, *nearest_threshold(model, batches[0], missing)])
-    model.set_pruning(temperature=before[0], factor=before[1])
-    model.config.pruning_schedule = sorted(schedule)
-
-
-def run_adaptive(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
-    """Points of MADTP or a variant: calibrated once for all reductions."""
+def run_method(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
+    """Points of a method, calibrated once for all reductions."""
     model = load_model(task, folder, seed)
     if method == "madtp_data":
         init_from_training_data(model, task, evaluation.collator, seed)
-    elif method in VARIANTS:
-        model.set_reduction_method(make_method(method))
+    else:
+        set_method(model, method, seed)
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions)
-
-
-# Fixed numbers of tokens
 
 
 def text_lengths(model, batches: list[dict]) -> dict:
@@ -121,26 +96,6 @@ def text_lengths(model, batches: list[dict]) -> dict:
         [tokens.expand(len(batch["pixel_values"])) for tokens, batch in zip(read, batches)]
     )
     return lengths
-
-
-def fixed_methods(method: str, model, validation: list[dict], reductions: list[float], seed: int) -> dict:
-    """By reduction, what `set_reduction_method` takes for ToMe, EViT or random tokens: the schedule nearest to it."""
-    lengths = text_lengths(model, validation)
-    schedules = {r: find_schedule(method, model.config, model.task, r, **lengths)[0] for r in reductions}
-    return {reduction: make_method(method, schedule, seed) for reduction, schedule in schedules.items()}
-
-
-def fixed_points(method: str, model, evaluation, validation: list[dict], reductions: list[float], seed: int):
-    points = []
-    for reduction, reduce in fixed_methods(method, model, validation, reductions, seed).items():
-        model.set_reduction_method(reduce)
-        points.append(evaluation.at(model, [0.0])[0] | {"asked": reduction})
-    return points
-
-
-def run_fixed(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
-    """Points of ToMe, EViT or random tokens, each by the schedule nearest to its reduction."""
-    return fixed_points(method, load_model(task, folder, seed), evaluation, validation, reductions, seed)
 
 
 def image_sizes(model, lengths: dict) -> dict[int, float]:
@@ -178,9 +133,7 @@ def run_dense(method, task, folder, seed, evaluation, validation, reductions) ->
 
 def points_of(method: str):
     """The function that makes a method's points."""
-    if method in FIXED:
-        return run_fixed
-    return {"dense": run_dense, "smaller_image": run_smaller_image}.get(method, run_adaptive)
+    return {"dense": run_dense, "smaller_image": run_smaller_image}.get(method, run_method)
 
 
 # The study
@@ -200,69 +153,54 @@ def keys_of(args) -> list[tuple]:
 
 
 def run(args) -> None:
-    """Make the rows that are asked for and not there yet."""
-    header = study_header(
-        "training-free",
-        validation_samples=args.validation_samples,
-        test_samples=args.test_samples,
-        reductions=args.reductions,
-    )
-    results = Results(args.output, header)
-    keys = keys_of(args)
-    results.forget([(task, folder.name, *rest) for task, folder, *rest in keys if rest[0] in args.redo])
-    loaded, prepared = None, None
-    for task, folder, method, seed in keys:
-        if (task, folder.name, method, seed) in results:
-            continue
-        if loaded != (task, folder):
-            collator = make_collator(task, folder)
-            data = {split: LOADERS[task](split, getattr(args, f"{split}_samples")) for split in ("validation", "test")}
-            prepared = Evaluation(task, data["test"], collator), make_batches(task, data["validation"], collator)
-            loaded = (task, folder)
-        started = time.perf_counter()
-        row = {"task": task, "model": folder.name, "method": method, "seed": seed}
-        points = points_of(method)(method, task, folder, seed, *prepared, args.reductions)
-        results.add(finish_row(row, points, started))
-        print(*row.values(), *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)
+    settings = {name: getattr(args, name) for name in ("validation_samples", "test_samples", "reductions")}
+
+    def prepare_data(task, collator):
+        data = {split: LOADERS[task](split, settings[f"{split}_samples"]) for split in ("validation", "test")}
+        return Evaluation(task, data["test"], collator), make_batches(task, data["validation"], collator)
+
+    def make_points(task, folder, method, seed, *prepared):
+        return points_of(method)(method, task, folder, seed, *prepared, args.reductions), {}
+
+    header = {"study": "training-free", "settings": settings, **environment()}
+    run_study(args, header, keys_of(args), prepare_data, make_points)
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+def study_parser(description: str, output: str, methods, tasks):
+    """Return a parser with the options that both studies have."""
+    parser = make_parser(description, output)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
     parser.add_argument(
         "--model", type=Path, help="a dense model's folder, for the one task of --tasks; default: examples/"
     )
-    parser.add_argument("--model_names", nargs="+", help="of the shipped models, these folders alone")
-    parser.add_argument("--methods", nargs="+", choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as each method's row in SEEDS says")
-    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument("--validation_samples", type=int, default=512)
-    parser.add_argument("--test_samples", type=int, default=600)
-    parser.add_argument("--redo", nargs="+", choices=SEEDS, default=[], help="make the rows of these methods again")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "selection.json")
-    parser.add_argument(
-        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
-    )
+    parser.add_argument("--redo", nargs="+", choices=methods, default=[], help="make the rows of these methods again")
+    return parser
+
+
+def parse_study(parser, arguments):
     args = parser.parse_args(arguments)
     if args.model and len(args.tasks) != 1:
         parser.error("--model needs one task: add --tasks TASK.")
+    torch.set_num_threads(1)
     return args
 
 
 def main(arguments=None):
-    args = parse_arguments(arguments)
+    parser = study_parser(__doc__, "selection.json", SEEDS, TASKS)
+    parser.add_argument("--model_names", nargs="+", help="of the shipped models, these folders alone")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as each method's row in SEEDS says")
+    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS)
+    parser.add_argument("--test_samples", type=int, default=600)
+    parser.add_argument(
+        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
+    )
+    args = parse_study(parser, arguments)
     if args.table:
-        from selection_tables import print_tables
-
         print_tables(args.output, args.table)
-        return
-    torch.set_num_threads(1)
-    try:
+    else:
         run(args)
-    except ValueError as error:
-        if "is of a study" not in str(error):
-            raise
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -14,36 +14,20 @@ Methods, tables and the rest as in selection.py. Beside them:
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
-All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8: by `ReductionCallback`, or as the schedule of a
-fixed number of tokens."""
+All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`.
+"""
 
-import argparse
 import functools
-import sys
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
-from methods import FIXED, VARIANTS, make_method
-from selection import calibrate_all, fixed_methods, fixed_points, init_from_training_data
-from selection_tasks import (
-    BATCH_SIZE,
-    LOADERS,
-    ROOT,
-    Evaluation,
-    Results,
-    finish_row,
-    load_model,
-    make_batches,
-    make_collator,
-    shipped_models,
-    study_header,
-)
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from calibrating import calibrate_all
+from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
+from reporting import environment
+from selection import init_from_training_data, parse_study, set_method, study_parser
+from transformers import set_seed
 
-from madtp_hf import ReductionCallback, RetrievalTrainer, create_optimizer
-from madtp_hf.tasks import TASKS
+from madtp_hf import ReductionCallback
+from madtp_hf.modeling.pruning_method import METHODS as PRUNING_METHODS
 
 
 TARGETS = [0.5, 0.65, 0.8]  # of a training step
@@ -61,68 +45,22 @@ METHODS = (
 )
 LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py, for all methods
 LEARNING_RATE = 5e-5
-QUEUE = {"queue_size": 1024, "momentum": 0.995, "distillation": 0.4}  # examples/run_retrieval.py's
-
-
-class DrawnScheduleCallback(TrainerCallback):
-    """Each step reduces by one of `methods`, drawn from the step's number."""
-
-    def __init__(self, methods: list, seed: int):
-        self.methods, self.seed = methods, seed
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
-        model.set_reduction_method(self.methods[int(torch.randint(len(self.methods), (), generator=generator))])
-
-
-def train(model, task: str, dataset, collator, callbacks: list, seed: int, learning_rate: float) -> None:
-    """One epoch by the demo's recipe: AdamW with slow alignment parameters, cosine with a warm-up of a twentieth."""
-    trainer_class = Trainer
-    if TASKS[task].metric == "retrieval_recall":
-        trainer_class = functools.partial(RetrievalTrainer, **QUEUE)
-    with TemporaryDirectory() as folder:
-        trainer = trainer_class(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=BATCH_SIZE,
-                num_train_epochs=1,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.05,
-                logging_steps=20,
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                use_cpu=True,
-                disable_tqdm=True,
-                seed=seed,
-            ),
-            train_dataset=dataset,
-            data_collator=collator,
-            callbacks=callbacks,
-            optimizers=(create_optimizer(model, learning_rate), None),
-        )
-        trainer.train()
-    model.eval()
 
 
 def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int) -> list:
     """Set a model up for training by a method; its callbacks."""
-    if method in FIXED:
-        return [DrawnScheduleCallback(list(fixed_methods(method, model, validation, TARGETS, seed).values()), seed)]
     if method.startswith("dense"):
         return []
     init_from_training_data(model, task, collator, seed)
-    if method in VARIANTS:
-        model.set_reduction_method(make_method(method))
+    if method in PRUNING_METHODS:
+        set_method(model, method, seed)
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])
     return [ReductionCallback(target, num_targets=len(TARGETS), seed=seed)]
 
 
-def run_row(method, task, folder, seed, args, evaluation, validation) -> tuple[list[dict], float]:
+def make_points(args, task, folder, method, seed, evaluation, validation) -> tuple[list[dict], dict]:
     """Train and evaluate; the points, and the seconds of the training alone."""
     set_seed(seed)
     model, collator = load_model(task, folder, seed), evaluation.collator
@@ -132,17 +70,15 @@ def run_row(method, task, folder, seed, args, evaluation, validation) -> tuple[l
     if method != "dense":
         learning_rate = args.learning_rate or LEARNING_RATES.get(task, LEARNING_RATE)
         train(model, task, dataset, collator, callbacks, seed, learning_rate)
-    seconds = round(time.perf_counter() - started, 1)
+    seconds = {"training_seconds": round(time.perf_counter() - started, 1)}
     if method.startswith("dense"):
         return evaluation.at(model, [0.0]), seconds
-    if method in FIXED:
-        return fixed_points(method, model, evaluation, validation, REDUCTIONS, seed), seconds
     reductions = [float(method.removeprefix("own_"))] if method.startswith("own_") else REDUCTIONS
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions), seconds
 
 
-def prepare_data(task: str, collator, args) -> tuple[Evaluation, list[dict]]:
+def prepare_data(args, task: str, collator) -> tuple[Evaluation, list[dict]]:
     """What is evaluated on, and the batches that thresholds are calibrated on: other samples, of either split."""
     if args.split == "test":
         calibrated = LOADERS[task]("validation", args.validation_samples)
@@ -166,67 +102,24 @@ def keys_of(args) -> list[tuple]:
     return keys
 
 
-def run(args) -> None:
-    """Make the rows that are asked for and not there yet."""
-    header = study_header(
-        "fine-tuned",
-        steps=args.steps,
-        batch_size=BATCH_SIZE,
-        validation_samples=args.validation_samples,
-        test_samples=args.test_samples,
-        split=args.split,
-        learning_rate=args.learning_rate or LEARNING_RATE,
-        other_learning_rates={} if args.learning_rate else LEARNING_RATES,
-        targets=TARGETS,
-    )
-    results = Results(args.output, header)
-    keys = keys_of(args)
-    results.forget([(task, folder.name, *rest) for task, folder, *rest in keys if rest[0] in args.redo])
-    loaded, prepared = None, None
-    for task, folder, method, seed in keys:
-        if (task, folder.name, method, seed) in results:
-            continue
-        if loaded != (task, folder):
-            collator = make_collator(task, folder)
-            prepared = prepare_data(task, collator, args)
-            loaded = (task, folder)
-        started = time.perf_counter()
-        row = {"task": task, "model": folder.name, "method": method, "seed": seed}
-        points, row["training_seconds"] = run_row(method, task, folder, seed, args, *prepared)
-        results.add(finish_row(row, points, started))
-        print(*row.values(), *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)
-
-
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["vqa", "nlvr2", "captioning", "retrieval"])
-    parser.add_argument(
-        "--model", type=Path, help="a dense model's folder, for the one task of --tasks; default: examples/"
-    )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+def main(arguments=None):
+    parser = study_parser(__doc__, "selection_finetuned.json", METHODS, ("vqa", "nlvr2", "captioning", "retrieval"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--validation_samples", type=int, default=512)
     parser.add_argument("--test_samples", type=int, default=1000, help="to evaluate on")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="of which they are")
     parser.add_argument("--learning_rate", type=float, help="of all tasks and methods; default: what was chosen")
-    parser.add_argument("--redo", nargs="+", choices=METHODS, default=[], help="make the rows of these methods again")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "selection_finetuned.json")
-    args = parser.parse_args(arguments)
-    if args.model and len(args.tasks) != 1:
-        parser.error("--model needs one task: add --tasks TASK.")
-    return args
-
-
-def main(arguments=None):
-    args = parse_arguments(arguments)
-    torch.set_num_threads(1)
-    try:
-        run(args)
-    except ValueError as error:
-        if "is of a study" not in str(error):
-            raise
-        sys.exit(str(error))
+    args = parse_study(parser, arguments)
+    settings = {name: getattr(args, name) for name in ("steps", "validation_samples", "test_samples", "split")}
+    settings |= {
+        "batch_size": BATCH_SIZE,
+        "learning_rate": args.learning_rate or LEARNING_RATE,
+        "other_learning_rates": {} if args.learning_rate else LEARNING_RATES,
+        "targets": TARGETS,
+    }
+    header = {"study": "fine-tuned", "settings": settings, **environment()}
+    functions = (functools.partial(function, args) for function in (prepare_data, make_points))
+    run_study(args, header, keys_of(args), *functions)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from selection_tasks import MISSED, ROOT
+from digit_tasks import MISSED
+from reporting import ROOT, draw_panels, markdown, mean_and_deviation
 
 from madtp_hf.tasks import TASKS
 
@@ -43,6 +44,21 @@ README_BUDGETS = (0.5, 0.7, 0.8)
 BEGIN, END = "<!-- tables: python benchmarks/selection.py --table docs -->", "<!-- end of tables -->"
 
 
+# By method: color, marker and line of its curve.
+STYLES = {
+    "madtp_data": ("tab:blue", "o", "-"),
+    "madtp": ("tab:cyan", "o", "-"),
+    "without_self": ("tab:gray", "1", ":"),
+    "without_class": ("tab:gray", "2", ":"),
+    "without_alignment": ("tab:gray", "3", ":"),
+    "class_attention": ("tab:purple", "s", "-"),
+    "evit": ("tab:green", "v", "-"),
+    "tome": ("tab:orange", "^", "-"),
+    "random": ("tab:red", "x", "-"),
+    "smaller_image": ("tab:brown", "d", "--"),
+}
+
+
 def load(path: Path) -> dict | None:
     return json.loads(Path(path).read_text()) if Path(path).exists() else None
 
@@ -55,13 +71,9 @@ def summarise(rows: list[dict]) -> dict[str, dict[float, dict]]:
             points[row["method"]][point["asked"]].append(point)
 
     def summary(of_seeds):
-        scores = [point["score"] for point in of_seeds]
-        return {
-            "mean": statistics.fmean(scores),
-            "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
-            "reached": statistics.fmean(point["reached"] for point in of_seeds),
-            "seeds": len(scores),
-        }
+        mean, deviation = mean_and_deviation([point["score"] for point in of_seeds])
+        reached = statistics.fmean(point["reached"] for point in of_seeds)
+        return {"mean": mean, "deviation": deviation, "reached": reached, "seeds": len(of_seeds)}
 
     return {method: {asked: summary(found) for asked, found in of.items()} for method, of in points.items()}
 
@@ -87,15 +99,13 @@ def cell(summary: dict | None, asked: float) -> str:
 def budget_table(summaries: dict, methods) -> list[str]:
     """A line a method, a column a budget."""
     budgets = sorted({asked for of in summaries.values() for asked in of if asked > 0})
-    lines = ["| method | seeds | " + " | ".join(f"{budget:g}" for budget in budgets) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(budgets))
+    lines = []
     for method in methods:
         if method in summaries and not method.startswith("dense"):
             of = summaries[method]
             seeds = max(summary["seeds"] for summary in of.values())
-            cells = [cell(of.get(budget), budget) for budget in budgets]
-            lines.append(f"| {LABELS[method]} | {seeds} | " + " | ".join(cells) + " |")
-    return lines
+            lines.append([LABELS[method], seeds, *(cell(of.get(budget), budget) for budget in budgets)])
+    return markdown(["method", "seeds", *(f"{budget:g}" for budget in budgets)], lines)
 
 
 def heading(task: str, model: str, summaries: dict) -> str:
@@ -109,29 +119,19 @@ def heading(task: str, model: str, summaries: dict) -> str:
     return f"**{TASKS[task].title}, `{model}`**: {metric}; {', '.join(dense) or 'dense not yet measured'}."
 
 
-def training_free_tables(content: dict) -> list[str]:
+def tables_of(content: dict, needed: str) -> list[str]:
+    """The tables of the models that have rows of the method `needed`."""
     lines = []
     for (task, model), rows in by_model(content).items():
         summaries = summarise(rows)
-        lines += [heading(task, model, summaries), "", *budget_table(summaries, LABELS), ""]
-    return lines
-
-
-def fine_tuned_tables(content: dict) -> list[str]:
-    lines = []
-    for (task, model), rows in by_model(content).items():
-        summaries = summarise(rows)
-        if "tome" in summaries:
+        if needed in summaries:
             lines += [heading(task, model, summaries), "", *budget_table(summaries, LABELS), ""]
     return lines
 
 
 def own_table(content: dict) -> list[str]:
     """One checkpoint for all budgets beside one per budget, over the seeds that both have."""
-    lines = [
-        "| task | metric | dense | reduction | seeds | one checkpoint | its own |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for (task, _), rows in by_model(content).items():
         for budget in (0.5, 0.8):
             own = {row["seed"]: row for row in rows if row["method"] == f"own_{budget}"}
@@ -144,9 +144,10 @@ def own_table(content: dict) -> list[str]:
                 points = [{**of[seed], "method": "of"} for seed in seeds]
                 cells.append(cell(summarise(points)["of"][budget], budget))
             dense = cell(summarise(rows).get("dense", {}).get(0.0), 0.0)
-            title = f"{TASKS[task].title} | {TASKS[task].headline_title} | {dense}"
-            lines.append(f"| {title} | {budget:g} | {len(seeds)} | {' | '.join(cells)} |")
-    return lines if len(lines) > 2 else []
+            titles = TASKS[task].title, TASKS[task].headline_title
+            lines.append([*titles, dense, f"{budget:g}", len(seeds), *cells])
+    columns = ["task", "metric", "dense", "reduction", "seeds", "one checkpoint", "its own"]
+    return markdown(columns, lines, left=2) if lines else []
 
 
 def settings_line(content: dict) -> str:
@@ -159,43 +160,75 @@ def settings_line(content: dict) -> str:
 
 def all_tables(path: Path) -> list[str]:
     content, tuned = load(path), load(path.with_name(f"{path.stem}_finetuned.json"))
-    lines = []
+    parts = []
     if content:
-        lines += ["### Without training", "", f"{settings_line(content)}.", "", *training_free_tables(content)]
+        parts.append(("Without training", content, tables_of(content, "dense")))
     if tuned:
-        lines += ["### After fine-tuning", "", f"{settings_line(tuned)}.", "", *fine_tuned_tables(tuned)]
-        own = own_table(tuned)
-        if own:
-            lines += [
-                "### One checkpoint for all budgets, or one per budget",
-                "",
-                f"{settings_line(tuned)}.",
-                "",
-                *own,
-                "",
-            ]
-    return lines
+        parts.append(("After fine-tuning", tuned, tables_of(tuned, "tome")))
+        parts.append(("One checkpoint for all budgets, or one per budget", tuned, [*own_table(tuned), ""]))
+    return [
+        line
+        for title, of, lines in parts
+        if len(lines) > 1 or title == "After fine-tuning"
+        for line in (f"### {title}", "", f"{settings_line(of)}.", "", *lines)
+    ]
 
 
 def readme_table(path: Path) -> list[str]:
     """Two dense models side by side."""
     models = by_model(load(path))
     summaries = {name: summarise(models.get(("vqa", model), [])) for name, model in README_MODELS.items()}
-    columns = [(of, budget) for of in summaries.values() for budget in README_BUDGETS]
-    heads = [f"{name}, {budget:g}" for name in summaries for budget in README_BUDGETS]
-    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
-    lines.append("| dense | " + " | ".join(cell(of.get("dense", {}).get(0.0), 0.0) for of, _ in columns) + " |")
+    columns = {f"{name}, {budget:g}": (of, budget) for name, of in summaries.items() for budget in README_BUDGETS}
+    lines = [["dense", *(cell(of.get("dense", {}).get(0.0), 0.0) for of, _ in columns.values())]]
     for method, label in README_LABELS.items():
         if any(method in of for of in summaries.values()):
-            cells = [cell(of.get(method, {}).get(budget), budget) for of, budget in columns]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
+            lines.append([label, *(cell(of.get(method, {}).get(budget), budget) for of, budget in columns.values())])
+    return markdown(["method", *columns], lines)
+
+
+# Pictures
+
+
+def draw_panel(axes, panel: tuple) -> None:
+    """Draw a task and dense model; a band is the standard deviation over seeds, lines are the dense model."""
+    (task, model), rows = panel
+    summaries = summarise(rows)
+    for method, (color, marker, line) in STYLES.items():
+        of = [summary for asked, summary in sorted(summaries.get(method, {}).items())]
+        if not of:
+            continue
+        reached, means = [s["reached"] for s in of], [100 * s["mean"] for s in of]
+        spread = [100 * (s["deviation"] or 0.0) for s in of]
+        label = LABELS[method]
+        axes.plot(reached, means, color=color, marker=marker, linestyle=line, markersize=4, linewidth=1.2, label=label)
+        low, high = ([mean + sign * by for mean, by in zip(means, spread)] for sign in (-1, 1))
+        if line != ":":  # bands of MADTP's variants would hide the rest
+            axes.fill_between(reached, low, high, color=color, alpha=0.18, linewidth=0)
+    for method, line in (("dense", ":"), ("dense_finetuned", "--")):
+        if method in summaries:
+            level = 100 * summaries[method][0.0]["mean"]
+            axes.axhline(level, color="black", linestyle=line, linewidth=1, label=LABELS[method])
+    axes.set(
+        title=f"{TASKS[task].title}\n{model}", xlabel="reduction of FLOPs", ylabel=f"{TASKS[task].headline_title} %"
+    )
+    axes.grid(alpha=0.25)
+
+
+def draw_all(path: Path) -> None:
+    """Draw the training-free study and, where it is there, the fine-tuned one, beside their results."""
+    for results in (path, path.with_name(f"{path.stem}_finetuned.json")):
+        panels = [
+            (key, rows)
+            for key, rows in by_model(load(results)).items()
+            if {"evit", "tome", "random"} & {row["method"] for row in rows}  # there is something to compare
+        ]
+        lines = [panels[start : start + 3] for start in range(0, len(panels), 3)]
+        if lines:
+            draw_panels(lines, draw_panel, (4.2, 3.6), results.with_suffix(".png"))
 
 
 def write_docs(path: Path, page: Path = ROOT / "docs" / "accuracy.md") -> None:
     """Put the tables between the page's marks, and draw the pictures beside the results."""
-    from selection_plot import draw_all
-
     before, _, rest = page.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     page.write_text(before + "\n".join([BEGIN, "", *all_tables(path), END]) + after)
@@ -203,7 +236,6 @@ def write_docs(path: Path, page: Path = ROOT / "docs" / "accuracy.md") -> None:
 
 
 def print_tables(path: Path, which: str) -> None:
-    path = Path(path)
     if not path.exists():
         raise SystemExit(f"There is no {path}: run benchmarks/selection.py first, or give its --output.")
     if which == "docs":

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, set_seed
 
 from madtp_hf import calibrate, init_alignment_from
+from madtp_hf.checkpoints.load import load
 from madtp_hf.data import load_digit_captions, load_digit_questions
-from madtp_hf.serving.page import TASKS_SHOWN, digit_examples, load_model, make_app
+from madtp_hf.serving.endpoint_handler import Limits
+from madtp_hf.serving.page import TASKS_SHOWN, digit_examples, make_app
 from madtp_hf.tasks import TASKS
 
 
@@ -48,9 +50,11 @@ def main():
         model, processor = prune_digit_model(args.task)
         name = f"blip-{args.task}-digits"
     else:
-        model, processor = load_model(args.model)
+        loaded = load(args.model, tuple(TASKS_SHOWN), precision="auto")
+        model, processor = loaded.model, loaded.processor
         name = args.model
-    make_app(model, processor, digit_examples(), name).launch(server_port=args.port)
+    app = make_app(model, processor, digit_examples(), name)
+    app.launch(server_port=args.port, max_file_size=Limits.from_environment().max_image_bytes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
-from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, finish_batch, open_source, places
+from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, finish_batch, open_rows, places
 
 
 def parse_args():
@@ -38,7 +38,7 @@ class Read:
     def __init__(self, images: str, model: str):
         from transformers import AutoProcessor
 
-        self.batches = PreparedBatches(open_source(images), AutoProcessor.from_pretrained(model).image_processor)
+        self.batches = PreparedBatches(open_rows(images), AutoProcessor.from_pretrained(model).image_processor)
 
     def __call__(self, place: dict) -> dict:
         return {"batch": self.batches[tuple(int(place[name]) for name in ("part", "start", "stop"))]}
@@ -57,7 +57,7 @@ class Caption:
 
 def main():
     args = parse_args()
-    source = open_source(args.images)
+    source = open_rows(args.images)
     generation = Generation(args.reduction, max_new_tokens=args.max_new_tokens, num_beams=args.num_beams)
     output = Output(args.out, {"ray": True, **vars(generation)}, len(source), "caption")
     output.begin(force=True)

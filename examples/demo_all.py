@@ -19,19 +19,16 @@ from rich.table import Table
 from madtp_hf.tasks import TASKS
 
 
-SCRIPTS = {task: f"run_{'clip_retrieval' if task == 'clip' else task}.py" for task in TASKS}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-all"))
-    parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     args, others = parser.parse_known_args()
     started = time.time()
     summary = {}
     for task in args.tasks:
         folder = args.output_dir / task
-        script = Path(__file__).parent / SCRIPTS[task]
+        script = Path(__file__).parent / TASKS[task].script
         subprocess.run([sys.executable, str(script), "--output_dir", str(folder), *others], check=True)
         summary[task] = json.loads((folder / "results.json").read_text())
 

@@ -132,16 +132,17 @@ def main():
     # 2. Prune without training: initialise the alignment tokens from training questions, and calibrate the thresholds.
     init_alignment_from(model, DataLoader(train, batch_size=args.batch_size, collate_fn=collator))
     validation_batches = DataLoader(validation, batch_size=args.batch_size, collate_fn=collator)
-    schedule = calibrate(model, validation_batches, args.reductions)
-    untrained = evaluate(model, processor, test, collator, [0.0, schedule[-1][0]], args.batch_size)
+    calibrate(model, validation_batches, args.reductions)
+    largest = model.config.calibrated_reductions[-1]
+    untrained = evaluate(model, processor, test, collator, [0.0, largest], args.batch_size)
 
     # 3. Fine-tune under pruning.
     steps = fine_tune(model, train, collator, args)
 
     # 4. Evaluate one checkpoint at every budget. It is saved at the largest budget that costs at most one point on
     # validation data.
-    schedule = calibrate(model, validation_batches, args.reductions)
-    budgets = [0.0, *(entry[0] for entry in schedule)]
+    calibrate(model, validation_batches, args.reductions)
+    budgets = [0.0, *model.config.calibrated_reductions]
     results = evaluate(model, processor, test, collator, budgets, args.batch_size)
     on_validation = evaluate(model, processor, validation, collator, budgets, args.batch_size)
     baseline = question_only_accuracy(train, test)

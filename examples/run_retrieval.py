@@ -14,12 +14,13 @@ from pathlib import Path
 
 from script_arguments import ContrastiveArguments, DataArguments, PruningArguments, ScriptParser, save_run
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from madtp_hf import MadtpBlipForImageTextRetrieval, RetrievalTrainer, calibrate, create_optimizer
-from madtp_hf.budgets.evaluation import evaluate_budgets
+from madtp_hf import RetrievalTrainer, calibrate, create_optimizer
+from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.data import RetrievalCollator, load_coco_captions, load_digit_captions, load_flickr30k
-from madtp_hf.tasks.pair_scores import CaptionedImages, retrieval_rows, score_images_and_texts
+from madtp_hf.tasks.pair_scores import CaptionedImages, shown_recalls
+from madtp_hf.tasks.retrieval import score_images_and_texts
 
 
 @dataclass
@@ -49,8 +50,7 @@ def main():
     set_seed(training_args.seed)
 
     # 1. Load model and data.
-    processor = BlipProcessor.from_pretrained(args.model)
-    model = pruning_args.load_model(MadtpBlipForImageTextRetrieval, args.model)
+    model, processor = pruning_args.load(args.model, "retrieval")
     collator = RetrievalCollator(processor, args.max_length)
     with training_args.main_process_first():
         load_published = load_flickr30k if "flickr" in (args.dataset or "").lower() else load_coco_captions
@@ -97,13 +97,9 @@ def main():
             calibrate(model, validation_batches, pruning_args.reductions)
     test_batches = trainer.accelerator.prepare(test_batches)
 
-    def match(batch):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        return model(**inputs).itm_score[:, 1].tolist()
-
     budgets = pruning_args.budgets(model)
-    costs = evaluate_budgets(model, test_batches, budgets, match, trainer.accelerator)
-    results = [(cost, *score_at(cost.reduction_asked)) for cost in costs]
+    costs = evaluate_budgets(model, test_batches, budgets, accelerator=trainer.accelerator)
+    recalls, seconds = zip(*(score_at(cost.reduction_asked) for cost in costs))
     on_validation = {reduction: score_at(reduction, validation_queries)[0]["mean %"] for reduction in budgets}
 
     # 5. Save a complete checkpoint with its model card, ready to publish: `AutoModel.from_pretrained(folder,
@@ -114,7 +110,7 @@ def main():
             processor,
             training_args.output_dir,
             f"{len(test)} images, {len(queries.texts)} captions",
-            retrieval_rows(results),
+            budget_rows(costs, [shown_recalls(found) for found in recalls], seconds),
             metric="mean %",
             validation=(len(validation_queries), on_validation),
             dense_before_training=before,

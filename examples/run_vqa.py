@@ -16,9 +16,9 @@ from pathlib import Path
 
 from script_arguments import DataArguments, PruningArguments, ScriptParser, save_run
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
-from madtp_hf import MadtpBlipForQuestionAnswering, calibrate, create_optimizer
+from madtp_hf import calibrate, create_optimizer
 from madtp_hf.budgets.evaluation import budget_rows, evaluate_budgets
 from madtp_hf.data import QuestionAnsweringCollator, load_digit_questions, load_vqav2, question_only_accuracy
 from madtp_hf.metrics import load_metric
@@ -79,8 +79,7 @@ def main():
     set_seed(training_args.seed)
 
     # 1. Load model and data.
-    processor = BlipProcessor.from_pretrained(args.model)
-    model = pruning_args.load_model(MadtpBlipForQuestionAnswering, args.model)
+    model, processor = pruning_args.load(args.model, "vqa")
     collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id, args.max_length)
     with training_args.main_process_first():
         train, validation, test = args.load(load_digit_questions, load_vqav2)

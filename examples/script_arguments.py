@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from madtp_hf import MadtpBlipConfig, ReductionCallback, RetrievalTrainer, calibrate, init_alignment_from
-from madtp_hf.budgets.evaluation import conservative_budget, report
-from madtp_hf.checkpoints.card import public_name, write_model_card
+from madtp_hf.budgets.evaluation import conservative_budget, public_name, report
+from madtp_hf.checkpoints.card import write_model_card
+from madtp_hf.checkpoints.load import load
 
 
 MAX_LOSS = 0.01  # how much of the metric on validation data the budget may cost that a checkpoint is saved with
@@ -152,7 +153,7 @@ class PruningArguments:
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
     )
     num_alignment_tokens: int = field(
-        default=default_of(MadtpBlipConfig, "num_alignment_tokens"),
+        default=MadtpBlipConfig().num_alignment_tokens,
         metadata={"help": "The number of alignment tokens."},
     )
     alignment_dim: int = field(default=0, metadata={"help": "Their width; 0 for the text's."})
@@ -164,16 +165,11 @@ class PruningArguments:
         if self.dense:
             self.reductions = []
 
-    def load_model(self, model_class, source: str):
-        """Load a pruned model unchanged, or a dense one with new alignment tokens; `source` is a folder or Hub id."""
-        if PreTrainedConfig.get_config_dict(source)[0].get("pruning_schedule"):
-            model = model_class.from_pretrained(source)
-        else:
-            from_dense = model_class.from_clip if hasattr(model_class, "from_clip") else model_class.from_blip
-            model = from_dense(
-                source, num_alignment_tokens=self.num_alignment_tokens, alignment_dim=self.alignment_dim or None
-            )
-        return model.float()  # always float32: weights in half precision don't train
+    def load(self, source: str, task: str):
+        """Load a task's model and processor: a pruned one unchanged, a dense one with new alignment tokens."""
+        shape = {"num_alignment_tokens": self.num_alignment_tokens, "alignment_dim": self.alignment_dim or None}
+        loaded = load(source, task, device="cpu", **shape)  # in float32: weights in half precision don't train
+        return loaded.model, loaded.processor
 
     def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
         """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation."""
@@ -192,7 +188,7 @@ class PruningArguments:
 
     def budgets(self, model) -> list[float]:
         """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""
-        reached = {entry[0] for entry in model.config.pruning_schedule or ()}
+        reached = model.config.calibrated_reductions
         return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
 
     def settings(self, args, trainer) -> dict:

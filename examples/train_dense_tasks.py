@@ -207,7 +207,7 @@ def retrieval_loss(model, processor, batch_size, rng, answerer):
     negative = model._score_hard_negatives(
         text.input_ids, text.attention_mask, images, image_feature, text_feature, ids, 0.07
     )
-    scores = torch.cat([model.itm_head(positive.class_states), negative])
+    scores = torch.cat([model.itm_head(positive.first_states), negative])
     labels = (torch.arange(len(scores)) < batch_size).long()
     found = ((image_feature @ text_feature.T).argmax(1) == ids).float().mean().item()
     matched = (scores.argmax(-1) == labels).float().mean().item()

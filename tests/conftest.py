@@ -21,7 +21,7 @@ from madtp_hf import (
     MadtpBlipForImageTextRetrieval,
     MadtpBlipForQuestionAnswering,
 )
-from madtp_hf.modeling import sequences
+from madtp_hf.modeling import chunks
 
 from .helpers.loopback_hub import LoopbackHub
 
@@ -43,14 +43,14 @@ def seed():
 @pytest.fixture(params=["cpu path", "device path"])
 def path(request, monkeypatch):
     """Run a test twice: on the CPU's path, part by part, and on other devices' path, all at once."""
-    monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", request.param == "cpu path")
+    monkeypatch.setattr(chunks, "CPU_TAKES_CHUNKS", request.param == "cpu path")
     return request.param
 
 
 @pytest.fixture
 def device_path(monkeypatch):
     """Use the path of other devices on the CPU."""
-    monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", False)
+    monkeypatch.setattr(chunks, "CPU_TAKES_CHUNKS", False)
 
 
 def close(mine, theirs, atol=1e-5):

@@ -1,5 +1,6 @@
 """The page that shows what a pruned model drops: its functions, and the page itself in a browser without a window."""
 
+import base64
 import importlib.util
 import os
 import shutil
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madtp_hf.serving.page import describe, layers_to_draw, load_model, look, make_app, reduction_bounds
+from madtp_hf.serving.page import check_shown, cost_html, layers_to_draw, look, make_app, reduction_bounds
 
-from .conftest import make_blip, make_processor, make_task_model
+from .conftest import make_processor, make_task_model
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -51,7 +52,7 @@ def test_a_look_is_what_the_model_says(task, processor, monkeypatch):
     assert found.survivors.patches[0, 0].all() and not found.survivors.patches[0, -1].all()
     assert (found.survivors.words is None) == (task == "captioning")
     assert found.pruned.gflops < found.dense.gflops
-    assert "dense" in describe(found)
+    assert "dense" in cost_html(found)
 
 
 def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
@@ -72,7 +73,7 @@ def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
 def test_what_a_model_writes_is_escaped(processor, monkeypatch):
     monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     found = look(pruned_model(), processor, picture(), QUESTION, 0.5)
-    shown = describe(found._replace(pruned=found.pruned._replace(text="<script>")))
+    shown = cost_html(found._replace(pruned=found.pruned._replace(text="<script>")))
     assert "&lt;script&gt;" in shown and "<script>" not in shown
 
 
@@ -83,21 +84,13 @@ def test_layers_to_draw_are_the_models(number):
     assert layers[0] == 1
 
 
-def test_models_that_cannot_be_shown_are_named(processor, tmp_path):
+def test_models_that_cannot_be_shown_are_named():
     model = pruned_model()
-    model.save_pretrained(tmp_path / "good")
-    processor.save_pretrained(tmp_path / "good")
-    loaded, _ = load_model(tmp_path / "good")
-    assert type(loaded) is type(model) and not loaded.training
-    make_task_model("vqa").save_pretrained(tmp_path / "dense")
+    check_shown(model.task, model.config, "good")
     with pytest.raises(ValueError, match=r"dense has no calibrated schedule.*calibrate"):
-        load_model(tmp_path / "dense")
-    pruned_model("retrieval").save_pretrained(tmp_path / "retrieval")
-    with pytest.raises(ValueError, match="retrieval is a model for retrieval: expected one for vqa or captioning"):
-        load_model(tmp_path / "retrieval")
-    make_blip().save_pretrained(tmp_path / "blip")
-    with pytest.raises(ValueError, match="a model of type 'blip': expected a pruned BLIP"):
-        load_model(tmp_path / "blip")
+        check_shown("vqa", make_task_model("vqa").config, "dense")
+    with pytest.raises(ValueError, match="tiny is a model for retrieval: expected one for vqa or captioning"):
+        check_shown("retrieval", pruned_model("retrieval").config, "tiny")
 
 
 def test_the_page_answers_and_says_what_is_wrong(processor, monkeypatch):
@@ -119,6 +112,37 @@ def test_the_page_answers_and_says_what_is_wrong(processor, monkeypatch):
     ):
         with pytest.raises(gradio.Error, match=message):
             show(*arguments)
+
+
+def test_the_page_has_the_limits_of_an_endpoint(processor, monkeypatch, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="the app needs gradio")
+    pytest.importorskip("matplotlib", reason="the app needs matplotlib")
+    from .test_endpoint_requests import eps, png
+
+    app = make_app(pruned_model(), processor)
+    show = next(function.fn for function in app.fns.values() if function.fn.__name__ == "show")
+    images = [block for block in app.blocks.values() if isinstance(block, gradio.Image)]
+    upload = next(image for image in images if image.interactive is not False)
+    bomb, postscript = base64.b64decode(png(13_000, 13_000)), base64.b64decode(eps())
+    content = {"bomb": bomb, "eps": postscript, "large": bytes(10_000_001)}
+    for name, message in (
+        ("bomb", "13000 x 13000 pixels, more than the limit of 12500000"),
+        ("eps", "not an image, or of an unknown format"),
+        ("large", "has 10,000,001 bytes: expected at most 10,000,000"),
+    ):
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(content[name])
+        if name == "bomb":  # gradio gives the path, and decodes nothing
+            assert upload.preprocess(gradio.data_classes.ImageData(path=str(path), orig_name=path.name)) == str(path)
+        with pytest.raises(gradio.Error, match=message):
+            show(str(path), QUESTION, 0.5)
+    with pytest.raises(gradio.Error, match="question has 2,001 characters: expected at most 2,000"):
+        show(picture(), "a" * 2001, 0.5)
+    monkeypatch.setenv("MADTP_MAX_PIXELS", "2000")
+    app = make_app(pruned_model(), processor)
+    show = next(function.fn for function in app.fns.values() if function.fn.__name__ == "show")
+    with pytest.raises(gradio.Error, match="48 x 48 pixels, more than the limit of 2000"):
+        show(picture(), QUESTION, 0.5)
 
 
 def free_port() -> int:

@@ -115,7 +115,7 @@ def test_causal_attention_sees_what_is_before(lengths, kind, implementation, pat
     [
         *((task, ("vision", "text"), 0.0) for task in TASKS),
         *((task, modalities, 3.0) for task in TASKS if task != "captioning" for modalities in MODALITIES),
-        ("captioning", ("text",), 3.0),  # pruned, all attention of its encoder collects evidence
+        ("captioning", ("text",), 3.0),  # pruned, all attention of its encoder collects statistics
     ],
 )
 @torch.no_grad()
@@ -236,7 +236,7 @@ def flash(monkeypatch):
 
 
 def varlen_attention(output, config, modalities):
-    """The numbers of queries and keys of all attention that collects no evidence, sample after sample without
+    """The numbers of queries and keys of all attention that collects no statistics, sample after sample without
     padding."""
     on = config.pruning_temperature > 0
     vision, text = output.vision_tokens, output.text_tokens

@@ -17,6 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from any_budget import random_batches, random_model, reach
 
 
+def settings_of(schedule):
+    """Each reduction of a schedule, with its setting."""
+    for entry in schedule:
+        yield entry["reduction"], {name: value for name, value in entry.items() if name != "reduction"}
+
+
 @pytest.fixture
 def batches():
     return [make_inputs(lengths=(9, 5, 7, 12), seed=seed) for seed in range(6)]
@@ -28,20 +34,20 @@ def test_reductions_are_reached_and_written_down(model, batches):
     schedule = calibrate(model, batches, [0.5, 0.4, 0.45])
     assert model.training and model.config.pruning_temperature == before
     assert schedule == model.config.pruning_schedule
-    assert [reduction for reduction, *_ in schedule] == [0.4, 0.45, 0.5]
+    assert model.config.calibrated_reductions == [0.4, 0.45, 0.5]
     model.eval()
-    for reduction, temperature, *factor in schedule:
-        assert measure_reduction(model, batches, temperature, *factor) == pytest.approx(reduction, abs=0.01)
+    for reduction, setting in settings_of(schedule):
+        assert measure_reduction(model, batches, **setting) == pytest.approx(reduction, abs=0.01)
         model.set_pruning(reduction=reduction)
-        assert model.config.pruning_temperature == pytest.approx(temperature)
-        assert model.config.pruning_threshold_factor == pytest.approx(factor[0] if factor else 1.0)
+        assert model.config.pruning_setting == pytest.approx(setting)
+        assert model.config.pruning_temperature == pytest.approx(setting["temperature"])
 
 
 def test_batches_without_answers_will_do(model, batches):
     for batch in batches:
         batch.pop("labels")
-    (pair,) = calibrate(model, batches, [0.5])
-    assert pair[0] == 0.5
+    (entry,) = calibrate(model, batches, [0.5])
+    assert entry["reduction"] == 0.5
 
 
 def test_what_cannot_be_is_named_and_the_old_schedule_kept(model, batches):
@@ -60,9 +66,9 @@ def test_what_cannot_be_is_named_and_the_old_schedule_kept(model, batches):
             calibrate(model, batches, strings)
     with pytest.raises(ValueError, match="only once"):
         calibrate(model, iter(batches), [0.5])
-    with pytest.raises(ValueError, match="gave no batch"):
+    with pytest.raises(ValueError, match="yields no batch"):
         calibrate(model, [], [0.5])
-    assert model.config.pruning_schedule == [[0.5, 1.0]]
+    assert model.config.pruning_schedule == [{"reduction": 0.5, "temperature": 1.0, "factor": 1.0}]
     assert model.config.pruning_temperature == 0.0 and not model.training
 
 
@@ -71,14 +77,14 @@ def test_what_is_out_of_reach_is_left_out_with_a_warning(model, batches):
         UserWarning, match=r"Left out of the schedule: .* 0\.99 .*the largest reduction .* about (0\.\d+)"
     ) as told:
         schedule = calibrate(model, batches, [0.5, 0.99, 0.4])
-    assert [reduction for reduction, *_ in schedule] == [0.4, 0.5] and model.config.pruning_schedule == schedule
+    assert model.config.calibrated_reductions == [0.4, 0.5] and model.config.pruning_schedule == schedule
     largest = float(re.search(r"largest reduction that it reaches is about ([\d.]+\d)", str(told[0].message))[1])
     assert 0.5 < largest < 0.99
-    assert measure_reduction(model, batches, 1e6) <= largest + 1e-3
+    assert measure_reduction(model, batches, temperature=1e6) <= largest + 1e-3
     with pytest.raises(ValueError, match="outside what this model's schedule covers"):
         model.set_pruning(reduction=0.99)
-    (pair,) = calibrate(model, batches, [largest - 0.005])  # what is said to be reached is
-    assert pair[0] == largest - 0.005
+    (entry,) = calibrate(model, batches, [largest - 0.005])  # what is said to be reached is
+    assert entry["reduction"] == largest - 0.005
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -86,7 +92,9 @@ def test_labels_change_nothing_but_what_the_decoder_reads(task):
     """Reductions are measured without losses, and are those of the forward pass of the batch as it is."""
     model = make_task_model(task)
     batch = TASKS[task].make_inputs((9, 5, 7, 12))
-    measured = measure_reduction(model, [batch], 3.0)
+    measured = measure_reduction(model, [batch], temperature=3.0)
+    assert not model.is_pruning
+    model.set_pruning(temperature=3.0)
     with torch.no_grad():
         assert measured == pytest.approx(measure(model, batch, model(**batch)).mean().item(), abs=1e-6)
 
@@ -111,8 +119,8 @@ def test_every_task_is_calibrated(task):
     batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(3)]
     schedule = calibrate(model, batches, [0.4, 0.5])
     assert model.config.pruning_temperature == 0.0
-    for reduction, *threshold in schedule:
-        assert measure_reduction(model, batches, *threshold) == pytest.approx(reduction, abs=0.01)
+    for reduction, setting in settings_of(schedule):
+        assert measure_reduction(model, batches, **setting) == pytest.approx(reduction, abs=0.01)
     for batch in batches:
         batch.pop("labels", None)
         batch["return_loss"] = True  # what a collator adds besides tensors does not matter
@@ -143,24 +151,23 @@ def test_small_reductions_are_reached_whatever_the_draw(task, draw):
         model.alignment.tokens.copy_(torch.randn(model.alignment.tokens.shape, generator=generator))
     batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed) for seed in range(6)]
     schedule = calibrate(model, batches, [0.05, 0.1, 0.2, 0.3])
-    assert [reduction for reduction, *_ in schedule] == [0.05, 0.1, 0.2, 0.3]
-    assert len(schedule[0]) == 3 and 0 < schedule[0][2] < 1
-    for reduction, *threshold in schedule:
-        assert measure_reduction(model, batches, *threshold) == pytest.approx(reduction, abs=0.01)
+    assert model.config.calibrated_reductions == [0.05, 0.1, 0.2, 0.3]
+    assert 0 < schedule[0]["factor"] < 1
+    for reduction, setting in settings_of(schedule):
+        assert measure_reduction(model, batches, **setting) == pytest.approx(reduction, abs=0.01)
     # In between, too, it saves something in between.
     model.set_pruning(reduction=0.15)
-    threshold = (model.config.pruning_temperature, model.config.pruning_threshold_factor)
-    assert 0.1 < measure_reduction(model, batches, *threshold) < 0.2
+    assert 0.1 < measure_reduction(model, batches, **model.config.pruning_setting) < 0.2
 
 
 def test_too_few_samples_to_trust_get_a_warning_with_their_number(model, batches):
     with pytest.warns(
-        UserWarning, match=r"rests on 2 samples, too few .* Give at least (\d+) samples for 0\.01"
+        UserWarning, match=r"rests on 2 samples, too few .* Pass at least (\d+) samples for 0\.01"
     ) as told:
         calibrate(model, [make_inputs(lengths=(3, 16))], [0.4])
-    needed = int(re.search(r"Give at least (\d+)", str(told[-1].message))[1])
+    needed = int(re.search(r"Pass at least (\d+)", str(told[-1].message))[1])
     assert 2 < needed < 10_000
-    with pytest.warns(UserWarning, match="rests on 1 sample, which doesn't tell"):
+    with pytest.warns(UserWarning, match="rests on 1 sample, which doesn't show"):
         calibrate(model, [make_inputs(lengths=(9,))], [0.4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -170,7 +177,7 @@ def test_too_few_samples_to_trust_get_a_warning_with_their_number(model, batches
 def test_a_model_is_calibrated_on_the_path_that_it_was_trained_on(model, batches):
     model.set_pruning(temperature=0.5, factor=0.7)
     (first, *_, last) = calibrate(model, batches, [0.05, 0.1, 0.5])
-    assert first[1] == 0.5 and first[2] < 1 and last[1] >= 0.5
+    assert first["temperature"] == 0.5 and first["factor"] < 1 and last["temperature"] >= 0.5
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -176,7 +176,7 @@ def test_the_whole_way_of_every_task(processor, tmp_path):
         model.set_pruning(reduction=0.5)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        assert measure_reduction(model, batches, *model.config.threshold_for(0.5)) == pytest.approx(0.5, abs=0.01)
+        assert measure_reduction(model, batches, **model.setting_for(0.5)) == pytest.approx(0.5, abs=0.01)
 
         names = {path.name for path in folder.iterdir()}
         code = {

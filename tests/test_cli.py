@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import BertTokenizer
 
 
@@ -30,7 +32,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-TASKS = {name: task for name, task in ALL_TASKS.items() if task.family == "BLIP"}
+TASKS = {name: task for name, task in ALL_TASKS.items() if task.family.name == "BLIP"}
 
 
 def make_checkpoint(task, folder):
@@ -167,6 +169,37 @@ def test_the_command_as_a_process(source, tmp_path):
     assert (out / "model.safetensors").is_file() and listing(out.parent)[0] == "model"
 
 
+def test_what_weights_do_not_tell_is_an_option_or_said(source, tmp_path):
+    arguments = source / "vqa.pth", tmp_path / "out", "--task", "vqa", "--tokenizer", source / "bert"
+    assumed = invoke(*arguments)
+    assert assumed.exit_code == 0, assumed.output
+    said = "madtp-hf: Assumed, because weights don't tell: 2 attention heads in the vision and 1 in the text tower,"
+    said += " the activation gelu, the original's norms and special tokens. If the checkpoint was trained with others,"
+    assert f"{said} pass --heads, --activation or --config.\n" in assumed.stderr
+    given = invoke(*arguments, "--heads", 8, 4, "--activation", "quick_gelu", "--force")
+    assert (
+        given.exit_code == 0 and "heads in" not in given.stderr and "activation" not in given.stderr.split(". If")[0]
+    )
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    towers = [fields[f"{name}_config"] for name in ("vision", "text")]
+    assert [(tower["num_attention_heads"], tower["hidden_act"]) for tower in towers] == [
+        (8, "quick_gelu"),
+        (4, "quick_gelu"),
+    ]
+    # The configuration that was written says it all.
+    arguments = arguments[0], tmp_path / "again", *arguments[2:]
+    again = invoke(*arguments, "--config", tmp_path / "out")
+    assert again.exit_code == 0 and "Assumed" not in again.stderr, again.output
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written == fields
+    (tmp_path / "other.json").write_text("{}")
+    for file, message in (("nowhere.json", "can't be read"), ("other.json", "has no text_config and vision_config")):
+        refused = invoke(*arguments, "--config", tmp_path / file, "--force")
+        assert refused.exit_code == 1 and message in refused.stderr
+
+
 def test_help_and_version():
     assert CliRunner().invoke(app, ["version"]).stdout.strip() == __version__
     assert CliRunner().invoke(app, ["--version"]).stdout.strip() == __version__
@@ -227,7 +260,7 @@ def test_bad_inputs_are_one_message_and_leave_nothing(source, tmp_path, monkeypa
         ((vqa, out, "vqa", bert, "--image-size", "50"), "--image-size 50: expected a multiple of .* patch size, 8"),
         (
             (vqa, out, "vqa", tmp_path / "few"),
-            "few' has 8 tokens, .DEC. is 6 and .ENC. 7; the checkpoint has 40, 38 and 39",
+            "few' has 8 tokens, .DEC. 6 and .ENC. 7; the checkpoint has 40, 38 and 39",
         ),
         ((vqa, out, "vqa", tmp_path / "damaged"), "damaged' could not be loaded .*: pass --tokenizer FOLDER"),
         ((vqa, out, "vqa", tmp_path / "without"), "without' could not be loaded .*: pass --tokenizer FOLDER"),

@@ -16,7 +16,7 @@ pytest.importorskip("typer", reason="the command needs typer: pip install 'madtp
 from typer.testing import CliRunner
 
 from madtp_hf.budgets.benchmark import stock_model
-from madtp_hf.checkpoints.load import load_model
+from madtp_hf.checkpoints.load import load
 from madtp_hf.checkpoints.push import find_checkpoint_files
 from madtp_hf.data.rows import load_rows
 from madtp_hf.tasks import TASKS
@@ -93,9 +93,9 @@ def test_prune_writes_a_calibrated_checkpoint_that_publishes(dense, pruned):
     card = ModelCard.load(out / "README.md").text
     assert "without training" in card and re.search(r"\| 0.4 \| \d+\.\d% \|", card) and str(dense) not in card
     model = AutoModel.from_pretrained(out)
-    assert [entry[0] for entry in model.config.pruning_schedule] == [0.2, 0.4]
-    assert (model.config.pruning_temperature, model.config.pruning_threshold_factor) == model.config.threshold_for(0.4)
-    theirs, _, _ = load_model(dense / "vqa")
+    assert model.config.calibrated_reductions == [0.2, 0.4]
+    assert model.config.pruning_setting == model.setting_for(0.4)
+    theirs = load(dense / "vqa").model
     for name, tensor in theirs.state_dict().items():
         if not name.startswith("alignment."):
             close(model.state_dict()[name], tensor, atol=0)
@@ -106,8 +106,19 @@ def test_prune_takes_each_task(task, dense, photos, tmp_path):
     text = [] if task == "captioning" else ["--text", "the image of a red seven"]
     result = invoke("prune", dense / task, tmp_path / "out", "--data", photos, *text, "--reductions", "0.4")
     assert result.exit_code == 0, result.stderr
-    model, _, is_dense = load_model(tmp_path / "out")
-    assert model.task == task and not is_dense and model.config.pruning_schedule[0][0] == 0.4
+    loaded = load(tmp_path / "out")
+    model = loaded.model
+    assert model.task == loaded.task.name == task and not loaded.is_dense
+    assert model.config.calibrated_reductions[0] == 0.4
+
+
+def test_prune_freezes_what_each_layer_keeps(dense, photos, tmp_path):
+    arguments = dense / "vqa", tmp_path / "out", "--data", photos, "--question", QUESTION, "--reductions", "0.2"
+    result = invoke("prune", *arguments, "--freeze")
+    assert result.exit_code == 0, result.output
+    model = TASKS["vqa"].model_class.from_pretrained(tmp_path / "out")
+    assert model.config.pruning_granularity == "frozen" and model.is_pruning
+    assert model.start_pass().token_counts is not None
 
 
 def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
@@ -143,20 +154,47 @@ def test_prune_takes_clip_from_a_table_of_captions(photos, tmp_path):
     assert [row["reduction asked"] for row in content["results"]] == [0, 0.1] and content["metric"] == "mean %"
 
 
+def test_unreadable_images_stop_the_command_or_are_left_out_and_counted(pruned, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(4):
+        (tmp_path / "photos" / f"{index}.png").write_bytes((photos / f"{index}.png").read_bytes())
+    (tmp_path / "photos" / "2.png").write_text("broken")
+    data = "--data", tmp_path / "photos", "--question", QUESTION, "--reductions", 0.3
+    stopped = invoke("prune", pruned[0], tmp_path / "out", *data, "--batch-size", 1)
+    assert stopped.exit_code == 1 and "2.png" in stopped.stderr and not (tmp_path / "out").exists()
+    left_out = invoke("prune", pruned[0], tmp_path / "out", *data, "--skip-unreadable")
+    assert left_out.exit_code == 3, left_out.stderr
+    assert "Left out 1 of the rows" in left_out.stderr and "calibrated on 3 samples" in left_out.stdout
+    timed = "--rounds", 1, "--batch-sizes", 1, "--out", tmp_path / "speed.json", "--skip_unreadable"
+    result = invoke("benchmark", pruned[0], "--data", tmp_path / "photos", "--text", QUESTION, *timed)
+    assert result.exit_code == 3 and (tmp_path / "speed.json").exists()
+
+
+def test_columns_have_the_names_that_are_given(pruned, photos, tmp_path):
+    rows = [{"photo": f"{index}.png", "query": QUESTION} for index in range(3)]
+    table = write_csv(tmp_path / "table.csv", rows)
+    data = "--data", table, "--image-dir", photos, "--reductions", 0.3
+    refused = invoke("prune", pruned[0], tmp_path / "out", *data)
+    assert refused.exit_code == 1 and "--columns image=" in refused.stderr, refused.stderr
+    result = invoke("prune", pruned[0], tmp_path / "out", *data, "--columns", "image=photo", "question=query")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_prune_again_keeps_alignment_tokens_that_were_learned(pruned, photos, tmp_path):
     out, _ = pruned
     data = "--data", photos, "--question", QUESTION, "--reductions", "0.3"
     assert invoke("prune", out, tmp_path / "again", *data).exit_code == 0
-    before, after = (load_model(folder)[0].alignment.tokens for folder in (out, tmp_path / "again"))
+    before, after = (load(folder).model.alignment.tokens for folder in (out, tmp_path / "again"))
     close(after, before, atol=0)
     other = "--data", photos, "--question", "is the leftmost digit red?", "--reductions", "0.3", "--alignment", "fit"
     assert invoke("prune", out, tmp_path / "new", *other).exit_code == 0
-    assert not torch.equal(load_model(tmp_path / "new")[0].alignment.tokens, before)
+    assert not torch.equal(load(tmp_path / "new").model.alignment.tokens, before)
 
 
 def test_evaluate_gives_the_metric_at_each_budget(pruned, photos, tmp_path):
     pytest.importorskip("evaluate", reason="metrics need evaluate: pip install 'madtp_hf[metrics]'")
-    model, processor, _ = load_model(pruned[0])
+    loaded = load(pruned[0])
+    model, processor = loaded.model, loaded.processor
     model.set_pruning(None)
     image = processor(images=Image.open(photos / "0.png"), text=QUESTION, return_tensors="pt")
     written = processor.tokenizer.decode(model.generate(**image, max_new_tokens=10)[0], skip_special_tokens=True)
@@ -224,10 +262,10 @@ def test_rows_gather_captions_by_image_and_name_the_line_that_is_wrong(photos, t
     assert [Path(row["right_image"]).name for row in pairs] == ["1.png", "3.png", "5.png"]
     assert len(load_rows(TASKS["vqa"], photos, ["a?", "b?"], samples=4)) == 4
     for content, message in (
-        ('{"image": "0.png", "question": "a?"}\n{"picture": "1.png"}', "line 2: no 'image', only picture"),
-        ('{"image": "9.png", "question": "a?"}', "line 1: no image 9.png in"),
-        ('{"image": "0.png"}', "0.png has no question"),
-        ('{"image": "0.png", "question"', "line 1, column .* not JSON"),
+        ('{"image": "0.png", "question": "a?"}\n{"picture": "1.png"}', "rows.jsonl, row 2: no image"),
+        ('{"image": "9.png", "question": "a?"}', "row 1: image: no file .*9.png"),
+        ('{"image": "0.png"}', "rows.jsonl has no question"),
+        ('{"image": "0.png", "question"', "rows.jsonl, line 1: not JSON"),
     ):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -245,21 +283,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(dense, pruned, photos, tmp_pat
         (("prune", vqa, tmp_path / "full", "--data", photos, *asked), "full is not empty"),
         (
             ("prune", vqa, out, "--data", tmp_path / "nowhere", *asked),
-            "nowhere is not there: expected a folder of images",
+            "There is no .*nowhere: expected a folder of images",
         ),
-        (("prune", vqa, out, "--data", tmp_path / "empty", *asked), "empty has no image in it"),
-        (("prune", vqa, out, "--data", photos), "0.png has no question: .* reads a text with each image"),
+        (("prune", vqa, out, "--data", tmp_path / "empty", *asked), "empty holds no image"),
+        (("prune", vqa, out, "--data", photos), "photos has no question: .* reads a text with each image"),
         (("prune", vqa, out, "--data", photos, *asked, "--reductions", "1.5"), "expected numbers between 0 and 1"),
         (
             ("prune", vqa, out, "--data", photos, *asked, "--task", "nlvr2"),
-            "BlipForQuestionAnswering, for 'vqa', and the task is",
+            "vqa is not a checkpoint for 'nlvr2', and nothing is trained here",
         ),
         (("prune", vqa, out, "--data", photos, *asked, "--task", "gqa"), "--task gqa: expected one of 'vqa'"),
         (
             ("prune", photos, out, "--data", photos, *asked),
             "photos can't be loaded .*: expected a folder with a config.json",
         ),
-        (("evaluate", pruned[0], "--data", photos, "--out", tmp_path), "0.png has no question"),
+        (("evaluate", pruned[0], "--data", photos, "--out", tmp_path), "photos has no question"),
         (("benchmark", pruned[0], "--reductions", "0.9", "--out", out), "--reductions 0.9"),
     ):
         result = invoke(*arguments)

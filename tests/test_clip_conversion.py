@@ -1,5 +1,7 @@
 """Checkpoints of OpenAI's CLIP and of MADTP's."""
 
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -130,6 +132,113 @@ def test_clips_sizes_need_no_configuration():
     torch.testing.assert_close(model(**inputs).logits_per_text, clip(**inputs).logits_per_text, atol=1e-4, rtol=1e-4)
 
 
+class Node(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+class Restored(torch.nn.Module):
+    """A module that runs code of its own when its archive is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.ones(1)
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        print("code ran")
+        self.weight, self.training = state[0], state[1]
+
+
+def save_as_torchscript(state_dict, path):
+    """Save tensors as OpenAI does: as the parameters of a program's modules."""
+    whole = Node()
+    for name, tensor in state_dict.items():
+        *parents, last = name.split(".")
+        node = whole
+        for parent in parents:
+            if not hasattr(node, parent):
+                node.add_module(parent, Node())
+            node = getattr(node, parent)
+        node.register_buffer(last, tensor)
+    torch.jit.script(whole).save(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_openais_torchscript_archive(tmp_path, capfd):
+    clip, inputs = make_clip(), make_clip_inputs()
+    clip.half().float()
+    original = {name: tensor.half() for name, tensor in to_original(clip, alignment=False).items()}
+    original |= {"input_resolution": torch.tensor(48), "context_length": torch.tensor(24)}
+    save_as_torchscript(original, tmp_path / "ViT.pt")
+    model = convert_original_checkpoint(tmp_path / "ViT.pt", "clip", config=HEADS)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model(**inputs).logits_per_text, clip(**inputs).logits_per_text, atol=1e-4, rtol=1e-4)
+
+    torch.jit.script(Restored()).save(tmp_path / "hostile.pt")
+    with pytest.raises(ValueError, match=r"was refused: .*__setstate__.* could run code"):
+        convert_original_checkpoint(tmp_path / "hostile.pt", "clip")
+    assert "code ran" not in capfd.readouterr().out
+    torch.jit.load(tmp_path / "hostile.pt")  # it would have
+    assert "code ran" in capfd.readouterr().out
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "ViT.pt").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"cut.pt can't be read as a checkpoint, it may be truncated"):
+        convert_original_checkpoint(tmp_path / "cut.pt", "clip")
+
+
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."))
+def test_what_open_clip_and_wrappers_save(prefix, tmp_path):
+    clip = make_clip()
+    named = {prefix + name: tensor for name, tensor in to_original(clip, alignment=False).items()}
+    mask = torch.full((24, 24), float("-inf")).triu(1)
+    named |= {f"{prefix}attn_mask": mask, f"{prefix}transformer.attn_mask": mask}
+    optimizer = {"state": {}, "param_groups": [{"lr": 5e-4}]}
+    content = {"epoch": 7, "name": "2026-model_ViT-B-32", "state_dict": named, "optimizer": optimizer}
+    torch.save(content, tmp_path / "epoch_7.pt")
+    for source in (tmp_path / "epoch_7.pt", content, {"model": {"state_dict": named}}, {"module": named}, named):
+        model = convert_original_checkpoint(source, "clip", config=HEADS)
+        for name, tensor in clip.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_what_weights_do_not_tell_is_asked_or_said():
+    """Two heads of 32 are not made one of 64, nor GELU the quick one, without a word."""
+    clip = make_clip(
+        text_config={"hidden_size": 64, "num_attention_heads": 2, "hidden_act": "gelu"},
+        vision_config={"hidden_size": 64, "num_attention_heads": 4, "hidden_act": "gelu"},
+    )
+    original, inputs = to_original(clip, alignment=False), make_clip_inputs()
+    with pytest.warns(UserWarning, match=r"Assumed.* 1 attention heads in the vision and 1 in the text .*quick_gelu"):
+        convert_original_checkpoint(original, "clip")
+    with pytest.warns(UserWarning, match=r"Assumed, because weights don't tell: the activation quick_gelu"):
+        convert_original_checkpoint(original, "clip", heads=(4, 2))
+    with pytest.warns(UserWarning, match=r"Assumed, because weights don't tell: the original's norms"):
+        model = convert_original_checkpoint(original, "clip", heads=(4, 2), activation="gelu")
+    torch.testing.assert_close(model(**inputs).logits_per_text, clip(**inputs).logits_per_text, atol=1e-4, rtol=1e-4)
+    config = MadtpClipConfig(
+        text_config={"hidden_size": 64, "num_attention_heads": 2, "hidden_act": "gelu"},
+        vision_config={"num_attention_heads": 4, "hidden_act": "gelu"},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a configuration says it all
+        model = convert_original_checkpoint(original, "clip", config=config)
+    torch.testing.assert_close(model(**inputs).logits_per_text, clip(**inputs).logits_per_text, atol=1e-4, rtol=1e-4)
+    for wrong in (4, (4,), (4, 0), "44", (4, 2.0)):
+        with pytest.raises(ValueError, match=r"heads=.*: expected two numbers"):
+            convert_original_checkpoint(original, "clip", heads=wrong)
+    with pytest.raises(ValueError, match=r"heads=\(3, 2\).* 64 wide.* divides"):
+        convert_original_checkpoint(original, "clip", heads=(3, 2))
+    with pytest.raises(ValueError, match=r"activation='fast': expected .*gelu or quick_gelu"):
+        convert_original_checkpoint(original, "clip", activation="fast")
+
+
 def test_images_of_another_size():
     model = convert_original_checkpoint(to_original(make_clip_model()), "clip", config=HEADS, image_size=64)
     assert model.config.vision_config.image_size == 64
@@ -148,7 +257,7 @@ def test_what_is_no_clip_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"transformers' CLIP: load it with .* `from_clip`"):
         convert_original_checkpoint(make_clip().state_dict(), "clip")
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT.pt")
-    with pytest.raises(ValueError, match=r"TorchScript archive, .* as OpenAI publishes CLIP.*from_clip"):
+    with pytest.raises(ValueError, match=r"not of task 'clip': it has no tensor 'visual.conv1.weight'"):
         convert_original_checkpoint(tmp_path / "ViT.pt", "clip")
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from madtp_hf import MadtpClipModel
-from madtp_hf.modeling.encoder import TokenReduction
-from madtp_hf.modeling.token_reduction import Reduction
+from madtp_hf.modeling.pruning_method import Decision, PruningMethod
 
 from .conftest import close
 from .helpers.clip import make_clip_inputs, make_clip_model
@@ -94,26 +93,31 @@ def test_half_precision(dtype, tmp_path):
     assert (similarity > 0.9).all()
 
 
-class EveryOther(TokenReduction):
+class EveryOther(PruningMethod):
     """Drops every other word of those that can go, without a trace."""
 
-    def choose(self, layer, evidence, scores, part):
-        number = self.roles.num_removable(part)
-        real = self.roles.removable(part)
-        stays = torch.arange(number).expand(part.batch_size, -1) % 2 == 0
+    modalities = ("text",)
+    has_fixed_counts = True
+
+    def prunes(self, layer, sequences):
+        return True
+
+    def decide(self, layer, statistics, scores, chunk):
+        stays = torch.arange(self.spec.num_removable(chunk)).expand(chunk.batch_size, -1) % 2 == 0
+        real = self.spec.mask(chunk)
         stays = stays if real is None else stays & real
-        merges = torch.zeros(part.batch_size, 1, dtype=torch.bool)
-        return Reduction(stays, merges, torch.zeros_like(stays, dtype=torch.float32))
+        merges = torch.zeros(chunk.batch_size, 1, dtype=torch.bool)
+        return Decision(torch.zeros_like(stays, dtype=torch.float32), stays, merges)
 
 
 @torch.no_grad()
 def test_another_method_keeps_the_end_of_text(path):
     model, inputs = pruned(), make_clip_inputs(LENGTHS)
-    model.set_reduction_method(lambda model, modality, with_feature: EveryOther() if modality == "text" else None)
-    output = model(**inputs)
+    with model.pruning(method=EveryOther, keep_rate=0.5):
+        output = model(**inputs)
+        ends = model._encode_text(inputs["input_ids"], output_positions=True).positions[-1]
     expected = torch.tensor(LENGTHS)
     for counts in output.text_tokens[1:]:
         expected = 2 + (expected - 2 + 1) // 2
         assert torch.equal(counts, expected)
-    ends = model._encode_text(inputs["input_ids"], output_positions=True).positions[-1]
     assert [row[row >= 0][-1].item() for row in ends] == [length - 1 for length in LENGTHS]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from madtp_hf import MadtpClipConfig, calibrate, count_flops, flop_formulas
+from madtp_hf import MadtpClipConfig, calibrate, count_flops
 from madtp_hf.budgets.calibration import measure_reduction
 from madtp_hf.budgets.evaluation import record_tokens
 from madtp_hf.budgets.passes import measure
+from madtp_hf.tasks import flop_formulas
 
 from .helpers.clip import make_clip_inputs, make_clip_model, make_texts
 from .test_flops import torchs_counter
@@ -41,10 +42,10 @@ def test_clip_base():
 
 def test_reductions_are_reached_and_written_down():
     model, batches = make_clip_model(), [make_clip_inputs((12, 5, 16, 8), seed) for seed in range(4)]
-    schedule = calibrate(model, batches, [0.4, 0.5])
-    assert [reduction for reduction, _ in schedule] == [0.4, 0.5] and not model.is_pruning
-    for reduction, temperature in schedule:
-        assert measure_reduction(model, batches, temperature) == pytest.approx(reduction, abs=0.01)
+    calibrate(model, batches, [0.4, 0.5])
+    assert model.config.calibrated_reductions == [0.4, 0.5] and not model.is_pruning
+    for reduction in (0.4, 0.5):
+        assert measure_reduction(model, batches, **model.setting_for(reduction)) == pytest.approx(reduction, abs=0.01)
     model.set_pruning(reduction=0.5)
     with torch.no_grad(), record_tokens(model) as tokens:
         output = model(**batches[0])
@@ -61,7 +62,7 @@ def frozen():
 
 
 def test_a_frozen_model_leaves_the_numbers_that_were_fixed(frozen, path):
-    counts = {entry[0]: entry[1:] for entry in frozen.config.pruning_token_counts}
+    counts = {entry["temperature"]: (entry["vision"], entry["text"]) for entry in frozen.config.pruning_token_counts}
     vision, text = counts[frozen.config.pruning_temperature]
     reductions = []
     for seed in range(6, 9):

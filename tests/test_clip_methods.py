@@ -1,52 +1,57 @@
-"""The benchmarks' other methods on CLIP's towers."""
-
-import sys
-from pathlib import Path
+"""The pruning methods on CLIP's towers."""
 
 import pytest
 import torch
 
+from madtp_hf import MadtpClipModel, calibrate
 from madtp_hf.budgets.passes import measure
 
+from .conftest import close
 from .helpers.clip import make_clip_inputs, make_clip_model
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from methods import FIXED, VARIANTS, find_schedule, make_method
-
-
 LENGTHS = (9, 5, 12, 7)
+METHODS = {"tome": {"r": 6.5}, "evit": {"keep_rate": 0.6}, "random": {"keep_rate": 0.7}}
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_a_schedule_reaches_its_reduction_and_leaves_the_text(method):
+def test_fixed_counts_prune_images_and_leave_texts(method, tmp_path):
     model, inputs = make_clip_model(), make_clip_inputs(LENGTHS)
     dense = model(**inputs)
-    schedule, reached = find_schedule(method, model.config, "clip", 0.4, torch.tensor(LENGTHS))
-    assert reached == pytest.approx(0.4, abs=0.06)
-    model.set_reduction_method(make_method(method, schedule))
+    model.set_pruning_method(method)
+    model.set_pruning(**METHODS[method])
     output = model(**inputs)
-    assert (output.vision_tokens == torch.tensor(schedule)[:, None]).all()
-    assert measure(model, inputs, output).mean().item() == pytest.approx(reached, abs=1e-6)
-    assert torch.equal(output.text_embeds, dense.text_embeds)
+    assert (output.vision_tokens[-1] < output.vision_tokens[0]).all()
+    assert (output.vision_tokens == output.vision_tokens[:, :1]).all()
+    close(output.text_embeds, dense.text_embeds)
     assert not torch.allclose(output.image_embeds, dense.image_embeds, atol=1e-3)
     alone = model(**{name: value[:1] for name, value in inputs.items()})
-    if method != "random":
-        torch.testing.assert_close(alone.image_embeds, output.image_embeds[:1], atol=1e-5, rtol=0)
-    model.set_reduction_method(make_method(method, [schedule[0]] * len(schedule)))
-    torch.testing.assert_close(model(**inputs).image_embeds, dense.image_embeds, atol=1e-5, rtol=0)
+    close(alone.image_embeds, output.image_embeds[:1])
+    model.save_pretrained(tmp_path)
+    loaded = MadtpClipModel.from_pretrained(tmp_path)
+    close(loaded(**inputs).logits_per_text, output.logits_per_text, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("method", (*METHODS, "class_attention"))
 @torch.no_grad()
-def test_variants_reduce_both_towers_otherwise_than_madtp(method, path):
+def test_every_method_is_calibrated(method):
+    model, inputs = make_clip_model(), make_clip_inputs((12,) * 12)
+    model.set_pruning_method(method)
+    calibrate(model, [inputs], [0.4])
+    model.set_pruning(reduction=0.4)
+    assert measure(model, inputs, model(**inputs)).mean().item() == pytest.approx(0.4, abs=0.01)
+
+
+@torch.no_grad()
+def test_class_attention_prunes_both_towers_otherwise_than_madtp(path):
     model, inputs = make_clip_model(), make_clip_inputs(LENGTHS)
     model.set_pruning(temperature=3.0)
     madtp = model(**inputs)
-    model.set_reduction_method(make_method(method))
-    variant = model(**inputs)
+    model.set_pruning_method("class_attention")
+    model.set_pruning(temperature=3.0)
+    output = model(**inputs)
     for tokens in ("vision_tokens", "text_tokens"):
-        assert (variant[tokens][-1] <= variant[tokens][0]).all() and (variant[tokens][-1] < variant[tokens][0]).any()
-    assert torch.isfinite(variant.logits_per_image).all()
-    assert not torch.equal(variant.logits_per_image, madtp.logits_per_image)
+        assert (output[tokens][-1] <= output[tokens][0]).all() and (output[tokens][-1] < output[tokens][0]).any()
+    assert torch.isfinite(output.logits_per_image).all()
+    assert not torch.equal(output.logits_per_image, madtp.logits_per_image)

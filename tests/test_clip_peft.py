@@ -46,8 +46,7 @@ def test_an_adapter_learns_under_pruning_and_comes_back(tmp_path):
     with torch.no_grad():
         expected = model.eval()(**batches[0]).logits_per_image
         torch.testing.assert_close(loaded(**batches[0]).logits_per_image, expected, atol=1e-4, rtol=1e-4)
-        threshold = config.threshold_for(0.4)
-        assert measure_reduction(loaded, batches, *threshold) == pytest.approx(0.4, abs=0.02)
+        assert measure_reduction(loaded, batches, **model.setting_for(0.4)) == pytest.approx(0.4, abs=0.02)
         merged = loaded.merge_and_unload()
         assert type(merged) is MadtpClipModel
         torch.testing.assert_close(merged(**batches[0]).logits_per_image, expected, atol=1e-3, rtol=1e-3)

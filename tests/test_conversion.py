@@ -15,7 +15,7 @@ HEADS = MadtpBlipConfig(
     text_config={"num_attention_heads": 4, "bos_token_id": 38, "sep_token_id": 3},
     vision_config={"num_attention_heads": 4},
 )
-TASKS = pytest.mark.parametrize("task", [name for name, entry in TASK_ENTRIES.items() if entry.family == "BLIP"])
+TASKS = pytest.mark.parametrize("task", [name for name, entry in TASK_ENTRIES.items() if entry.family.name == "BLIP"])
 
 
 def to_original(model, alignment=True):
@@ -155,6 +155,30 @@ def test_forms_of_a_checkpoint(form, tmp_path):
         assert_same(outputs(model, "vqa", temperature), outputs(original, "vqa", temperature))
 
 
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod."))
+def test_names_and_places_that_training_code_makes(prefix):
+    original = original_like()
+    content = with_training_state(to_original(original))
+    named = {prefix + name: tensor for name, tensor in content["model"].items()}
+    for source in ({**content, "model": named}, {"state_dict": named, "epoch": 3}, {"module": named}, named):
+        model = convert_original_checkpoint(source, "vqa", config=HEADS)
+        assert_same(outputs(model, "vqa", 3.0), outputs(original, "vqa", 3.0))
+
+
+def test_heads_and_activation_are_asked_or_said():
+    original = original_like(
+        vision_config={**original_like().config.vision_config.to_dict(), "hidden_act": "quick_gelu"}
+    )
+    state_dict = to_original(original)
+    with pytest.raises(ValueError, match=r"pass `heads`, or a config"):
+        convert_original_checkpoint(state_dict, "vqa")
+    with pytest.warns(UserWarning, match=r"Assumed, because weights don't tell: the activation gelu"):
+        model = convert_original_checkpoint(state_dict, "vqa", heads=(4, 4))
+    assert model.config.vision_config.num_attention_heads == model.config.text_config.num_attention_heads == 4
+    model = convert_original_checkpoint(state_dict, "vqa", config=HEADS, activation="quick_gelu")
+    assert model.config.vision_config.hidden_act == model.config.text_config.hidden_act == "quick_gelu"
+
+
 @pytest.mark.parametrize("vision_width", (768, 1024))
 def test_blip_sizes_need_no_configuration(vision_width):
     config = MadtpBlipConfig(
@@ -245,7 +269,8 @@ def test_images_of_another_size(task):
     assert_same(outputs(same, task), outputs(original, task))
     for wrong in (0, -48, 50, 48.0, "48"):
         with pytest.raises(
-            ValueError, match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, as 48"
+            ValueError,
+            match=r"image_size=.*: expected a multiple of the checkpoint's patch size, 8, such as its own size, 48",
         ):
             convert_original_checkpoint(state_dict, task, config=HEADS, image_size=wrong)
 
@@ -262,7 +287,7 @@ def test_maps_to_the_alignment_tokens(caplog):
     model = convert_original_checkpoint(state_dict, "vqa", config=HEADS)
     assert_same(outputs(model, "vqa", 3.0), outputs(original, "vqa", 3.0))
     assert not caplog.records
-    with pytest.raises(ValueError, match=r"1 of another shape .*q_map.0.weight .20, 9. instead of .20, 48."):
+    with pytest.raises(ValueError, match=r"1 with another shape .*q_map.0.weight .20, 9. instead of .20, 48."):
         convert_original_checkpoint({**state_dict, f"{vision}.weight": torch.ones(20, 9)}, "vqa", config=HEADS)
     # A map of a branch that has the width of the alignment tokens.
     state_dict = to_original(original_like("vqa"))
@@ -280,7 +305,7 @@ def test_another_task_is_named(task):
     state_dict = to_original(original_like(task))
     for other in TASK_ENTRIES:
         if other != task:
-            config = HEADS if TASK_ENTRIES[other].family == "BLIP" else None
+            config = HEADS if TASK_ENTRIES[other].family.name == "BLIP" else None
             with pytest.raises(
                 ValueError, match=f"not of task '{other}': .* looks like a checkpoint of task '{task}'."
             ):
@@ -302,16 +327,19 @@ def test_tensors_amiss_are_named(task):
         (beheaded, "not of task .*: (it has no tensor|.* missing)"),
         (unpositioned, "not of task .*: it has no tensor 'visual_encoder.pos_embed'"),
         ({**state_dict, "adapter.weight": scalar}, r"not of task .*: 1 unexpected .adapter.weight."),
-        ({**state_dict, norm: torch.ones(31)}, rf"not of task .*: 1 of another shape .{norm} .31,. instead of .32,."),
+        (
+            {**state_dict, norm: torch.ones(31)},
+            rf"not of task .*: 1 with another shape .{norm} .31,. instead of .32,.",
+        ),
         ({**state_dict, words: scalar}, rf"{words} has shape \(\): expected \(words, width\)"),
         ({**state_dict, words: torch.ones(0, 32)}, rf"{words} has shape \(0, 32\): expected"),
         ({**state_dict, "visual_encoder.pos_embed": torch.ones(1, 40, 32)}, "pos_embed has 40 positions: expected"),
         ({**state_dict, "visual_encoder.pos_embed": torch.ones(1, 1, 32)}, "pos_embed has 1 positions: expected"),
         ({**state_dict, "visual_encoder.patch_embed.proj.weight": torch.ones(32)}, "expected .width, 3, patch size"),
         ({**state_dict, "space_dict": torch.ones(12)}, r"space_dict has shape \(12,\): expected \(tokens, width\)"),
-        (dict.fromkeys(state_dict, 1.0), "The dictionary given holds no state dict"),
-        ({"model": [state_dict]}, "The dictionary given holds no state dict"),
-        ({}, "The dictionary given holds no state dict"),
+        (dict.fromkeys(state_dict, 1.0), "The dictionary given contains no state dict"),
+        ({"model": [state_dict]}, "The dictionary given contains no state dict"),
+        ({}, "The dictionary given contains no state dict"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_original_checkpoint(source, task, config=HEADS)
@@ -335,11 +363,11 @@ def test_what_is_no_checkpoint_of_the_task_is_refused(blip, tmp_path):
         (truncated, "truncated"),
         (cut, "truncated"),
         (tmp_path / "empty.pth", "truncated"),
-        (tmp_path / "other.pth", "other.pth holds no state dict"),
-        (tmp_path / "list.pth", "list.pth holds no state dict"),
+        (tmp_path / "other.pth", "other.pth contains no state dict"),
+        (tmp_path / "list.pth", "list.pth contains no state dict"),
         (
             pretrained,
-            "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint, which is of no task",
+            "not of task 'vqa': 1 unexpected .* looks like BLIP's pretrained checkpoint: expected one fine-tuned",
         ),
         (blip.state_dict(), "looks like a checkpoint of transformers' BLIP: .*from_blip"),
         (untied, "decoder.weight differs from its text_decoder.bert.embeddings.word_embeddings.weight"),
@@ -349,7 +377,7 @@ def test_what_is_no_checkpoint_of_the_task_is_refused(blip, tmp_path):
     with pytest.raises(ValueError, match="task='gqa': expected one of 'vqa', 'captioning', 'nlvr2', 'retrieval'"):
         convert_original_checkpoint(state_dict, "gqa")
     with pytest.raises(
-        ValueError, match=r"vision tower is 32 wide, no multiple of 64.* vision_config.num_attention_heads"
+        ValueError, match=r"vision tower is 32 wide, not a multiple of 64.* vision_config.num_attention_heads"
     ):
         convert_original_checkpoint(state_dict, "vqa")
     with pytest.raises(TypeError, match="config is a BlipConfig: expected a MadtpBlipConfig"):

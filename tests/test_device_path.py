@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from madtp_hf import calibrate
-from madtp_hf.modeling import sequences
+from madtp_hf.modeling import chunks
 
 from .conftest import TASKS, make_task_model
 from .helpers.devices import no_default_device
@@ -45,7 +45,7 @@ def test_a_forward_pass(task, mode, monkeypatch):
         counts = output.vision_tokens[-1]
         assert (counts < 37).any() == (mode != "off")
         with monkeypatch.context() as patch:  # and it is what a CPU computes
-            patch.setattr(sequences, "CPU_TAKES_PARTS", True)
+            patch.setattr(chunks, "CPU_TAKES_CHUNKS", True)
             expected = model(**inputs, **options)
         assert output.keys() == expected.keys()
         for name, value in expected.items():
@@ -61,11 +61,11 @@ def test_a_training_step(task, mode, monkeypatch):
     model = make_model(task, mode).train()
     inputs = {**TASKS[task].make_inputs(LENGTHS), **TASKS[task].to_train}
     gradients = []
-    for takes_parts in (False, True):
-        monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", takes_parts)
+    for takes_chunks in (False, True):
+        monkeypatch.setattr(chunks, "CPU_TAKES_CHUNKS", takes_chunks)
         model.zero_grad()
         torch.manual_seed(3)  # hard negatives are drawn
-        if takes_parts:
+        if takes_chunks:
             model(**inputs).loss.backward()
         else:
             with no_default_device():
@@ -90,7 +90,7 @@ def test_generation(task, settings, mode, monkeypatch):
         inputs["input_ids"] = torch.tensor([[2, 11, 12, 3]] * len(LENGTHS))
     with no_default_device():
         output = model.generate(**inputs, max_new_tokens=5, **settings)
-    monkeypatch.setattr(sequences, "CPU_TAKES_PARTS", True)
+    monkeypatch.setattr(chunks, "CPU_TAKES_CHUNKS", True)
     assert torch.equal(output, model.generate(**inputs, max_new_tokens=5, **settings))
 
 

@@ -87,11 +87,11 @@ def check_output(output: Path, steps: int = 4) -> list[dict]:
     assert AutoProcessor.from_pretrained(output).tokenizer is not None
     model, info = AutoModel.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.pruning_schedule[0][0] == 0.6
+    assert model.config.calibrated_reductions[0] == 0.6
     # The largest reduction that costs at most a point on validation data, which the card says.
     lossless = default["scores"]["0.6"] >= default["scores"]["0"] - 0.01
     assert default["reduction"] == (0.6 if lossless else 0)
-    assert model.config.pruning_temperature == (model.config.pruning_schedule[0][1] if lossless else 0)
+    assert model.config.pruning_temperature == (model.config.pruning_schedule[0]["temperature"] if lossless else 0)
     card = ModelCard.load(output / "README.md")  # what is saved is ready to publish
     assert {result.metric_args["reduction"] for result in card.data.eval_results} == {0, 0.6}
     assert ("Saved at 0.6, the largest" if lossless else "Saved with pruning off") in card.text

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering, count_flops, flop_formulas
+from madtp_hf import MadtpBlipConfig, MadtpBlipForQuestionAnswering, count_flops
 from madtp_hf.budgets.flops import reduction_of_flops
+from madtp_hf.tasks import flop_formulas
 
 from .conftest import TASKS, blip_config, make_blip, make_inputs, make_task_model
 

@@ -361,7 +361,7 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
     assert [branch.name for branch in HfApi(token="hf_alice").list_repo_refs("org/public").branches] == ["main"]
     (folder / "README.md").write_text("---\nlicense: [1\n---\n")
     refused(ValueError, "rejects the model card's metadata .*Invalid YAML metadata.*: correct README.md")
-    refused(ValueError, "has a README.md, .*take the file away", metrics={"accuracy": 1.0})
+    refused(ValueError, "already has a model card, README.md: .*delete the file", metrics={"accuracy": 1.0})
     (folder / "README.md").unlink()
     refused(ValueError, "metrics='nowhere.json' can't be read", metrics="nowhere.json")
     with pytest.raises(RepositoryNotFoundError):
@@ -378,7 +378,7 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
     ):
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "save_pretrained", Mock(side_effect=error))
-            with pytest.raises(OSError, match=r"No space is left to save the checkpoint in .*: make room") as raised:
+            with pytest.raises(OSError, match=r"No space is left to save the checkpoint in .*: free some") as raised:
                 push(model, processor, "org/new3")
             assert only_sentence(raised.value) and raised.value.errno == errno.ENOSPC
     assert "org/new3" not in hub.repositories
@@ -392,7 +392,9 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
 
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "model_info", look_while_another_commits)
-        refused(OSError, "org/public was changed by someone else meanwhile .*: nothing was published", "org/public")
+        refused(
+            OSError, "org/public was changed by someone else in the meantime .*: nothing was published", "org/public"
+        )
     assert hub.files("org/public") == {}
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

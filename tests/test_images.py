@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from madtp_hf.data import CaptioningCollator
-from madtp_hf.jobs import PreparedBatches, Row
+from madtp_hf.data.rows import Row
+from madtp_hf.jobs import PreparedBatches
 from madtp_hf.modeling import pipeline_madtp_blip as pipelines
 from madtp_hf.modeling.images import UnreadableImage, read_image
 from madtp_hf.search.embedding import _Pixels
@@ -209,7 +210,7 @@ def roads():
         return collate([{"image": image, "captions": "a seven"}])["pixel_values"][0]
 
     def of_job(image):
-        source = SimpleNamespace(rows=lambda start, stop: [Row(0, "a", image)])
+        source = SimpleNamespace(rows=lambda start, stop: [Row(0, "a", {"image": image})])
         batch = PreparedBatches(source, image_processor)[0, 0, 1]
         assert not batch.errors
         mean, std = (

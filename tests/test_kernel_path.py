@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from .conftest import TASKS, TEMPERATURES, close, make_task_model
+from .helpers.kernel_standins import LAUNCHES, kernel_path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from kernel_standins import LAUNCHES, kernel_path
+import methods  # noqa: F401 (registers the ablations)
 from launches import count
-from methods import make_method
 
 
 LENGTHS = (16, 3, 9, 12)
@@ -87,10 +87,12 @@ def test_other_settings(setting):
     assert ("gate" in called) == ("pruning_granularity" not in setting)
 
 
+@pytest.mark.parametrize("method", ("class_attention", "without_self"))
 @torch.no_grad()
-def test_another_importance_is_not_the_gates():
+def test_another_importance_is_not_the_gates(method):
     model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
-    model.set_reduction_method(make_method("class_attention"))
+    model.set_pruning_method(method)
+    model.set_pruning(temperature=3.0)
     expected = model(**inputs, output_positions=True)
     found, called = run_on_kernel_path(model, inputs)
     check_same(found, expected, "logits")

@@ -19,7 +19,7 @@ CALLS |= {"BadParameter", "fail", "write"}
 # Phrases of STYLE's table and their kin, with what to write instead.
 BAD_PHRASES = {
     r"(?<![Tt]here )\bis no (?!longer\b|more\b)[a-z]\w*": "is not a ...",
-    r"\bis none\b": "is not one",
+    r"(?<![Tt]here )\bis none\b": "is not one",
     r"\bto nowhere\b": "broken symlink",
     r"\bso many\b": "this many",
     r"\b(go|goes|went|going|gone) on\b": "continue, resume",

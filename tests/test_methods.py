@@ -1,121 +1,114 @@
-"""The benchmarks' other methods, through the models' hook for them, against plain references that take one sample."""
+"""Every pruning method: against plain references for one sample, calibrated, trained, frozen, saved and loaded."""
 
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Trainer, TrainingArguments
 
+from madtp_hf import ReductionCallback, calibrate
+from madtp_hf.budgets.calibration import measure_reduction
+from madtp_hf.budgets.flops import count_flops
 from madtp_hf.budgets.passes import measure
+from madtp_hf.modeling.pruning_method import METHODS, PruningMethod
 
-from .conftest import TASKS, close, make_inputs, make_task_model
+from .conftest import TASKS, close, make_inputs, make_task_model, one_sample, padded_otherwise
+from .test_checkpoint import run
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from methods import (
-    FIXED,
-    VARIANTS,
-    evit_schedule,
-    find_schedule,
-    make_method,
-    random_schedule,
-    tome_schedule,
-)
+from methods import ABLATIONS
 
 
 LENGTH = 37  # of the tests' images: 6 x 6 patches and the class token
-SCHEDULES = {
-    "tome": tome_schedule(37, 4, 6.5),
-    "evit": evit_schedule(37, 4, 0.6),
-    "random": random_schedule(37, 4, 0.7),
+SETTINGS = {
+    "madtp": {"temperature": 3.0},
+    "class_attention": {"temperature": 3.0},
+    "tome": {"r": 6.5},
+    "evit": {"keep_rate": 0.6},
+    "random": {"keep_rate": 0.7},
+    **{name: {"temperature": 3.0} for name in ABLATIONS},
 }
+COUNTS = {"tome": [37, 31, 24, 18, 11], "evit": [37, 37, 24, 16, 11], "random": [37, 28, 21, 16, 13]}
+OURS = ("madtp", "class_attention", "evit", "tome", "random")
 every_task = pytest.mark.parametrize("task", list(TASKS))
-every_fixed = pytest.mark.parametrize("method", list(FIXED))
-every_variant = pytest.mark.parametrize("method", list(VARIANTS))
+every_fixed = pytest.mark.parametrize("method", list(COUNTS))
+every_method = pytest.mark.parametrize("method", OURS)
 
 
-def reduced_model(task, method, schedule=None, **overrides):
+def pruned_model(task, method, setting=None, **overrides):
     model = make_task_model(task, **overrides)
-    model.set_reduction_method(make_method(method, SCHEDULES[method] if schedule is None else schedule))
+    model.set_pruning_method(method)
+    model.set_pruning(**(setting or SETTINGS[method]))
     return model
 
 
-def test_schedules():
-    assert tome_schedule(37, 4, 5) == [37, 32, 27, 22, 17]
-    assert tome_schedule(37, 4, 2.5) == [37, 35, 32, 30, 27]
-    assert tome_schedule(37, 4, 100) == [37, 19, 10, 6, 4]  # half of the others at most, the class token never
-    assert tome_schedule(37, 4, 0) == evit_schedule(37, 4, 1.0) == random_schedule(37, 4, 1.0) == [37] * 5
-    assert evit_schedule(37, 4, 0.5) == [37, 37, 20, 12, 8]
-    assert random_schedule(37, 4, 0.5) == [37, 20, 12, 8, 6]
-    lengths = evit_schedule(577, 12, 0.7)
-    assert lengths[4] == 406  # 404 of 576, the class token, and one for the others
-    assert [layer for layer in range(1, 13) if lengths[layer] < lengths[layer - 1]] == [4, 7, 10]
+def counts_of(method, setting, task="vqa"):
+    with torch.no_grad():
+        output = pruned_model(task, method, setting)(**TASKS[task].make_inputs())
+    return output.vision_tokens[:, 0].tolist()
 
 
-@every_fixed
-@torch.no_grad()
-def test_nothing_to_reduce_is_the_dense_model(method):
-    model, inputs = make_task_model("vqa"), make_inputs()
-    dense = model(**inputs)
-    model.set_reduction_method(make_method(method, [LENGTH] * 5))
-    output = model(**inputs)
-    close(output.logits, dense.logits)
-    close(output.image_embeds, dense.image_embeds)
-    assert output.vision_tokens.tolist() == [[LENGTH] * 3] * 5
+def test_token_counts():
+    assert counts_of("tome", {"r": 5}) == [37, 32, 27, 22, 17]
+    assert counts_of("tome", {"r": 2.5}) == [37, 35, 32, 30, 27]
+    assert counts_of("tome", {"r": 100}) == [37, 19, 10, 6, 4]  # half of the others at most, the class token never
+    assert counts_of("evit", {"keep_rate": 0.5}) == [37, 37, 20, 12, 8]
+    assert counts_of("random", {"keep_rate": 0.5}) == [37, 20, 12, 8, 6]
 
 
 @every_fixed
 @every_task
 @torch.no_grad()
 def test_token_counts_fall_as_asked(task, method):
-    model, inputs = reduced_model(task, method), TASKS[task].make_inputs()
-    schedule, entering = SCHEDULES[method], []
+    model, inputs, entering = pruned_model(task, method), TASKS[task].make_inputs(), []
     num_images = inputs["pixel_values"].flatten(0, -4).shape[0]
     for layer in model.vision_model.encoder.layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: entering.append(args[0].shape[0] / num_images))
     output = model(**inputs)
-    assert entering == schedule[1:]
-    assert (output.vision_tokens.flatten(1) == torch.tensor(schedule)[:, None]).all()
-    assert output.image_embeds.shape[-2] == schedule[-1]
+    assert entering == COUNTS[method][1:]
+    assert (output.vision_tokens.flatten(1) == torch.tensor(COUNTS[method])[:, None]).all()
+    assert output.image_embeds.shape[-2] == COUNTS[method][-1]
     assert torch.isfinite(output[TASKS[task].scores]).all()
+    if task != "captioning":  # texts lose nothing
+        assert (output.text_tokens == inputs["attention_mask"].sum(1)).all()
 
 
+@every_method
 @every_task
 @torch.no_grad()
-def test_the_text_stays_as_with_pruning_off(task):
-    """Text and decoder compute what transformers' do: whatever they are given of an image, padding is treated
-    alike."""
-    model, inputs = reduced_model(task, "evit"), TASKS[task].make_inputs()
-    reduced = model(**inputs)
-    if task != "captioning":
-        assert (reduced.text_tokens == inputs["attention_mask"].sum(1)).all()
-    # The dense model on the images' reduced states.
-    vision_model = model.vision_model
-    states = vision_model(
-        inputs["pixel_values"].flatten(0, -4), make_method("evit", SCHEDULES["evit"])(model, "vision", False)
-    )
-    model.set_reduction_method(None)
-    model.vision_model = GivenStates(states)
-    close(model(**inputs)[TASKS[task].scores], reduced[TASKS[task].scores])
+def test_off_is_the_dense_model(task, method):
+    model, inputs = make_task_model(task), TASKS[task].make_inputs()
+    dense = model(**inputs)
+    model.set_pruning_method(method)
+    name = next(iter(METHODS[method].fields))
+    for setting in ({name: METHODS[method].off}, {name: None}, {"reduction": 0.0}):
+        model.set_pruning(**SETTINGS[method])
+        assert model.is_pruning
+        model.set_pruning(**setting)
+        assert not model.is_pruning and model.config.pruning_setting is None
+    assert torch.equal(model(**inputs)[TASKS[task].scores], dense[TASKS[task].scores])
 
 
-class GivenStates(torch.nn.Module):
-    def __init__(self, states):
-        super().__init__()
-        self.states = states
-
-    def forward(self, pixel_values, *args, **kwargs):
-        return self.states
-
-
-@pytest.mark.parametrize("method", ("tome", "evit"))
+@pytest.mark.parametrize("method", ("class_attention", "tome", "evit"))
+@every_task
 @torch.no_grad()
-def test_an_output_does_not_depend_on_its_batch(method):
-    model, inputs = reduced_model("vqa", method), make_inputs()
-    together = model(**inputs).image_embeds
-    alone = model(**{name: value[1:2] for name, value in inputs.items()}).image_embeds
-    close(alone, together[1:2], atol=1e-4)
+def test_an_output_depends_neither_on_its_batch_nor_on_padding(task, method):
+    model, inputs = pruned_model(task, method), TASKS[task].make_inputs()
+    scores = TASKS[task].scores
+    together, lengths = model(**inputs)[scores], [None] * 3
+    if task == "captioning":  # scores of every token: those of padding say nothing
+        lengths = inputs["attention_mask"].sum(1).tolist()
+    for other in padded_otherwise(inputs, task):
+        for mine, theirs, length in zip(model(**other)[scores], together, lengths):
+            close(mine[:length], theirs[:length], atol=1e-4)
+    for index, length in enumerate(lengths):
+        alone = one_sample(inputs, index, TASKS[task].sequences)
+        close(model(**alone)[scores][0], together[index, :length], atol=1e-4)
 
 
 # References: one image at a time, one token at a time.
@@ -182,58 +175,51 @@ def sorted_rows(states):
     return states[states[:, 0].argsort()]
 
 
-@pytest.mark.parametrize("rate", (6.5, 2.5))  # the class token's partners run out of even tokens, and don't
+@pytest.mark.parametrize("r", (6.5, 2.5))  # the class token's partners run out of even tokens, and don't
 @torch.no_grad()
-def test_tome_equals_its_reference(rate):
-    schedule = tome_schedule(37, 4, rate)
-    model, inputs = reduced_model("vqa", "tome", schedule), make_inputs()
-    states = model(**inputs).image_embeds
+def test_tome_equals_its_reference(r):
+    model, inputs = pruned_model("vqa", "tome", {"r": r}), make_inputs()
+    output = model(**inputs)
     for sample in range(3):
-        expected = run_tome(model.vision_model, inputs["pixel_values"][sample], schedule)
-        close(states[sample, 0], expected[0], atol=1e-4)
-        close(sorted_rows(states[sample]), sorted_rows(expected), atol=1e-4)  # the reference moves rows
+        expected = run_tome(model.vision_model, inputs["pixel_values"][sample], output.vision_tokens[:, 0].tolist())
+        states = output.image_embeds[sample]
+        close(states[0], expected[0], atol=1e-4)
+        close(sorted_rows(states), sorted_rows(expected), atol=1e-4)  # the reference moves rows
 
 
 @torch.no_grad()
 def test_tome_goes_on_where_a_layer_merges_nothing():
-    schedule = [37, 30, 30, 25, 25]
-    model, inputs = reduced_model("vqa", "tome", schedule), make_inputs()
-    expected = run_tome(model.vision_model, inputs["pixel_values"][0], schedule)
+    model, inputs = pruned_model("vqa", "tome", {"r": 0.6}), make_inputs()
+    assert model(**inputs).vision_tokens[:, 0].tolist() == [37, 37, 36, 36, 35]
+    expected = run_tome(model.vision_model, inputs["pixel_values"][0], [37, 37, 36, 36, 35])
     close(sorted_rows(model(**inputs).image_embeds[0]), sorted_rows(expected), atol=1e-4)
 
 
 @torch.no_grad()
 def test_evit_equals_its_reference():
-    model, inputs = reduced_model("vqa", "evit"), make_inputs()
+    model, inputs = pruned_model("vqa", "evit"), make_inputs()
     states = model(**inputs).image_embeds
     for sample in range(3):
-        close(
-            states[sample],
-            run_evit(model.vision_model, inputs["pixel_values"][sample], SCHEDULES["evit"]),
-            atol=1e-4,
-        )
+        expected = run_evit(model.vision_model, inputs["pixel_values"][sample], COUNTS["evit"])
+        close(states[sample], expected, atol=1e-4)
 
 
 @torch.no_grad()
 def test_random_tokens():
-    inputs = make_inputs()
-    schedule = [37, 20, 20, 20, 20]
-    model = reduced_model("vqa", "random", schedule)
+    model, inputs = pruned_model("vqa", "random", {"keep_rate": 0.5}), make_inputs()
     first, second = (model(**inputs, output_positions=True) for _ in range(2))
     positions = first.vision_positions[1]
     assert positions[:, 0].eq(0).all() and positions[:, -1].eq(-1).all()  # the class token, and the merged one
     assert (positions[:, 1:-1].diff(dim=1) > 0).all()
     assert not torch.equal(positions[0], positions[1])  # each image has its own
-    assert not torch.equal(positions, second.vision_positions[1])  # and in the next pass others
-    model.set_reduction_method(make_method("random", schedule))
-    assert torch.equal(model(**inputs, output_positions=True).image_embeds, first.image_embeds)
-    model.set_reduction_method(make_method("random", schedule, seed=1))
+    assert torch.equal(first.image_embeds, second.image_embeds)
+    model.set_pruning(keep_rate=0.5, seed=1)
     assert not torch.equal(model(**inputs).image_embeds, first.image_embeds)
 
 
 @torch.no_grad()
 def test_random_tokens_that_go_become_their_mean():
-    model, inputs = reduced_model("vqa", "random", [37, 20, 20, 20, 20]), make_inputs()
+    model, inputs = pruned_model("vqa", "random", {"keep_rate": 0.5}), make_inputs()
     layer, taken = model.vision_model.encoder.layers[0], []
     layer.layer_norm2.register_forward_pre_hook(lambda module, args: taken.append(args[0].view(3, 20, -1)))
     positions = model(**inputs, output_positions=True).vision_positions[1]
@@ -244,16 +230,11 @@ def test_random_tokens_that_go_become_their_mean():
         close(taken[0][sample, -1], states[gone].mean(0))
 
 
-# Variants of MADTP
-
-
 @torch.no_grad()
 def test_class_attention_keeps_what_the_class_token_attends_to():
     """MADTP's formulas with s = s_cls, for one image in the first layer."""
-    model, inputs = make_task_model("vqa"), make_inputs()
-    model.set_reduction_method(make_method("class_attention"))
     temperature = 3.0
-    model.set_pruning(temperature=temperature)
+    model, inputs = pruned_model("vqa", "class_attention"), make_inputs()
     positions = model(**inputs, output_positions=True).vision_positions[1]
     layer, alignment = model.vision_model.encoder.layers[0], model.alignment.tokens
     reduced = 0
@@ -272,53 +253,30 @@ def test_class_attention_keeps_what_the_class_token_attends_to():
 
 
 @every_task
-@every_variant
+@pytest.mark.parametrize("method", ("class_attention", *ABLATIONS))
 @torch.no_grad()
-def test_variants_reduce_both_branches_otherwise_than_madtp(task, method):
-    model, inputs = make_task_model(task), TASKS[task].make_inputs(lengths=(16, 12, 9))
-    model.set_pruning(temperature=3.0)
+def test_variants_prune_both_branches_otherwise_than_madtp(task, method):
+    model, inputs = pruned_model(task, "madtp"), TASKS[task].make_inputs(lengths=(16, 12, 9))
     madtp = model(**inputs)
-    model.set_reduction_method(make_method(method))
+    model.set_pruning_method(method)
+    model.set_pruning(temperature=3.0)
     variant = model(**inputs)
     assert (variant.vision_tokens[-1] < LENGTH).any()
     if task != "captioning":
         assert (variant.text_tokens[-1] < variant.text_tokens[0]).any()
     assert not torch.equal(variant[TASKS[task].scores], madtp[TASKS[task].scores])
     assert torch.isfinite(variant[TASKS[task].scores]).all()
-    model.set_pruning(None)
-    off = model(**inputs)
-    model.set_reduction_method(None)
-    assert torch.equal(off[TASKS[task].scores], model(**inputs)[TASKS[task].scores])
 
 
-# The hook
-
-
-@pytest.mark.parametrize("method", (*FIXED, *VARIANTS))
-def test_without_the_method_the_model_is_madtp_again(method):
-    model, inputs = make_task_model("vqa"), make_inputs()
-    model.set_pruning(temperature=3.0)
-    with torch.no_grad():
-        before = model(**inputs)
-        model.set_reduction_method(make_method(method, SCHEDULES.get(method)))
-        assert not torch.equal(model(**inputs).logits, before.logits)
-        model.set_reduction_method(None)
-        after = model(**inputs)
-    assert torch.equal(after.logits, before.logits) and torch.equal(after.vision_tokens, before.vision_tokens)
-
-
-@pytest.mark.parametrize("method", (*FIXED, *VARIANTS))
+@every_method
 def test_gradients_flow_and_are_those_of_checkpointed_layers(method):
     def gradients(checkpointing):
-        model, inputs = make_task_model("vqa").train(), make_inputs()
+        model, inputs = pruned_model("vqa", method).train(), make_inputs()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if method in VARIANTS:
-            model.set_pruning(temperature=3.0)
-        model.set_reduction_method(make_method(method, SCHEDULES.get(method)))
         model(**inputs).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -329,57 +287,282 @@ def test_gradients_flow_and_are_those_of_checkpointed_layers(method):
     assert found["vision_model.embeddings.patch_embedding.weight"].abs().sum() > 0
 
 
-@every_fixed
+@pytest.mark.parametrize("method", ("evit", "tome"))
+@torch.no_grad()
+def test_attention_maps_are_returned(method):
+    model, inputs = pruned_model("vqa", method), make_inputs()
+    expected = model(**inputs)
+    model.set_attn_implementation("eager")
+    output = model(**inputs, output_attentions=True)
+    assert [maps.shape[-1] for maps in output.attentions] == expected.vision_tokens[:-1, 0].tolist()
+    close(output.logits, expected.logits, atol=1e-4)
+
+
+# What the package does with a method
+
+
+def calibrated(task, method, reductions, **options):
+    # Enough of a vision encoder for half of the FLOPs to be its own, and enough tokens to come near any reduction.
+    model = make_task_model(task, text_config={"num_hidden_layers": 2}, vision_config={"image_size": 96})
+    model.set_pruning_method(method)
+    batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed, image_size=96) for seed in range(2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The schedule rests on")
+        calibrate(model, batches, reductions, **options)
+    return model, batches
+
+
+@every_method
 @every_task
 @torch.no_grad()
-def test_equal_flops(task, method):
-    """The search is right about what the model then does, and near what it was asked for."""
-    # Images of many tokens, for whole numbers of them to come near to any reduction.
-    model = make_task_model(task, vision_config={"image_size": 96})
-    inputs = TASKS[task].make_inputs(image_size=96)
-    lengths = None if task == "captioning" else inputs["attention_mask"].sum(1)
-    answer = {"vqa": 4, "captioning": inputs["attention_mask"].sum(1)}.get(task, 0)
-    config = model.config
-    for target in (0.1, 0.3, 0.4):
-        schedule, reached = find_schedule(method, config, task, target, lengths, answer)
-        assert abs(reached - target) < 0.01
-        model.set_reduction_method(make_method(method, schedule))
-        measured = measure(model, inputs, model(**inputs)).mean().item()
-        assert abs(measured - reached) < 1e-5
-    # The alignment scores of a model that prunes are none of theirs.
-    config.pruning_temperature = 1.0
-    assert find_schedule(method, config, task, target, lengths, answer) == (schedule, reached)
-    assert config.pruning_temperature == 1.0
-    # Out of reach: as near as it can.
-    schedule, reached = find_schedule(method, config, task, 0.99, lengths, answer)
-    fewest = {
-        "tome": tome_schedule(145, 4, 72),
-        "evit": evit_schedule(145, 4, 0),
-        "random": random_schedule(145, 4, 0),
+def test_each_method_is_calibrated_for_each_task(task, method):
+    model, batches = calibrated(task, method, [0.2, 0.4])
+    assert model.config.calibrated_reductions == [0.2, 0.4]
+    for entry in model.config.pruning_schedule:
+        assert set(entry) >= {"reduction", next(iter(METHODS[method].fields))}
+        setting = {name: value for name, value in entry.items() if name != "reduction"}
+        reached = measure_reduction(model, batches, **setting)
+        assert reached == pytest.approx(entry["reduction"], abs=0.01)
+        model.set_pruning(reduction=entry["reduction"])
+        found = [measure(model, batch, model(**batch)) for batch in batches]
+        assert torch.cat(found).mean().item() == pytest.approx(reached, abs=1e-5)
+    model.set_pruning(reduction=0.3)  # in between
+    found = torch.cat([measure(model, batch, model(**batch)) for batch in batches]).mean().item()
+    assert 0.2 < found < 0.4
+
+
+@every_method
+def test_what_a_method_adds_is_counted(method):
+    model = make_task_model("vqa")
+    config, width = model.config, 32
+    vision, text = torch.full((5, 1), LENGTH), torch.full((4, 1), 9)
+    off = count_flops(config, "vqa", vision, text)
+    model.set_pruning_method(method)
+    assert torch.equal(count_flops(config, "vqa", vision, text), off)
+    model.set_pruning(**SETTINGS[method])
+    scores = (4 * LENGTH + 3 * 9) * 12 * width
+    added = {
+        "madtp": scores,
+        "class_attention": scores,
+        "evit": 3 * LENGTH * width,
+        "tome": 4 * (LENGTH / 2) ** 2 * 8,
+        "random": 0,
     }
-    assert reached < 0.95 and schedule == fewest[method]
+    assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(added[method], abs=200)
+    config.pruning_modalities = ("text",)
+    of_text = 3 * 9 * 12 * width if method in ("madtp", "class_attention") else 0
+    assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(of_text, abs=200)
 
 
-def test_bad_input():
-    model, inputs = make_task_model("vqa"), make_inputs()
-    with pytest.raises(ValueError, match=r"Method 'nothing': expected one of tome, .*without_alignment"):
-        make_method("nothing")
-    with pytest.raises(ValueError, match="expected one of tome, evit, random"):
-        find_schedule("class_attention", model.config, "vqa", 0.5)
-    for name, schedule in (("tome", None), ("class_attention", [37])):
-        with pytest.raises(ValueError, match="expected a schedule for tome"):
-            make_method(name, schedule)
-    with pytest.raises(TypeError, match="set_reduction_method got 'tome': expected a function"):
-        model.set_reduction_method("tome")
-    model.set_reduction_method(make_method("tome", [145, 100, 100, 100, 100]))
-    with pytest.raises(ValueError, match="Layer 0 gets sequences of up to 37 tokens: the schedule expects 145"):
-        model(**inputs)
+@every_method
+@torch.no_grad()
+def test_each_method_is_frozen_and_exported(method):
+    model, _ = calibrated("vqa", method, [0.3], freeze=True)
+    assert model.config.pruning_granularity == "frozen" and not model.is_pruning
+    model.set_pruning(reduction=0.3)
+
+    def inputs(lengths, seed):
+        batch = make_inputs(lengths, seed, image_size=96)
+        start = batch.pop("labels")[:, :1]
+        return {**batch, "decoder_input_ids": start}
+
+    batch, example = torch.export.Dim("batch", min=2, max=64), inputs((9, 5, 7), 0)
+    shapes = {name: {0: batch} for name in example}
+    program = torch.export.export(model, (), kwargs=example, dynamic_shapes=shapes, strict=False)
+    other = inputs((9, 4, 6, 9, 5), 7)
+    close(program.module()(**other).logits, model(**other).logits, atol=1e-4)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, task):
+        self.columns = TASKS[task].make_inputs((8,) * 16, image_size=96)
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {name: value[index] for name, value in self.columns.items()}
+
+
+@every_method
+@every_task
+def test_each_method_trains_at_a_target(task, method, tmp_path):
+    model, _ = calibrated(task, method, [0.3])
+    callback = ReductionCallback(0.3)
+    options = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=10, per_device_train_batch_size=4, logging_steps=1, save_strategy="no", **options
+    )
+
+    def collate(rows):
+        return {**torch.utils.data.default_collate(rows), **TASKS[task].to_train}
+
+    trainer = Trainer(model, arguments, train_dataset=Rows(task), data_collator=collate, callbacks=[callback])
+    trainer.train()
+    reached = [entry["reduction"] for entry in trainer.state.log_history if "reduction" in entry]
+    assert len(reached) == 10 and abs(sum(reached[5:]) / 5 - 0.3) < 0.06
+    name = f"pruning_{next(iter(METHODS[method].fields))}"
+    assert all(name in entry for entry in trainer.state.log_history if "reduction" in entry)
+    assert model.is_pruning
+
+
+LOAD = """
+inputs = torch.load(sys.argv[3], weights_only=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    loaded = model(**inputs).logits.tolist()
+again = sys.argv[4] + "/again"
+model.save_pretrained(again)
+model = AutoModel.from_pretrained(again, trust_remote_code=True)
+with torch.no_grad():
+    saved_again = model(**inputs).logits.tolist()
+print("RESULT" + json.dumps([model.config.pruning_method, loaded, saved_again]))
+"""
+
+
+def load_elsewhere(model, tmp_path):
+    """A saved model's method and logits, in a process without the package; saved and loaded there once more."""
+    inputs = make_inputs()
+    torch.save(inputs, tmp_path / "inputs.pt")
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    arguments = (tmp_path / "saved", "vqa", tmp_path / "inputs.pt", tmp_path)
+    name, *found = run(LOAD, *arguments, cache=tmp_path / "modules")
+    for logits in found:
+        close(torch.tensor(logits), expected)
+    return name
+
+
+@pytest.mark.parametrize("method", ("class_attention", "tome"))
+def test_a_saved_method_loads_without_the_package(method, tmp_path):
+    assert load_elsewhere(pruned_model("vqa", method), tmp_path) == method
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A copy of the registry, for methods that only a test defines."""
+    monkeypatch.setattr("madtp_hf.modeling.pruning_method.METHODS", dict(METHODS))
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+
+
+def test_the_method_of_the_documentation_is_carried_by_its_checkpoint(tmp_path, monkeypatch):
+    """The page's first block is a file, the others run in order."""
+    definition, *blocks = [block.split("```")[0] for block in PAGE.read_text().split("```python\n")[1:]]
+    (tmp_path / "half.py").write_text(definition)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    batches = [make_inputs(lengths=(9, 5, 7, 12), seed=seed) for seed in range(2)]
+    model = make_task_model("vqa", text_config={"num_hidden_layers": 2})
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The schedule rests on")
+            for block in blocks:
+                exec(block, {"model": model, "dataloader": batches, "__name__": "page"})
+        assert model.config.pruning_method == "half" and model.is_pruning
+        with torch.no_grad():
+            output = model(**batches[0])
+        assert (output.vision_tokens[-1] < LENGTH).all() and (output.text_tokens[-1] < output.text_tokens[0]).any()
+        assert load_elsewhere(model, tmp_path) == "half"
+    finally:
+        METHODS.pop("half", None)
+
+
+def test_a_method_that_cannot_be_carried_is_named(model, tmp_path, registry):
+    namespace = {"PruningMethod": PruningMethod, "__name__": "__main__"}
+    exec("class Typed(PruningMethod):\n    name = 'typed'", namespace)
+    METHODS["typed"] = namespace["Typed"]
+    try:
+        model.set_pruning_method(namespace["Typed"])
+        with pytest.raises(ValueError, match="'typed' is defined in __main__, so a checkpoint can't carry it: move"):
+            model.save_pretrained(tmp_path)
+    finally:
+        del METHODS["typed"]
+
+
+def test_bad_input(model):
+    with pytest.raises(ValueError, match=r"pruning_method='nothing': expected one of class_attention, evit, madtp"):
+        model.set_pruning_method("nothing")
+    for given in (None, 3, PruningMethod, object):
+        with pytest.raises(TypeError, match=r"set_pruning_method got .*: expected the name of a pruning method"):
+            model.set_pruning_method(given)
+    model.set_pruning_method("tome")
+    with pytest.raises(ValueError, match=r"temperature=1.0: the pruning method 'tome' expects r"):
+        model.set_pruning(temperature=1.0)
+    for r in (-1.0, float("nan"), "8", True):
+        with pytest.raises(ValueError, match=r"r=.*: expected a finite number"):
+            model.set_pruning(r=r)
+    model.set_pruning_method("evit")
+    with pytest.raises(ValueError, match=r"keep_rate=1.5: expected a finite number from 0 to 1, keep_rate=1 is off"):
+        model.set_pruning(keep_rate=1.5)
+    assert not model.is_pruning
+    with pytest.raises(ValueError, match="needs a calibrated schedule"):
+        model.set_pruning(reduction=0.5)
+    with pytest.raises(ValueError, match="pruning_method='nothing'"):
+        type(model).from_blip(model, pruning_method="nothing")
+
+
+def test_another_method_switches_pruning_off_and_drops_the_schedule(model):
+    model.config.pruning_schedule = [{"reduction": 0.5, "temperature": 3.0}]
+    model.set_pruning(reduction=0.5)
+    model.set_pruning_method("madtp")
+    assert model.is_pruning
+    model.set_pruning_method("evit")
+    assert not model.is_pruning and model.config.pruning_schedule is None
+
+
+# A setting for one thread
 
 
 @torch.no_grad()
-def test_the_method_of_the_documentation():
-    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0].split("...\n")[0]
-    model, inputs = make_task_model("vqa"), make_inputs()
-    exec(code, {"model": model})
-    assert model(**inputs).vision_tokens[:, 0].tolist() == [37, 20, 11, 7, 7]
+def test_a_block_prunes_and_leaves_the_model_as_it_was(model):
+    inputs = make_inputs()
+    model.set_pruning(temperature=3.0)
+    pruned = model(**inputs)
+    before = dict(model.config.pruning_setting)
+    with model.pruning(None):
+        assert not model.is_pruning
+        off = model(**inputs)
+        with model.pruning(method="evit", keep_rate=0.6):
+            assert model(**inputs).vision_tokens[:, 0].tolist() == COUNTS["evit"]
+        assert torch.equal(model(**inputs).logits, off.logits)
+    assert (off.vision_tokens == LENGTH).all()
+    assert model.config.pruning_setting == before and torch.equal(model(**inputs).logits, pruned.logits)
+    with pytest.raises(RuntimeError, match="inside"), model.pruning(None):
+        raise RuntimeError("inside")
+    assert model.is_pruning
+    with pytest.raises(ValueError, match="expected one of them"), model.pruning(reduction=0.5, temperature=1.0):
+        pass
+
+
+@torch.no_grad()
+def test_threads_do_not_see_one_another():
+    model, (inputs, _) = calibrated("vqa", "madtp", [0.1, 0.2, 0.3, 0.4])
+    reductions = (0.0, 0.1, 0.2, 0.3, 0.4)
+    model.set_pruning(reduction=0.4)
+    expected = {}
+    for reduction in reductions:
+        with model.pruning(reduction=reduction):
+            expected[reduction] = model(**inputs).logits, model.generate(inputs["input_ids"], inputs["pixel_values"])
+    wrong, barrier = [], threading.Barrier(8)
+
+    @torch.no_grad()
+    def work(number):
+        barrier.wait()
+        for place in range(10):
+            reduction = reductions[(number + place) % 5]
+            with model.pruning(reduction=reduction):
+                logits = model(**inputs).logits
+                answers = model.generate(inputs["input_ids"], inputs["pixel_values"])
+            if not (torch.equal(logits, expected[reduction][0]) and torch.equal(answers, expected[reduction][1])):
+                wrong.append((number, reduction))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(model(**inputs).logits, expected[0.4][0])  # the global setting is as it was

@@ -98,9 +98,7 @@ def test_a_saved_adapter_brings_its_alignment_tokens_and_its_schedule(trained):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
     for reduction in (0.3, 0.5):
         loaded.set_pruning(reduction=reduction)
-        reached = measure_reduction(
-            loaded, BATCHES, loaded.config.pruning_temperature, loaded.config.pruning_threshold_factor
-        )
+        reached = measure_reduction(loaded, BATCHES, **loaded.config.pruning_setting)
         assert reached == pytest.approx(reduction, abs=0.01)
     # Without the adapter, the dense model is as it was.
     model.set_pruning(None)

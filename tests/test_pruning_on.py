@@ -380,15 +380,19 @@ def test_set_pruning_with_a_factor_on_the_threshold(model):
     for bad in ({"temperature": 3.0, "factor": 0.0}, {"temperature": 3.0, "factor": 1.1}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="expected"):
             model.set_pruning(**bad)
-        assert (config.pruning_temperature, config.pruning_threshold_factor) == (2.0, 0.5)
-    with pytest.raises(ValueError, match="without a temperature"):
+        assert config.pruning_setting == {"temperature": 2.0, "factor": 0.5}
+    with pytest.raises(ValueError, match="expected one of them"):
         model.set_pruning(reduction=0.4, factor=0.5)
+    with pytest.raises(ValueError, match="without temperature"):
+        model.set_pruning(factor=0.5)
     model.set_pruning(temperature=2.0)
-    assert config.pruning_threshold_factor == 1.0
+    assert config.pruning_setting == {"temperature": 2.0, "factor": 1.0}
     config.pruning_schedule = [[0.2, 1.0, 0.25], [0.4, 1.0], [0.6, 4.0]]
-    for reduction, *threshold in ((0.2, 1.0, 0.25), (0.3, 1.0, 0.5), (0.4, 1.0, 1.0), (0.5, 2.0, 1.0), (0, 0.0, 1.0)):
+    for reduction, temperature, factor in ((0.2, 1.0, 0.25), (0.3, 1.0, 0.5), (0.4, 1.0, 1.0), (0.5, 2.0, 1.0)):
         model.set_pruning(reduction=reduction)
-        assert [config.pruning_temperature, config.pruning_threshold_factor] == pytest.approx(threshold)
+        assert config.pruning_setting == pytest.approx({"temperature": temperature, "factor": factor})
+    model.set_pruning(reduction=0)
+    assert config.pruning_setting is None
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -100,7 +100,7 @@ def test_resumed_training_goes_on_at_the_same_temperature(model, tmp_path):
         callbacks=[ReductionCallback(0.5), seen],
     )
     trainer.train(resume_from_checkpoint=True)
-    assert seen.temperature == pytest.approx(math.exp(callback.log_temperatures[0]))
+    assert seen.temperature == pytest.approx(math.exp(callback.points[0]))
 
 
 def test_a_callback_that_has_trained_on_goes_back_to_its_checkpoint(model, tmp_path):
@@ -108,13 +108,13 @@ def test_a_callback_that_has_trained_on_goes_back_to_its_checkpoint(model, tmp_p
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     trainer = train(model, callback, tmp_path, **settings)
     state = TrainerState.load_from_json(str(tmp_path / "checkpoint-2" / "trainer_state.json"))
-    (saved,) = state.stateful_callbacks["ReductionCallback"]["attributes"]["log_temperatures"]
-    assert saved != callback.log_temperatures[0]
+    (saved,) = state.stateful_callbacks["ReductionCallback"]["attributes"]["points"]
+    assert saved != callback.points[0]
     began = []
 
     class Seen(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            began.append((state.global_step, *callback.log_temperatures))
+            began.append((state.global_step, *callback.points))
 
     trainer.add_callback(Seen())
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -124,7 +124,7 @@ def test_a_callback_that_has_trained_on_goes_back_to_its_checkpoint(model, tmp_p
 def test_a_target_out_of_reach_does_not_wind_up(model, tmp_path):
     callback = ReductionCallback(0.99, gain=1000.0)
     train(model, callback, tmp_path, max_steps=50)
-    assert math.exp(callback.log_temperatures[0]) <= 1e6 * 1.001 and model.config.pruning_temperature > 0
+    assert math.exp(callback.points[0]) <= 1e6 * 1.001 and model.config.pruning_temperature > 0
 
 
 @pytest.mark.parametrize("target", (0.0, 1.0, -0.2, (0.6, 0.3)))

@@ -21,7 +21,7 @@ from madtp_hf import (
 from madtp_hf.budgets.evaluation import evaluate_budgets, report
 from madtp_hf.budgets.passes import measure
 from madtp_hf.modeling.retrieval_loss import contrastive_loss
-from madtp_hf.tasks.pair_scores import NOT_LISTED, score_images_and_texts
+from madtp_hf.tasks.retrieval import NOT_LISTED, score_images_and_texts
 from madtp_hf.training.retrieval_trainer import MEMORY_FILE, ContrastiveMemory
 
 from .conftest import TASKS, blip_config, make_inputs, make_task_model

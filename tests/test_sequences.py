@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from madtp_hf.modeling import sequences as sequences_module
-from madtp_hf.modeling.sequences import Division, Sequences, count_tokens, scatter_rows, unpad
+from madtp_hf.modeling import chunks as chunks_module
+from madtp_hf.modeling.chunks import Chunking, divide, whole
+from madtp_hf.modeling.sequences import Sequences, count_tokens, scatter_rows, unpad
 
 from .conftest import TASKS, make_task_model
 
@@ -37,11 +38,11 @@ def shares_memory(one, other):
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def set_parts(monkeypatch, size=2**60, padding=2**60, share=0.0, area=2**60):
-    """How large parts of a batch may be, and how much padding they may hold: any of either, if not said."""
-    settings = {"PART_SIZE": size, "PART_PADDING": padding, "PART_PADDING_SHARE": share, "PART_AREA": area}
+def set_chunks(monkeypatch, size=2**60, padding=2**60, share=0.0, area=2**60):
+    """How large chunks of a batch may be, and how much padding they may hold: any of either, if not said."""
+    settings = {"CHUNK_SIZE": size, "CHUNK_PADDING": padding, "CHUNK_PADDING_SHARE": share, "CHUNK_AREA": area}
     for name, value in settings.items():
-        monkeypatch.setattr(sequences_module, name, value)
+        monkeypatch.setattr(chunks_module, name, value)
 
 
 # Rows and padded states
@@ -77,10 +78,10 @@ def test_varlen_rows_are_the_real_tokens_one_sequence_after_the_other(lengths, w
     if width == (6,):
         assert torch.equal(sequences.first(states), padded[:, 0])
     if len(set(lengths)) == 1:
-        assert sequences.mask is None and sequences.real is None
+        assert sequences.mask is None and sequences.float_mask is None
     else:
         assert torch.equal(sequences.mask, mask[:, : max(lengths)])
-        assert torch.equal(sequences.real, sequences.mask.float())
+        assert torch.equal(sequences.float_mask, sequences.mask.float())
 
 
 def test_unpadding_passes_gradients_on_and_none_to_padding():
@@ -107,7 +108,7 @@ def test_sequences_of_one_length_are_plain_views(masked):
     for make in (sequences.pad, sequences.pad_zeros):
         assert torch.equal(make(states), padded) and shares_memory(make(states), states)
     assert shares_memory(sequences.unpad(padded), padded)
-    assert sequences.parts(sequences.whole) == [sequences]
+    assert whole(sequences).chunks(sequences) == [sequences]
 
 
 def test_padded_sequences_keep_their_padding():
@@ -178,7 +179,7 @@ def test_a_layout_moves_to_another_device():
         moved = sequences.to("meta")
         assert (moved.row_counts, moved.num_rows) == (sequences.row_counts, sequences.num_rows)
         assert (moved.mask is None) == (sequences.mask is None)
-        for name in ("lengths", "cu_seqlens", "positions", "mask", "real"):
+        for name in ("lengths", "cu_seqlens", "positions", "mask", "float_mask"):
             value = getattr(moved, name)
             assert value is None or value.device.type == "meta", name
 
@@ -199,74 +200,74 @@ def layout_of(lengths, kind, width=2):
     "size, padding, share", [(2**60, 0, 0), (2**60, 10, 0), (2**60, 0, 1 / 8), (60, 2**60, 0), (1, 0, 0)]
 )
 @pytest.mark.parametrize("lengths", SOME_LENGTHS, ids=str)
-def test_parts_hold_each_row_once_and_no_more_padding_than_allowed(lengths, size, padding, share, kind, monkeypatch):
-    set_parts(monkeypatch, size, padding, share)
+def test_chunks_hold_each_row_once_and_no_more_padding_than_allowed(lengths, size, padding, share, kind, monkeypatch):
+    set_chunks(monkeypatch, size, padding, share)
     width = 2
     states, sequences, padded, mask = layout_of(lengths, kind, width)
-    division = sequences.divide(width)
-    order, bounds = list(division.order or range(len(lengths))), division.bounds
+    chunking = divide(sequences, width)
+    order, bounds = list(chunking.order or range(len(lengths))), chunking.bounds
     assert sorted(order) == list(range(len(lengths)))
     assert bounds[0] == 0 and bounds[-1] == len(lengths) and list(bounds) == sorted(set(bounds))
-    parts = sequences.parts(division)
-    for part, (start, stop) in zip(parts, itertools.pairwise(bounds), strict=True):
+    chunks = chunking.chunks(sequences)
+    for chunk, (start, stop) in zip(chunks, itertools.pairwise(bounds), strict=True):
         samples = order[start:stop]
         of_part = [lengths[sample] for sample in samples]
-        assert part.batch_size == stop - start and part.lengths.tolist() == of_part
-        assert part.max_seqlen == (max(of_part) if kind == "varlen" else max(lengths))
-        real = mask[samples, : part.max_seqlen]
-        assert torch.equal(torch.ones_like(real) if part.mask is None else part.mask, real)
-        assert torch.equal(part.pad(states)[real], padded[samples][:, : part.max_seqlen][real])
-        slots = part.batch_size * part.max_seqlen
-        assert part.batch_size == 1 or slots * width <= size
+        assert chunk.batch_size == stop - start and chunk.lengths.tolist() == of_part
+        assert chunk.max_seqlen == (max(of_part) if kind == "varlen" else max(lengths))
+        real = mask[samples, : chunk.max_seqlen]
+        assert torch.equal(torch.ones_like(real) if chunk.mask is None else chunk.mask, real)
+        assert torch.equal(chunk.pad(states)[real], padded[samples][:, : chunk.max_seqlen][real])
+        slots = chunk.batch_size * chunk.max_seqlen
+        assert chunk.batch_size == 1 or slots * width <= size
         if kind == "varlen":
-            assert slots - part.num_rows <= max(share * slots, padding / width)
-    assert torch.equal(sequences.join_rows([part.unpad(part.pad(states)) for part in parts], division), states)
-    assert sequences.join_samples([part.lengths for part in parts], division).tolist() == list(lengths)
+            assert slots - chunk.num_rows <= max(share * slots, padding / width)
+    assert torch.equal(chunking.join_rows([chunk.unpad(chunk.pad(states)) for chunk in chunks], sequences), states)
+    assert chunking.join_samples([chunk.lengths for chunk in chunks]).tolist() == list(lengths)
     if size == 1:
-        assert len(parts) == len(lengths)
+        assert len(chunks) == len(lengths)
 
 
-def test_parts_by_hand(monkeypatch):
+def test_chunks_by_hand(monkeypatch):
     _, sequences, *_ = layout_of((10, 9, 10, 3, 3, 1, 10), "varlen")
-    set_parts(monkeypatch, padding=0, share=1 / 8)
+    set_chunks(monkeypatch, padding=0, share=1 / 8)
     # 9 beside three of 10 is one row of padding in forty; 3 would be seven more, and 1 beside two of 3 two in nine.
-    assert sequences.divide(4) == Division((0, 4, 6, 7), (0, 2, 6, 1, 3, 4, 5))
-    set_parts(monkeypatch, size=80)  # two of ten rows of width 4
-    assert sequences.divide(4) == Division((0, 2, 4, 7), (0, 2, 6, 1, 3, 4, 5))
-    set_parts(monkeypatch)
-    assert sequences.divide(4) == sequences.whole == Division((0, 7))
+    assert divide(sequences, 4) == Chunking((0, 4, 6, 7), (0, 2, 6, 1, 3, 4, 5))
+    set_chunks(monkeypatch, size=80)  # two of ten rows of width 4
+    assert divide(sequences, 4) == Chunking((0, 2, 4, 7), (0, 2, 6, 1, 3, 4, 5))
+    set_chunks(monkeypatch)
+    assert divide(sequences, 4) == whole(sequences) == Chunking((0, 7))
 
 
 def test_padding_is_measured_by_the_area_of_maps_too(monkeypatch):
     _, sequences, *_ = layout_of((30, 10, 10), "varlen")
-    set_parts(monkeypatch)
-    assert sequences.divide(4) == sequences.whole
-    set_parts(monkeypatch, area=30**2)  # two of 10 beside 30 are 1,600 numbers too many, one is 800
-    assert sequences.divide(4) == Division((0, 2, 3))
-    set_parts(monkeypatch, area=700)
-    assert sequences.divide(4) == Division((0, 1, 3))
+    set_chunks(monkeypatch)
+    assert divide(sequences, 4) == whole(sequences)
+    set_chunks(monkeypatch, area=30**2)  # two of 10 beside 30 are 1,600 numbers too many, one is 800
+    assert divide(sequences, 4) == Chunking((0, 2, 3))
+    set_chunks(monkeypatch, area=700)
+    assert divide(sequences, 4) == Chunking((0, 1, 3))
 
 
 @pytest.mark.parametrize("kind", ["varlen", "padded"])
 def test_other_devices_take_a_batch_at_once(kind, device_path, monkeypatch):
-    set_parts(monkeypatch, size=1, padding=0)
-    assert layout_of(LENGTHS, kind)[1].divide(4) == Division((0, 8))
+    set_chunks(monkeypatch, size=1, padding=0)
+    assert divide(layout_of(LENGTHS, kind)[1], 4) == Chunking((0, 8))
 
 
 @pytest.mark.parametrize("kind", ["varlen", "padded"])
-def test_a_batch_is_taken_in_the_parts_of_another(kind, monkeypatch):
+def test_a_batch_is_taken_in_the_chunks_of_another(kind, monkeypatch):
     """As a text is in those of the images that it looks at."""
-    set_parts(monkeypatch, padding=0)
-    division = layout_of((10, 10, 3, 9, 3, 1), "varlen")[1].divide(4)
-    assert division == Division((0, 2, 3, 5, 6), (0, 1, 3, 2, 4, 5))
+    set_chunks(monkeypatch, padding=0)
+    chunking = divide(layout_of((10, 10, 3, 9, 3, 1), "varlen")[1], 4)
+    assert chunking == Chunking((0, 2, 3, 5, 6), (0, 1, 3, 2, 4, 5))
     states, sequences, padded, mask = layout_of((2, 8, 1, 8, 8, 3), kind)
-    parts = sequences.parts(division)
-    for part, (start, stop) in zip(parts, itertools.pairwise(division.bounds), strict=True):
-        samples, longest = list(division.order[start:stop]), part.max_seqlen
+    chunks = chunking.chunks(sequences)
+    for chunk, (start, stop) in zip(chunks, itertools.pairwise(chunking.bounds), strict=True):
+        samples, longest = list(chunking.order[start:stop]), chunk.max_seqlen
         real = mask[samples, :longest]
         assert longest == (8 if kind == "padded" else int(real.sum(1).amax()))
-        assert torch.equal(part.pad(states)[real], padded[samples][:, :longest][real])
-    assert torch.equal(sequences.join_rows([part.unpad(part.pad(states)) for part in parts], division), states)
+        assert torch.equal(chunk.pad(states)[real], padded[samples][:, :longest][real])
+    assert torch.equal(chunking.join_rows([chunk.unpad(chunk.pad(states)) for chunk in chunks], sequences), states)
 
 
 # Models
@@ -299,26 +300,26 @@ def test_no_output_depends_on_how_a_batch_is_divided(task, modalities, granulari
     inputs = {**TASKS[task].make_inputs(LENGTHS), **TASKS[task].to_train}
     results = []
     with monkeypatch.context() as patch:
-        patch.setattr(sequences_module, "CPU_TAKES_PARTS", False)
+        patch.setattr(chunks_module, "CPU_TAKES_CHUNKS", False)
         torch.manual_seed(3)  # hard negatives are drawn
-        whole, whole_gradients = outputs_and_gradients(model, inputs)
+        at_once, at_once_gradients = outputs_and_gradients(model, inputs)
     counts = [
-        tokens[-1].flatten().tolist() for tokens in (whole.vision_tokens, whole.text_tokens) if tokens is not None
+        tokens[-1].flatten().tolist() for tokens in (at_once.vision_tokens, at_once.text_tokens) if tokens is not None
     ]
     for settings in ({"size": 1}, {"padding": 0}, {"size": 2**9}, {}):
-        set_parts(monkeypatch, **settings)
+        set_chunks(monkeypatch, **settings)
         # There is something to divide.
-        divided = [len(Sequences.varlen(count, "cpu").divide(32).bounds) > 2 for count in counts]
+        divided = [len(divide(Sequences.varlen(count, "cpu"), 32).bounds) > 2 for count in counts]
         assert any(divided) == bool(settings)
         torch.manual_seed(3)
         results.append(outputs_and_gradients(model, inputs))
     for output, gradients in results:
-        assert output.keys() == whole.keys()
-        for name, value in whole.items():
+        assert output.keys() == at_once.keys()
+        for name, value in at_once.items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(output[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        assert gradients.keys() == whole_gradients.keys()
-        for name, value in whole_gradients.items():
+        assert gradients.keys() == at_once_gradients.keys()
+        for name, value in at_once_gradients.items():
             torch.testing.assert_close(gradients[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import pipeline
 from typer.testing import CliRunner
 
-from madtp_hf import endpoint_handler, push_checkpoint
+from madtp_hf import push_checkpoint
 from madtp_hf.checkpoints.push import find_checkpoint_files, save_handler
+from madtp_hf.serving import endpoint_handler
 from madtp_hf_cli import app
 
 from .conftest import make_processor, make_task_model
@@ -152,46 +153,35 @@ def test_a_checkpoint_carries_what_its_code_imports_and_no_more(checkpoints):
         assert ("pipeline_madtp_blip.py" in names) == (task != "clip") and "handler.py" in names
 
 
-def test_images_of_a_request_come_in_several_forms(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def handler(checkpoints):
+    return endpoint_handler.EndpointHandler(str(checkpoints / "vqa"))
+
+
+def test_images_of_a_request_come_in_several_forms(handler):
     image, text = picture(), as_base64(picture())
-    file = base64.b64decode(text)
-    for given in (image, text, f"data:image/png;base64,{text}", file, bytearray(file)):
-        assert np.array_equal(endpoint_handler.read_image(given), image)
-    fetched = []
-    monkeypatch.setattr(endpoint_handler, "load_image", lambda url, timeout: fetched.append((url, timeout)) or image)
-    assert endpoint_handler.read_image("https://images.example/seven.png") is image
-    assert fetched == [("https://images.example/seven.png", endpoint_handler.TIMEOUT)]
+    file, wrapped = base64.b64decode(text), "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    answer = handler({"inputs": {"image": image, "question": TEXTS[0]}})
+    for given in (text, wrapped, f"data:image/png;base64,{text}", file, bytearray(file)):
+        assert handler({"inputs": {"image": given, "question": TEXTS[0]}}) == answer
 
 
 @pytest.mark.parametrize(
     "given", ["/etc/hostname", "seven.png", 5, None, b"no image", base64.b64encode(b"no image").decode(), "A" * 401]
 )
-def test_what_is_no_image_is_named_and_no_path_is_read(given, tmp_path, monkeypatch):
+def test_what_is_no_image_is_named_and_no_path_is_read(given, handler, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture().save("seven.png")
-    with pytest.raises(ValueError, match=r"expected base64 of an image file, or an http.s. URL of one") as caught:
-        endpoint_handler.read_image(given)
+    with pytest.raises(ValueError, match=r"expected (base64 of an image file|PNG, JPEG, WEBP, GIF)") as caught:
+        handler({"inputs": {"image": given, "question": TEXTS[0]}})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_a_handler_loads_a_folder_and_nothing_from_the_hub():
-    with pytest.raises(FileNotFoundError, match=r"org/name/config.json: expected the folder of a checkpoint"):
-        endpoint_handler.EndpointHandler("org/name")
-
-
-def test_bad_requests_are_named(checkpoints):
-    handler = endpoint_handler.EndpointHandler(str(checkpoints / "vqa"))
-    asked = with_images(ASKED["vqa"], as_base64)
-    for request, message in (
-        ([], "request is a list"),
-        ({}, "no inputs"),
-        ({"inputs": {"image": asked["image"]}}, "no question"),
-        ({"inputs": asked, "parameters": {"reduction": 2}}, "reduction=2"),
-        ({"inputs": asked, "parameters": {"topk": 2}}, "topk"),
+    with pytest.raises(
+        FileNotFoundError, match=r"org/name/config.json does not exist: expected the folder of a checkpoint"
     ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            handler(request)
-    assert handler.pipeline.model.config.pruning_temperature == pytest.approx(2.0)  # of 0.5
+        endpoint_handler.EndpointHandler("org/name")
 
 
 def test_push_adds_a_handler(hub, checkpoints, tmp_path):

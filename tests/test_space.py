@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from madtp_hf import push_folder
-from madtp_hf.checkpoints.space import push_space, read_examples
+from madtp_hf.serving.space import push_space, read_examples
 
 from .conftest import make_processor, make_task_model
 
@@ -125,6 +125,8 @@ def test_what_cannot_be_published_is_named_before_anything_is_made(hub, folder, 
         ((tmp_path, "org/look"), {}, FileNotFoundError, "config.json"),
         ((folder, "bob/look"), {}, PermissionError, "may not write"),
         ((3, "org/look"), {}, TypeError, "a int as model"),
+        ((folder, "org/look"), {"examples": [(Image.new("1", (5000, 5000)), "?")]}, ValueError, "5000 x 5000 pixels"),
+        ((folder, "org/look"), {"examples": [(picture(), "a" * 2001)]}, ValueError, "example 0 has 2,001 characters"),
     ]
     for arguments, options, error, message in cases:
         with pytest.raises(error, match=message):
@@ -138,7 +140,7 @@ def test_examples_are_read_from_a_file(tmp_path):
     picture().save(tmp_path / "scene.png")
     (tmp_path / "examples.json").write_text(json.dumps([["scene.png", QUESTION]]))
     assert read_examples(tmp_path / "examples.json") == [(tmp_path / "scene.png", QUESTION)]
-    for content, message in (("{", "is no JSON"), ("{}", "holds a dict"), ('[["scene.png"]]', "as its item 0")):
+    for content, message in (("{", "is not valid JSON"), ("{}", "holds a dict"), ('[["scene.png"]]', "as its item 0")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_examples(tmp_path / "bad.json")
@@ -163,7 +165,7 @@ def test_the_command_publishes_both(hub, folder, tmp_path):
     publish = ("push", folder, "org/tiny", "--space", "org/look", "--token", "hf_alice")
     done = call(*publish, "--examples", tmp_path / "examples.json")
     assert done.stdout == f"{hub.url}/org/tiny\n{hub.url}/spaces/org/look\n"
-    assert b"load_model('org/tiny'" in hub.files("spaces/org/look")["app.py"]
+    assert b"load('org/tiny'" in hub.files("spaces/org/look")["app.py"]
     assert "examples/0.png" in hub.files("spaces/org/look")
     done = call("push", folder, "org/tiny2", "--space", "org/look2", "--private", "--token", "hf_alice")
     assert done.exit_code == 0 and "model/config.json" in hub.files("spaces/org/look2")

@@ -33,7 +33,7 @@ def scores(output):
 def test_a_frozen_model_leaves_the_numbers_that_were_fixed_and_saves_what_was_asked(name):
     task = TASKS[name]
     model = frozen(name)
-    counts = {entry[0]: entry[1:] for entry in model.config.pruning_token_counts}
+    counts = {entry["temperature"]: (entry["vision"], entry["text"]) for entry in model.config.pruning_token_counts}
     vision, text = counts[model.config.pruning_temperature]
     reductions = []
     for seed in range(6, 10):
@@ -186,7 +186,7 @@ def test_evaluation_is_of_the_frozen_model_itself():
     with restored(model):
         assert model.config.pruning_granularity == "frozen"
         model.set_pruning(reduction=0.35)
-    assert model.config.pruning_temperature == model.config.temperature_for(0.5)
+    assert model.config.pruning_setting == model.setting_for(0.5)
 
 
 def test_short_texts_freeze_to_valid_counts():

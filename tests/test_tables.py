@@ -115,21 +115,27 @@ def test_a_row_that_cannot_be_used_is_named(folder, row, error, pieces):
     file = write(folder / "t.csv", f"image,caption\nphotos/0.png,a cat\n{row}\nphotos/2.png,a dog\n")
     with pytest.raises(error, match=pieces + ".*on_error='skip'"):
         load_table(file, "captioning")
-    with pytest.warns(UserWarning, match="1 rows are left out .*" + pieces.partition(".*")[0]):
+    with pytest.warns(UserWarning, match="Left out 1 of the rows .*" + pieces.partition(".*")[0]):
         dataset = load_table(file, "captioning", on_error="skip")
     assert dataset["captions"][:] == [["a cat"], ["a dog"]]
 
 
 def test_tables_that_will_not_do(folder):
-    file = write(folder / "t.csv", "image,text\nphotos/0.png,a\n")
+    file = write(folder / "t.csv", "image,words\nphotos/0.png,a\n")
     for path, task, options, error, message in (
-        (file, "captioning", {}, ValueError, "no column captions or caption: it has image, text; say with columns="),
-        (file, "captioning", {"columns": {"captions": "words"}}, ValueError, "no column words"),
-        (file, "captioning", {"columns": {"question": "text"}}, ValueError, "got question"),
         (
             file,
             "captioning",
-            {"where": {"split": "a"}, "columns": {"captions": "text"}},
+            {},
+            ValueError,
+            "no column captions or caption or text: it has image, words; pass columns=",
+        ),
+        (file, "captioning", {"columns": {"captions": "said"}}, ValueError, "no column said"),
+        (file, "captioning", {"columns": {"question": "words"}}, ValueError, "question can't be chosen"),
+        (
+            file,
+            "captioning",
+            {"where": {"split": "a"}, "columns": {"captions": "words"}},
             ValueError,
             "no column split",
         ),
@@ -137,8 +143,20 @@ def test_tables_that_will_not_do(folder):
         (folder / "none.csv", "vqa", {}, FileNotFoundError, "no file"),
         (folder / "photos", "vqa", {}, FileNotFoundError, "in the folder"),
         (write(folder / "e.csv", ""), "vqa", {}, ValueError, "line 1: expected names"),
-        (write(folder / "bad.jsonl", '{"image": '), "vqa", {}, ValueError, "no table that can be read"),
-        (write(folder / "q.csv", 'image,caption\n"a"b,c\n'), "vqa", {}, ValueError, "line 2: no table"),
+        (
+            write(folder / "bad.jsonl", '{"image": '),
+            "vqa",
+            {},
+            ValueError,
+            "row that can be used .bad.jsonl, line 1: not JSON",
+        ),
+        (
+            write(folder / "q.csv", 'image,question\n"a"b,c\n'),
+            "vqa",
+            {},
+            ValueError,
+            "row 1: q.csv, line 2 can't be read",
+        ),
     ):
         with pytest.raises(error, match=message):
             load_table(path, task, **options)

@@ -1,5 +1,8 @@
 """The pipelines of captioning, visual reasoning and retrieval: what they answer, in batches and one by one."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -226,3 +229,28 @@ def test_bad_input_is_named(request, task, arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         called(**arguments)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+# A setting for one call
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning", "nlvr2", "retrieval"])
+def test_a_reduction_of_one_call_is_seen_by_no_other_thread(task):
+    model = make_task_model(task, {"pruning_schedule": [[0.2, 0.3], [0.4, 1.0], [0.6, 4.0], [0.7, 30.0]]})
+    asks, reductions = model.as_pipeline(make_processor()), [None, 0, 0.3, 0.5, 0.7]
+    inputs = {"images": IMAGES[:2], "text": PROMPTS[0]} if task == "nlvr2" else {"image": IMAGES[0]}
+    inputs |= {"vqa": {"question": PROMPTS[0]}, "retrieval": {"text": PROMPTS}}.get(task, {})
+    before = copy.deepcopy(model.config.to_dict())
+
+    def answer(reduction):
+        return asks(inputs, reduction=reduction)
+
+    alone = [answer(reduction) for reduction in reductions]
+    assert alone[0] == alone[1]  # dense, as the model is
+    assert task == "captioning" or alone[1] != alone[4]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(answer, reductions * 8))
+    assert together == alone * 8
+    assert model.config.to_dict() == before
+    with pytest.raises(ValueError, match=r"0\.9.* outside"):
+        asks(inputs, reduction=0.9)

@@ -8,11 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp_hf.modeling import attention as attention_module
-from madtp_hf.modeling.attention import FIRST_PROTECTED, TokenRoles, attend_with_evidence
-from madtp_hf.modeling.encoder import AlignmentTokens, MadtpReduction
-from madtp_hf.modeling.sequences import Division, Sequences, unpad
+from madtp_hf.modeling.attention import CLASS_TOKEN_FIRST, BranchSpec, attend_with_statistics
+from madtp_hf.modeling.chunks import Chunking, divide, whole
+from madtp_hf.modeling.method_madtp import AlignmentTokens, MadtpMethod
+from madtp_hf.modeling.pruning_method import Attended, Decision
+from madtp_hf.modeling.repack import repack
+from madtp_hf.modeling.sequences import Sequences, unpad
 from madtp_hf.modeling.token_pruning import (
-    AttentionEvidence,
+    AttentionStatistics,
     alignment_feature,
     alignment_loss,
     alignment_scores,
@@ -23,37 +26,51 @@ from madtp_hf.modeling.token_pruning import (
     select_tokens,
     token_importance,
 )
-from madtp_hf.modeling.token_reduction import Reduction, reduce
 
 
-BLIP, CLIP_TEXT = FIRST_PROTECTED, TokenRoles(protects_last=True, is_causal=True)
-ROLES = pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT, TokenRoles(protects_last=True)], ids=str)
+BLIP, CLIP_TEXT = CLASS_TOKEN_FIRST, BranchSpec(num_suffix_tokens=1, pooling="last", is_causal=True)
+OTHERS = (BranchSpec(0, 0, "mean"), BranchSpec(3), BranchSpec(2, 2, "last"))  # protected at the front and at the end
+SPECS = pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT, CLIP_TEXT._replace(is_causal=False), *OTHERS], ids=str)
+
+
+def removable_of(spec, length) -> slice:
+    """The positions of the tokens that can go in a sample of this length."""
+    return slice(spec.num_prefix_tokens, max(length - spec.num_suffix_tokens, spec.num_prefix_tokens))
+
+
+def apply(states, sequences, decisions, spec, chunking=None):
+    """What `repack` leaves of states by these decisions."""
+    return repack(states, sequences, Attended(states, chunking or whole(sequences), decisions), spec)
+
+
 LAYOUTS = pytest.mark.parametrize("kind", ["varlen", "padded"])
 
 
-def attention_written_out(query, key, value, roles):
+def attention_written_out(query, key, value, spec):
     """Self-attention (H, L, d) of one sample: its outputs, and what the importance of the tokens that can go needs of
     it."""
     length = query.shape[1]
     logits = query @ key.transpose(1, 2) / math.sqrt(query.shape[2])
-    if roles.is_causal:
+    if spec.is_causal:
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     maps = logits.softmax(dim=-1)
     outputs = maps @ value
-    removable = slice(1, length - roles.protects_last)
-    reader = length - 1 if roles.protects_last else 0
-    return outputs, AttentionEvidence(
-        maps.amax(dim=0)[1:, removable].sum(dim=0), maps[:, reader, removable], outputs[:, removable].norm(dim=-1)
+    removable = removable_of(spec, length)
+    pooled = {"first": maps[:, 0], "last": maps[:, -1], "mean": maps.mean(dim=1)}[spec.pooling]
+    return outputs, AttentionStatistics(
+        maps.amax(dim=0)[spec.num_prefix_tokens :, removable].sum(dim=0),
+        pooled[:, removable],
+        outputs[:, removable].norm(dim=-1),
     )
 
 
-def layer_written_out(x, states, query, key, value, alignment, temperature, roles=BLIP, min_kept=1):
+def layer_written_out(x, states, query, key, value, alignment, temperature, spec=BLIP, min_kept=1):
     """Steps 1 to 6 for one sample, from the equations: x (L, D) the layer's input, states (L, D) what is pruned."""
     x, states, query, key, value, alignment = (t.double() for t in (x, states, query, key, value, alignment))
     heads, length, width = query.shape
-    tokens = range(1, length - roles.protects_last)
-    _, evidence = attention_written_out(query, key, value, roles)
-    received, from_reader, output_norm = evidence
+    tokens = range(*removable_of(spec, length).indices(length))
+    _, statistics = attention_written_out(query, key, value, spec)
+    received, pooling_attention, output_norm = statistics
     a = [[float(x[n] @ s) for s in alignment] for n in tokens]
 
     def norm(values):
@@ -61,10 +78,11 @@ def layer_written_out(x, states, query, key, value, alignment, temperature, role
 
     s_self = norm(received.tolist())
     s_cls = [
-        float((from_reader[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))
+        float((pooling_attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum())
+        for i in range(len(tokens))
     ]
     s_tok = norm([max(row) for row in a])
-    s = [sum(parts) / 3 for parts in zip(s_self, s_cls, s_tok)]
+    s = [sum(terms) / 3 for terms in zip(s_self, s_cls, s_tok)]
     if not s:
         return states
     theta = min(
@@ -75,10 +93,9 @@ def layer_written_out(x, states, query, key, value, alignment, temperature, role
     dropped = [n for n in tokens if n not in kept]
     if len(kept) < min_kept or len(dropped) <= 1:
         return states
-    weights = torch.tensor([s[n - 1] for n in dropped]).double()
+    weights = torch.tensor([s[n - tokens.start] for n in dropped]).double()
     merged = (weights[:, None] / weights.sum() * states[dropped]).sum(0)
-    last = [states[-1]] if roles.protects_last else []
-    return torch.stack([states[0], *(states[n] for n in kept), merged, *last])
+    return torch.stack([*states[: tokens.start], *(states[n] for n in kept), merged, *states[tokens.stop :]])
 
 
 def random_layer(length=14, heads=3, head_width=5, num_alignment=4, seed=0):
@@ -103,7 +120,7 @@ def lay_out(padded, lengths, kind):
 
 def stack(samples, dim=-2, fill=30.0):
     """Samples of different lengths, padded. What lies in the padding is large, so that it shows wherever it takes
-    part."""
+    chunk."""
     longest = max(sample.shape[dim] for sample in samples)
     pads = [torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[dim]), value=fill) for t in samples]
     return torch.stack(pads)
@@ -121,17 +138,16 @@ def project(layers, kind):
     return lay_out(padded.permute(0, 3, 1, 2, 4), lengths, kind)[0]
 
 
-def prune_together(layers, alignment, temperature, kind, roles=BLIP, min_kept=1):
+def prune_together(layers, alignment, temperature, kind, spec=BLIP, min_kept=1):
     """Steps 1 to 6 for several samples (x, states, query, key, value): what is left of each."""
     lengths = [len(layer[0]) for layer in layers]
     x, _ = lay_out(stack([layer[0] for layer in layers]), lengths, kind)
     states, sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)
-    madtp = MadtpReduction(
-        AlignmentTokens(alignment, weight=alignment), temperature, "instance", False, roles, min_kept=min_kept
-    )
+    setting = {"temperature": temperature}
+    madtp = MadtpMethod(spec, setting, AlignmentTokens(alignment, weight=alignment), min_kept=min_kept)
     scores, _ = madtp.read_input(0, x, sequences)
-    _, (division, reductions) = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
-    result, left, move = reduce(states, sequences, division, reductions, roles)
+    attended = madtp.attend(0, project(layers, kind), scores, sequences, 0.0)
+    result, left, move = repack(states, sequences, attended, spec)
     if move is not None:  # the tokens that stayed are where it says they were
         where = lay_out(torch.arange(max(lengths)).expand(len(lengths), -1), lengths, kind)[0]
         for rows, positions, layer in zip(samples_of(result, left), samples_of(move(where), left), layers):
@@ -144,14 +160,16 @@ def prune_together(layers, alignment, temperature, kind, roles=BLIP, min_kept=1)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0, 50.0])  # lower ones leave rounding to decide what stays
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("neighbours", [(), (19,), (6, 14, 23), (3, 2, 9)], ids=str)
-@pytest.mark.parametrize("roles, min_kept", [(BLIP, 1), (BLIP, 2), (CLIP_TEXT, 1), (CLIP_TEXT, 2)], ids=str)
-def test_a_layer_follows_the_equations_padded_or_not(temperature, seed, neighbours, roles, min_kept, path):
+@pytest.mark.parametrize(
+    "spec, min_kept", [(BLIP, 1), (BLIP, 2), (CLIP_TEXT, 1), (CLIP_TEXT, 2), *((spec, 1) for spec in OTHERS)], ids=str
+)
+def test_a_layer_follows_the_equations_padded_or_not(temperature, seed, neighbours, spec, min_kept, path):
     layer = random_layer(seed=seed)
     alignment = layer[-1]
     layers = [layer[:5]] + [random_layer(length, seed=20 + length)[:5] for length in neighbours]
-    expected = [layer_written_out(*sample, alignment, temperature, roles, min_kept) for sample in layers]
+    expected = [layer_written_out(*sample, alignment, temperature, spec, min_kept) for sample in layers]
     for kind in ("padded", "varlen"):
-        results = prune_together(layers, alignment, temperature, kind, roles, min_kept)
+        results = prune_together(layers, alignment, temperature, kind, spec, min_kept)
         for result, sample in zip(results, expected, strict=True):
             assert len(result) == len(sample)
             torch.testing.assert_close(result, sample.float(), atol=1e-5, rtol=1e-5)
@@ -185,25 +203,25 @@ def test_a_layer_prunes_only_if_as_many_stay_as_the_host_wants(min_kept, merges)
 # Attention
 
 
-@ROLES
+@SPECS
 @LAYOUTS
 @pytest.mark.parametrize("lengths", [(9,), (7, 7, 7), (7, 4, 9, 2, 5)], ids=str)
-def test_attention_and_its_evidence_are_the_formulas(lengths, kind, roles, path):
+def test_attention_and_its_evidence_are_the_formulas(lengths, kind, spec, path):
     layers = [random_layer(length, seed=length)[:5] for length in lengths]
     sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)[1]
-    division = sequences.divide(15)
-    parts, order = sequences.parts(division), division.order or range(len(layers))
-    outputs = [attend_with_evidence(project(layers, kind), part, roles) for part in parts]
-    results = [rows for (output, _), part in zip(outputs, parts) for rows in samples_of(output, part)]
-    evidence = [
-        [e[..., i, :] for e in found] for (_, found), part in zip(outputs, parts) for i in range(part.batch_size)
+    chunking = divide(sequences, 15)
+    chunks, order = chunking.chunks(sequences), chunking.order or range(len(layers))
+    outputs = [attend_with_statistics(project(layers, kind), chunk, spec) for chunk in chunks]
+    results = [rows for (output, _), chunk in zip(outputs, chunks) for rows in samples_of(output, chunk)]
+    statistics = [
+        [e[..., i, :] for e in found] for (_, found), chunk in zip(outputs, chunks) for i in range(chunk.batch_size)
     ]
     layers = [layers[sample] for sample in order]
-    for layer, output, found in zip(layers, results, evidence, strict=True):
-        expected, expected_evidence = attention_written_out(*(t.double() for t in layer[2:]), roles)
+    for layer, output, found in zip(layers, results, statistics, strict=True):
+        expected, expected_statistics = attention_written_out(*(t.double() for t in layer[2:]), spec)
         torch.testing.assert_close(output, expected.transpose(0, 1).flatten(1).float())
-        removable = len(layer[0]) - 1 - roles.protects_last
-        for name, mine, theirs in zip(AttentionEvidence._fields, found, expected_evidence, strict=True):
+        removable = max(len(layer[0]) - spec.num_protected, 0)
+        for name, mine, theirs in zip(AttentionStatistics._fields, found, expected_statistics, strict=True):
             torch.testing.assert_close(mine[..., :removable], theirs.float(), msg=lambda m, n=name: f"{n}: {m}")
             if name != "output_norm":  # which counts where it is attended to
                 assert (mine[..., removable:] == 0).all(), name
@@ -230,13 +248,13 @@ def test_blocks_of_heads_add_up(heads_at_once, lengths, monkeypatch):
     query_key_value = project(layers, "varlen")
     maps = len(lengths) * 50**2  # of a head
     monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", 6 * maps)
-    whole = attend_with_evidence(query_key_value, sequences, BLIP)
+    at_once = attend_with_statistics(query_key_value, sequences, BLIP)
     monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", heads_at_once * maps)
     with LargestTensor() as largest:
-        blocks = attend_with_evidence(query_key_value, sequences, BLIP)
+        blocks = attend_with_statistics(query_key_value, sequences, BLIP)
     assert largest.numbers == heads_at_once * maps  # never the maps of all six
-    torch.testing.assert_close(blocks[0], whole[0])
-    for mine, theirs in zip(blocks[1], whole[1], strict=True):
+    torch.testing.assert_close(blocks[0], at_once[0])
+    for mine, theirs in zip(blocks[1], at_once[1], strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -256,18 +274,18 @@ def test_alignment_feature_and_loss_by_hand():
     torch.testing.assert_close(alignment_loss(feature, other), 1 - sum(cosines) / 2)
 
 
-@ROLES
+@SPECS
 @LAYOUTS
-def test_the_alignment_feature_is_of_the_tokens_that_can_go(kind, roles, path):
+def test_the_alignment_feature_is_of_the_tokens_that_can_go(kind, spec, path):
     lengths = (7, 4, 9, 5)
     layers = [random_layer(length, seed=length)[:5] for length in lengths]
     alignment = random_layer()[-1]
     x, sequences = lay_out(stack([layer[0] for layer in layers]), lengths, kind)
-    madtp = MadtpReduction(AlignmentTokens(alignment), 1.0, "instance", True, roles)
+    madtp = MadtpMethod(spec, {"temperature": 1.0}, AlignmentTokens(alignment), with_feature=True)
     scores, feature = madtp.read_input(0, x, sequences)
     torch.testing.assert_close(scores, x @ alignment.T)
     for layer, mine in zip(layers, feature, strict=True):
-        tokens = layer[0][1 : len(layer[0]) - roles.protects_last].double()
+        tokens = layer[0][removable_of(spec, len(layer[0]))].double()
         weights = (tokens @ alignment.double().T / math.sqrt(15)).softmax(dim=0)
         torch.testing.assert_close(mine, (weights.T @ tokens).float())
 
@@ -315,13 +333,13 @@ def test_batch_granularity_keeps_the_largest_count_in_the_batch():
     x = torch.cat([layer[0] for layer in layers])
     chosen = {}
     for granularity in ("instance", "batch"):
-        madtp = MadtpReduction(AlignmentTokens(alignment, weight=alignment), 5.0, granularity, False, BLIP)
+        madtp = MadtpMethod(BLIP, {"temperature": 5.0}, AlignmentTokens(alignment, weight=alignment), granularity)
         scores, _ = madtp.read_input(0, x, sequences)
-        _, (division, reductions) = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
-        assert len(division.bounds) == 2 or granularity == "instance"
+        _, chunking, decisions = madtp.attend(0, project(layers, "varlen"), scores, sequences, 0.0)
+        assert len(chunking.bounds) == 2 or granularity == "instance"
         chosen[granularity] = [
             stays[: length - 1]
-            for stays, length in zip([row for r in reductions for row in r.stays], lengths, strict=True)
+            for stays, length in zip([row for r in decisions for row in r.stays], lengths, strict=True)
         ]
     largest = max(int(stays.sum()) for stays, length in zip(chosen["instance"], lengths) if not stays.all())
     counts = [int(stays.sum()) for stays in chosen["batch"]]
@@ -337,17 +355,17 @@ def test_batch_granularity_keeps_the_largest_count_in_the_batch():
 
 
 def answer(stays, importance, merges=None, **others):
-    """A `Reduction` that merges what doesn't stay, by importance (B, N), 0 at padding."""
+    """A `Decision` that merges what doesn't stay, by importance (B, N), 0 at padding."""
     if merges is None:
         merges = (~stays & (importance > 0)).any(dim=1, keepdim=True)
-    return Reduction(stays, merges, merge_weights(importance, stays, merges), **others)
+    return Decision(merge_weights(importance, stays, merges), stays, merges, **others)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
 def test_nothing_to_prune_leaves_the_states_as_they_are(lengths):
     states, sequences = unpad(torch.randn(2, 5, 4), lengths_to_mask(lengths))
     mask = lengths_to_mask(lengths)[:, 1:]
-    result, left, move = reduce(states, sequences, sequences.whole, [answer(mask, torch.rand(2, 4) * mask)], BLIP)
+    result, left, move = apply(states, sequences, [answer(mask, torch.rand(2, 4) * mask)], BLIP)
     assert result is states and left is sequences and move is None
 
 
@@ -356,7 +374,7 @@ def test_what_stays_stays_in_its_order_and_the_rest_becomes_one():
     sequences = Sequences.varlen([5, 4], "cpu")
     stays = torch.tensor([[False, True, False, True], [True, True, True, False]])
     importance = torch.tensor([[0.1, 0.5, 0.3, 0.5], [0.5, 0.5, 0.5, 0.0]])
-    result, left, move = reduce(states, sequences, sequences.whole, [answer(stays, importance)], BLIP)
+    result, left, move = apply(states, sequences, [answer(stays, importance)], BLIP)
     merged = (0.1 * 2 + 0.3 * 4) / 0.4
     torch.testing.assert_close(result.flatten(), torch.tensor([1, 3, 5, merged, 6, 7, 8, 9]))
     assert move(sequences.positions).tolist() == [0, 2, 4, -1, 0, 1, 2, 3]
@@ -372,7 +390,7 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
     stays[0, [0, 3, 7]] = stays[1, [1, 4]] = True
     importance = torch.full((2, 8), 0.25)
     importance[1, 5:] = 0  # its last token, and padding
-    result, left, move = reduce(states, sequences, sequences.whole, [answer(stays, importance)], CLIP_TEXT)
+    result, left, move = apply(states, sequences, [answer(stays, importance)], CLIP_TEXT)
     of_first, of_second = samples_of(result, left)
     assert of_first.flatten().tolist() == pytest.approx([1, 2, 5, 9, (3 + 4 + 6 + 7 + 8) / 5, 10])
     assert of_second.flatten().tolist() == pytest.approx([11, 13, 16, (12 + 14 + 15) / 3, 17])
@@ -380,24 +398,24 @@ def test_a_merged_token_stands_before_a_protected_last(kind):
     assert move(positions).tolist() == [0, 1, 4, 8, -1, 9, 0, 2, 5, -1, 6]
     # With one that doesn't merge beside it.
     stays[1] = torch.arange(8) < 5
-    result, left, _ = reduce(states, sequences, sequences.whole, [answer(stays, importance)], CLIP_TEXT)
+    result, left, _ = apply(states, sequences, [answer(stays, importance)], CLIP_TEXT)
     assert samples_of(result, left)[1].flatten().tolist() == [11, 12, 13, 14, 15, 16, 17]
 
 
 @LAYOUTS
-@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
-def test_tokens_may_enter_tokens_that_stay(kind, roles):
+@pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT], ids=str)
+def test_tokens_may_enter_tokens_that_stay(kind, spec):
     """As ToMe merges: each goes into another, which is the mean of all in it."""
-    lengths = (6, 5) if roles.protects_last else (5, 4)
+    lengths = (6, 5) if spec.num_suffix_tokens else (5, 4)
     padded = torch.randn(2, max(lengths), 3, requires_grad=True)
     states, sequences = lay_out(padded, lengths, kind)
     stays = torch.tensor([[True, False, True, False], [True, True, False, False]])
-    into = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]])  # of the first, slots 1 and 3 enter slot 2
+    into = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]])  # of the first, tokens 1 and 3 enter token 2
     weight = torch.tensor([[0, 0.25, 0, 0.5], [0, 0, 0.5, 0]])
-    reduction = Reduction(stays, torch.tensor([[True], [True]]), weight, into=into)
-    result, left, move = reduce(states, sequences, sequences.whole, [reduction], roles)
+    decision = Decision(weight, stays, torch.tensor([[True], [True]]), into=into)
+    result, left, move = apply(states, sequences, [decision], spec)
     first, second = samples_of(result, left)
-    last = [[padded[0, 5]], [padded[1, 4]]] if roles.protects_last else [[], []]
+    last = [[padded[0, 5]], [padded[1, 4]]] if spec.num_suffix_tokens else [[], []]
     target = 0.25 * padded[0, 3] + 0.25 * padded[0, 2] + 0.5 * padded[0, 4]
     torch.testing.assert_close(first, torch.stack([padded[0, 0], padded[0, 1], target, *last[0]]))
     mixed = (padded[1, 1] + padded[1, 3]) / 2
@@ -413,19 +431,19 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
     real = mask[:, 1:].float()
     scores = torch.tensor([[9.0], [1.0], [2.0], [3.0]]).repeat(2, 1, 3).requires_grad_()
     received = (torch.tensor([[2.0, 0.1, 0.2, 0.3]]) * real).requires_grad_()
-    evidence = AttentionEvidence(received, torch.full((2, 2, 4), 0.1) * real, torch.rand(2, 2, 4))
+    statistics = AttentionStatistics(received, torch.full((2, 2, 4), 0.1) * real, torch.rand(2, 2, 4))
     padded = torch.randn(2, 5, 6, requires_grad=True)
 
     def prune(number, kind):
-        of_samples = AttentionEvidence(evidence[0][:number], *(part[:, :number] for part in evidence[1:]))
+        of_samples = AttentionStatistics(statistics[0][:number], *(chunk[:, :number] for chunk in statistics[1:]))
         weights, tokens = (real[:number], mask[:number, 1:]) if number > 1 else (None, None)
         importance = token_importance(of_samples, scores[:number], weights)
         threshold = importance_threshold(scores[:number], importance, 50.0, weights)
         assert importance.isfinite().all() and threshold[0].isfinite().all()
         stays, merges = select_tokens(importance, threshold, tokens)
         states, sequences = lay_out(padded[:number], lengths[:number], kind)
-        reduction = answer(stays, importance, merges)
-        result, left, _ = reduce(states, sequences, sequences.whole, [reduction], BLIP)
+        decision = answer(stays, importance, merges)
+        result, left, _ = apply(states, sequences, [decision], BLIP)
         return samples_of(result, left)
 
     (alone,) = prune(1, "varlen")
@@ -442,20 +460,20 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
 # A fixed number of rows
 
 
-@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
+@pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT], ids=str)
 @pytest.mark.parametrize("lengths", [(14, 14, 14), (14, 6, 9, 14, 3, 10)], ids=str)
 @pytest.mark.parametrize("length", [4, 6, 8, 9, 13])
-def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, roles):
+def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, spec):
     uniform = min(lengths) == max(lengths)
     states, sequences = lay_out(torch.randn(len(lengths), 14, 5), lengths, "padded")
-    tokens, weights = roles.removable(sequences), roles.removable_weights(sequences)
-    importance = torch.rand(len(lengths), 13 - roles.protects_last)
+    tokens, weights = spec.mask(sequences), spec.float_mask(sequences)
+    importance = torch.rand(len(lengths), 13 - spec.num_suffix_tokens)
     if not uniform:
         importance = importance * weights
-    keep = most_important(importance, length - 2 - roles.protects_last, tokens)
-    stays, merges = keep_all_or_enough(keep, tokens, roles.removable_counts(sequences))
-    reduction = answer(stays, importance, merges, length=length)
-    result, left, move = reduce(states, sequences, sequences.whole, [reduction], roles)
+    keep = most_important(importance, length - 2 - spec.num_suffix_tokens, tokens)
+    stays, merges = keep_all_or_enough(keep, tokens, spec.counts(sequences))
+    decision = answer(stays, importance, merges, length=length)
+    result, left, move = apply(states, sequences, [decision], spec)
 
     assert result.shape == (len(lengths) * length, 5)
     assert not left.is_varlen and left.max_seqlen == length and left.batch_size == len(lengths)
@@ -468,9 +486,7 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, role
     positions = torch.arange(14).expand(len(lengths), -1)
     for kind in ("varlen", "padded"):
         others, other_sequences = lay_out(sequences.pad(states), lengths, kind)
-        free, free_left, free_move = reduce(
-            others, other_sequences, other_sequences.whole, [reduction._replace(length=None)], roles
-        )
+        free, free_left, free_move = apply(others, other_sequences, [decision._replace(length=None)], spec)
         assert free_left.lengths.tolist() == counts
         for mine, theirs in zip(samples_of(result, left), samples_of(free, free_left), strict=True):
             torch.testing.assert_close(mine, theirs)
@@ -485,19 +501,19 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, role
 def test_a_fixed_length_that_is_the_length_already_changes_nothing():
     states, sequences = lay_out(torch.randn(2, 7, 4), (7, 4), "padded")
     stays = lengths_to_mask((7, 4))[:, 1:]
-    reduction = answer(stays, torch.rand(2, 6) * stays, length=7)
-    result, left, move = reduce(states, sequences, sequences.whole, [reduction], BLIP)
+    decision = answer(stays, torch.rand(2, 6) * stays, length=7)
+    result, left, move = apply(states, sequences, [decision], BLIP)
     assert result is states and left is sequences and move is None
 
 
 # Gradients
 
 
-def merged_in_a_loop(padded, lengths, keep, importance, roles):
-    """What `reduce` is to leave of each sample, one after the other."""
+def merged_in_a_loop(padded, lengths, keep, importance, spec):
+    """What `repack` is to leave of each sample, one after the other."""
     results = []
     for sample, length in enumerate(lengths):
-        states, number = padded[sample, :length], length - 1 - roles.protects_last
+        states, number = padded[sample, :length], length - 1 - spec.num_suffix_tokens
         kept, weights, tokens = keep[sample, :number], importance[sample, :number], states[1 : 1 + number]
         left = [states[:1], tokens[kept]]
         if not kept.all():
@@ -507,7 +523,7 @@ def merged_in_a_loop(padded, lengths, keep, importance, roles):
     return results
 
 
-@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
+@pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT], ids=str)
 @pytest.mark.parametrize(
     "lengths, kind, fixed",
     [
@@ -519,10 +535,10 @@ def merged_in_a_loop(padded, lengths, keep, importance, roles):
     ],
     ids=["varlen", "padded", "padded to a fixed length", "uniform", "uniform to a fixed length"],
 )
-def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fixed, roles):
+def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fixed, spec):
     padded = torch.randn(len(lengths), 12, 5, dtype=torch.float64, requires_grad=True)
-    number = 11 - roles.protects_last
-    tokens = torch.arange(number) < torch.tensor(lengths)[:, None] - 1 - int(roles.protects_last)
+    number = 11 - spec.num_suffix_tokens
+    tokens = torch.arange(number) < torch.tensor(lengths)[:, None] - 1 - spec.num_suffix_tokens
     free_importance = torch.rand(len(lengths), number, dtype=torch.float64, requires_grad=True)
     importance = free_importance * tokens
     if fixed:
@@ -530,19 +546,19 @@ def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fi
     else:  # a different number in each
         keep = (importance.detach() > torch.linspace(0.2, 0.8, len(lengths))[:, None]) & tokens
     stays, merges = keep_all_or_enough(keep, tokens, tokens.sum(1, keepdim=True))
-    expected = merged_in_a_loop(padded, lengths, stays, importance, roles)
-    length = 6 + roles.protects_last if fixed else None
+    expected = merged_in_a_loop(padded, lengths, stays, importance, spec)
+    length = 6 + spec.num_suffix_tokens if fixed else None
     states, sequences = lay_out(padded, lengths, kind)
-    # In two parts, but for a fixed length: samples don't know of one another.
-    division = sequences.whole if fixed else Division((0, 2, len(lengths)))
-    parts = sequences.parts(division)
-    ends = [0, *itertools.accumulate(part.batch_size for part in parts)]
-    reductions = []
-    for part, (start, stop) in zip(parts, itertools.pairwise(ends), strict=True):
-        width = roles.num_removable(part)
+    # In two chunks, but for a fixed length: samples don't know of one another.
+    chunking = whole(sequences) if fixed else Chunking((0, 2, len(lengths)))
+    chunks = chunking.chunks(sequences)
+    ends = [0, *itertools.accumulate(chunk.batch_size for chunk in chunks)]
+    decisions = []
+    for chunk, (start, stop) in zip(chunks, itertools.pairwise(ends), strict=True):
+        width = spec.num_removable(chunk)
         cut = (table[start:stop, :width] for table in (stays, importance))
-        reductions.append(answer(*cut, merges[start:stop], length=length))
-    result, left, move = reduce(states, sequences, division, reductions, roles)
+        decisions.append(answer(*cut, merges[start:stop], length=length))
+    result, left, move = apply(states, sequences, decisions, spec, chunking)
     results = samples_of(result, left)
     assert move is not None and any(len(rows) < length for rows, length in zip(results, lengths))
     assert left.num_rows == (length * len(lengths) if fixed else sum(map(len, expected)))
@@ -559,17 +575,17 @@ def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fi
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("roles", [BLIP, CLIP_TEXT], ids=str)
+@pytest.mark.parametrize("spec", [BLIP, CLIP_TEXT], ids=str)
 @LAYOUTS
-def test_gradients_of_a_layer_are_those_of_its_samples_alone(kind, roles, path):
-    """Of attention, evidence, importance and merging together: padding gets none, and a neighbour changes none."""
+def test_gradients_of_a_layer_are_those_of_its_samples_alone(kind, spec, path):
+    """Of attention, statistics, importance and merging together: padding gets none, and a neighbour changes none."""
     lengths = (14, 9, 12, 4, 17)
     layers = [random_layer(length, seed=length)[:5] for length in lengths]
     alignment = random_layer()[-1]
     inputs = [[t.clone().requires_grad_() for t in layer] for layer in layers]
     leaves = [t for layer in inputs for t in layer]
-    together = prune_together(inputs, alignment, 5.0, kind, roles)
-    alone = [rows for layer in inputs for rows in prune_together([layer], alignment, 5.0, "padded", roles)]
+    together = prune_together(inputs, alignment, 5.0, kind, spec)
+    alone = [rows for layer in inputs for rows in prune_together([layer], alignment, 5.0, "padded", spec)]
     weights = [torch.randn_like(rows) for rows in alone]
     assert sum(len(rows) < length for rows, length in zip(alone, lengths)) > 2
     mine, theirs = (

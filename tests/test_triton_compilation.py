@@ -22,7 +22,7 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OF_DTYPE = {"query", "key", "value", "output", "scores", "states"}
 INTEGERS = {"cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "new_cu_seqlens", "destination", "lengths"}
-FLOATS = {"log_sums", "output_norm", "received", "from_reader", "parts", "importance"}
+FLOATS = {"log_sums", "output_norm", "received", "pooled", "parts", "importance"}
 ROLES = {"CAUSAL": True, "PROTECTS_LAST": True}
 
 

@@ -82,18 +82,18 @@ def check_attention(query, key, value, lengths_q, lengths_k, is_causal=False):
 
 def check_scored(query, key, value, lengths, is_causal=False, protects_last=False, tolerance=None):
     tolerance = tolerance or TOLERANCE[query.dtype]
-    output, received, from_reader, output_norm = scored_varlen_attention(
+    output, received, pooling_attention, output_norm = scored_varlen_attention(
         query, key, value, cumulative(lengths), max(lengths), is_causal, protects_last
     )
     assert output.dtype == query.dtype and output.is_contiguous()
-    assert received.dtype == from_reader.dtype == output_norm.dtype == torch.float32
-    assert from_reader.shape == output_norm.shape == query.shape[1::-1] and received.shape[1] == query.shape[0]
+    assert received.dtype == pooling_attention.dtype == output_norm.dtype == torch.float32
+    assert pooling_attention.shape == output_norm.shape == query.shape[1::-1] and received.shape[1] == query.shape[0]
     for rows in samples_of(lengths):
         target, probabilities = expected_attention(query[rows], key[rows], value[rows], is_causal)
         assert_near(output[rows], target, tolerance)
         assert_near(output_norm[:, rows], target.norm(dim=-1).T, 2 * tolerance)
         assert_near(received[:, rows].sum(dim=0), probabilities[:, 1:].amax(dim=0).sum(dim=0), tolerance)
-        assert_near(from_reader[:, rows], probabilities[:, -1 if protects_last else 0], tolerance)
+        assert_near(pooling_attention[:, rows], probabilities[:, -1 if protects_last else 0], tolerance)
 
 
 @runs_kernels
@@ -153,19 +153,21 @@ def gate_inputs(lengths, num_columns, num_heads=3, dtype=torch.float32, query_bl
     num_rows = sum(lengths)
     scores = torch.randn(num_rows, num_columns) * 3
     received = torch.rand(query_blocks, num_rows)
-    from_reader, output_norm = torch.rand(2, num_heads, num_rows)
-    from_reader = from_reader / num_rows
+    pooling_attention, output_norm = torch.rand(2, num_heads, num_rows)
+    pooling_attention = pooling_attention / num_rows
     for rows in samples_of(lengths):
         for row in (rows.start, rows.stop - 1) if protects_last else (rows.start,):
-            scores[row] = received[:, row] = from_reader[:, row] = output_norm[:, row] = torch.nan
-    return scores.to(DEVICE, dtype), *(x.to(DEVICE) for x in (received, from_reader, output_norm))
+            scores[row] = received[:, row] = pooling_attention[:, row] = output_norm[:, row] = torch.nan
+    return scores.to(DEVICE, dtype), *(x.to(DEVICE) for x in (received, pooling_attention, output_norm))
 
 
-def expected_importance(scores, received, from_reader, output_norm):
+def expected_importance(scores, received, pooling_attention, output_norm):
     """s of the tokens of one sample, in float64."""
-    scores, received, from_reader, output_norm = (x.double() for x in (scores, received, from_reader, output_norm))
+    scores, received, pooling_attention, output_norm = (
+        x.double() for x in (scores, received, pooling_attention, output_norm)
+    )
     by_all = received.sum(dim=0)
-    by_reader = (from_reader * output_norm / output_norm.sum(dim=0)).sum(dim=0)
+    by_reader = (pooling_attention * output_norm / output_norm.sum(dim=0)).sum(dim=0)
     by_alignment = scores.amax(dim=1)
     return (by_all / (by_all.sum() + 1e-8) + by_reader + by_alignment / (by_alignment.sum() + 1e-8)) / 3
 

@@ -121,7 +121,13 @@ def test_a_layer_that_does_not_exist_is_named(processor, layers):
         ("vqa", make_images("vqa"), TEXTS[:1], None, "2 images or pairs for 1 questions"),
         ("vqa", picture(0), TEXTS[:1], None, "images is a Image: expected a list of images"),
         ("vqa", make_images("vqa"), "ab", None, "questions is a str: expected a list of strings"),
-        ("nlvr2", make_images("vqa"), TEXTS, None, r"images\[0\] is no pair: expected a list of pairs \(left image"),
+        (
+            "nlvr2",
+            make_images("vqa"),
+            TEXTS,
+            None,
+            r"images\[0\] is not a pair: expected a list of pairs \(left image",
+        ),
     ],
 )
 def test_lists_that_do_not_fit_are_named(processor, task, images, texts, layers, message):

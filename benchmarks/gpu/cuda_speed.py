@@ -4,10 +4,8 @@ Passes: `vqa`, a forward pass with one decoder token; `captioning`, a teacher-fo
 tokens, greedy.
 """
 
-import contextlib
 import copy
 import gc
-import statistics
 import sys
 import time
 import warnings
@@ -15,13 +13,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from cuda_models import calibrated, kernels, make_inputs, make_models
+from calibrating import calibrate_all
+from cuda_checks import kernels
+from random_models import Setup, calibration_batches, make_inputs, make_models
+from timing import Run, compare, peak_memory, time_runs
 from torch.profiler import ProfilerActivity, profile
 
 from madtp_hf.budgets.passes import encode, measure
 
 
-NEW_TOKENS = 10
+GENERATION = {"max_new_tokens": 10, "min_new_tokens": 10, "num_beams": 1, "do_sample": False}
 PROFILED_BATCHES = (1, 8)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 TASK_OF = {"vqa": "vqa", "captioning": "captioning", "captioning-generate": "captioning"}
@@ -31,7 +32,7 @@ class Skipped(Exception):
     """What can't be measured on this device."""
 
 
-class Run(NamedTuple):
+class Cell(NamedTuple):
     """One of the things that take turns. prepare() -> call() -> output; what is slow and done once is in `prepare`."""
 
     name: str
@@ -40,14 +41,12 @@ class Run(NamedTuple):
     setup: Callable = lambda: None  # before each call, not timed
 
 
-class Settings(NamedTuple):
-    size: str
-    device: torch.device
-    dtype: torch.dtype
-    batch_sizes: list[int]
+class Limits(NamedTuple):
+    """deadline: of `time.time()`, no row begins after it; cell_seconds: that the rounds of a cell may take."""
+
     reductions: list[float]
-    deadline: float  # of `time.time()`; no row begins after it
-    cell_seconds: float  # that the rounds of a cell may take
+    deadline: float
+    cell_seconds: float
     rounds: int
 
 
@@ -55,8 +54,7 @@ def pass_of(name: str, model, inputs: dict) -> Callable:
     """What is timed: () -> the output."""
     if name != "captioning-generate":
         return lambda: model(**inputs)
-    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "num_beams": 1, "do_sample": False}
-    return lambda: model.generate(inputs["pixel_values"], **lengths)
+    return lambda: model.generate(inputs["pixel_values"], **GENERATION)
 
 
 def graphed(name: str, model, inputs: dict) -> Callable:
@@ -65,16 +63,14 @@ def graphed(name: str, model, inputs: dict) -> Callable:
         raise Skipped("skipped: no CUDA")
     static = {key: value.clone() for key, value in inputs.items()}
     if name == "captioning-generate":
-        start = torch.full(
-            (len(inputs["pixel_values"]), 1), model.config.text_config.bos_token_id, device=model.device
-        )
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "num_beams": 1, "do_sample": False}
+        begins = (len(inputs["pixel_values"]), 1), model.config.text_config.bos_token_id
+        start = torch.full(*begins, device=model.device)
 
         def captured():
             return model._encode_images(static["pixel_values"])
 
         def go_on(vision):
-            return model._generate(start, vision, masked=True, **lengths)
+            return model._generate(start, vision, masked=True, **GENERATION)
     else:
 
         def captured():
@@ -114,42 +110,42 @@ def compiled(name: str, model, inputs: dict, mode: str | None) -> Callable:
 # The runs of a cell
 
 
-def set_up(model, granularity: str, temperature: float) -> None:
-    model.config.pruning_granularity = "instance"  # whose temperatures are free
-    model.set_pruning(temperature=temperature)
+def set_up(model, granularity: str, reduction: float) -> None:
+    model.config.pruning_granularity = "instance"  # whose settings are free
+    model.set_pruning(reduction=reduction)
     model.config.pruning_granularity = granularity
 
 
-def copy_of(model, granularity: str, temperature: float):
+def copy_of(model, granularity: str, reduction: float):
     """A model of its own for what is compiled: its configuration doesn't change from call to call."""
     other = copy.deepcopy(model)
-    set_up(other, granularity, temperature)
+    set_up(other, granularity, reduction)
     return other
 
 
-def plain_runs(name: str, models: dict, schedule: list, inputs: dict, device) -> list[Run]:
+def plain_runs(name: str, models: dict, reductions: list[float], inputs: dict, device) -> list[Cell]:
     """transformers' as it ships and with sdpa, ours off and pruned, frozen, and frozen as a CUDA graph."""
     model = models["ours"]
     runs = [
-        Run(label, lambda dense=dense: pass_of(name, dense, inputs))
+        Cell(label, lambda dense=dense: pass_of(name, dense, inputs))
         for label, dense in models.items()
         if label != "ours"
     ]
     states = [("off", "instance", 0.0)]
     for granularity in ("instance", "frozen"):
-        states += [(f"{granularity} {asked:.2g}", granularity, temperature) for asked, temperature in schedule]
-    for label, granularity, temperature in states:
+        states += [(f"{granularity} {asked:.2g}", granularity, asked) for asked in reductions]
+    for label, granularity, reduction in states:
 
-        def setup(granularity=granularity, temperature=temperature):
-            set_up(model, granularity, temperature)
+        def setup(granularity=granularity, reduction=reduction):
+            set_up(model, granularity, reduction)
 
-        runs.append(Run(label, lambda: pass_of(name, model, inputs), model, setup))
+        runs.append(Cell(label, lambda: pass_of(name, model, inputs), model, setup))
         if granularity == "frozen":
-            runs.append(Run(f"{label} CUDA graph", lambda: graphed(name, model, inputs), model, setup))
+            runs.append(Cell(f"{label} CUDA graph", lambda: graphed(name, model, inputs), model, setup))
     return runs
 
 
-def compiled_runs(name: str, models: dict, schedule: list, inputs: dict, device) -> list[Run]:
+def compiled_runs(name: str, models: dict, reductions: list[float], inputs: dict, device) -> list[Cell]:
     """transformers' as it ships, for comparison, then compiled; ours frozen and compiled, with CUDA graphs."""
     dense, model = models["transformers"], models["ours"]
 
@@ -159,38 +155,24 @@ def compiled_runs(name: str, models: dict, schedule: list, inputs: dict, device)
         return compiled(name, other, inputs, mode)
 
     runs = [
-        Run("transformers", lambda: pass_of(name, dense, inputs)),
-        Run("transformers torch.compile", lambda: compile_dense(None)),
+        Cell("transformers", lambda: pass_of(name, dense, inputs)),
+        Cell("transformers torch.compile", lambda: compile_dense(None)),
     ]
-    for asked, temperature in schedule:
+    for asked in reductions:
 
-        def compile_frozen(temperature=temperature):
-            return compiled(name, copy_of(model, "frozen", temperature), inputs, "reduce-overhead")
+        def compile_frozen(reduction=asked):
+            return compiled(name, copy_of(model, "frozen", reduction), inputs, "reduce-overhead")
 
-        def setup(temperature=temperature):  # of the model that counts FLOPs
-            set_up(model, "frozen", temperature)
+        def setup(reduction=asked):  # of the model that counts FLOPs
+            set_up(model, "frozen", reduction)
 
-        runs.append(Run(f"frozen {asked:.2g} torch.compile", compile_frozen, model, setup))
+        runs.append(Cell(f"frozen {asked:.2g} torch.compile", compile_frozen, model, setup))
     if device.type == "cuda":
-        runs.append(Run("transformers torch.compile reduce-overhead", lambda: compile_dense("reduce-overhead")))
+        runs.append(Cell("transformers torch.compile reduce-overhead", lambda: compile_dense("reduce-overhead")))
     return runs
 
 
 # What is measured
-
-
-def seconds_of(call: Callable, device: torch.device) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def device_work(call: Callable, milliseconds: float) -> dict:
@@ -219,35 +201,34 @@ def device_work(call: Callable, milliseconds: float) -> dict:
     }
 
 
-def prepare(run: Run, device: torch.device) -> tuple[dict, Callable | None]:
-    """The row of a run, warmed up, and its call; None and an `error` in the row where it fails."""
-    row = {"run": run.name}
-    started = time.time()
+def message_of(error: Exception) -> str:
+    return str(error) if isinstance(error, Skipped) else f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def prepare(run: Cell, device: torch.device) -> tuple[dict, Callable | None]:
+    """Return the row of a run, warmed up, and its call; None and an `error` in the row where it fails."""
+    row, started = {"run": run.name}, time.time()
+
+    def warm_up():
+        call = run.prepare()
+        for _ in range(3):
+            call()
+        return call
+
     try:
         run.setup()
-        if device.type == "cuda":
-            gc.collect()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        call = run.prepare()
-        with kernels(True) if device.type == "cuda" else contextlib.nullcontext() as state:
-            for _ in range(3):
-                call()
-        if state is not None and state.error:
-            row["kernels"] = state.error
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            row["memory_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-        row["prepare_seconds"] = round(time.time() - started, 2)
-        return row, call
+        gc.collect()
+        with kernels(True) as state:
+            memory, call = peak_memory(device, warm_up) if device.type == "cuda" else (None, warm_up())
     except Exception as error:  # every other row is still to be had
-        row["error"] = str(error) if isinstance(error, Skipped) else f"{type(error).__name__}: {str(error)[:500]}"
-        return row, None
+        return {**row, "error": message_of(error)}, None
+    row["prepare_seconds"] = round(time.time() - started, 2)
+    row |= {"memory_mb": memory / 1e6} if memory is not None else {}
+    return {**row, **({"kernels": state.error} if state.error else {})}, call
 
 
-def add_tokens(row: dict, run: Run, inputs: dict) -> None:
-    """The reduction of FLOPs of this very batch, by the tokens that the encoders leave."""
+def add_tokens(row: dict, run: Cell, inputs: dict) -> None:
+    """Add the reduction of FLOPs of this very batch, by the tokens that the encoders leave."""
     run.setup()
     output = encode(run.flops_of, inputs)
     row["reduction"] = measure(run.flops_of, inputs, output).mean().item()
@@ -255,41 +236,36 @@ def add_tokens(row: dict, run: Run, inputs: dict) -> None:
 
 
 @torch.no_grad()
-def time_cell(name: str, runs: list[Run], inputs: dict, settings: Settings) -> list[dict]:
-    """The rows of a cell, each run timed once a round."""
-    device, batch_size = settings.device, len(inputs["pixel_values"])
+def time_cell(name: str, runs: list[Cell], inputs: dict, device: torch.device, limits: Limits) -> list[dict]:
+    """Return the rows of a cell, each run timed once a round."""
+    batch_size = len(inputs["pixel_values"])
     torch._dynamo.reset()
-    rows, calls = [], []
+    rows, ready = [], []
     for run in runs:
-        if time.time() > settings.deadline:
+        if time.time() > limits.deadline:
             row, call = {"run": run.name, "error": "not started: out of time"}, None
         else:
             row, call = prepare(run, device)
             print(f"  {name} {batch_size} {run.name}: {row.get('error', 'ready')}", flush=True)
         rows.append({"task": name, "batch_size": batch_size, **row})
-        calls.append(call)
-    seconds = [[] for _ in runs]
-    started = time.time()
-    for turn in range(settings.rounds):
-        if turn >= 2 and time.time() > min(started + settings.cell_seconds, settings.deadline + 5):
-            break
-        for index, run in enumerate(runs):
-            if calls[index] is None:
-                continue
-            try:
-                run.setup()
-                seconds[index].append(seconds_of(calls[index], device))
-            except Exception as error:
-                rows[index]["error"], calls[index] = f"{type(error).__name__}: {str(error)[:500]}", None
-    for row, run, call, times in zip(rows, runs, calls, seconds):
         if call is not None:
-            finish_row(row, run, call, times, seconds[0], inputs, settings)
+            ready.append((rows[-1], run, Run({}, call, run.setup)))
+
+    def on_error(index, error):
+        ready[index][0]["error"] = message_of(error)
+
+    deadline = min(time.time() + limits.cell_seconds, limits.deadline + 5)
+    seconds = time_runs([timed for *_, timed in ready], limits.rounds, device, name, deadline, on_error)
+    of_transformers = seconds[0] if ready and "error" not in rows[0] else []
+    for (row, run, timed), times in zip(ready, seconds):
+        if "error" not in row:
+            finish_row(row, run, timed.call, times, of_transformers, inputs, device)
             if run.name.endswith(("CUDA graph", "torch.compile")) and run.flops_of is not None:
-                add_difference(row, name, run, call, inputs)
+                add_difference(row, name, run, timed.call, inputs)
     return rows
 
 
-def add_difference(row: dict, name: str, run: Run, call: Callable, inputs: dict) -> None:
+def add_difference(row: dict, name: str, run: Cell, call: Callable, inputs: dict) -> None:
     """How far what was captured or compiled is from the plain pass, on other images, over the largest output."""
     pixel_values = inputs["pixel_values"]
     before = pixel_values.clone()
@@ -304,25 +280,22 @@ def add_difference(row: dict, name: str, run: Run, call: Callable, inputs: dict)
             largest = expected.logits.float().abs().max()
             row["difference"] = ((found.logits.float() - expected.logits.float()).abs().max() / largest).item()
     except Exception as error:
-        row["note"] = f"{type(error).__name__}: {str(error)[:300]}"
+        row["note"] = message_of(error)
     finally:
         pixel_values.copy_(before)
 
 
-def finish_row(row, run: Run, call, times, of_transformers, inputs, settings: Settings) -> None:
-    row["rounds"] = len(times)
-    row["milliseconds"] = 1000 * statistics.median(times)
-    row["images_per_second"] = len(inputs["pixel_values"]) / statistics.median(times)
-    ratios = [theirs / mine for theirs, mine in zip(of_transformers, times)]
-    row["times_faster"] = statistics.median(ratios) if ratios else None
+def finish_row(row, run: Cell, call, times, of_transformers, inputs, device) -> None:
+    row |= compare(times, of_transformers)
+    row["images_per_second"] = 1000 * len(inputs["pixel_values"]) / row["milliseconds"]
     try:
         if run.flops_of is not None:
             add_tokens(row, run, inputs)
-        if settings.device.type == "cuda" and len(inputs["pixel_values"]) in PROFILED_BATCHES:
+        if device.type == "cuda" and len(inputs["pixel_values"]) in PROFILED_BATCHES:
             run.setup()
             row.update(device_work(call, row["milliseconds"]))
     except Exception as error:
-        row["note"] = f"{type(error).__name__}: {str(error)[:300]}"
+        row["note"] = message_of(error)
 
 
 def stop_if_device_is_lost(device: torch.device) -> None:
@@ -334,51 +307,47 @@ def stop_if_device_is_lost(device: torch.device) -> None:
             sys.exit(f"the device is lost: {error}")
 
 
-def make_task(task: str, settings: Settings, record: Callable) -> tuple[dict, list]:
-    """transformers' model, with sdpa where that version has it, and ours, calibrated and frozen."""
-    size, device, dtype = settings.size, settings.device, settings.dtype
-    dense, model = make_models(task, size, device, dtype)
+def make_task(task: str, setup: Setup, limits: Limits, record: Callable) -> tuple[dict, list]:
+    """Return transformers' model, with sdpa where that version has it, and ours, calibrated and frozen."""
+    dense, model = make_models(task, setup)
     models = {"transformers": dense, "ours": model}
     try:
-        with_sdpa = make_models(task, size, device, dtype, attention="sdpa")[0]
-        models = {"transformers": dense, "transformers sdpa": with_sdpa, "ours": model}
+        models = {"transformers": dense, "transformers sdpa": make_models(task, setup, "sdpa")[0], "ours": model}
     except Exception as error:
         record("sdpa", {"task": task, "transformers sdpa": f"not supported: {str(error)[:200]}"})
     started = time.time()
-    schedule = calibrated(model, 16 if size == "base" else 4, settings.reductions, freeze=True)
-    record(
-        "calibration",
-        {"task": task, "asked": settings.reductions, "schedule": schedule, "seconds": round(time.time() - started, 1)},
-    )
-    return models, schedule
+    batches = calibration_batches(task, model.config, 4 if setup.size == "tiny" else 16, setup)
+    reductions = calibrate_all(model, batches, limits.reductions, freeze=True)
+    facts = {"task": task, "asked": limits.reductions, "schedule": model.config.pruning_schedule}
+    record("calibration", {**facts, "seconds": round(time.time() - started, 1)})
+    return models, reductions
 
 
-def run_speed(settings: Settings, record: Callable, make_runs: Callable, order: list[tuple[str, int]]) -> None:
-    """All cells in `order`, as long as there is time; each is recorded when it is done."""
+def run_speed(setup: Setup, limits: Limits, record: Callable, make_runs: Callable, order: list) -> None:
+    """Time all cells in `order`, as long as there is time; each is recorded when it is done."""
     tasks = {}
     for name, batch_size in order:
-        if time.time() > settings.deadline:
-            record("row", {"task": name, "batch_size": batch_size, "run": "all", "error": "not started: out of time"})
+        whole = {"task": name, "batch_size": batch_size, "run": "all"}
+        if time.time() > limits.deadline:
+            record("row", {**whole, "error": "not started: out of time"})
             continue
         try:
             task = TASK_OF[name]
             if task not in tasks:
-                tasks[task] = make_task(task, settings, record)
-            models, schedule = tasks[task]
+                tasks[task] = make_task(task, setup, limits, record)
+            models, reductions = tasks[task]
             # A mask of captions is checked by the host, which no CUDA graph can capture.
-            padded, config = task != "captioning", models["ours"].config
-            inputs = make_inputs(task, config, batch_size, settings.device, settings.dtype, padded=padded)
+            inputs = make_inputs(task, models["ours"].config, batch_size, setup, padded=task != "captioning")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                rows = time_cell(name, make_runs(name, models, schedule, inputs, settings.device), inputs, settings)
-            for row in rows:
-                record("row", row)
-            if any("error" in row for row in rows):
-                stop_if_device_is_lost(settings.device)
+                runs = make_runs(name, models, reductions, inputs, setup.device)
+                rows = time_cell(name, runs, inputs, setup.device, limits)
         except Exception as error:
-            message = f"{type(error).__name__}: {str(error)[:500]}"
-            record("row", {"task": name, "batch_size": batch_size, "run": "all", "error": message})
-            stop_if_device_is_lost(settings.device)
+            rows = [{**whole, "error": message_of(error)}]
+        for row in rows:
+            record("row", row)
+        if any("error" in row for row in rows):
+            stop_if_device_is_lost(setup.device)
         gc.collect()
-        if settings.device.type == "cuda":
+        if setup.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_new_file, print_table
+from .common import check_new_file, exit_if_rows_were_left_out, print_table, warnings_as_messages
 
 
 def benchmark(
@@ -15,6 +15,9 @@ def benchmark(
         str | None, typer.Option(metavar="PATH", help="As prune reads it; noise by default, which prunes differently.")
     ] = None,
     text: options.Text = None,
+    image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     reductions: Annotated[
         list[float] | None,
         typer.Option(metavar="R ...", help="By default those calibrated, or 0.5 and 0.8, calibrated here."),
@@ -41,9 +44,14 @@ def benchmark(
     import torch
 
     from madtp_hf.budgets.benchmark import BATCH_SIZES, run_benchmark
+    from madtp_hf.checkpoints.load import load
 
     if threads:
         torch.set_num_threads(threads)
-    title, rows = run_benchmark(model, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, task, device)
+    loaded = load(model, task, device=device)
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    with warnings_as_messages() as messages:
+        title, rows = run_benchmark(loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, **how)
     print_table(title, rows)
     typer.echo(f"Wrote {out}.")
+    exit_if_rows_were_left_out(messages)

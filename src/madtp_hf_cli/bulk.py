@@ -40,12 +40,14 @@ def _run(task: str, model: str, images: str, out, options: dict, question: str |
     _check_options(task, out, options, question)
     import transformers
 
-    from madtp_hf.jobs import Columns, Generation, ImageToText, Output, PreparedBatches, open_source, run_job
+    from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_rows, run_job
     from madtp_hf.modeling.images import MAX_PIXELS
 
     transformers.utils.logging.disable_progress_bar()
-    source = open_source(images, Columns(**dict(options["columns"] or ())), options["split"], options["image_dir"])
-    if task == "vqa" and question is None and not any(row.question for row in source.rows(0, len(source))):
+    wanted = ("image", "key") if task == "captioning" else ("image", "question", "key")
+    columns = dict(options["columns"] or ())
+    source = open_rows(images, columns=columns, split=options["split"], image_dir=options["image_dir"], wanted=wanted)
+    if task == "vqa" and question is None and "question" not in source.columns:
         raise ValueError(
             f"{images} has no questions: pass --question TEXT to ask one about every image, or a table with questions."
         )
@@ -67,7 +69,7 @@ def _run(task: str, model: str, images: str, out, options: dict, question: str |
     if generation.do_sample:
         settings["batch_size"] = batch_size  # tokens are sampled for a whole batch
     output = Output(out, settings, len(source), column, options["suffix"])
-    refused = output.shared_side_files(source.keys) if options["suffix"] and hasattr(source, "keys") else None
+    refused = output.shared_side_files(source.keys()) if options["suffix"] else None
     batches = PreparedBatches(
         source, writer.processor.image_processor, task == "vqa", question, settings["max_pixels"], refused
     )

@@ -5,6 +5,7 @@ import re
 import tempfile
 import warnings
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 
 import typer
@@ -15,6 +16,7 @@ from typer.core import TyperCommand
 SOME_FAILED = 3
 INTERRUPTED = 130
 EXIT_CODES = "Exit code: 0 all rows done, 3 some rows failed, 1 error, 2 wrong option, 130 stopped."
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # they tell on import of what they lack
 # Arguments of library functions whose option has another name.
 _OTHER_NAMES = {"num_workers": "workers", "texts": "text", "reduction": "reductions"}
 
@@ -59,6 +61,7 @@ def as_options(message: str, params=()) -> str:
     """Replace a library's Python arguments in a message, such as `force=True`, by a command's options: `--force`."""
     names = {option.name: option.opts[0] for option in params if option.opts[0].startswith("--")}
     names = {other: names[name] for other, name in _OTHER_NAMES.items() if name in names} | names
+    message = message.replace("on_error='skip'", names.get("skip_unreadable", "on_error='skip'"))
     for name, option in names.items():
         argument = rf"(?<![\w/.(-])(?<!, ){name}"
         message = re.sub(rf'{argument}={{"(\w+)": ([^}}]*)}}', rf"{option} \1=\2", message)
@@ -72,21 +75,30 @@ def as_options(message: str, params=()) -> str:
 
 @contextmanager
 def one_message_of_errors(params=()):
-    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback or warnings.
+    """Report an error that a user can correct as one message on stderr, exit code 1, without traceback.
+
+    Of warnings, only this package's own are shown, such as those of calibration or conversion, one line each.
 
     params: the command's parameters, by whose names the message calls arguments.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    def say(message):
+        typer.echo(f"madtp-hf: {as_options(str(message), params)}", err=True)
+
+    for name in _NOISY_LOGGERS:
+        getLogger(name).setLevel("ERROR")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out|Assumed")
+            warnings.showwarning = lambda message, *_: say(message)
             yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        typer.echo(f"madtp-hf: {as_options(str(error), params)}", err=True)
+        say(error)
         raise typer.Exit(1) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -94,13 +106,24 @@ def one_message_of_errors(params=()):
 
 @contextmanager
 def warnings_as_messages():
-    """Print this package's own warnings, such as those of calibration, as messages on stderr, one line each."""
+    """Print this package's own warnings, such as those of calibration, as messages on stderr, one line each.
+
+    Yields a list, which holds the messages afterwards.
+    """
+    messages = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out")
-        yield
-    for warning in caught:
-        typer.echo(f"madtp-hf: {warning.message}", err=True)
+        yield messages
+    messages += [str(warning.message) for warning in caught]
+    for message in messages:
+        typer.echo(f"madtp-hf: {message}", err=True)
+
+
+def exit_if_rows_were_left_out(messages: list[str]) -> None:
+    """End the command with the exit code of rows without a result, if a warning tells of such rows."""
+    if any(re.match(r"Left out \d+ of the rows", message) for message in messages):
+        raise typer.Exit(SOME_FAILED)
 
 
 def check_writable(out: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_new_file
+from .common import check_new_file, exit_if_rows_were_left_out, warnings_as_messages
 
 
 def evaluate(
@@ -15,6 +15,8 @@ def evaluate(
     reductions: options.Reductions = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write results.json.")] = Path("."),
     image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     samples: options.Samples = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 16,
@@ -29,19 +31,19 @@ def evaluate(
     Example: madtp-hf evaluate blip-vqa-madtp --data questions.csv --out blip-vqa-madtp
     """
     check_new_file(out / "results.json", force)
-    from madtp_hf.budgets.evaluation import report
-    from madtp_hf.budgets.task_evaluation import evaluate_task
-    from madtp_hf.checkpoints.card import public_name
-    from madtp_hf.checkpoints.load import load_model
+    from madtp_hf.budgets.evaluation import evaluate_task, public_name, report
+    from madtp_hf.checkpoints.load import load
     from madtp_hf.data.rows import load_rows
-    from madtp_hf.tasks import TASKS
 
-    loaded, processor, _ = load_model(model, task, device)
-    entry = TASKS[loaded.task]
+    loaded = load(model, task, device=device).require_trained()
+    entry = loaded.task
     # A missing text is not replaced by a default, which the metric would not notice.
-    rows = load_rows(entry, data, image_dir=image_dir, split="test", samples=samples, seed=seed)
-    results = evaluate_task(loaded, processor, rows, reductions, batch_size)
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    with warnings_as_messages() as messages:
+        rows = load_rows(entry, data, split="test", samples=samples, seed=seed, **how)
+    results = evaluate_task(loaded.model, loaded.processor, rows, reductions, batch_size)
     name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
     facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}
     report(f"{len(rows)} samples of {name}", results, out, metric=entry.headline, **facts)
     typer.echo(f"Wrote {out / 'results.json'}.")
+    exit_if_rows_were_left_out(messages)

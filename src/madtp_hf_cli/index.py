@@ -19,7 +19,7 @@ class Kind(str, Enum):
 
 def index(
     model: options.Model,
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder, or a text file with one path per line.")],
+    images: options.Images,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The index's folder: new, or an index to update.")],
     reduction: options.Reduction = None,
     kind: Annotated[
@@ -42,16 +42,17 @@ def index(
     check_writable(out / "index.json")
     from transformers.utils import logging
 
-    from madtp_hf.search import index_images, load_model
+    from madtp_hf.checkpoints.load import load
+    from madtp_hf.search import index_images
+    from madtp_hf.search.embedding import EMBEDDING_TASKS
 
     logging.disable_progress_bar()  # of loading
-    loaded, processor = load_model(model, revision, dtype.value, device)
-    loaded.prepare_for_inference()
+    loaded = load(model, EMBEDDING_TASKS, revision=revision, dtype=dtype.value, device=device, precision="auto")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         made = index_images(
-            loaded,
-            processor,
+            loaded.model,
+            loaded.processor,
             images,
             out,
             kind=kind.value,

@@ -70,6 +70,12 @@ def _check_temperature(temperature: float | None) -> float | None:
     return temperature
 
 
+def how_to_read(image_dir: Path | None, columns: list | None, skip_unreadable: bool) -> dict:
+    """Return the arguments of `load_rows` that these options stand for."""
+    on_error = "skip" if skip_unreadable else "raise"
+    return {"image_dir": image_dir, "columns": dict(columns) if columns else None, "on_error": on_error}
+
+
 # What to read.
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A BLIP or CLIP, pruned or dense: folder or Hub id.")]
 Images = Annotated[
@@ -96,7 +102,7 @@ Split = Annotated[str | None, typer.Option(metavar="NAME", help="The split of a 
 Samples = Annotated[int | None, typer.Option(metavar="N", min=1, help="Draw this many samples; all by default.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of random draws.")]
 SkipUnreadable = Annotated[
-    bool, typer.Option("--skip-unreadable", help="Skip rows whose image can't be read, instead of stopping.")
+    bool, typer.Option("--skip-unreadable", help="Leave out rows that can't be read; exit code 3.")
 ]
 MaxPixels = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Largest image to read; by default 89 million pixels.")

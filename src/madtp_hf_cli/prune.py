@@ -6,10 +6,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .common import check_out, print_table, warnings_as_messages, written_in_one_step
-
-
-SCRIPTS = {"vqa": "run_vqa", "captioning": "run_captioning", "nlvr2": "run_nlvr2", "retrieval": "run_retrieval"}
+from .common import check_out, exit_if_rows_were_left_out, print_table, warnings_as_messages, written_in_one_step
 
 
 def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
@@ -24,6 +21,26 @@ was measured: measure it before you rely on a budget.
 """ + "\n".join(lines)
 
 
+def calibrate_on(loaded, data, text, reductions, *, samples, seed, batch_size, alignment=None, freeze=False, **how):
+    """Calibrate a loaded model on images, which is what pruning without training is.
+
+    Returns:
+        The rows read, the batches made of them, whether alignment tokens were fitted to them, and the warnings shown.
+    """
+    from madtp_hf import calibrate, init_alignment_from
+    from madtp_hf.data.rows import load_rows
+    from madtp_hf.tasks import make_batches
+
+    with warnings_as_messages() as messages:
+        rows = load_rows(loaded.task, data, text or (), samples=samples, seed=seed, **how)
+    batches = make_batches(loaded.model, loaded.processor, rows, batch_size)
+    is_fitted = loaded.is_dense if alignment is None else alignment == "fit"
+    if is_fitted:
+        init_alignment_from(loaded.model, batches)
+    calibrate(loaded.model, batches, reductions, freeze=freeze)
+    return rows, batches, is_fitted, messages
+
+
 def prune(
     model: options.Model,
     out: options.OutFolder,
@@ -34,6 +51,8 @@ def prune(
     ] = None,
     text: options.Texts = None,
     image_dir: options.ImageDir = None,
+    columns: options.Columns = None,
+    skip_unreadable: options.SkipUnreadable = False,
     samples: options.Samples = 200,
     seed: options.Seed = 0,
     task: options.Task = None,
@@ -41,6 +60,9 @@ def prune(
         str | None,
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
     ] = None,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="Fix how many tokens each layer keeps, as ONNX and CUDA graphs need.")
+    ] = False,
     batch_size: options.BatchSize = 8,
     device: options.Device = None,
     force: options.Force = False,
@@ -55,34 +77,21 @@ def prune(
     check_out(out, model, force)
     if alignment not in (None, "fit", "keep"):
         raise ValueError(f"--alignment {alignment}: expected fit or keep.")
-    from madtp_hf import calibrate, init_alignment_from
     from madtp_hf.budgets.calibration import read_reductions
     from madtp_hf.budgets.evaluation import evaluate_budgets
-    from madtp_hf.budgets.passes import encode
     from madtp_hf.checkpoints.card import write_model_card
-    from madtp_hf.checkpoints.load import load_model, make_batches
-    from madtp_hf.data.rows import load_rows
-    from madtp_hf.tasks import TASKS
+    from madtp_hf.checkpoints.load import load
 
     wanted = reductions or [0.5, 0.3, 0.7]
     source = model
     read_reductions(wanted)  # fail before minutes of reading
-    model, processor, is_dense = load_model(source, task, device)
-    entry = TASKS[model.task]
-    rows = load_rows(entry, data, text or (), image_dir, samples=samples, seed=seed)
-    batches = make_batches(model, processor, rows, batch_size)
-    fitted = is_dense if alignment is None else alignment == "fit"
-    if fitted:
-        init_alignment_from(model, batches)
-    with warnings_as_messages():
-        schedule = calibrate(model, batches, wanted)
-
-    def forward(batch):
-        encode(model, batch)
-        return [None] * len(batch["pixel_values"])
-
-    reached = [entry[0] for entry in schedule]
-    results = evaluate_budgets(model, batches, [0.0, *reached], forward)
+    loaded = load(source, task, device=device).require_trained()
+    model, processor, entry = loaded.model, loaded.processor, loaded.task
+    how = options.how_to_read(image_dir, columns, skip_unreadable)
+    how |= {"samples": samples, "seed": seed, "batch_size": batch_size, "alignment": alignment, "freeze": freeze}
+    rows, batches, fitted, messages = calibrate_on(loaded, data, text, wanted, **how)
+    reached = [row["reduction"] for row in model.config.pruning_schedule]
+    results = evaluate_budgets(model, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results
     ]
@@ -93,5 +102,8 @@ def prune(
         notes = _notes(source if not Path(source).exists() else Path(source).resolve().name, table, len(rows), fitted)
         write_model_card(folder, out.name, base_model=source, notes=notes)
     print_table(f"{type(model).__name__}, calibrated on {len(rows)} samples", table)
-    script = f": examples/{SCRIPTS[model.task]}.py --model {out.name}" if model.task in SCRIPTS else ""
-    typer.echo(f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs{script}.")
+    typer.echo(
+        f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
+        f" examples/{entry.script} --model {out.name}."
+    )
+    exit_if_rows_were_left_out(messages)

@@ -45,7 +45,7 @@ def push(
     from madtp_hf.checkpoints.push import push_folder
 
     if space is not None:
-        from madtp_hf.checkpoints.space import check_space, push_space
+        from madtp_hf.serving.space import check_space, push_space
 
         check_space(folder)
         pairs = _read_examples(examples)
@@ -89,6 +89,6 @@ def _read_examples(examples: str | None) -> list[tuple]:
         from madtp_hf.serving.page import digit_examples
 
         return digit_examples()
-    from madtp_hf.checkpoints.space import read_examples
+    from madtp_hf.serving.space import read_examples
 
     return read_examples(examples)

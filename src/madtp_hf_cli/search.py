@@ -30,19 +30,15 @@ def search(
     """
     from transformers.utils import logging
 
-    from madtp_hf.search import load_index, load_model
+    from madtp_hf.search import load_index
     from madtp_hf.search import search as find
+    from madtp_hf.search.index import load_of_index
 
     logging.disable_progress_bar()  # of loading
     index = load_index(folder)
-    info = index.info
-    revision = info["revision"] if model in (None, info["model"]) else None
-    try:
-        loaded, processor = load_model(model or info["model"], revision, info["dtype"], device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{error} The index was made by {info['model']}.") from error
+    loaded = load_of_index(index.info, model, device)
     is_image = os.path.isfile(query)
-    found = find(index, Path(query) if is_image else query, top_k, rerank, loaded, processor)
+    found = find(index, Path(query) if is_image else query, top_k, rerank, loaded.model, loaded.processor)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return

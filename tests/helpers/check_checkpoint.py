@@ -30,10 +30,11 @@ def _forward(model, inputs: dict, *names: str) -> dict:
 
 @contextmanager
 def _at_another_budget(model):
-    """Run at another threshold, then restore the model's own; version 0.1.0 had no threshold factor."""
-    temperature, factor = model.config.pruning_temperature, getattr(model.config, "pruning_threshold_factor", 1.0)
+    """Prune otherwise, then restore the model's own setting; in version 0.1.0 it was a temperature."""
+    name = "pruning_setting" if hasattr(model.config, "pruning_setting") else "pruning_temperature"
+    before = getattr(model.config, name)
     yield
-    model.set_pruning(temperature=temperature, **({"factor": factor} if factor != 1 else {}))
+    setattr(model.config, name, before)
 
 
 def pruned(model, inputs: dict) -> dict:

@@ -92,6 +92,4 @@ def train(folder, resume=False, step=None, saving=None, **settings):
     for name in ("loss", "reduction", "pruning_temperature", "learning_rate"):
         metrics.append([entry[name] for entry in history if name in entry])
     weights = model.state_dict()
-    torch.save(
-        {"metrics": metrics, "weights": weights, "temperatures": callback.log_temperatures}, f"{folder}/final.pt"
-    )
+    torch.save({"metrics": metrics, "weights": weights, "temperatures": callback.points}, f"{folder}/final.pt")

@@ -31,9 +31,9 @@ from madtp_hf import (
     RetrievalTrainer,
 )
 from madtp_hf.budgets.evaluation import evaluate_budgets
-from madtp_hf.modeling import modeling_madtp_blip
+from madtp_hf.modeling import madtp_blip_losses
 from madtp_hf.modeling.retrieval_loss import gather_padded, gather_rows, is_distributed, process_rank
-from madtp_hf.tasks.pair_scores import score_images_and_texts
+from madtp_hf.tasks.retrieval import score_images_and_texts
 
 from ..conftest import blip_config, make_inputs
 from ..test_examples import run_example
@@ -149,7 +149,7 @@ def run_training(run, folder, processes) -> dict:
         **options,
     )
     checkpoint = str(Path(settings.output_dir) / "checkpoint-2") if run.endswith("_resumed") else None
-    with mock.patch.object(modeling_madtp_blip, "draw_hard_negatives", most_similar):
+    with mock.patch.object(madtp_blip_losses, "draw_hard_negatives", most_similar):
         trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint:  # the checkpoint restored its own callback
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReductionCallback))
@@ -157,7 +157,7 @@ def run_training(run, folder, processes) -> dict:
         "gradients": getattr(first, "gradients", {}),
         "weights": model.state_dict(),
         "memory": trainer.memory.state_dict() if with_memory else {},
-        "temperatures": {"log": torch.tensor(callback.log_temperatures)},
+        "temperatures": {"log": torch.tensor(callback.points)},
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 

@@ -15,9 +15,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from ..modeling.encoder import TokenReduction
-from ..modeling.token_pruning import reader_importance, sum_over_tokens
-from ..modeling.token_reduction import Reduction
+from ..modeling.pruning_method import Decision, PruningMethod
+from ..modeling.token_pruning import pooling_importance, sum_over_tokens
 from ..tasks import TASKS
 from .passes import complete, encode, restored
 
@@ -33,35 +32,43 @@ TILT = 0.25  # the best of 0.25, 0.5 and 1 on the validation split of the digit 
 LARGEST_SHARE = 5.0  # cap, relative to the mean: without it, a single patch could dominate the loss
 
 
-class _Recorder(TokenReduction):
+class _Recorder(PruningMethod):
     """Keep all tokens and record what each layer sees.
 
     states[layer]: the layer's input (R, D) and its `Sequences`; attention[layer]: a list of (s_self, s_cls), each (B,
-    N), one entry for each part of the batch with sequences of one length.
+    N), one entry for each chunk of the batch with sequences of one length.
+    recorders: by modality, the recorders of the forward passes.
     """
 
-    def __init__(self, roles):
-        self.roles, self.states, self.attention = roles, {}, defaultdict(list)
+    has_fixed_counts = True
+    recorders: dict[str, list]
 
-    def reduces(self, layer, sequences):
-        return self.roles.num_removable(sequences) > 0
+    def __init__(self, spec):
+        self.spec, self.states, self.attention = spec, {}, defaultdict(list)
+
+    @classmethod
+    def for_branch(cls, model, pruning, modality, with_feature):
+        cls.recorders[modality].append(cls(model.branch_specs[modality]))
+        return cls.recorders[modality][-1]
+
+    def prunes(self, layer, sequences):
+        return self.spec.num_removable(sequences) > 0
 
     def read_input(self, layer, states, sequences):
         self.states[layer] = states, sequences
         return None, None
 
-    def choose(self, layer, evidence, scores, part):
-        received = evidence.received / sum_over_tokens(evidence.received)
-        self.attention[layer].append((received, reader_importance(evidence)))
-        mask = self.roles.removable(part)
+    def decide(self, layer, statistics, scores, chunk):
+        received = statistics.received / sum_over_tokens(statistics.received)
+        self.attention[layer].append((received, pooling_importance(statistics)))
+        mask = self.spec.mask(chunk)
         stays = torch.ones_like(received, dtype=torch.bool) if mask is None else mask
-        return Reduction(stays, torch.zeros_like(stays[:, :1]), torch.zeros_like(received))
+        return Decision(torch.zeros_like(received), stays, torch.zeros_like(stays[:, :1]))
 
     def removable_states(self, layer) -> torch.Tensor:
         """Return the states (R', D) of the tokens that pruning may remove."""
         states, sequences = self.states[layer]
-        tokens = sequences.pad(states)[:, 1 : 1 + self.roles.num_removable(sequences)]
-        mask = self.roles.removable(sequences)
+        tokens, mask = sequences.pad(states)[:, self.spec.removable(sequences)], self.spec.mask(sequences)
         return tokens.flatten(0, 1) if mask is None else tokens[mask]
 
 
@@ -77,11 +84,6 @@ class _Recording:
         self.patches, self.attention, self.cross, self.words = [], [], [], defaultdict(list)
         self.num_images = self.num_words = 0
         self._recorders, self._shares, self._query = {"vision": [], "text": []}, defaultdict(list), None
-
-    def _record(self, model, modality, with_feature):
-        recorder = _Recorder(model._roles[modality])
-        self._recorders[modality].append(recorder)
-        return recorder
 
     def _hook_cross_attention(self) -> list:
         """Hook the query and key projections of the text's cross-attention to images, and return the hooks.
@@ -104,6 +106,8 @@ class _Recording:
         self._query = query
 
     def _share_of(self, layer: int, place: int, num_heads: int):
+        spec = self.model.branch_specs["vision"]
+
         def add(module, inputs, key):
             sequences = self._recorders["text"][-1].states[layer][1]
             query = sequences.pad(self._query).unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
@@ -111,25 +115,24 @@ class _Recording:
             attention = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
             if sequences.mask is not None:
                 attention = attention * sequences.mask[:, None, :, None]
-            received = attention[..., 1:].sum(dim=(1, 2))
+            removable = slice(spec.num_prefix_tokens, attention.shape[-1] - spec.num_suffix_tokens)
+            received = attention[..., removable].sum(dim=(1, 2))
             self._shares[place].append(received / sum_over_tokens(received))
 
         return add
 
     def run(self, dataloader) -> None:
         """Run batches through the model until enough has been recorded."""
-        hooks, method = self._hook_cross_attention(), self.model._reduction_method
+        recorder = type("_ThisRecorder", (_Recorder,), {"recorders": self._recorders})
+        hooks = self._hook_cross_attention()
         try:
-            with restored(self.model):
-                self.model.set_reduction_method(self._record)
-                self.model.set_pruning(temperature=1.0)
+            with restored(self.model), self.model.pruning(method=recorder, keep_rate=0.5):
                 for batch in dataloader:
                     encode(self.model, complete(self.model, batch))
                     self._take()
                     if self._has_enough():
                         break
         finally:
-            self.model.set_reduction_method(method)
             for hook in hooks:
                 hook.remove()
 
@@ -145,8 +148,8 @@ class _Recording:
             room = min(MAX_IMAGES, MAX_NUMBERS // (states[0].numel() * sequences.max_seqlen * len(vision.states)))
             number = max(room - self.num_images, 1)
             layers = sorted(vision.states)
-            padded = [vision.states[layer][1].pad(vision.states[layer][0])[:number, 1:] for layer in layers]
-            self.patches.append(torch.stack(padded))
+            padded = torch.stack([sequences.pad(vision.states[layer][0])[:number] for layer in layers])
+            self.patches.append(padded[:, :, vision.spec.removable(sequences)])
             parts = [[torch.stack(part) for part in vision.attention[layer]] for layer in layers]
             self.attention.append(torch.stack([torch.cat(layer, dim=1)[:, :number] for layer in parts]))
             if self._shares:
@@ -154,7 +157,9 @@ class _Recording:
                 self.cross.append(torch.stack(shares, dim=1).flatten(0, 1)[:number])
             self.num_images += self.patches[-1].shape[1]
             self._room = room
-        self._recorders, self._shares = {"vision": [], "text": []}, defaultdict(list)
+        for recorders in self._recorders.values():
+            recorders.clear()
+        self._shares.clear()
 
     def _has_images(self) -> bool:
         return self.num_images > 0 and self.num_images >= self._room
@@ -261,9 +266,9 @@ def init_alignment_from(model, dataloader) -> None:
     recording = _Recording(model)
     recording.run(dataloader)
     if not recording.num_images:
-        raise ValueError("dataloader gave no images of several patches: expected batches as the model takes them.")
+        raise ValueError("dataloader yields no image with several patches: expected batches as the model takes them.")
     if recording.task.text_encoder is not None and not recording.num_words:
-        raise ValueError("dataloader gave no text of more than its first token: expected batches with some words.")
+        raise ValueError("dataloader yields no text with more than its first token: expected texts with words.")
     alignment = model.alignment
     patches = torch.cat(recording.patches, dim=1)
     patches = torch.stack([_projected(alignment.vision_projection, layer, x) for layer, x in enumerate(patches)])

@@ -17,23 +17,20 @@ import transformers
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checkpoints.card import public_name
-from ..checkpoints.load import load_model, make_batches
 from ..data.rows import load_rows
 from ..modeling.versions import VERSION as __version__
-from ..tasks import TASKS
+from ..tasks import TASKS, Task, make_batches
 from .alignment import init_alignment_from
 from .calibration import calibrate
-from .evaluation import prepared, synchronize
+from .evaluation import prepared, public_name, synchronize
 from .passes import complete, encode, measure, restored
 
 
-NEW_TOKENS, NUM_BEAMS = {"vqa": 4, "captioning": 10}, 3  # generated in every run, even past the end token
 ROUNDS, BATCH_SIZES = 3, (1, 8)
 CALIBRATION_SAMPLES, DEFAULT_REDUCTIONS = 8, (0.5, 0.8)
 
 
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """A run to time: its name in the table, its model, and the reduction to set (None for transformers' model)."""
 
     name: str
@@ -99,14 +96,12 @@ def _resident(name: str) -> float:
 
 
 @torch.no_grad()
-def _call(run: Run, inputs: dict, task: str):
+def _call(run: TimedRun, inputs: dict, task: Task):
     """Run the model as a user does: generate an answer or a caption, or compute the scores of other tasks."""
-    if task not in NEW_TOKENS:
+    if task.generate is None:
         return run.model(**inputs)
-    lengths = {"max_new_tokens": NEW_TOKENS[task], "min_new_tokens": NEW_TOKENS[task]}
-    if task == "captioning":
-        return run.model.generate(inputs["pixel_values"], num_beams=NUM_BEAMS, **lengths)
-    return run.model.generate(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], **lengths)
+    # So many tokens in every run, even past the end token.
+    return task.generate(run.model, inputs, max_new_tokens=task.timed_tokens, min_new_tokens=task.timed_tokens)
 
 
 def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=BATCH_SIZES, rounds: int = ROUNDS):
@@ -127,13 +122,16 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     """
     task = TASKS[model.task]
     if reductions is None:
-        reductions = [entry[0] for entry in model.config.pruning_schedule or ()]
+        reductions = model.config.calibrated_reductions
     for reduction in reductions:
-        model.config.threshold_for(reduction)
+        model.setting_for(reduction)
     dense = stock_model(model)
-    runs = [Run("pruning off", model, 0.0), *(Run(f"{reduction:g}", model, reduction) for reduction in reductions)]
+    runs = [
+        TimedRun("pruning off", model, 0.0),
+        *(TimedRun(f"{reduction:g}", model, reduction) for reduction in reductions),
+    ]
     if dense is not None:
-        runs.insert(0, Run("transformers", dense, None))
+        runs.insert(0, TimedRun("transformers", dense, None))
     results = []
     with restored(model), prepared(model):
         for batch_size in batch_sizes:
@@ -141,12 +139,12 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
             batch = complete(model, make_batches(model, processor, some, batch_size)[0])
             names = ["pixel_values"] if task.text_column is None else ["pixel_values", "input_ids", "attention_mask"]
             inputs = {name: batch[name] for name in names}
-            results += _time(runs, inputs, batch, batch_size, rounds, task.name)
+            results += _time(runs, inputs, batch, batch_size, rounds, task)
     return results
 
 
 @torch.no_grad()
-def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: int, task: str) -> list[dict]:
+def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, rounds: int, task: Task) -> list[dict]:
     def set_up(run):
         if run.reduction is not None:
             run.model.set_pruning(reduction=run.reduction)
@@ -181,18 +179,19 @@ def _time(runs: list[Run], inputs: dict, batch: dict, batch_size: int, rounds: i
     return results
 
 
-def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, task=None, device=None):
-    """Load a checkpoint, calibrate it if it isn't, time it and write `out`; return the table's title and rows.
+def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **reading):
+    """Calibrate a checkpoint if it isn't, time it and write `out`; return the table's title and rows.
 
     Args:
-        source, task, device: As [`~madtp_hf.checkpoints.load.load_model`] takes them.
-        images (`str` or `Path`, *optional*): A folder of images; noise if None.
+        loaded: What [`~madtp_hf.checkpoints.load.load`] returned.
+        images (`str` or `Path`, *optional*): What [`~madtp_hf.data.rows.load_rows`] reads; noise if None.
         text (`str`, *optional*): The text for all images; the task's default if None.
         reductions, batch_sizes, rounds: As [`benchmark`] takes them.
         out (`str` or `Path`): The JSON file to write.
+        reading: `image_dir`, `columns` and `on_error` of `load_rows`.
     """
-    model, processor, is_dense = load_model(source, task, device)
-    entry, number = TASKS[model.task], max(*batch_sizes, CALIBRATION_SAMPLES)
+    model, processor, entry = loaded.model, loaded.processor, loaded.task
+    number = max(*batch_sizes, CALIBRATION_SAMPLES)
     texts = [text or entry.text]
     if images is None:
         pictures = iter(synthetic_images(number * entry.num_images, model.config.vision_config.image_size))
@@ -206,14 +205,15 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
             for index in range(number)
         ]
     else:
-        rows = load_rows(entry, images, texts, samples=number)
-    known = [found for found, *_ in model.config.pruning_schedule or ()]
+        rows = load_rows(entry, images, texts, samples=number, **reading)
+    known = model.config.calibrated_reductions
     calibrated_here = not known
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
-        if is_dense:
+        if loaded.is_dense:
             init_alignment_from(model, batches)
-        known = [found for found, *_ in calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)]
+        calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)
+        known = model.config.calibrated_reductions
         reductions = known
     results = benchmark(model, processor, rows, reductions, batch_sizes, rounds)
     device, threads = model.device, torch.get_num_threads()
@@ -223,7 +223,7 @@ def run_benchmark(source, images, text, reductions, batch_sizes, rounds, out, ta
         else f"{platform.processor() or platform.machine()}, {threads} threads"
     )
     facts = {
-        "model": public_name(source),
+        "model": public_name(loaded.source),
         "task": model.task,
         "images": "noise" if images is None else public_name(images),
         "calibrated here": calibrated_here,

@@ -1,4 +1,4 @@
-"""Calibration: find the pruning thresholds (temperature and factor) that save given shares of a model's FLOPs."""
+"""Calibration: find the settings of a model's pruning method that save given shares of its FLOPs."""
 
 import itertools
 import math
@@ -7,6 +7,7 @@ import warnings
 import torch
 from tqdm.auto import tqdm
 
+from ..modeling.pruning_method import Path
 from .flops import reduction_of_flops
 from .passes import complete, decoder_tokens, encode, restored
 
@@ -14,59 +15,46 @@ from .passes import complete, decoder_tokens, encode, restored
 TOLERANCE = 0.003  # of the reduction: a search stops when it is this close to its target
 ACCEPTED = 0.01  # a search that ends this close has succeeded; a larger standard error of the mean gives a warning
 MAX_PASSES = 14  # over the data, for each reduction
-SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan
-FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
-ALMOST_1 = 1 - 1e-5
 SCAN_SAMPLES = 4
 
 
-def threshold_at(point: float, start: float) -> tuple[float, float]:
-    """Return the temperature and the factor at a point of the path from no pruning to the largest reduction.
-
-    A point is the logarithm of temperature times factor. Along the path, the factor first rises to 1 at the
-    temperature `start`, then the temperature rises with factor 1. The first part covers reductions that no temperature
-    reaches, because all tokens that the alignment tokens attend to may have a high importance. The reduction
-    starts at 0 and changes along the path without a jump.
-    """
-    product = math.exp(point)
-    temperature = max(product, start)
-    return temperature, min(product / temperature, 1.0)
-
-
 @torch.no_grad()
-def measure_reduction(model, batches, temperature: float, factor: float = 1.0) -> float:
-    """Return the mean FLOPs reduction over the samples of `batches` at a temperature and a factor.
+def measure_reduction(model, batches, **setting: float) -> float:
+    """Return the mean FLOPs reduction over the samples of `batches` at a setting of the model's method.
 
     batches: dicts of what `forward` takes.
     """
-    return _run(model, batches, temperature, factor)[0].mean().item()
+    return _run(model, batches, setting)[0].mean().item()
 
 
 @torch.no_grad()
-def _run(model, batches, temperature: float, factor: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Run one pass over the data.
 
     Returns each sample's reduction, and each branch's token counts of all samples in the layout of the model's
     outputs, on the CPU.
     """
-    model.set_pruning(temperature=temperature, factor=factor)
     vision, text, answers = [], [], []
-    for batch in batches:
-        batch = complete(model, batch)
-        output = encode(model, batch)
-        vision.append(output.vision_tokens)
-        text.append(output.text_tokens)
-        answers.append(torch.as_tensor(decoder_tokens(batch, model.task, model.config)).expand(vision[-1].shape[-1]))
+    with model.pruning(**setting):
+        for batch in batches:
+            batch = complete(model, batch)
+            output = encode(model, batch)
+            vision.append(output.vision_tokens)
+            text.append(output.text_tokens)
+            tokens = torch.as_tensor(decoder_tokens(batch, model.task, model.config))
+            answers.append(tokens.expand(vision[-1].shape[-1]))
+        pruning = model.start_pass()
     counts = (None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers))
     vision, text, answers = counts
-    return reduction_of_flops(model.config, model.task, vision, text, answers), {"vision": vision, "text": text}
+    reductions = reduction_of_flops(model.config, model.task, vision, text, answers, pruning=pruning)
+    return reductions, {"vision": vision, "text": text}
 
 
 class _Curve:
     """The reduction as a function of the point on the path, measured on all of the data and cached."""
 
-    def __init__(self, model, batches, start, progress):
-        self.model, self.batches, self.start, self.progress = model, batches, start, progress
+    def __init__(self, model, batches, path, progress):
+        self.model, self.batches, self.path, self.progress = model, batches, path, progress
         self.reductions: dict[float, float] = {}
         self.spreads: dict[float, float] = {}  # the standard deviation over samples
         self.num_samples = 0
@@ -74,8 +62,7 @@ class _Curve:
 
     def at(self, point: float) -> float:
         if point not in self.reductions:
-            threshold = threshold_at(point, self.start)
-            of_samples, self.tokens[point] = _run(self.model, self.batches, *threshold)
+            of_samples, self.tokens[point] = _run(self.model, self.batches, self.path.setting(point))
             self.reductions[point], self.num_samples = of_samples.mean().item(), len(of_samples)
             self.spreads[point] = of_samples.std().item() if len(of_samples) > 1 else math.nan
             self.progress.update()
@@ -93,33 +80,22 @@ class _Curve:
         return min(self.reductions, key=lambda point: abs(self.reductions[point] - target))
 
 
-def _scan(model, batch, start: float | None, progress) -> tuple[list[tuple[float, float]], float]:
-    """Measure the reduction along the path on a few samples.
+def _scan(model, batch, progress) -> tuple[list[tuple[float, float]], Path]:
+    """Measure the reduction along the method's path on a few samples.
 
-    Returns (point, reduction) pairs up to the largest reduction, and the path's first temperature.
-
-    start: the first temperature, if it is known. Otherwise it is, from the temperature of the smallest reduction on,
-    the first one at which a factor a little below 1 hardly changes the reduction. At lower temperatures an alignment
-    token attends to a single token, and the threshold equals that token's importance to the last bit: factor 1 drops
-    the token and any smaller factor keeps it, in all layers and samples at once.
+    Returns (point, reduction) pairs up to the largest reduction, and the path.
     """
     few = {name: value[:SCAN_SAMPLES] for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
-    def at(temperature, factor=1.0):
+    def measure(setting):
         progress.update()
-        return math.log(temperature * factor), measure_reduction(model, [few], temperature, factor)
+        return measure_reduction(model, [few], **setting)
 
-    scan = [at(temperature) for temperature in SCAN if start is None or temperature > start]
-    if start is not None:
-        scan.insert(0, at(start))
+    present = model.config.pruning_setting
+    settings = [] if present is None else [model.pruning_method.read_setting(present)]
+    path, scan = model.pruning_method.scan(model.config, settings, measure)
     top = max(range(len(scan)), key=lambda i: scan[i][1])
-    bottom = 0
-    if start is None:
-        bottom = min(range(top + 1), key=lambda i: scan[i][1])
-        while bottom < top and scan[bottom][1] - at(SCAN[bottom], ALMOST_1)[1] > TOLERANCE:
-            bottom += 1
-        start = SCAN[bottom]
-    return [at(start, factor) for factor in FACTORS] + scan[bottom : top + 1], start
+    return scan[: top + 1], path
 
 
 def _search(curve: _Curve, scan: list[tuple[float, float]], target: float) -> None:
@@ -169,26 +145,27 @@ def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
     return counts.cummin(0).values.tolist()
 
 
-def _freeze(model, batches, target: float, threshold: list[float], tokens: dict[str, torch.Tensor], progress) -> list:
-    """Return the entry of `pruning_token_counts` that saves the target: the threshold's counts, scaled until they do.
+def _freeze(model, batches, entry: dict, tokens: dict[str, torch.Tensor], progress) -> dict:
+    """Return the entry of `pruning_token_counts` that saves an entry of the schedule's reduction.
 
-    threshold: a temperature, and a factor unless it is 1.
+    It holds the counts of the entry's setting, scaled until they save it.
     """
     config = model.config
+    setting = {name: value for name, value in entry.items() if name != "reduction"}
     few, many, scale, found = 0.5, 1.5, 1.0, []
     for _ in range(MAX_PASSES):
-        counts = [
+        vision, text = (
             None if branch is None else _fixed_counts(branch.flatten(1), scale, least)
             for branch, least in zip(tokens.values(), config._least_token_counts)
-        ]
-        entry = [threshold[0], counts[0], counts[1] or [3] * config.text_config.num_hidden_layers, *threshold[1:]]
-        config.pruning_granularity, config.pruning_token_counts = "frozen", [entry]
-        reduction = measure_reduction(model, batches, *threshold)
+        )
+        counts = {**setting, "vision": vision, "text": text or [3] * config.text_config.num_hidden_layers}
+        config.pruning_granularity, config.pruning_token_counts = "frozen", [counts]
+        reduction = measure_reduction(model, batches, **setting)
         progress.update()
-        found.append((abs(reduction - target), entry))
+        found.append((abs(reduction - entry["reduction"]), counts))
         if found[-1][0] <= TOLERANCE or many - few < 1e-3:
             break
-        if reduction > target:
+        if reduction > entry["reduction"]:
             few = scale
         else:
             many = scale
@@ -227,8 +204,8 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
     finding = (
         f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
         f" {curve.largest(scan):.3f}, the smallest about {curve.smallest(scan):.3f}."
-        " Give more samples if it is in between, or fine-tune with"
-        f" `madtp_hf.ReductionCallback({unreached[-1]})` first."
+        " Pass more samples if it is in between, or first fine-tune with"
+        f" `madtp_hf.ReductionCallback({unreached[-1]})`."
     )
     if nothing_reached:
         raise ValueError(f"reductions={unreached}: {finding}")
@@ -242,7 +219,7 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
         return
     if number < 2:
         warnings.warn(
-            "The schedule rests on 1 sample, which doesn't tell how much samples differ: give some hundreds.",
+            "The schedule rests on 1 sample, which doesn't show how much samples differ: pass a few hundred.",
             stacklevel=3,
         )
         return
@@ -252,20 +229,20 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
         warnings.warn(
             f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of"
             f" {spread:.3f}, and"
-            f" the mean's standard error is {error:.3f}. Give at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
+            f" the mean's standard error is {error:.3f}. Pass at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
             f" for {ACCEPTED}.",
             stacklevel=3,
         )
 
 
-def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[float]]:
-    """Find the pruning thresholds that save given shares of a model's FLOPs, and write them into its configuration.
+def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[dict[str, float]]:
+    """Find the settings that save given shares of a model's FLOPs, and write them into its configuration.
 
-    This needs no training, no gradients and no labels. The reduction is measured at a few points of a path, and each
-    target is bracketed. The path starts with no pruning: a factor on the threshold rises to 1 at a low temperature,
-    then the temperature rises. It covers all reductions up to the largest. The reduction need not increase everywhere
-    along the path; if several points reach a target, the search takes one where the reduction increases. A model
-    trained with `ReductionCallback` is calibrated on the path that it was trained on.
+    This needs no training, no gradients and no labels. The reduction is measured at a few points of the pruning
+    method's path, from no pruning to most, and each target is bracketed. For MADTP, a factor on the threshold rises to
+    1 at a low temperature, then the temperature rises. The reduction need not increase everywhere along the path; if
+    several points reach a target, the search takes one where the reduction increases. A model trained with
+    `ReductionCallback` is calibrated on the path that it was trained on.
 
     It takes about three forward passes over the data for each reduction, up to 14 more with `freeze`, and about 30
     passes over 4 samples. Five reductions on 512 samples take about as long as 15 x 512 samples, including reading
@@ -273,14 +250,14 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
 
     Args:
         model (`MadtpBlipPreTrainedModel`):
-            The model. Afterwards it has a schedule and `model.set_pruning(reduction=...)` works; its temperature is
+            The model. Afterwards it has a schedule and `model.set_pruning(reduction=...)` works; its setting is
             unchanged.
         dataloader (`Iterable`):
             Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them, FLOPs count only the
             decoder's start token. It is read once per pass; a few hundred samples are enough. If the standard error of
             the mean reduction is above 0.01, a warning says how many samples are needed.
         reductions (`list[float]`):
-            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no threshold. A reduction that this model
+            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no setting. A reduction that this model
             can't reach on this data is left out, with a warning that names the largest reachable one; the others are
             kept.
         freeze (`bool`, *optional*, defaults to `False`):
@@ -290,8 +267,8 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
             to `"instance"` to give every sample its own number of tokens again.
 
     Returns:
-        `list[list[float]]`: the schedule, `[reduction, temperature]`, or `[reduction, temperature, factor]` where the
-        factor isn't 1.
+        `list[dict]`: the schedule, `{"reduction": ..., "temperature": ..., "factor": ...}`, or the setting of the
+        model's other method.
 
     Raises:
         TypeError: if `reductions` isn't a list of numbers.
@@ -301,35 +278,33 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[list[
     targets = read_reductions(reductions)
     if iter(dataloader) is dataloader:
         raise ValueError(
-            "dataloader can be read only once, it is an iterator: expected a DataLoader or a list of batches."
+            "dataloader is an iterator, which can be read only once: expected a DataLoader or a list of batches."
         )
     first = next(iter(dataloader), None)
     if first is None:
-        raise ValueError("dataloader gave no batch: expected at least one.")
+        raise ValueError("dataloader yields no batch: expected at least one.")
 
     freeze = freeze or model.config.pruning_granularity == "frozen"
     schedule, unreached, counts, found = [], [], [], []
     with restored(model), tqdm(desc="calibrating", unit=" passes", leave=False) as progress:
         if model.config.pruning_granularity == "frozen":
             model.config.pruning_granularity = "instance"
-        begun = model.config.pruning_temperature if model.config.pruning_threshold_factor < 1 else None
-        scan, start = _scan(model, first, begun or None, progress)
-        curve = _Curve(model, dataloader, start, progress)
+        scan, path = _scan(model, first, progress)
+        curve = _Curve(model, dataloader, path, progress)
         for target in targets:
             _search(curve, scan, target)
             best = curve.nearest(target)
             if abs(curve.reductions[best] - target) <= ACCEPTED:
-                temperature, factor = threshold_at(best, start)
-                schedule.append([target, temperature] if factor == 1 else [target, temperature, factor])
+                schedule.append({"reduction": target, **path.setting(best)})
                 found.append(best)
             else:
                 unreached.append(target)
         if unreached:
             _report_unreached(unreached, curve, scan, nothing_reached=not schedule)
         _report_spread(curve, found)
-        if freeze:
-            for (target, *threshold), point in zip(schedule, found):
-                counts.append(_freeze(model, dataloader, target, threshold, curve.tokens[point], progress))
+        if freeze and not model.pruning_method.has_fixed_counts:
+            for entry, point in zip(schedule, found):
+                counts.append(_freeze(model, dataloader, entry, curve.tokens[point], progress))
 
     model.config.pruning_schedule = schedule
     model.config.pruning_token_counts = counts or None

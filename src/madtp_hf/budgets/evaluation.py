@@ -1,10 +1,12 @@
 """Evaluate a model at several budgets: its predictions, their FLOPs and their time."""
 
 import json
+import os
 import platform
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..modeling.versions import VERSION as __version__
-from ..tasks import TASKS
+from ..tasks import TASKS, make_batches
 from .flops import count_flops, dense_flops
 from .passes import complete, decoder_tokens, encode, restored
 
@@ -92,7 +94,7 @@ def prepared(model, precision: str | None = None):
 
 
 @torch.no_grad()
-def evaluate_budgets(model, loader, reductions, predict, accelerator=None, precision=None) -> list[BudgetResult]:
+def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, precision=None) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
@@ -102,9 +104,10 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None, preci
             Batches as `forward` takes them; with `accelerator`, prepared by it.
         reductions (`list[float]`):
             The shares of FLOPs to save; 0 is off.
-        predict (`Callable`):
+        predict (`Callable`, *optional*):
             `predict(batch)` returns a list of predictions, one per sample. Tokens are counted while it runs the
-            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them.
+            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them. By default
+            nothing is predicted or timed, and the encoders alone run.
         accelerator (`accelerate.Accelerator`, *optional*):
             If given, results are gathered from all processes, and every process gets all of them.
         precision (`str`, *optional*):
@@ -128,7 +131,7 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None, preci
                 tokens.clear()
                 synchronize(model.device)
                 started = time.perf_counter()
-                predictions = predict(batch)
+                predictions = predict(batch) if predict else []
                 synchronize(model.device)
                 row["seconds"] += time.perf_counter() - started
                 if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
@@ -148,6 +151,51 @@ def evaluate_budgets(model, loader, reductions, predict, accelerator=None, preci
         )
         for reduction, row in rows.items()
     ]
+
+
+def evaluate_task(
+    model, processor, rows: list[dict], reductions=None, batch_size: int = 16, precision: str | None = None
+) -> list[dict]:
+    """Evaluate a model with its task's metric at several FLOPs reductions.
+
+    Args:
+        model: One of this package's models, calibrated unless `reductions` is `[0]`.
+        processor: Its processor.
+        rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` returns them, with the targets that the metric needs.
+        reductions (`list[float]`, *optional*): By default 0 and those of the model's schedule.
+        batch_size (`int`, *optional*, defaults to 16): Samples per batch.
+        precision (`str`, *optional*): As in [`evaluate_budgets`].
+
+    Returns:
+        `list[dict]`: one row per budget: `precision` if one was given, `reduction asked`, `reached`, the metric's
+        scores (shares where the name ends in "%"), `GFLOPs` of a sample and `time / dense`.
+
+    Raises:
+        ValueError: if a row has no target, or a reduction is not in the schedule.
+    """
+    task = TASKS[model.task]
+    for row in rows:
+        if not any(row.get(name) not in (None, "", []) for name in task.target_columns):
+            raise ValueError(
+                f"{row[task.image_columns[0]]} has no {' or '.join(task.target_columns)}: expected them in each row,"
+                f" for the metric {task.metric} compares predictions with them."
+            )
+    if reductions is None:
+        reductions = [0.0, *model.config.calibrated_reductions]
+    for reduction in reductions:  # fail before minutes of prediction
+        model.setting_for(reduction)
+    predict = task.predict and partial(task.predict, model, processor)
+    batches = make_batches(model, processor, rows, batch_size)
+    results = evaluate_budgets(model, batches, list(reductions), predict, precision=precision)
+    if task.predict_all is not None:  # a sample's cost is that of one pass, the time that of comparing all
+        with restored(model), prepared(model, precision):
+            for result in results:
+                model.set_pruning(reduction=result.reduction_asked)
+                started = time.perf_counter()
+                result.predictions = task.predict_all(model, processor, rows, batch_size)
+                result.seconds = time.perf_counter() - started
+    table = budget_rows(results, [task.score(result.predictions, rows) for result in results])
+    return [{"precision": precision, **row} for row in table] if precision else table
 
 
 def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[float] | None = None) -> list[dict]:
@@ -200,6 +248,11 @@ def conservative_budget(scores: dict[float, float], loss: float = 0.01) -> float
     if 0.0 not in scores:
         raise ValueError(f"scores at reductions {sorted(scores)}: expected one at 0, pruning off, to compare with.")
     return max(reduction for reduction, score in scores.items() if score >= scores[0.0] - loss - 1e-9)
+
+
+def public_name(source) -> str:
+    """Return the name of a model or data set: the last part of a folder's path, or a Hub id unchanged."""
+    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def show_number(name: str, value: float) -> str:

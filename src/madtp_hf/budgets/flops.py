@@ -3,12 +3,15 @@
 No model is run or traced.
 """
 
+import functools
+
 import torch
 
+from ..modeling.pruning_method import get_method
 from ..tasks import get_task
 
 
-def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, pruning: bool) -> torch.FloatTensor:
+def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, method) -> torch.FloatTensor:
     task = get_task(task)
     vision_tokens = torch.as_tensor(vision_tokens).float()
     answer_tokens = torch.as_tensor(answer_tokens).to(vision_tokens)
@@ -28,15 +31,22 @@ def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, pruning
             f"vision_tokens has shape {tuple(vision_tokens.shape)}: expected (layers + 1, {task.num_images},"
             f" batch_size) for task {task.name!r}."
         )
-    return task.flops(config, vision_tokens, text_tokens, answer_tokens, config.pruning_modalities if pruning else ())
+    added = {}
+    for name, _, branch in branches:
+        modality = name.removesuffix("_tokens")
+        if method is not None and modality in config.pruning_modalities and modality in method.modalities:
+            added[modality] = functools.partial(method.layer_flops, config, branch)
+    return task.flops(config, vision_tokens, text_tokens, answer_tokens, added)
 
 
-def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
+def count_flops(
+    config, task: str, vision_tokens, text_tokens=None, answer_tokens=0, *, pruning=None
+) -> torch.FloatTensor:
     """Compute the multiply-accumulates of each sample's inference forward pass.
 
     Args:
         config (`MadtpBlipConfig` or `MadtpClipConfig`):
-            The model's configuration; alignment scores are counted if its temperature is above 0.
+            The model's configuration; what its pruning method adds is counted if pruning is on.
         task (`str`):
             `"vqa"`, `"captioning"`, `"nlvr2"`, `"retrieval"` (the pass that matches an image and a text) or `"clip"`
             (the features of one image and one text).
@@ -47,6 +57,8 @@ def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_token
             Likewise for the text encoder; captioning has none.
         answer_tokens (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*, defaults to 0):
             The number of answer or caption tokens that the decoder reads in one pass; 0 leaves the decoder out.
+        pruning (`PruningPass`, *optional*):
+            The pruning that the tokens were counted with, from `model.start_pass()`. Defaults to the configuration's.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size,)`.
@@ -54,17 +66,23 @@ def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_token
     Raises:
         ValueError: if the task is unknown, text tokens are missing, or tokens have the wrong shape.
     """
-    return _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning=config.pruning_temperature > 0)
+    if pruning is not None:
+        method = pruning.method if pruning.is_on else None
+    else:
+        method = None if config.pruning_setting is None else get_method(config.pruning_method)
+    return _count(config, task, vision_tokens, text_tokens, answer_tokens, method)
 
 
 def dense_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
     """Compute [`count_flops`] with pruning off, as if every token that enters the encoders stayed to the end."""
     vision_tokens = vision_tokens[:1].expand_as(vision_tokens)
     text_tokens = None if text_tokens is None else text_tokens[:1].expand_as(text_tokens)
-    return _count(config, task, vision_tokens, text_tokens, answer_tokens, pruning=False)
+    return _count(config, task, vision_tokens, text_tokens, answer_tokens, method=None)
 
 
-def reduction_of_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0) -> torch.FloatTensor:
+def reduction_of_flops(
+    config, task: str, vision_tokens, text_tokens=None, answer_tokens=0, *, pruning=None
+) -> torch.FloatTensor:
     """Compute each sample's reduction (batch_size,), 1 - FLOPs(pruned) / FLOPs(dense)."""
     tokens = (vision_tokens, text_tokens, answer_tokens)
-    return 1 - count_flops(config, task, *tokens) / dense_flops(config, task, *tokens)
+    return 1 - count_flops(config, task, *tokens, pruning=pruning) / dense_flops(config, task, *tokens)

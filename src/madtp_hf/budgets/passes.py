@@ -30,7 +30,8 @@ def decoder_tokens(batch, task: str, config) -> torch.Tensor | int:
 def measure(model, batch, output) -> torch.Tensor:
     """Return the FLOPs reduction (B,) of each sample of a batch, computed from the model's output."""
     tokens = decoder_tokens(batch, model.task, model.config)
-    return reduction_of_flops(model.config, model.task, output.vision_tokens, output.text_tokens, tokens)
+    counts = (output.vision_tokens, output.text_tokens, tokens)
+    return reduction_of_flops(model.config, model.task, *counts, pruning=model.start_pass())
 
 
 def complete(model, batch) -> dict[str, torch.Tensor]:
@@ -65,9 +66,9 @@ def encode(model, batch):
 
 @contextmanager
 def restored(model):
-    """Put a model into evaluation mode; on exit restore mode, temperature, factor, granularity and frozen counts."""
+    """Put a model into evaluation mode; on exit restore mode, setting, granularity and frozen counts."""
     config = model.config
-    names = ("pruning_temperature", "pruning_threshold_factor", "pruning_granularity", "pruning_token_counts")
+    names = ("pruning_setting", "pruning_granularity", "pruning_token_counts")
     training, before = model.training, {name: getattr(config, name) for name in names}
     try:
         yield model.eval()

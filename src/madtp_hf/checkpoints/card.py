@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BlipConfig, CLIPConfig
 
-from ..budgets.evaluation import show_number
+from ..budgets.evaluation import public_name, show_number
 from ..modeling.configuration_madtp_blip import MadtpBlipConfig
 from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import Task, task_of
@@ -21,11 +21,6 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 # Columns of a results table that aren't metrics.
 _BUDGET = "reduction asked"
 _NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
-
-
-def public_name(source) -> str:
-    """Return the name of a model or data set for a card: the last part of a folder's path, or a Hub id unchanged."""
-    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def _hub_ids(sources) -> list[str] | None:
@@ -123,15 +118,12 @@ def _read_metrics(metrics) -> dict:
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ValueError(
-            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, a row a"
-            " budget, such as"
-            " {0.5: {'accuracy': 0.93}}, or one row, {'accuracy': 0.93}, where a row gives finite numbers by name, one"
-            " of them of a metric; or None."
+            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, one row per"
+            " budget such as {0.5: {'accuracy': 0.93}}, a single row {'accuracy': 0.93}, or None; a row maps names to"
+            " finite numbers, at least one of them a metric."
         )
     if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
-        raise ValueError(
-            f"metrics={given[:200]}: expected a {_BUDGET!r} in each of several rows, and no two the same."
-        )
+        raise ValueError(f"metrics={given[:200]}: expected a different {_BUDGET!r} in each of several rows.")
     return content
 
 
@@ -258,28 +250,31 @@ def _loading(config, task, model_class: str, name: str) -> dict:
 
 def _pruning(config) -> dict:
     """Return the template's values that say which budgets a checkpoint has, and at which one it loads."""
-    schedule = getattr(config, "pruning_schedule", None) or []
-    temperature = getattr(config, "pruning_temperature", 0.0)
-    factor = getattr(config, "pruning_threshold_factor", 1.0)
+    schedule, reductions = (
+        getattr(config, "pruning_schedule", None) or [],
+        getattr(config, "calibrated_reductions", []),
+    )
+    setting = getattr(config, "pruning_setting", None)
     if schedule:
-        budget = f"reduction={min((reduction for reduction, *_ in schedule), key=lambda r: abs(r - 0.5)):g}"
+        budget = f"reduction={min(reductions, key=lambda r: abs(r - 0.5)):g}"
     else:
         original = getattr(config, "original_temperature", None)
         budget = "temperature=1.0" if original is None else f"temperature={original:g}"
     reached = [
-        reduction
-        for reduction, of_schedule, *others in schedule
-        if math.isclose(of_schedule, temperature) and math.isclose(others[0] if others else 1.0, factor)
+        entry["reduction"]
+        for entry in schedule
+        if setting and all(math.isclose(entry.get(name, value), value) for name, value in setting.items())
     ]
-    if not temperature:
+    if not setting:
         as_loaded = "pruning is off"
     elif reached:
         as_loaded = f"it prunes at reduction {reached[0]:g}"
     else:
-        as_loaded = f"it prunes at temperature {temperature:g}" + (f" and factor {factor:g}" if factor != 1 else "")
+        numbers = [f"{name} {value:g}" for name, value in setting.items() if (name, value) != ("factor", 1)]
+        as_loaded = f"it prunes at {' and '.join(numbers)}"
     return {
         "budget": budget,
-        "reductions": ", ".join(f"{reduction:g}" for reduction, *_ in schedule),
+        "reductions": ", ".join(f"{reduction:g}" for reduction in reductions),
         "several": len(schedule) > 1,
         "frozen": getattr(config, "pruning_granularity", None) == "frozen",
         "as_loaded": as_loaded,
@@ -345,12 +340,12 @@ def create_model_card(
     dense = (
         not loading["with_code"]
         and not getattr(config, "pruning_schedule", None)
-        and not getattr(config, "pruning_temperature", 0)
+        and not getattr(config, "pruning_setting", None)
     )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=[task.family.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
+        tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
         base_model=(_hub_ids(base_model) or [None])[0],
         datasets=_hub_ids(datasets),
         license=license,
@@ -368,7 +363,7 @@ def create_model_card(
         pipeline_call=(task.pipeline_call or "").format(text=text),
         quoted_name=json.dumps(name),
         usage=task.usage.format(text=text),
-        family=task.family,
+        family=task.family.name,
         pruned_class=task.model_class.__name__,
         image_size=config.vision_config.image_size,
         made_from=public_name(base_model) if base_model else None,

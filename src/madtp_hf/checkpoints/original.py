@@ -2,6 +2,7 @@
 
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -10,23 +11,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-# Tensors that are not the model's: momentum encoders, feature queues, index buffers, the contrastive temperature and
-# the manually scheduled one; the text decoder's projection to the alignment tokens, which it never uses; and the
-# three sizes that CLIP's files hold among the weights.
+# Tensors that are not the model's: momentum encoders, feature queues, index and mask buffers, the contrastive
+# temperature and the manually scheduled one; the text decoder's projection to the alignment tokens, which it never
+# uses; and the three sizes that CLIP's files hold among the weights.
 _TRAINING_ONLY = re.compile(
-    r"(^|\.)position_ids$|^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.|_queue$"
+    r"(^|\.)(position_ids|attn_mask)$|^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.|_queue$"
     r"|^queue_ptr$|^ptr_queue$|^temperature$|^temp$|^text_decoder\.bert\.encoder\.txt_query_model\."
     r"|^(visual|transformer|token_embedding|positional_embedding|ln_final|text_projection|logit_scale)_m(\.|$)"
     r"|^(input_resolution|context_length|vocab_size)$"
 )
-HEAD_WIDTH = 64  # in all attention layers of BLIP and CLIP
+_WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # put into names by DistributedDataParallel and compile
+_NESTED = ("state_dict", "model", "module")  # where training code puts the state dict: open_clip, BLIP, DeepSpeed
 
 
 def read_checkpoint(path) -> dict:
-    """Read an original checkpoint from a `.safetensors` file, or from a `.pth` file with `weights_only=True`.
+    """Read an original checkpoint: `.safetensors`, `.pth` or `.pt` with `weights_only=True`, or a TorchScript archive.
 
     Returns:
-        The state dict. If the file has it under `"model"`, a dict with that key and the training state next to it.
+        What the file holds: the state dict, or a dict with it and the training state next to it.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -38,39 +40,57 @@ def read_checkpoint(path) -> dict:
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
+        elif (code := _read_torchscript(path)) is not None:
+            # Loading runs none of an archive's code but `__setstate__`, which archives of weights don't have.
+            if "__setstate__" in code:
+                raise ValueError("weights_only: GLOBAL __setstate__")
+            content = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious or damaged pickle can raise any exception
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} is a TorchScript archive, a program, as OpenAI publishes CLIP: expected weights alone. The"
-                " same weights are on the Hub,"
-                ' MadtpClipModel.from_clip("openai/clip-vit-base-patch32") takes them.'
-            ) from None
-        known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError))
+        known = isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile))
         if known and "weights_only" not in str(error):
-            raise ValueError(f"{path} is no readable checkpoint, it may be truncated: {error}") from error
+            raise ValueError(f"{path} can't be read as a checkpoint, it may be truncated: {error}") from error
         # torch's own message explains how to load the file anyway, which would run the code that was just found in it.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} was refused: it is damaged, or holds more than tensors and plain"
-            f" values{f' ({found[1]})' if found else ''}, which could"
-            " run code; expected the file as its authors published it, or its weights alone as .safetensors."
+            f"{path} was refused: it is damaged, or contains more than tensors and plain"
+            f" values{f' ({found[1]})' if found else ''}, which could run code; expected the file as its authors"
+            " published it, or only its weights as .safetensors."
         ) from None
     own_tensors(content, path)
-    return content
+    return dict(content)
+
+
+def _read_torchscript(path: Path) -> str | None:
+    """Return the code in a TorchScript archive, as OpenAI publishes CLIP, without running it; None for other files."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if not any(name.endswith("/constants.pkl") for name in names):
+            return None
+        return "\n".join(archive.read(name).decode() for name in names if name.endswith(".py"))
 
 
 def own_tensors(content, source) -> dict[str, torch.Tensor]:
-    """Return the model's own tensors in a checkpoint by their original names; `source` names it in errors."""
-    named = content.get("model", content) if isinstance(content, dict) else {}
+    """Return the model's own tensors in a checkpoint by their original names; `source` names it in errors.
+
+    The state dict may be nested in what training code saves, and its names may have `module.` and `_orig_mod.` in
+    them.
+    """
+    named = content
+    while isinstance(named, dict) and (key := next((k for k in _NESTED if isinstance(named.get(k), dict)), None)):
+        named = named[key]
     tensors = {
-        name: tensor
+        _WRAPPERS.sub(r"\1", name): tensor
         for name, tensor in (named.items() if isinstance(named, dict) else ())
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
     if not tensors:
-        raise ValueError(f'{source} holds no state dict: expected one, or one under "model".')
+        raise ValueError(
+            f'{source} contains no state dict: expected one, at the top or under "model" or "state_dict".'
+        )
     return {name: tensor for name, tensor in tensors.items() if not _TRAINING_ONLY.search(name)}
 
 
@@ -80,10 +100,6 @@ def shape_of(state_dict: dict[str, torch.Tensor], name: str, *axes: str) -> tupl
     if len(shape) != len(axes) or 0 in shape:
         raise ValueError(f"The checkpoint's {name} has shape {shape}: expected ({', '.join(axes)}).")
     return shape
-
-
-def count_layers(state_dict, pattern) -> int:
-    return len({match.group(1) for name in state_dict if (match := re.match(pattern, name))})
 
 
 def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: str) -> tuple[int, int, int]:
@@ -97,8 +113,8 @@ def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: st
     grid = math.isqrt(number - 1)
     if grid == 0 or grid**2 != number - 1:
         raise ValueError(
-            f"The checkpoint's {positions} has {number} positions: expected a class token's and those of a square"
-            " of patches."
+            f"The checkpoint's {positions} has {number} positions: expected one of the class token and those of"
+            " a square of patches."
         )
     return width, patch_size, grid
 
@@ -113,9 +129,8 @@ def resize_positions(
     _, patch_size, grid = read_patches(state_dict, kernel, positions)
     if not isinstance(image_size, int) or image_size <= 0 or image_size % patch_size:
         raise ValueError(
-            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, as"
-            f" {grid * patch_size}, its"
-            " own size, is."
+            f"image_size={image_size!r}: expected a multiple of the checkpoint's patch size, {patch_size}, such as"
+            f" its own size, {grid * patch_size}."
         )
     given = state_dict[positions]
     if image_size == grid * patch_size:
@@ -125,13 +140,3 @@ def resize_positions(
     patches = F.interpolate(patches, size=(image_size // patch_size,) * 2, mode="bicubic", align_corners=False)
     resized = torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
     return resized.view(*given.shape[:-2], -1, given.shape[-1])
-
-
-def count_heads(width: int, tower: str) -> int:
-    if width % HEAD_WIDTH:
-        raise ValueError(
-            f"The checkpoint's {tower} tower is {width} wide, no multiple of {HEAD_WIDTH}, the width of the original's"
-            " attention heads: pass a"
-            f" config with {tower}_config.num_attention_heads."
-        )
-    return width // HEAD_WIDTH

@@ -52,11 +52,13 @@ _ALONGSIDE = (
     "NOTICE",
     "results.json",
     "handler.py",
+    "images.py",
     "requirements.txt",
 )
 # What an Inference Endpoint needs besides a checkpoint: a request handler, and a transformers that can load it.
 _HANDLER = {
     "handler.py": Path(__file__).parents[1].joinpath("serving", "endpoint_handler.py").read_bytes,
+    "images.py": Path(__file__).parents[1].joinpath("modeling", "images.py").read_bytes,
     "requirements.txt": lambda: b"transformers>=5.0\n",
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")  # uploaded if README.md links to them

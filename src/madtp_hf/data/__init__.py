@@ -11,7 +11,7 @@ from .digit_scenes import (
     question_only_accuracy,
 )
 from .published import load_coco_captions, load_flickr30k, load_nlvr2, load_vqav2
-from .tables import load_table
+from .rows import load_rows, load_table, open_rows
 
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "load_digit_statements",
     "load_flickr30k",
     "load_nlvr2",
+    "load_rows",
     "load_table",
     "load_vqav2",
+    "open_rows",
     "question_only_accuracy",
 ]

@@ -24,9 +24,9 @@ def _column(rows: list[dict], name: str) -> list:
             raise ValueError(f"Row {index} of the batch has None as {name!r}: expected a value, or leave the row out.")
         if name not in row:
             raise ValueError(
-                f"Row {index} of the batch has no {name!r}, only {list(row)}: expected rows with that column; if the"
-                " data set has it, Trainer has removed it, as it does with columns that the model's forward doesn't"
-                " know: pass TrainingArguments(remove_unused_columns=False)."
+                f"Row {index} of the batch has no {name!r}, only {list(row)}: expected rows with that column. If the"
+                " data set has it, Trainer has removed it, because the model's forward has no such argument: pass"
+                " TrainingArguments(remove_unused_columns=False)."
             )
     return [row[name] for row in rows]
 

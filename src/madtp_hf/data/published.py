@@ -1,7 +1,7 @@
 """Read NLVR2, VQAv2, COCO captions and Flickr30k, from the files that their publishers ship or from the Hub.
 
 For each data set, the readers know its authors' files (for the splits of COCO and Flickr30k, Karpathy's as well),
-BLIP's own JSON lists and, for Flickr30k, Kaggle's file. For tables of your own see `tables.py`. A reader takes
+BLIP's own JSON lists and, for Flickr30k, Kaggle's file. For data of your own see `rows.py`. A reader takes
 
 - a file, or a folder that holds the split's file under its publisher's name (the authors' files are tried before
   BLIP's). Each image is looked up in the image folder, at the path that the file gives or implies and then directly
@@ -22,6 +22,8 @@ from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
+
+from .image_files import path_inside
 
 
 LABELS = ("False", "True")
@@ -44,9 +46,7 @@ _VQAV2_SPLITS = {
 }
 _KARPATHY_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
-_AS_SHIPPED = "take the file as its publisher ships it, or mend that place"
-# Absolute, with a drive, or with ".." anywhere, in Windows or POSIX syntax, whatever the system of this machine.
-_LEADS_OUT = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
+_AS_SHIPPED = "download the file again from its publisher, or fix that entry"
 _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
@@ -105,7 +105,7 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
         if not re.fullmatch(rf"{name}-\d+-\d+-\d+", identifier):
             raise ValueError(
                 f"{where}: identifier {identifier!r}: expected {name}-<set>-<pair>-<sentence> in the split {split!r} "
-                "(BLIP's follow from the images' names); choose the split that the file is of"
+                "(BLIP's follow from the images' names); choose the file's split"
             )
         label = _field(entry, "label", where, str)
         if label not in LABELS:
@@ -211,7 +211,7 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
 def _blip_questions(document: list, subset: str, file: Path, annotations):
     """Yield (place, entry, path of the image, answers) for each of BLIP's entries."""
     if annotations is not None:
-        raise ValueError(f"{file} has its answers in it: leave annotations= out")
+        raise ValueError(f"{file} contains its answers: leave `annotations` out")
     for where, entry in _entries(document, file):
         unanswered = subset.startswith("test") and "answer" not in entry
         yield where, entry, _field(entry, "image", where, str), [] if unanswered else _texts(entry, "answer", where)
@@ -221,9 +221,7 @@ def _official_questions(document, subset: str, file: Path, annotations):
     """Yield the same as `_blip_questions` for each of the authors' questions."""
     questions = _field(_checked_entry(document, file), "questions", file, list)
     if document.get("data_subtype", subset) != subset:
-        raise ValueError(
-            f"{file} is of {document['data_subtype']!r}: expected {subset!r}; choose the split that the file is of"
-        )
+        raise ValueError(f"{file} is of {document['data_subtype']!r}: expected {subset!r}; choose the file's split")
     is_test = subset.startswith("test")
     answers = {} if is_test else _official_answers(file, annotations)
     folder = "test2015" if is_test else subset  # test-dev is a subset of test
@@ -231,7 +229,7 @@ def _official_questions(document, subset: str, file: Path, annotations):
         question_id = _field(entry, "question_id", where, int)
         if not is_test and question_id not in answers:
             raise ValueError(
-                f"{where}: question_id {question_id} has no annotation; take both files of the same split and version"
+                f"{where}: question_id {question_id} has no annotation; both files must be of one split and version"
             )
         image = f"{folder}/COCO_{folder}_{_field(entry, 'image_id', where, int):012d}.jpg"
         yield where, entry, image, answers.get(question_id, [])
@@ -242,10 +240,9 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
     beside = questions.with_name(questions.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
     file = beside if annotations is None else Path(annotations).expanduser()
     if file == questions or not file.is_file():
-        expected = "v2_mscoco_<subset>_annotations.json beside it" if file == questions else file
+        expected = "v2_mscoco_<subset>_annotations.json next to it" if file == questions else file
         raise FileNotFoundError(
-            f"no annotations of {questions}: expected {expected}; put them there or say with annotations= where they"
-            " are"
+            f"no annotations of {questions}: expected {expected}; put them there or pass `annotations`, where they are"
         )
     answers = {}
     document = _checked_entry(_parse(_read_text(file), file), file)
@@ -299,7 +296,7 @@ def load_coco_captions(
     elif isinstance(document, dict):
         entries = _karpathy_entries(document, file, {name, "restval"} if with_restval else {name})
     elif name == "train" and not include_restval:
-        raise ValueError(f"{file} does not tell restval from train; use Karpathy's dataset_coco.json")
+        raise ValueError(f"{file} does not separate restval from train; use Karpathy's dataset_coco.json")
     else:
         entries = _entries(document, file)
     return _dataset(_caption_rows(entries, _image_finder(image_dir, file)), features, file)
@@ -347,13 +344,13 @@ def load_flickr30k(
     if file.suffix in line_files:
         if name != "all":
             raise ValueError(
-                f"{file} knows no splits: expected split='all', got {split!r}; for a split use dataset_flickr30k.json"
+                f"{file} has no splits: expected split='all', got {split!r}; for a split use dataset_flickr30k.json"
             )
         entries = _line_entries(text, file, *line_files[file.suffix], on_error)
     elif isinstance(document := _parse(text, file), dict):
         entries = _karpathy_entries(document, file, {"train", "val", "test"} if name == "all" else {name})
     elif name == "all":
-        raise ValueError(f"{file} holds one split: expected its name, got split='all'")
+        raise ValueError(f"{file} has one split: expected its name, got split='all'")
     else:
         entries = _entries(document, file)
     return _dataset(
@@ -389,7 +386,7 @@ def _coco_entries(document: dict, file: Path, split: str):
     """Yield (place, entry in BLIP's form) for each caption of COCO's own file, then check that all images have one."""
     of_split = re.fullmatch(r"captions_(train|val)\d+\.json", file.name)
     if of_split and of_split[1] != split:
-        raise ValueError(f"{file} is of {of_split[1]!r}: expected {split!r}; choose the split that the file is of")
+        raise ValueError(f"{file} is for the split {of_split[1]!r}: expected {split!r}; choose the file's split")
     images = {}
     for where, entry in _entries(_field(document, "images", file, list), f"{file}, images"):
         name = _field(entry, "file_name", where, str)
@@ -401,7 +398,7 @@ def _coco_entries(document: dict, file: Path, split: str):
     for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):
         number = _field(entry, "image_id", where, int)
         if number not in images:
-            raise ValueError(f"{where}: image_id {number} is none of the file's images; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: image_id {number} is not one of the file's images; {_AS_SHIPPED}")
         captioned.add(number)
         caption = _field(entry, "caption", where, str).strip()
         yield where, {"image": images[number][1], "caption": caption, "cocoid": number}
@@ -464,7 +461,7 @@ def _is_local(path, columns, where=None, **local_options) -> bool:
         for name, value in (("columns", columns), ("where", where)):
             if value is not None:
                 raise ValueError(
-                    f"{name}= is for data sets on the Hub, and {path} is a file or folder here; leave {name}= out"
+                    f"`{name}` is for data sets on the Hub, and {path} is a local file or folder: leave it out"
                 )
         return True
     hub_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
@@ -476,7 +473,7 @@ def _is_local(path, columns, where=None, **local_options) -> bool:
     given = [f"{name}=" for name, value in local_options.items() if value is not None]
     if given:
         raise ValueError(
-            f"{', '.join(given)} is for files, and {path} is no file or folder here; correct the path, or leave it"
+            f"{', '.join(given)} is for files, and {path} is not a local file or folder; correct the path, or leave it"
             " out to load from the Hub"
         )
     return False
@@ -518,7 +515,7 @@ def _parse(text: str, file: Path, line: int = 1):
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); download the file"
-            " again or mend that line"
+            " again or fix that line"
         ) from error
 
 
@@ -556,7 +553,7 @@ def _texts(entry: dict, name: str, where) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{where}: field {name!r}: expected strings alone, got {repr(text)[:60]}; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: field {name!r}: expected only strings, got {repr(text)[:60]}; {_AS_SHIPPED}")
     return texts
 
 
@@ -564,23 +561,24 @@ def _image_finder(image_dir, file: Path, *subfolders: str):
     """Return a function from an image's path in the data to its path on this machine."""
     folder = os.path.abspath(file.parent if image_dir is None else Path(image_dir).expanduser())
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"image_dir={image_dir} is no folder: expected the one that image paths start from")
+        raise FileNotFoundError(
+            f"image_dir={image_dir} is not a directory: expected the folder where image paths start"
+        )
     known = {}
 
     def find(image: str, where) -> str:
         if image not in known:
-            if _LEADS_OUT.match(image):
-                raise ValueError(
-                    f"{where}: image path {image!r} leads out of the image folder: expected one relative to it,"
-                    f" without '..'; {_AS_SHIPPED}"
-                )
+            try:
+                path_inside(image, folder, allow_absolute=False)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}; {_AS_SHIPPED}") from None
             names = (image, *(f"{folder}/{image}" for folder in subfolders), PurePosixPath(image).name)
             tried = [os.path.normpath(name) for name in names]
             name = next((name for name in tried if os.path.isfile(os.path.join(folder, name))), None)
             if name is None:
                 raise FileNotFoundError(
-                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; say with image_dir= where the"
-                    " images are, or get this one"
+                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; pass `image_dir`, the folder"
+                    " of the images, or add this one"
                 )
             known[image] = os.path.join(folder, name)
         return known[image]
@@ -592,7 +590,7 @@ def _dataset(rows: list[dict], features, file: Path):
     from datasets import Dataset
 
     if not rows:
-        raise ValueError(f"{file} holds nothing of the split; choose another split or file")
+        raise ValueError(f"{file} contains nothing of the split; choose another split or file")
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
@@ -619,13 +617,13 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
         dataset = load_dataset(name, split=split)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is no file or folder here, and no data set on the Hub that can be read: {error}"
+            f"{name} is not a local file or folder, and can't be read as a data set on the Hub: {error}"
         ) from error
     missing = [column for column in (*theirs.values(), *(where or {})) if column not in dataset.column_names]
     if missing:
         raise ValueError(
             f"{name} has no column {', '.join(missing)}: it has {', '.join(dataset.column_names)}; "
-            f"say with columns= which are {', '.join(features)}"
+            f"pass `columns`, a dict from {', '.join(features)} to its names"
         )
     if where:
         dataset = _rows_where(dataset, where, name)

@@ -1,15 +1,14 @@
 """Bulk captioning and question answering: the parts behind `madtp-hf caption` and `madtp-hf ask`."""
 
+from ..data.sources import Row, open_rows
 from ..modeling.images import UnreadableImage, read_image
 from .image_to_text import Generation, ImageToText, prepare
 from .output import Counts, Output
 from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
-from .sources import Columns, Row, open_source
 
 
 __all__ = [
     "Batch",
-    "Columns",
     "Counts",
     "Generation",
     "ImageToText",
@@ -19,7 +18,7 @@ __all__ = [
     "Summary",
     "UnreadableImage",
     "finish_batch",
-    "open_source",
+    "open_rows",
     "places",
     "prepare",
     "read_image",

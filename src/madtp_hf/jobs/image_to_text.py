@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
 
-from ..tasks import TASKS
+from ..checkpoints.load import load
 
 
 # Default memory for a batch: a size that is fast on a CPU, and a share of a GPU's memory. On a CPU larger batches gain
@@ -70,12 +69,12 @@ class ImageToText:
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
         self.dtype = getattr(torch, dtype or ("float32" if self.device.type == "cpu" else "bfloat16"))
-        self.model = _load(source, task, self.dtype)
+        loaded = load(source, task, dtype=self.dtype, device="cpu")
+        self.model, self.processor = loaded.model, loaded.processor
         if generation.reduction is not None:
             self.model.set_pruning(reduction=generation.reduction)
-        self.processor = AutoProcessor.from_pretrained(source)
         self.fingerprint = _digest(self.model)
-        self.model.to(self.device).eval().prepare_for_inference()
+        self.model.to(self.device).prepare_for_inference()
         image_processor = self.processor.image_processor
         self._scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
         normalises = image_processor.do_normalize
@@ -88,7 +87,7 @@ class ImageToText:
             self._prompt = self.processor.tokenizer(generation.prompt, return_tensors="pt").input_ids.to(self.device)
             room -= self._prompt.shape[1] - 2
         if room < 1:
-            raise ValueError(f"The prompt {generation.prompt!r} leaves the decoder no room: expected a shorter one.")
+            raise ValueError(f"The prompt {generation.prompt!r} fills the decoder's length: expected a shorter one.")
         self.max_new_tokens = min(generation.max_new_tokens, room)
 
     def pixel_values(self, pixels: np.ndarray) -> torch.Tensor:
@@ -154,17 +153,6 @@ class ImageToText:
         decoder = kept * tokens + self.generation.num_beams * (kept * length + 4 * text.vocab_size)
         size = torch.finfo(self.dtype).bits // 8 * (encoder + decoder)
         return 2 ** max(0, min(MAX_BATCH.get(self.device.type, 256), memory // size).bit_length() - 1)
-
-
-def _load(source, task: str, dtype: torch.dtype):
-    """Load the model of a checkpoint for `task`, ours or transformers' BLIP."""
-    config, model_class = AutoConfig.from_pretrained(source), TASKS[task].model_class
-    named = (config.architectures or ["a model without architectures"])[0]
-    if named == model_class.__name__:
-        return model_class.from_pretrained(source, dtype=dtype)
-    if named in [dense.__name__ for dense in model_class._dense_classes]:
-        return model_class.from_blip(source, dtype=dtype)
-    raise ValueError(f"{source} is {named}: expected a checkpoint of {model_class.__name__}.")
 
 
 def _digest(model: torch.nn.Module) -> str:

@@ -77,7 +77,7 @@ class Output:
 
         Returns: the counts of the job if it has finished, else None.
 
-        Raises: `ValueError` if the job was begun with other settings, or if the output exists and isn't this job's.
+        Raises: `ValueError` if the job was started with other settings, or the output exists and isn't this job's.
         """
         try:
             finished = self._begin(force)
@@ -150,7 +150,7 @@ class Output:
         if names:
             changes = "; ".join(f"{name} was {begun.get(name)!r}, now {now.get(name)!r}" for name in names)
             raise ValueError(
-                f"{self.out} was begun with other settings ({changes}): repeat the same, choose another"
+                f"{self.out} was started with other settings ({changes}): repeat the same, choose another"
                 " output, or start over with `force=True`."
             )
 
@@ -255,7 +255,7 @@ class _Counted:
 
 
 def _write_parquet(file: Path, rows, column: str) -> None:
-    from .sources import require
+    from ..data.sources import require
 
     pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     names = ["key", "question", column] if column == "answer" else ["key", column]

@@ -11,10 +11,10 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..data.sources import Row
 from ..modeling.images import MAX_PIXELS, UnreadableImage, read_image
 from .image_to_text import prepare
 from .output import Output
-from .sources import Row
 
 
 # At the end, processes wait for the slowest one without a practical limit.
@@ -39,7 +39,7 @@ class PreparedBatches(Dataset):
     """Read and resize batches given as (part, first row, row after the last); an unreadable row affects no other.
 
     Args:
-        source: see `open_source`.
+        source: rows, see `open_rows`.
         image_processor: the checkpoint's.
         asks (`bool`): whether rows need a question.
         question (`str`, *optional*): a question to ask about all images.
@@ -53,14 +53,12 @@ class PreparedBatches(Dataset):
     def __getitem__(self, place: tuple[int, int, int]) -> Batch:
         part, start, stop = place
         batch, pixels = Batch(part), []
-        for row, reason in self._rows(start, stop):
+        for row in self._rows(start, stop):
             content = {"row": row.index, "key": row.key}
-            question = self.question if self.question is not None else row.question
+            question = self.question if self.question is not None else row.values.get("question")
             if self.asks:
                 content["question"] = question
             try:
-                if reason is not None:
-                    raise UnreadableImage(reason)
                 pixels.append(self._prepared(row, question))
                 batch.rows.append(content)
             except UnreadableImage as error:
@@ -69,25 +67,25 @@ class PreparedBatches(Dataset):
         return batch
 
     def _rows(self, start: int, stop: int):
-        """Yield (row, None), or (row, reason) for rows that the source can't read, such as those of a damaged file."""
+        """Yield the rows, also those that the source can't read, such as those of a damaged file, with the reason."""
         following = start
         try:
             for row in self.source.rows(start, stop):
                 following = row.index + 1
-                yield row, None
+                yield row
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             for index in range(following, stop):
-                yield Row(index, str(index), None), reason
+                yield Row(index, str(index), {}, reason)
 
     def _prepared(self, row, question) -> np.ndarray:
-        if row.index in self.refused:
-            raise UnreadableImage(self.refused[row.index])
+        if row.error is not None or row.index in self.refused:
+            raise UnreadableImage(row.error or self.refused[row.index])
         if self.asks and not (isinstance(question, str) and question.strip()):
-            raise UnreadableImage("there is no question in this row")
-        if row.image is None:
-            raise UnreadableImage("there is no image in this row")
-        image = read_image(row.image, self.max_pixels)
+            raise UnreadableImage("the row has no question")
+        if row.values.get("image") is None:
+            raise UnreadableImage("the row has no image")
+        image = read_image(row.values["image"], self.max_pixels)
         try:
             return prepare(image, self.image_processor)
         except (ValueError, MemoryError) as error:

@@ -1,9 +1,10 @@
-"""Attention over the sequences of a batch: fused, or with the evidence that a reduction method needs from its maps.
+"""Attention over the sequences of a batch: fused, or with what a pruning method needs from its maps.
 
-Shapes: R rows of all sequences; in a part of the batch, n sequences of up to L tokens, N of which are removable; H
+Shapes: R rows of all sequences; in a chunk of the batch, n sequences of up to L tokens, N of which are removable; H
 heads, d head width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,51 +12,78 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .sequences import Sequences, join, takes_parts
-from .token_pruning import AttentionEvidence
+from .chunks import divide, takes_chunks, whole
+from .sequences import Sequences, join
+from .token_pruning import AttentionStatistics
 from .triton_kernels import KERNEL_ERRORS, disable, is_available, varlen_attention
 
 
 ATTENTION_BLOCK = 3 * 2**19  # attention probabilities computed at a time on a CPU: 6 MB, which fit into the cache
 
 
-class TokenRoles(NamedTuple):
-    """The roles of a host's tokens: which are protected, which is the reader, and which tokens they attend to.
+class BranchSpec(NamedTuple):
+    """What a host says about the sequences of one of its branches.
 
-    The first token of a sequence is always protected, that is, never removed. The *reader* is the token whose row of
-    the attention map says what the sequence as a whole attends to.
+    Protected tokens are never removed; the others are *removable*.
 
-    protects_last: the last token is protected as well and is the reader, as CLIP's end of text. Otherwise the first
-        token is the reader.
-    is_causal: a token attends to itself and to the tokens before it.
+    num_prefix_tokens, num_suffix_tokens: how many tokens at the front and at the end of each sequence are protected,
+        such as a class token, registers or an end of text.
+    pooling: the query that reads the sequence as a whole, whose attention is s_cls: `"first"` or `"last"`, the first
+        or the last token's; `"mean"`, the mean over all queries; or a tensor (H, d), a query from outside.
+    is_causal: whether a token attends to itself and to the tokens before it alone.
     """
 
-    protects_last: bool = False
+    num_prefix_tokens: int = 1
+    num_suffix_tokens: int = 0
+    pooling: str | torch.Tensor = "first"
     is_causal: bool = False
 
+    @property
+    def num_protected(self) -> int:
+        return self.num_prefix_tokens + self.num_suffix_tokens
+
     def num_removable(self, sequences: Sequences) -> int:
-        """Return N, the number of slots for removable tokens in padded states; the first of them is slot 1."""
-        return sequences.max_seqlen - 1 - self.protects_last
+        """Return N, the number of removable tokens in a longest sequence."""
+        return sequences.max_seqlen - self.num_protected
 
-    def removable(self, sequences: Sequences) -> torch.Tensor | None:
-        """Return an (n, N) bool mask of the slots that hold a removable token, or None if all do."""
-        if sequences.mask is None:
-            return None
-        # Where the last token is protected, a slot holds a removable token if a real token follows it.
-        return sequences.mask[:, 1 + self.protects_last :]
+    def removable(self, sequences: Sequences) -> slice:
+        """Return the positions of the removable tokens in padded states."""
+        return slice(self.num_prefix_tokens, self.num_prefix_tokens + self.num_removable(sequences))
 
-    def removable_weights(self, sequences: Sequences) -> torch.Tensor | None:
-        """Return `removable` as floats."""
-        return None if sequences.mask is None else sequences.real[:, 1 + self.protects_last :]
+    def mask(self, sequences: Sequences) -> torch.Tensor | None:
+        """Return an (n, N) bool mask, True where a removable token is real, or None if all are."""
+        # A removable token is real if, behind it, there are the real tokens of the suffix.
+        return None if sequences.mask is None else sequences.mask[:, self.num_protected :]
 
-    def removable_counts(self, sequences: Sequences) -> torch.Tensor | int:
+    def float_mask(self, sequences: Sequences) -> torch.Tensor | None:
+        """Return `mask` as floats."""
+        return None if sequences.mask is None else sequences.float_mask[:, self.num_protected :]
+
+    def counts(self, sequences: Sequences) -> torch.Tensor | int:
         """Return the number of removable tokens of each sequence, (n, 1), or N if it is the same for all."""
         if sequences.mask is None:
             return self.num_removable(sequences)
-        return sequences.lengths.unsqueeze(1) - (1 + self.protects_last)
+        return sequences.lengths.unsqueeze(1) - self.num_protected
 
 
-FIRST_PROTECTED = TokenRoles()  # only the first token, the class token, is protected
+CLASS_TOKEN_FIRST = BranchSpec()
+
+
+# Triton or torch
+
+
+def takes_kernels(query: torch.Tensor, *layouts: Sequences, dropout: float = 0.0) -> bool:
+    """Return whether Triton's kernels can take queries (R, H, d) like these, of batches laid out like these."""
+    return not dropout and is_available(query) and all(layout.has_only_real_rows for layout in layouts)
+
+
+def in_kernels(function: Callable, *args):
+    """Call a function that launches kernels; return None, and switch them off, if they can't be built."""
+    try:
+        return function(*args)
+    except KERNEL_ERRORS as error:
+        disable(error)
+        return None
 
 
 # Fused attention
@@ -72,7 +100,7 @@ def attend(
     dropout: float = 0.0,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Compute attention without collecting evidence, by the fastest path that these inputs allow.
+    """Compute attention without collecting statistics, by the fastest path that these inputs allow.
 
     Args:
         attention (`nn.Module`):
@@ -92,35 +120,29 @@ def attend(
     """
     context = sequences if context is None else context
     varlen = sequences.is_varlen or context.is_varlen
-    if "flash" in implementation and has_only_real_rows(sequences, context):
+    if "flash" in implementation and sequences.has_only_real_rows and context.has_only_real_rows:
         return _flash_attention(attention, implementation, query, key, value, sequences, context, dropout, is_causal)
-    if varlen and not dropout and has_only_real_rows(sequences, context) and is_available(query):
+    if varlen and takes_kernels(query, sequences, context, dropout=dropout):
         lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen)
-        try:
-            return varlen_attention(query, key, value, *lengths, is_causal).flatten(1)
-        except KERNEL_ERRORS as error:
-            disable(error)
-    division = sequences.whole
+        output = in_kernels(varlen_attention, query, key, value, *lengths, is_causal)
+        if output is not None:
+            return output.flatten(1)
+    chunking = whole(sequences)
     if varlen:
-        division = (context if context.is_varlen else sequences).divide(key.shape[1] * key.shape[2])
+        chunking = divide(context if context.is_varlen else sequences, key.shape[1] * key.shape[2])
     outputs = []
-    for asking, asked in zip(sequences.parts(division), context.parts(division)):
+    for of_query, of_key in zip(chunking.chunks(sequences), chunking.chunks(context)):
         states = padded_attention(
             implementation,
-            asking.pad(query).transpose(1, 2),
-            asked.pad(key).transpose(1, 2),
-            asked.pad(value).transpose(1, 2),
-            asked.mask,
+            of_query.pad(query).transpose(1, 2),
+            of_key.pad(key).transpose(1, 2),
+            of_key.pad(value).transpose(1, 2),
+            of_key.mask,
             dropout,
             is_causal,
         )
-        outputs.append(asking.unpad(states.transpose(1, 2).flatten(2)))
-    return sequences.join_rows(outputs, division)
-
-
-def has_only_real_rows(*batches: Sequences) -> bool:
-    """Return whether none of these batches has padding among its rows."""
-    return all(sequences.is_varlen or sequences.mask is None for sequences in batches)
+        outputs.append(of_query.unpad(states.transpose(1, 2).flatten(2)))
+    return chunking.join_rows(outputs, sequences)
 
 
 def _flash_attention(attention, implementation, query, key, value, sequences, context, dropout, is_causal):
@@ -155,9 +177,11 @@ def padded_attention(implementation: str, query, key, value, mask=None, dropout:
 def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tensor:
     """Compute the attention probabilities (B, H, L, M) of query (B, H, L, d) over key (B, H, M, d).
 
-    mask: broadcasts to the probabilities; True where a query may attend to a key.
+    mask: broadcasts to the probabilities; True where a query may attend to a key, or what is added to the logits.
     """
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if mask is not None and mask.dtype != torch.bool:
+        return (logits + mask).softmax(dim=-1)
     if is_causal:
         causal = causal_mask(logits.shape[-1], logits.device)
         mask = causal if mask is None else mask & causal
@@ -166,11 +190,11 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
     return logits.softmax(dim=-1)
 
 
-def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, roles: TokenRoles, dropout: float = 0.0):
+def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, is_causal: bool, dropout: float = 0.0):
     """Compute self-attention of (R, 3, H, d); return its output (R, H * d) and its maps (B, H, L, L)."""
     query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
     mask = None if sequences.mask is None else sequences.mask[:, None, None, :]
-    maps = attention_maps(query, key, mask, roles.is_causal)
+    maps = attention_maps(query, key, mask, is_causal)
     output = F.dropout(maps, dropout) @ value
     return sequences.unpad(output.transpose(1, 2).flatten(2)), maps
 
@@ -180,17 +204,17 @@ def causal_mask(length: int, device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-# Attention that collects evidence
+# Attention that collects what a pruning method needs
 
 
-def attend_with_evidence(
+def attend_with_statistics(
     query_key_value: torch.Tensor,
-    part: Sequences,
-    roles: TokenRoles,
+    chunk: Sequences,
+    spec: BranchSpec,
     dropout: float = 0.0,
     all_maps: list | None = None,
-) -> tuple[torch.Tensor, AttentionEvidence]:
-    """Compute self-attention within a part of the batch, and collect the evidence that token importance needs.
+) -> tuple[torch.Tensor, AttentionStatistics]:
+    """Compute self-attention within a chunk of the batch, and collect the statistics that token importance needs.
 
     A CPU computes a few heads at a time, so that their maps fit into the cache. Without gradients these blocks of
     heads share one buffer; maps are kept only for a backward pass or for `all_maps`.
@@ -198,65 +222,66 @@ def attend_with_evidence(
     Args:
         query_key_value (`torch.Tensor` of shape `(R, 3, H, d)`):
             Queries, keys and values of the whole batch.
-        part (`Sequences`):
-            The part of the batch to compute.
-        roles (`TokenRoles`):
-            Which tokens are protected, and which is the reader.
+        chunk (`Sequences`):
+            The chunk of the batch to compute.
+        spec (`BranchSpec`):
+            Which tokens are protected, and which query pools the sequence.
         dropout (`float`, *optional*, defaults to 0.0):
             The dropout probability of the attention maps.
         all_maps (`list`, *optional*):
-            If given, the part's maps (n, H, L, L) are appended to it.
+            If given, the chunk's maps (n, H, L, L) are appended to it.
 
     Returns:
-        The output (rows of the part, H * d) and the part's `AttentionEvidence`.
+        The output (rows of the chunk, H * d) and the chunk's `AttentionStatistics`.
     """
-    query, key, value = _split_and_pad(query_key_value, part)
-    num_heads, length = query.shape[0], part.max_seqlen
+    query, key, value = _split_and_pad(query_key_value, chunk)
+    num_heads, length = query.shape[0], chunk.max_seqlen
     heads = num_heads
-    if takes_parts(query.device):
+    if takes_chunks(query.device):
         # An even number of heads, because most CPUs have an even number of cores.
-        heads = min(max(ATTENTION_BLOCK // (part.batch_size * length**2) // 2 * 2, 2), num_heads)
-    seen = None if part.mask is None else part.mask[:, None, :]
-    if roles.is_causal:
+        heads = min(max(ATTENTION_BLOCK // (chunk.batch_size * length**2) // 2 * 2, 2), num_heads)
+    seen = None if chunk.mask is None else chunk.mask[:, None, :]
+    if spec.is_causal:
         past = causal_mask(length, query.device)
         seen = past if seen is None else seen & past
     space = None
     if heads < num_heads and all_maps is None and not torch.is_grad_enabled():
-        space = query.new_empty(heads * part.batch_size, length, length)
-    outputs, of_reader, kept_maps, strongest = [], [], [], None
+        space = query.new_empty(heads * chunk.batch_size, length, length)
+    outputs, pooled, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
         output, maps = _attention_of_heads(*block, seen, dropout, space)
         outputs.append(output)
         if all_maps is not None:
             kept_maps.append(maps)
-        row, most = _row_of_reader(maps, part, roles), maps.amax(dim=0)
-        of_reader.append(row if space is None else row.clone())
+        row, most = _pooling_row(maps, chunk, spec), maps.amax(dim=0)
+        if row is not None:
+            pooled.append(row if space is None else row.clone())
         strongest = most if strongest is None else torch.maximum(strongest, most)
-    output, from_reader = join(outputs), join(of_reader)
-    tokens = slice(1, 1 + roles.num_removable(part))
-    asked = strongest[:, 1:, tokens]
-    if part.mask is None:
-        received = asked.sum(dim=1)
+    output = join(outputs)
+    pooling_attention = join(pooled) if pooled else _attention_from_outside(key, chunk, spec)
+    tokens, removable = spec.removable(chunk), spec.float_mask(chunk)
+    by_query = strongest[:, spec.num_prefix_tokens :, tokens]
+    if chunk.mask is None:
+        received = by_query.sum(dim=1)
     else:  # zero out padded queries
-        received = (part.real[:, None, 1:] @ asked).squeeze(1)
-    if roles.protects_last and part.mask is not None:  # a shorter sample's last token is in a removable slot
-        removable = roles.removable_weights(part)
-        received, from_reader = received * removable, from_reader * removable
-    evidence = AttentionEvidence(received, from_reader, output[:, :, tokens].float().norm(dim=-1))
+        received = (chunk.float_mask[:, None, spec.num_prefix_tokens :] @ by_query).squeeze(1)
+    if spec.num_suffix_tokens and chunk.mask is not None:  # a shorter sample's suffix is among the removable positions
+        received, pooling_attention = received * removable, pooling_attention * removable
+    statistics = AttentionStatistics(received, pooling_attention, output[:, :, tokens].float().norm(dim=-1))
     if all_maps is not None:  # the output depends on the returned maps, so that users can read their gradients
         maps = join(kept_maps).transpose(0, 1)
-        all_maps.append(maps if part.mask is None else maps * part.real[:, None, :, None])
+        all_maps.append(maps if chunk.mask is None else maps * chunk.float_mask[:, None, :, None])
         output = all_maps[-1].transpose(0, 1).to(value.dtype) @ value
-    return part.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), evidence
+    return chunk.unpad_rows(output.flatten(1, 2).transpose(0, 1)).flatten(1), statistics
 
 
-def _split_and_pad(query_key_value: torch.Tensor, part: Sequences) -> tuple[torch.Tensor, ...]:
-    """Split (R, 3, H, d) into the padded query, key and value of a part, (H, n, L, d) each.
+def _split_and_pad(query_key_value: torch.Tensor, chunk: Sequences) -> tuple[torch.Tensor, ...]:
+    """Split (R, 3, H, d) into the padded query, key and value of a chunk, (H, n, L, d) each.
 
     Heads come first, so that a block of heads multiplies as one batch.
     """
-    states = part.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
-    return (states if part.batch_size == 1 else states.contiguous()).unbind()
+    states = chunk.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
+    return (states if chunk.batch_size == 1 else states.contiguous()).unbind()
 
 
 def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,12 +304,89 @@ def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> 
     return output.unflatten(0, shape), maps
 
 
-def _row_of_reader(maps: torch.Tensor, part: Sequences, roles: TokenRoles) -> torch.Tensor:
-    """Select the reader's attention to the removable slots: maps (H, n, L, L) -> (H, n, N)."""
-    tokens = slice(1, 1 + roles.num_removable(part))
-    if not roles.protects_last:
+def _pooling_row(maps: torch.Tensor, chunk: Sequences, spec: BranchSpec) -> torch.Tensor | None:
+    """Return the pooling query's attention to the removable tokens: maps (H, n, L, L) -> (H, n, N).
+
+    It is None if the query comes from outside.
+    """
+    if not isinstance(spec.pooling, str):
+        return None
+    tokens = spec.removable(chunk)
+    if spec.pooling == "mean":
+        if chunk.mask is None:
+            return maps[..., tokens].mean(dim=2)
+        queries = chunk.float_mask / chunk.lengths.unsqueeze(1)
+        return (queries[:, None, :] @ maps[..., tokens]).squeeze(2)
+    if spec.pooling == "first":
         return maps[:, :, 0, tokens]
-    if part.mask is None:
+    if chunk.mask is None:
         return maps[:, :, -1, tokens]
-    last = (part.lengths - 1).view(1, -1, 1, 1).expand(maps.shape[0], -1, 1, maps.shape[3])
+    last = (chunk.lengths - 1).view(1, -1, 1, 1).expand(maps.shape[0], -1, 1, maps.shape[3])
     return maps.gather(2, last)[:, :, 0, tokens]
+
+
+def _attention_from_outside(key: torch.Tensor, chunk: Sequences, spec: BranchSpec) -> torch.Tensor:
+    """Compute the attention (H, n, N) that a pooling query (H, d) from outside pays to keys (H, n, L, d)."""
+    query = spec.pooling.to(key)[:, None, None, :]
+    mask = None if chunk.mask is None else chunk.mask[:, None, :]
+    return attention_maps(query, key, mask)[:, :, 0, spec.removable(chunk)].float()
+
+
+def attend_fused(
+    query_key_value: torch.Tensor,
+    chunk: Sequences,
+    spec: BranchSpec,
+    needs: str | None = None,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    all_maps: list | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute self-attention within a chunk of the batch by fused attention, which keeps no maps.
+
+    Args:
+        query_key_value (`torch.Tensor` of shape `(R, 3, H, d)`):
+            Queries, keys and values of the whole batch.
+        needs (`str`, *optional*):
+            `"pooling_attention"`: what the pooling query pays to each removable token, its mean over heads, (n, N).
+            `"keys"`: each removable token's key, its mean over heads, (n, N, d).
+        bias (`torch.Tensor` of shape `(n, L)`, *optional*):
+            Added to the logits of each key.
+        all_maps (`list`, *optional*):
+            If given, the chunk's maps (n, H, L, L) are computed and appended to it.
+
+    Returns:
+        The output (rows of the chunk, H * d), and what the method needs.
+    """
+    query, key, value = chunk.pad(query_key_value).permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d) each
+    mask = None if chunk.mask is None else chunk.mask[:, None, None, :]
+    if spec.is_causal:
+        past = causal_mask(chunk.max_seqlen, query.device)
+        mask = past if mask is None else mask & past
+    if bias is not None:
+        bias = bias.to(query.dtype)[:, None, None, :]
+        mask = bias if mask is None else bias.where(mask, torch.finfo(query.dtype).min)
+    if all_maps is None:
+        output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    else:
+        all_maps.append(attention_maps(query, key, mask))
+        output = F.dropout(all_maps[-1], dropout) @ value
+    found = None
+    if needs == "pooling_attention":
+        found = _pooling_attention(query, key, mask, chunk, spec).mean(dim=0)
+    elif needs == "keys":
+        found = key[:, :, spec.removable(chunk)].mean(dim=1)
+    return chunk.unpad(output.transpose(1, 2).flatten(2)), found
+
+
+def _pooling_attention(query, key, mask, chunk: Sequences, spec: BranchSpec) -> torch.Tensor:
+    """Compute the pooling query's attention (H, n, N) again, from queries and keys (n, H, L, d)."""
+    if not isinstance(spec.pooling, str):
+        return _attention_from_outside(key.transpose(0, 1), chunk, spec)
+    if spec.pooling == "first":
+        query, mask = query[:, :, :1], mask if mask is None or mask.shape[2] == 1 else mask[:, :, :1]
+    elif spec.pooling == "last" and chunk.mask is None:
+        query, mask = query[:, :, -1:], mask if mask is None or mask.shape[2] == 1 else mask[:, :, -1:]
+    maps = attention_maps(query, key, mask).float().transpose(0, 1)
+    if maps.shape[2] == 1:
+        return maps[:, :, 0, spec.removable(chunk)]
+    return _pooling_row(maps, chunk, spec)

@@ -2,7 +2,7 @@
 
 from transformers import BlipConfig
 
-from .configuration_pruning import MODALITIES, PRUNING_OUTPUTS, PruningConfigMixin
+from .configuration_pruning import PRUNING_OUTPUTS, PruningConfigMixin
 from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this file imports itself)
 
 
@@ -18,12 +18,18 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             to it.
         alignment_loss_weight (`float`, *optional*, defaults to 0.1):
             The weight of the alignment loss relative to the task loss.
+        distillation_weight (`float`, *optional*, defaults to 1.0):
+            In training with a dense pass or a teacher (see `madtp_hf.ReductionCallback`), the weight of what pruned
+            passes learn from its outputs, relative to the task loss.
+        pruning_method (`str`, *optional*, defaults to `"madtp"`):
+            How tokens are chosen: `"madtp"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or the name of a
+            class of your own. Set it with `model.set_pruning_method`.
+        pruning_setting (`dict[str, float]`, *optional*):
+            How much the method prunes: `{"temperature": ..., "factor": ...}` for MADTP and class attention,
+            `{"keep_rate": ...}` for EViT and random tokens, `{"r": ...}` for ToMe. `None` switches pruning off. Set it
+            with `model.set_pruning`.
         pruning_temperature (`float`, *optional*, defaults to 0.0):
-            The temperature of the pruning threshold. 0 switches pruning off, larger values prune more. Set it with
-            `model.set_pruning`.
-        pruning_threshold_factor (`float`, *optional*, defaults to 1.0):
-            The factor of the pruning threshold, in (0, 1]. Values below 1 reach less pruning than any temperature
-            does. Set it with `model.set_pruning`.
+            The temperature in `pruning_setting`: 0 switches pruning off, larger values prune more.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
             The encoders that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
@@ -31,13 +37,12 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             `"batch"`, for comparison: every sample keeps the largest count in the batch. `"frozen"`: each layer leaves
             the number of tokens that `calibrate(..., freeze=True)` has fixed, so shapes don't depend on the input, as
             CUDA graphs and exported models require.
-        pruning_schedule (`list[list[float]]`, *optional*):
-            Entries `[reduction, temperature]` or `[reduction, temperature, factor]`, as `calibrate` measures them: a
-            reduction of FLOPs, and the temperature and factor that reach it. The factor defaults to 1.
-        pruning_token_counts (`list`, *optional*):
-            For `"frozen"`: an entry `[temperature, vision, text]` for each temperature of the schedule. `vision` and
-            `text` list how many tokens each layer of the branch leaves, class token included. A factor other than 1
-            follows them.
+        pruning_schedule (`list[dict[str, float]]`, *optional*):
+            What `calibrate` measures: entries `{"reduction": ...}`, a share of FLOPs, with the setting that saves it.
+            The lists of version 0.1.0, `[reduction, temperature]`, are read.
+        pruning_token_counts (`list[dict]`, *optional*):
+            For `"frozen"`: for each setting of the schedule, an entry of the setting and of lists `"vision"` and
+            `"text"`: how many tokens each layer of the branch leaves, protected tokens included.
         encoder_token_id (`int`, *optional*):
             If given, the model replaces the first token of a text by this one for cross-attention to image states, as
             the original BLIP does.
@@ -69,33 +74,8 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
     # Saving a configuration saves its code along with it, see `PreTrainedConfig.register_for_auto_class`.
     _auto_class = "AutoConfig"
 
-    def __init__(
-        self,
-        num_alignment_tokens=100,
-        alignment_dim=None,
-        alignment_loss_weight=0.1,
-        pruning_temperature=0.0,
-        pruning_modalities=MODALITIES,
-        pruning_granularity="instance",
-        pruning_schedule=None,
-        pruning_token_counts=None,
-        encoder_token_id=None,
-        madtp_version=None,
-        pruning_threshold_factor=1.0,
-        **kwargs,
-    ):
+    def __init__(self, encoder_token_id=None, **kwargs):
         super().__init__(**kwargs)
-        self.set_pruning_fields(
-            num_alignment_tokens,
-            alignment_dim,
-            alignment_loss_weight,
-            pruning_temperature,
-            pruning_modalities,
-            pruning_granularity,
-            pruning_schedule,
-            pruning_token_counts,
-            pruning_threshold_factor,
-        )
         self.encoder_token_id = encoder_token_id
 
     def __setattr__(self, name, value):

@@ -2,7 +2,7 @@
 
 from transformers import CLIPConfig
 
-from .configuration_pruning import MODALITIES, PRUNING_OUTPUTS, PruningConfigMixin
+from .configuration_pruning import PRUNING_OUTPUTS, PruningConfigMixin
 from .versions import VERSION  # noqa: F401 (transformers 5.0 copies what this file imports itself)
 
 
@@ -14,14 +14,16 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
         num_alignment_tokens (`int`, *optional*, defaults to 100): The number of shared alignment tokens.
         alignment_dim (`int`, *optional*): Their width, to which each layer projects; defaults to the text tower's.
         alignment_loss_weight (`float`, *optional*, defaults to 0.1): The weight of the alignment loss.
-        pruning_temperature (`float`, *optional*, defaults to 0.0): 0 is off, larger values prune more.
-        pruning_threshold_factor (`float`, *optional*, defaults to 1.0): In (0, 1]; below 1 prunes less.
+        distillation_weight (`float`, *optional*, defaults to 1.0): As in [`MadtpBlipConfig`].
+        pruning_method (`str`, *optional*, defaults to `"madtp"`): How tokens are chosen, see [`MadtpBlipConfig`].
+        pruning_setting (`dict[str, float]`, *optional*): How much the method prunes; `None` is off.
+        pruning_temperature (`float`, *optional*, defaults to 0.0): The temperature in `pruning_setting`.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`): The towers that prune.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every image or text keeps its own number of tokens. `"batch"`, for comparison: each keeps
             the largest count in the batch. `"frozen"`: layers leave what `calibrate(..., freeze=True)` has fixed.
-        pruning_schedule (`list[list[float]]`, *optional*): Reductions and their thresholds, from `calibrate`.
-        pruning_token_counts (`list`, *optional*): For `"frozen"`: the number of tokens each layer leaves.
+        pruning_schedule (`list[dict]`, *optional*): Reductions and the settings that reach them, from `calibrate`.
+        pruning_token_counts (`list[dict]`, *optional*): For `"frozen"`: the number of tokens each layer leaves.
         madtp_version (`str`, *optional*): The version of this code that saved the configuration.
 
     Raises:
@@ -34,32 +36,8 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
     _least_token_counts = (4, 5)  # more than one token stays, in texts also the end of text
     _auto_class = "AutoConfig"  # saves the code with a configuration, see `register_for_auto_class`
 
-    def __init__(
-        self,
-        num_alignment_tokens=100,
-        alignment_dim=None,
-        alignment_loss_weight=0.1,
-        pruning_temperature=0.0,
-        pruning_modalities=MODALITIES,
-        pruning_granularity="instance",
-        pruning_schedule=None,
-        pruning_token_counts=None,
-        pruning_threshold_factor=1.0,
-        madtp_version=None,
-        **kwargs,
-    ):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.set_pruning_fields(
-            num_alignment_tokens,
-            alignment_dim,
-            alignment_loss_weight,
-            pruning_temperature,
-            pruning_modalities,
-            pruning_granularity,
-            pruning_schedule,
-            pruning_token_counts,
-            pruning_threshold_factor,
-        )
 
 
 __all__ = ["MadtpClipConfig"]

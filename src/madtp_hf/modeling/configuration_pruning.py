@@ -24,24 +24,42 @@ def is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_factor(value) -> bool:
-    return is_number(value) and 0 < value <= 1
-
-
-def _factor(entry, place: int) -> float:
-    """Return the factor at index `place` of an entry, or 1 if the entry is shorter."""
-    return entry[place] if len(entry) > place else 1.0
+def _is_setting(setting) -> bool:
+    """Return whether this is a method's setting: a dict of numbers, of which those of MADTP are within bounds."""
+    return (
+        isinstance(setting, dict)
+        and len(setting) > 0
+        and all(isinstance(key, str) and is_number(number) for key, number in setting.items())
+        and setting.get("temperature", 1.0) > 0
+        and 0 < setting.get("factor", 1.0) <= 1
+    )
 
 
 def _is_schedule(schedule) -> bool:
     return (
-        isinstance(schedule, (list, tuple))
+        isinstance(schedule, list)
         and len(schedule) > 0
-        and all(isinstance(entry, (list, tuple)) and len(entry) >= 2 for entry in schedule)
-        and all(is_number(number) for entry in schedule for number in entry)
-        and all(0 < entry[0] < 1 and entry[1] > 0 and _is_factor(_factor(entry, 2)) for entry in schedule)
-        and all(low[0] < high[0] for low, high in itertools.pairwise(schedule))
+        and all(_is_setting(entry) and len(entry) > 1 and 0 < entry.get("reduction", 0) < 1 for entry in schedule)
+        and all(low["reduction"] < high["reduction"] for low, high in itertools.pairwise(schedule))
     )
+
+
+def _named(entries, *names: str):
+    """Return entries as dicts; version 0.1.0 wrote lists, in which the factor, the last number, may be missing."""
+    if not isinstance(entries, (list, tuple)):
+        return entries
+    lengths = (len(names) - 1, len(names))
+    return [
+        {"factor": 1.0, **dict(zip(names, entry))}
+        if isinstance(entry, (list, tuple)) and len(entry) in lengths
+        else entry
+        for entry in entries
+    ]
+
+
+def _setting_of(entry: dict) -> dict:
+    """Return the setting in an entry of the schedule or of the token counts."""
+    return {name: value for name, value in entry.items() if name not in ("reduction", *MODALITIES)}
 
 
 def _are_token_counts(counts, num_layers: tuple[int, int], least: tuple[int, int]) -> bool:
@@ -52,12 +70,10 @@ def _are_token_counts(counts, num_layers: tuple[int, int], least: tuple[int, int
             and all(is_count(n) and n >= fewest for n in branch)
         )
 
-    return isinstance(counts, (list, tuple)) and all(
-        isinstance(entry, (list, tuple))
-        and len(entry) in (3, 4)
-        and is_number(entry[0])
-        and _is_factor(_factor(entry, 3))
-        and all(map(is_branch, entry[1:3], num_layers, least))
+    return isinstance(counts, list) and all(
+        isinstance(entry, dict)
+        and _is_setting(_setting_of(entry))
+        and all(map(is_branch, (entry.get(modality) for modality in MODALITIES), num_layers, least))
         for entry in counts
     )
 
@@ -67,11 +83,16 @@ _CHECKS = {
     "num_alignment_tokens": (is_count, "a whole number of at least 1"),
     "alignment_dim": (lambda value: value is None or is_count(value), "a whole number or None"),
     "alignment_loss_weight": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
+    "pruning_method": (lambda value: isinstance(value, str) and value != "", "the name of a pruning method"),
+    "pruning_setting": (
+        lambda value: value is None or _is_setting(value),
+        "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0, 0 < factor <= 1",
+    ),
+    "distillation_weight": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "pruning_temperature": (
         lambda value: is_number(value) and value >= 0,
         "a finite number, 0 to switch pruning off or larger to prune more",
     ),
-    "pruning_threshold_factor": (_is_factor, "a number in (0, 1], smaller to prune less"),
     "pruning_modalities": (
         lambda value: isinstance(value, (list, tuple)) and set(value) <= set(MODALITIES),
         f"a tuple of some of {', '.join(MODALITIES)}",
@@ -79,8 +100,7 @@ _CHECKS = {
     "pruning_granularity": (lambda value: value in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}"),
     "pruning_schedule": (
         lambda value: value is None or _is_schedule(value),
-        "None or entries [reduction, temperature] or [reduction, temperature, factor] in order of reduction, 0 <"
-        " reduction < 1,"
+        'None or entries {"reduction": ..., and the setting that reaches it} in order of reduction, 0 < reduction < 1,'
         " temperature > 0, 0 < factor <= 1",
     ),
 }
@@ -89,43 +109,77 @@ _CHECKS = {
 class PruningConfigMixin:
     """Mixin that adds the fields of token pruning and checks them when they are set, not in the forward pass.
 
-    It extends a `PreTrainedConfig` with `vision_config` and `text_config`, whose `__init__` calls `set_pruning_fields`
-    after that of its base class.
+    A family's configuration derives from this mixin and from a `PreTrainedConfig` with `vision_config` and
+    `text_config`, and defines `__init__(self, **kwargs)`, which calls that of the mixin. See `MadtpBlipConfig` for the
+    fields.
     """
 
     # The fewest tokens that a layer of the vision and of the text branch can leave: the protected ones, those that
     # have to stay, and the merged one.
     _least_token_counts = (3, 3)
 
-    def set_pruning_fields(
+    def __init__(
         self,
         num_alignment_tokens=100,
         alignment_dim=None,
         alignment_loss_weight=0.1,
-        pruning_temperature=0.0,
+        distillation_weight=1.0,
+        pruning_method="madtp",
+        pruning_setting=None,
+        pruning_temperature=None,
         pruning_modalities=MODALITIES,
         pruning_granularity="instance",
         pruning_schedule=None,
         pruning_token_counts=None,
-        pruning_threshold_factor=1.0,
+        madtp_version=None,
+        **kwargs,
     ) -> None:
+        super().__init__(**kwargs)
         # A configuration is always saved with the current code.
         self.madtp_version = VERSION
         self.num_alignment_tokens = num_alignment_tokens
         self.alignment_dim = alignment_dim
         self.alignment_loss_weight = alignment_loss_weight
+        self.distillation_weight = distillation_weight
+        self.pruning_method = pruning_method
         self.pruning_modalities = pruning_modalities
         self.pruning_schedule = pruning_schedule
         self.pruning_token_counts = pruning_token_counts
         self.pruning_granularity = pruning_granularity
-        self.pruning_temperature = pruning_temperature
-        self.pruning_threshold_factor = pruning_threshold_factor
-        if pruning_granularity == "frozen" and pruning_temperature > 0:
+        self.pruning_setting = pruning_setting
+        if pruning_temperature is not None and pruning_temperature != self.pruning_temperature:
+            self.pruning_temperature = pruning_temperature
+        if pruning_granularity == "frozen" and self.pruning_temperature > 0:
             self.token_counts()
+
+    @property
+    def pruning_temperature(self) -> float:
+        """The temperature in `pruning_setting`, 0 if there is none. Setting it sets MADTP's setting."""
+        return (self.pruning_setting or {}).get("temperature", 0.0)
+
+    @pruning_temperature.setter
+    def pruning_temperature(self, value: float) -> None:
+        present = self.pruning_setting if self.pruning_temperature else {"factor": 1.0}
+        self.pruning_setting = {**present, "temperature": value} if value > 0 else None
+
+    @property
+    def calibrated_reductions(self) -> list[float]:
+        """The reductions in `pruning_schedule`, [] without one."""
+        return [entry["reduction"] for entry in self.pruning_schedule or ()]
+
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        if self.pruning_method in ("madtp", "class_attention"):
+            fields["pruning_temperature"] = self.pruning_temperature
+        return fields
 
     def __setattr__(self, name, value):
         if name == "pruning_modalities" and isinstance(value, list):
             value = tuple(value)  # JSON has no tuples
+        elif name == "pruning_schedule":
+            value = _named(value, "reduction", "temperature", "factor")
+        elif name == "pruning_token_counts":
+            value = _named(value, "temperature", "vision", "text", "factor")
         if name in _CHECKS:
             accepts, expected = _CHECKS[name]
             if not accepts(value):
@@ -135,67 +189,60 @@ class PruningConfigMixin:
             least = self._least_token_counts
             if not _are_token_counts(value, layers, least):
                 raise ValueError(
-                    f"pruning_token_counts={value!r}: expected None or entries [temperature, {layers[0]} vision"
-                    f" counts, {layers[1]} text"
-                    f" counts], each count at least {least[0]} for vision and {least[1]} for text, with the"
-                    " threshold's factor behind where"
-                    " that isn't 1."
+                    f'pruning_token_counts={value!r}: expected None or entries {{"vision": {layers[0]} counts, "text":'
+                    f" {layers[1]} counts, and the setting that they belong to}}, each count at least {least[0]} for"
+                    f" vision and {least[1]} for text."
                 )
         super().__setattr__(name, value)
 
-    def token_counts(self) -> dict[str, tuple[int, ...]] | None:
-        """Return how many tokens each layer of either branch leaves at the current threshold; None if not "frozen".
+    def token_counts(self, setting: dict | None = None) -> dict[str, tuple[int, ...]] | None:
+        """Return how many tokens each layer of either branch leaves; None if granularity is not "frozen".
+
+        setting: the method's setting; defaults to the present one.
 
         Raises:
-            ValueError: if granularity is "frozen" and there are no counts for the current temperature and factor.
+            ValueError: if granularity is "frozen" and there are no counts for this setting.
         """
         if self.pruning_granularity != "frozen":
             return None
-        present = (self.pruning_temperature, self.pruning_threshold_factor)
-        known = [(entry[0], _factor(entry, 3)) for entry in self.pruning_token_counts or ()]
-        for pair, (_, vision, text, *_) in zip(known, self.pruning_token_counts or ()):
-            if all(math.isclose(*numbers, rel_tol=1e-9) for numbers in zip(pair, present)):
-                return {"vision": tuple(vision), "text": tuple(text)}
+        present = {"factor": 1.0, **(self.pruning_setting if setting is None else setting)}
+        known = [_setting_of(entry) for entry in self.pruning_token_counts or ()]
+        for entry, of_entry in zip(self.pruning_token_counts or (), known):
+            if all(math.isclose(of_entry.get(name, 1.0), value, rel_tol=1e-9) for name, value in present.items()):
+                return {modality: tuple(entry[modality]) for modality in MODALITIES}
 
-        def named(temperature, factor):
-            return f"temperature {temperature}" + (f" with factor {factor}" if factor != 1 else "")
+        def named(setting):
+            shown = {name: value for name, value in setting.items() if (name, value) != ("factor", 1.0)}
+            return " with ".join(f"{name} {value}" for name, value in shown.items())
 
         raise ValueError(
-            f"pruning_granularity='frozen' has no token counts for {named(*present)}, only for"
-            f" [{', '.join(named(*pair) for pair in known)}]: run"
+            f"pruning_granularity='frozen' has no token counts for {named(present)}, only for"
+            f" [{', '.join(map(named, known))}]: run"
             " `madtp_hf.calibrate(model, dataloader, reductions, freeze=True)`, and ask for one of its reductions."
         )
 
-    def temperature_for(self, reduction: float) -> float:
-        """Return the temperature that reaches a reduction, see `threshold_for`."""
-        return self.threshold_for(reduction)[0]
-
-    def threshold_for(self, reduction: float) -> tuple[float, float]:
-        """Return the temperature and the factor that reach a reduction of FLOPs, by the calibrated schedule.
-
-        Between entries of the schedule, both are interpolated geometrically.
+    def schedule_entries(self, reduction: float) -> tuple[dict, dict, float]:
+        """Return the settings of the schedule's two entries around a reduction, and the share of the way between them.
 
         Raises:
-            ValueError: if the reduction is outside [0, 1) or the schedule's range, or there is no schedule.
+            ValueError: if the reduction is outside (0, 1) or the schedule's range, or there is no schedule.
         """
         if not is_number(reduction) or not 0 <= reduction < 1:
             raise ValueError(f"reduction={reduction!r}: expected a number in [0, 1), the share of FLOPs to save.")
-        if reduction == 0:
-            return 0.0, 1.0
         if not self.pruning_schedule:
             raise ValueError(
                 f"reduction={reduction} needs a calibrated schedule, and this model has none: run"
                 " `madtp_hf.calibrate(model, dataloader, reductions)` first, or set a temperature."
             )
-        lowest, highest = self.pruning_schedule[0][0], self.pruning_schedule[-1][0]
+        lowest, highest = self.calibrated_reductions[0], self.calibrated_reductions[-1]
         if not lowest <= reduction <= highest:
             raise ValueError(
                 f"reduction={reduction} is outside what this model's schedule covers, {lowest} to {highest} (and 0,"
                 " off):"
                 f" ask for one in there, or run `madtp_hf.calibrate` with {reduction} among its reductions."
             )
-        for low, high in zip(self.pruning_schedule, self.pruning_schedule[1:] or self.pruning_schedule):
-            if low[0] <= reduction <= high[0]:
-                share = (reduction - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
-                ends = ((low[1], high[1]), (_factor(low, 2), _factor(high, 2)))
-                return tuple(start ** (1 - share) * end**share for start, end in ends)
+        pairs = zip(self.pruning_schedule, self.pruning_schedule[1:] or self.pruning_schedule)
+        low, high = next((low, high) for low, high in pairs if low["reduction"] <= reduction <= high["reduction"])
+        width = high["reduction"] - low["reduction"]
+        share = (reduction - low["reduction"]) / width if width > 0 else 0.0
+        return _setting_of(low), _setting_of(high), share

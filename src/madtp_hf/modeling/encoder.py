@@ -1,10 +1,9 @@
-"""The encoder layer that hosts share, and the loop that runs the layers while tokens are reduced from layer to layer.
+"""The pruned layer that hosts share, and the loop that runs the layers while tokens get fewer from layer to layer.
 
-Shapes: R rows of all sequences; in a part of the batch, n sequences; N removable tokens, T alignment tokens, D width
-of the branch, E width of the alignment tokens.
+Shapes: R rows of all sequences; T alignment tokens, D width of the branch, E width of the alignment tokens.
 """
 
-import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,259 +11,36 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention import (
-    FIRST_PROTECTED,
-    TokenRoles,
-    attend,
-    attend_and_keep_maps,
-    attend_with_evidence,
-    has_only_real_rows,
-)
-from .sequences import Division, Sequences, count_tokens
-from .token_pruning import (
-    alignment_feature,
-    alignment_scores,
-    importance_threshold,
-    keep_all_or_enough,
-    merge_weights,
-    most_important,
-    select_tokens,
-    token_importance,
-)
-from .token_reduction import KernelReduction, Move, Reduction, reduce
-from .triton_kernels import KERNEL_ERRORS, disable, gate, is_available, scored_varlen_attention
-
-
-class AlignmentTokens(NamedTuple):
-    """The alignment tokens that a layer scores its tokens with.
-
-    tokens (T, E): the alignment tokens S.
-    projection: the linear map from the branch's width D to E, if there is one.
-    weight (T, D), bias (T,): the projection folded into the alignment tokens, for inference. They give the scores of
-        unprojected tokens: (x W^T + b) S^T = x (S W)^T + b S^T.
-    """
-
-    tokens: torch.Tensor
-    projection: nn.Module | None = None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-
-class TokenReduction:
-    """The base class of reduction methods: reduces the tokens of one branch in one forward pass.
-
-    A method implements `choose`. It collects what `choose` needs in `attend_part`, or from a layer's input in
-    `read_input`. An object serves a single forward pass, so it may carry state from layer to layer. It must store that
-    state by layer number, because gradient checkpointing runs a layer twice. `PrunedModelMixin.set_reduction_method`
-    sets the method of a model.
-    """
-
-    roles = FIRST_PROTECTED
-    with_feature = False  # whether the loss needs each layer's alignment feature
-
-    def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Return whether this layer may remove tokens or uses the method's attention; if not, attention is plain."""
-        return True
-
-    def divide(self, sequences: Sequences, width: int) -> Division:
-        """Divide the batch into the parts that attention takes one at a time, for states of this width."""
-        return sequences.divide(width)
-
-    def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """Compute the tokens' scores (R, T) and the alignment feature (B, T, E) from a layer's input (R, D).
-
-        Each is None if the method does not use it.
-        """
-        return None, None
-
-    def attend_part(self, layer: int, query_key_value: torch.Tensor, part: Sequences, dropout: float, all_maps=None):
-        """Compute self-attention of (R, 3, H, d) within a part of the batch.
-
-        Returns the output (rows of the part, H * d) and the evidence for `choose`. all_maps: an optional list that the
-        part's attention maps (n, H, L, L) are appended to.
-        """
-        return attend_with_evidence(query_key_value, part, self.roles, dropout, all_maps)
-
-    def choose(self, layer: int, evidence, scores: torch.Tensor | None, part: Sequences) -> Reduction:
-        """Choose the tokens of a part that stay, from its evidence and the batch's scores (R, T)."""
-        raise NotImplementedError
-
-    def attend(
-        self, layer: int, query_key_value: torch.Tensor, scores, sequences: Sequences, dropout: float, all_maps=None
-    ):
-        """Compute self-attention of (R, 3, H, d), and choose the reduction of each part of the batch.
-
-        Returns the output (R, H * d), and the division of the batch together with the reductions of its parts.
-        """
-        division = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
-        parts = sequences.parts(division)
-        outputs, reductions = [], []
-        for part in parts:
-            output, evidence = self.attend_part(layer, query_key_value, part, dropout, all_maps)
-            outputs.append(output)
-            reductions.append(self.choose(layer, evidence, scores, part))
-        return sequences.join_rows(outputs, division), (division, reductions)
-
-    def to(self, device, non_blocking: bool = False) -> "TokenReduction":
-        """Move to a device, for models whose layers are on several devices; here, there is nothing to move."""
-        return self
-
-
-class MadtpReduction(TokenReduction):
-    """MADTP's reduction: keeps the tokens whose importance is above a threshold, and merges the others into one.
-
-    Args:
-        alignment (`AlignmentTokens` or `list[AlignmentTokens]`):
-            What tokens are scored with; a list has one entry per layer.
-        temperature (`float`):
-            The threshold's temperature; 0 removes no token, but still computes the alignment feature.
-        granularity (`str`):
-            `"instance"`: each sample keeps the tokens above its own threshold. `"batch"`: all samples keep as many as
-            the largest of these counts in the batch. `"frozen"`: each layer leaves its number in `token_counts`.
-        with_feature (`bool`):
-            Whether the loss needs the alignment feature.
-        roles (`TokenRoles`):
-            Which tokens are protected, and which is the reader.
-        token_counts (`list[int]`, *optional*):
-            How many tokens each layer leaves, protected and merged tokens included.
-        min_kept (`int`, *optional*, defaults to 1):
-            A layer prunes a sample only if at least this many of its removable tokens stay.
-        factor (`float`, *optional*, defaults to 1.0):
-            Multiplies the threshold.
-    """
-
-    has_kernels = True  # Triton's gate computes `importance`; a subclass with another importance sets False
-
-    def __init__(
-        self, alignment, temperature, granularity, with_feature, roles, token_counts=None, min_kept=1, factor=1.0
-    ):
-        self.alignment, self.temperature, self.granularity = alignment, temperature, granularity
-        self.factor = factor
-        self.with_feature, self.roles, self.token_counts, self.min_kept = with_feature, roles, token_counts, min_kept
-
-    def reduces(self, layer: int, sequences: Sequences) -> bool:
-        """Return whether pruning is on and, of the removable tokens, `min_kept` can stay and two more can go."""
-        return self.temperature > 0 and self.roles.num_removable(sequences) >= self.min_kept + 2
-
-    def divide(self, sequences: Sequences, width: int) -> Division:
-        """Divide the batch, but keep it whole where the samples' token counts depend on one another."""
-        return sequences.divide(width) if self.granularity == "instance" else sequences.whole
-
-    def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
-        """Compute a layer's alignment scores (R, T) and alignment feature (B, T, E) from its input (R, D).
-
-        The feature is None if the loss does not need it.
-        """
-        alignment = self.alignment[layer] if isinstance(self.alignment, list) else self.alignment
-        if alignment.weight is not None:
-            return F.linear(states, alignment.weight, alignment.bias), None
-        # A projection on another device returns its result there.
-        tokens = states if alignment.projection is None else alignment.projection(states).to(states.device)
-        scores = alignment_scores(tokens, alignment.tokens)
-        if not self.with_feature:
-            return scores, None
-        division, features = self.divide(sequences, states.shape[1]), []
-        for part in sequences.parts(division):
-            removable = slice(1, 1 + self.roles.num_removable(part))
-            seen = (part.pad(scores)[:, removable], part.pad(tokens)[:, removable])
-            features.append(alignment_feature(*seen, self.roles.removable(part)))
-        return scores, sequences.join_samples(features, division)
-
-    def attend(self, layer, query_key_value, scores, sequences, dropout, all_maps=None):
-        if all_maps is None and self._runs_in_kernels(query_key_value, scores, sequences, dropout):
-            try:
-                return self._attend_in_kernels(query_key_value, scores, sequences)
-            except KERNEL_ERRORS as error:
-                disable(error)
-        return super().attend(layer, query_key_value, scores, sequences, dropout, all_maps)
-
-    def _runs_in_kernels(self, query_key_value, scores, sequences: Sequences, dropout: float) -> bool:
-        return (
-            self.has_kernels
-            and self.granularity == "instance"
-            and not dropout
-            and is_available(query_key_value)
-            and not (scores.requires_grad and torch.is_grad_enabled())
-            and has_only_real_rows(sequences)
-        )
-
-    def _attend_in_kernels(self, query_key_value, scores, sequences: Sequences):
-        output, *evidence = scored_varlen_attention(
-            *query_key_value.unbind(1), sequences.cu_seqlens, sequences.max_seqlen, *reversed(self.roles)
-        )
-        roles = self.roles
-        chosen = gate(
-            scores, *evidence, sequences.cu_seqlens, self.temperature, self.min_kept, roles.protects_last, self.factor
-        )
-        return output.flatten(1), (sequences.whole, [KernelReduction(*chosen)])
-
-    def importance(self, evidence, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Compute the importance (n, N) from attention's evidence and scores (n, N, T); mask (n, N) is float."""
-        return token_importance(evidence, scores, mask)
-
-    def choose(self, layer: int, evidence, scores: torch.Tensor, part: Sequences) -> Reduction:
-        """Choose the tokens of a part that stay, from its evidence and the batch's alignment scores (R, T)."""
-        roles, num_removable = self.roles, self.roles.num_removable(part)
-        mask, weights, counts = roles.removable(part), roles.removable_weights(part), roles.removable_counts(part)
-        scores = part.pad(scores)[:, 1 : 1 + num_removable]
-        importance = self.importance(evidence, scores, weights)
-        length = None
-        if self.token_counts is not None:
-            length = min(self.token_counts[layer], part.max_seqlen)
-            # `length` includes the protected tokens and the merged one.
-            number = length - 2 - roles.protects_last
-            keep = most_important(importance, min(max(number, 1), num_removable), mask)
-            stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
-        else:
-            if mask is not None and (roles.protects_last or not part.is_varlen):
-                scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # padding may have scores of any size
-            threshold = importance_threshold(scores, importance, self.temperature, weights, self.factor)
-            if self.granularity == "batch":
-                keep = importance > threshold
-                number = (keep if mask is None else keep & mask).sum(dim=1).amax()
-                keep = most_important(importance, number, mask)
-                stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
-            else:
-                stays, merges = select_tokens(importance, threshold, mask, counts, self.min_kept)
-        return Reduction(stays, merges, merge_weights(importance, stays, merges), length=length)
-
-    def to(self, device, non_blocking: bool = False) -> "MadtpReduction":
-        def moved(alignment: AlignmentTokens) -> AlignmentTokens:
-            tensors = (alignment.tokens, alignment.weight, alignment.bias)
-            tokens, weight, bias = (x if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
-            return AlignmentTokens(tokens, alignment.projection, weight, bias)
-
-        other = copy.copy(self)
-        is_list = isinstance(self.alignment, list)
-        other.alignment = [moved(layer) for layer in self.alignment] if is_list else moved(self.alignment)
-        return other
+from .attention import CLASS_TOKEN_FIRST, BranchSpec, attend, attend_and_keep_maps
+from .pruning_method import Attended, PruningMethod
+from .repack import repack
+from .sequences import Sequences, count_tokens
 
 
 class LayerPlan(NamedTuple):
     """The options of a layer in one forward pass, resolved outside the layers so that none reads a configuration.
 
-    attention: the implementation of attention that collects no evidence.
+    attention: the implementation of attention that collects nothing for a method.
     index: the layer's number.
-    roles: the roles of the branch's tokens.
-    reduction: the reduction method, or None for a dense branch.
+    spec: which tokens of the branch are protected, which query pools, and what tokens attend to.
+    method: the pruning method, or None for a dense branch.
     with_maps: whether to return the maps of self-attention.
     """
 
     attention: str
     index: int
-    roles: TokenRoles
-    reduction: TokenReduction | None = None
+    spec: BranchSpec
+    method: PruningMethod | None = None
     with_maps: bool = False
 
 
-# A plain tuple, because gradient checkpointing passes tuples through: states (R, D), their layout, the alignment
-# feature (B, T, E) or None, the `Move` of the layer's rows or None if no token was removed, and the self-attention
-# maps (B, H, L, L) or None.
-LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Move | None, torch.Tensor | None]
+# A plain tuple, because gradient checkpointing passes tuples through: states (R', D), their layout, the alignment
+# feature (B, T, E) or None, `Repacked.moved`, and the self-attention maps (B, H, L, L) or None.
+LayerOutput = tuple[torch.Tensor, Sequences, torch.Tensor | None, Callable | None, torch.Tensor | None]
 
 
-class ReducibleLayer:
-    """A transformer layer that reduces its tokens between self-attention and the rest of the layer.
+class PrunedLayer:
+    """A transformer layer that prunes its tokens between self-attention and the rest of the layer.
 
     A host provides:
 
@@ -276,42 +52,41 @@ class ReducibleLayer:
 
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
         """Run the layer on states (R, D), laid out as `sequences`; `context` holds more inputs of `feed_forward`."""
-        output, chosen, feature, maps = self.attend(states, sequences, plan)
-        states, sequences, moved = self.reduce(self.add_attention(output, states), sequences, chosen)
-        return self.feed_forward(states, sequences, plan, *context), sequences, feature, moved, maps
+        attended, feature, maps = self.attend(self.project(states), states, sequences, plan)
+        repacked = repack(self.add_attention(attended.output, states), sequences, attended, plan.spec)
+        states = self.feed_forward(repacked.states, repacked.sequences, plan, *context)
+        return states, repacked.sequences, feature, repacked.moved, maps
 
-    def attend(self, states, sequences: Sequences, plan: LayerPlan):
-        """Compute self-attention's output (R, H * d), the chosen reduction, the alignment feature and the maps.
+    def attend(self, query_key_value: torch.Tensor, states, sequences: Sequences, plan: LayerPlan):
+        """Compute self-attention, and decide which tokens stay; return an `Attended`, the feature and the maps.
 
-        The last three are None where they are not needed.
+        The last two are None where they are not needed.
         """
-        reduction, query_key_value = plan.reduction, self.project(states)
-        dropout = self.attention_dropout if self.training else 0.0
-        reduces = reduction is not None and reduction.reduces(plan.index, sequences)
-        scores = feature = chosen = maps = None
-        if reduces or (reduction is not None and reduction.with_feature):
-            scores, feature = reduction.read_input(plan.index, states, sequences)
-        if reduces:
+        method, dropout = plan.method, self.attention_dropout if self.training else 0.0
+        prunes = method is not None and method.prunes(plan.index, sequences)
+        scores = feature = maps = None
+        if prunes or (method is not None and method.with_feature):
+            scores, feature = method.read_input(plan.index, states, sequences)
+        if prunes:
             maps = [] if plan.with_maps else None
-            output, chosen = reduction.attend(plan.index, query_key_value, scores, sequences, dropout, maps)
-            chosen = (*chosen, plan.roles)
-            maps = join_maps(maps, sequences, chosen[0]) if plan.with_maps else None
+            attended = method.attend(plan.index, query_key_value, scores, sequences, dropout, maps)
+            maps = join_maps(maps, sequences, attended.chunking) if plan.with_maps else None
         elif plan.with_maps:
-            output, maps = attend_and_keep_maps(query_key_value, sequences, plan.roles, dropout)
+            output, maps = attend_and_keep_maps(query_key_value, sequences, plan.spec.is_causal, dropout)
+            attended = Attended(output)
         else:
-            projected, is_causal = query_key_value.unbind(1), plan.roles.is_causal
-            output = attend(self, plan.attention, *projected, sequences, dropout=dropout, is_causal=is_causal)
-        return output, chosen, feature, maps
+            projected, is_causal = query_key_value.unbind(1), plan.spec.is_causal
+            attended = Attended(
+                attend(self, plan.attention, *projected, sequences, dropout=dropout, is_causal=is_causal)
+            )
+        return attended, feature, maps
 
-    def reduce(self, states, sequences, chosen):
-        return (states, sequences, None) if chosen is None else reduce(states, sequences, *chosen)
 
-
-def join_maps(maps: list[torch.Tensor], sequences: Sequences, division: Division) -> torch.Tensor:
-    """Join the parts' maps (n, H, L, L), padded with zeros, into (B, H, max_seqlen, max_seqlen)."""
-    missing = [sequences.max_seqlen - of_part.shape[-1] for of_part in maps]
-    maps = [F.pad(of_part, (0, more, 0, more)) if more else of_part for of_part, more in zip(maps, missing)]
-    return sequences.join_samples(maps, division)
+def join_maps(maps: list[torch.Tensor], sequences: Sequences, chunking) -> torch.Tensor:
+    """Join the chunks' maps (n, H, L, L), padded with zeros, into (B, H, max_seqlen, max_seqlen)."""
+    missing = [sequences.max_seqlen - of_chunk.shape[-1] for of_chunk in maps]
+    maps = [F.pad(of_chunk, (0, more, 0, more)) if more else of_chunk for of_chunk, more in zip(maps, missing)]
+    return chunking.join_samples(maps)
 
 
 class BranchOutput(NamedTuple):
@@ -348,8 +123,8 @@ class BranchOutput(NamedTuple):
         return self.sequences.mask
 
     @property
-    def class_states(self) -> torch.Tensor:
-        """(B, D): the state of each sequence's first token."""
+    def first_states(self) -> torch.Tensor:
+        """(B, D): the state of each sequence's first token, such as a class token."""
         return self.sequences.first(self.states)
 
 
@@ -376,8 +151,8 @@ def run_layers(
     states: torch.Tensor,
     sequences: Sequences,
     attention: str,
-    reduction: TokenReduction | None = None,
-    roles: TokenRoles = FIRST_PROTECTED,
+    method: PruningMethod | None = None,
+    spec: BranchSpec = CLASS_TOKEN_FIRST,
     output_hidden_states: bool | int | list[int] = False,
     output_positions: bool = False,
     output_attentions: bool = False,
@@ -389,9 +164,11 @@ def run_layers(
         states (`torch.Tensor` of shape `(R, D)`):
             The encoder's input, laid out as `sequences`.
         attention (`str`):
-            The implementation of attention that collects no evidence, see `attend`.
-        reduction (`TokenReduction`, *optional*):
-            The reduction method of this pass; None for a dense encoder.
+            The implementation of attention that collects no statistics, see `attend`.
+        method (`PruningMethod`, *optional*):
+            The pruning method of this pass; None for a dense encoder.
+        spec (`BranchSpec`, *optional*):
+            Which tokens are protected, and what they attend to. Defaults to a class token at the front.
         output_hidden_states (`bool`, `int` or `list[int]`, *optional*, defaults to `False`):
             Which hidden states to return: all, none, or those of these indices.
         context (`tuple`, *optional*):
@@ -402,7 +179,7 @@ def run_layers(
     all_hidden_states = []
 
     def record(states, sequences):
-        """Record padded states on request; layers go on from the recorded tensor, so that its gradient can be read."""
+        """Record padded states on request; layers continue from the recorded tensor, which so gets a gradient."""
         padded = sequences.pad_zeros(states) if len(all_hidden_states) in wanted else None
         all_hidden_states.append(padded)
         return states if padded is None else sequences.unpad(padded)
@@ -412,7 +189,7 @@ def run_layers(
     all_positions = [_padded_positions(positions, sequences)] if output_positions else None
     attentions = [] if output_attentions else None
     for index, layer in enumerate(layers):
-        plan = LayerPlan(attention, index, roles, reduction, output_attentions)
+        plan = LayerPlan(attention, index, spec, method, output_attentions)
         states, sequences, layer_feature, moved, maps = layer(states, sequences, plan, *context)
         if layer_feature is not None:
             feature = layer_feature if feature is None else feature + layer_feature

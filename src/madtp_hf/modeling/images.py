@@ -3,6 +3,7 @@
 import os
 import threading
 import warnings
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -24,7 +25,7 @@ class UnreadableImage(ValueError):
         return type(self), (self.reason, self.name)
 
 
-def read_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(source, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Read an image as 8-bit RGB, rotated upright by its EXIF orientation.
 
     16-bit and floating-point levels are scaled to 8 bits, transparent pixels are shown on white, and an animation or a
@@ -35,6 +36,8 @@ def read_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             A path; the content of an image file, or a binary file; an open image; or an array (height, width, 3) of
             uint8. Also `{"bytes": ..., "path": ...}`, as `datasets.Image(decode=False)` gives it.
         max_pixels (`int`, *optional*): The largest image to decode; a larger one may be a decompression bomb.
+        formats (`tuple[str, ...]`, *optional*):
+            Pillow's names of the formats that a file may have; by default all that Pillow reads.
 
     Returns:
         `PIL.Image.Image` in mode `"RGB"`, which holds no file open.
@@ -54,13 +57,13 @@ def read_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if isinstance(source, Image.Image):
             return _decode(source, max_pixels)
         if isinstance(source, (bytes, bytearray, memoryview)):
-            return _open(BytesIO(source), max_pixels)
+            return _open(BytesIO(source), max_pixels, formats)
         if not isinstance(source, (str, os.PathLike)):
-            return _open(source, max_pixels)
+            return _open(source, max_pixels, formats)
         if not os.path.isfile(source):
             raise UnreadableImage(_why_no_file(source))
         with open(source, "rb") as file:
-            return _open(file, max_pixels)
+            return _open(file, max_pixels, formats)
     except UnreadableImage as error:
         raise UnreadableImage(error.reason, name) from error.__cause__
     except UnidentifiedImageError as error:
@@ -72,21 +75,18 @@ def read_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _name_of(source) -> str:
     """Return what messages call an image; raise a `TypeError` for what can't be one."""
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        return f"The image {text if len(text) <= 200 else text[:200] + '...'}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"The image of {len(source)} bytes"
     if isinstance(source, np.ndarray):
         return f"The image, an array of shape {source.shape} and dtype {source.dtype},"
-    if isinstance(source, Image.Image):
-        return f"The image {getattr(source, 'filename', '') or f'of {source.width} x {source.height} pixels'}"
-    if hasattr(source, "read"):
-        return f"The image {getattr(source, 'name', '')}".rstrip()
-    raise TypeError(
-        f"The image is a {type(source).__name__}: expected a path, the bytes of an image file, a PIL image, or a uint8"
-        " array (height, width, 3)."
-    )
+    if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
+        raise TypeError(
+            f"The image is a {type(source).__name__}: expected a path, the bytes of an image file, a PIL image, or a"
+            " uint8 array (height, width, 3)."
+        )
+    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", ""))
+    text = getattr(source, "filename", text)  # of a PIL image
+    return f"The image {text if len(text) <= 200 else text[:200] + '...'}".rstrip()
 
 
 def _why_no_file(path) -> str:
@@ -95,12 +95,12 @@ def _why_no_file(path) -> str:
     return "it is a directory" if os.path.isdir(path) else "not a regular file"
 
 
-def _open(file, max_pixels: int) -> Image.Image:
+def _open(file, max_pixels: int, formats: tuple[str, ...] | None) -> Image.Image:
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged metadata
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # _decode has its own
         try:
-            image = Image.open(file)  # reads the header
+            image = Image.open(file, formats=formats)  # reads the header
         except UnidentifiedImageError:
             if not (file.seek(0, os.SEEK_END) if file.seekable() else True):
                 raise UnreadableImage("an empty file") from None
@@ -108,31 +108,31 @@ def _open(file, max_pixels: int) -> Image.Image:
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     with image:
-        return _decode(image, max_pixels)
+        return _decode(image, max_pixels, in_place=True)
 
 
-def _decode(image: Image.Image, max_pixels: int) -> Image.Image:
+def _decode(image: Image.Image, max_pixels: int, in_place: bool = False) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise UnreadableImage(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels}")
     image.load()  # an animation loads its current frame, the first
     is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # the EXIF data is damaged, the pixels are good
-        image = image.copy()
+    with suppress(Exception):  # the EXIF data may be damaged, the pixels are good
+        image = ImageOps.exif_transpose(image, in_place=in_place) or image
     return _to_rgb(image, is_16_bit)
 
 
 def _to_rgb(image: Image.Image, is_16_bit: bool) -> Image.Image:
     """Convert an image to RGB; Pillow's own conversion clips 16-bit levels at 255 and reveals transparent pixels."""
     if image.mode.startswith(("I", "F")):
-        levels = np.asarray(image, dtype=np.float64)
-        levels = np.where(np.isfinite(levels), levels, 0)
+        levels = np.asarray(image)
+        levels = np.where(np.isfinite(levels), levels, 0) if image.mode == "F" else levels
         # Levels are 16-bit, 8-bit in a wider mode, or floats from 0 to 1.
         top = 65535 if is_16_bit or levels.max() > 255 else 255
         if image.mode == "F" and levels.max() <= 1:
             top = 1
-        scaled = (levels / top * 255).round().clip(0, 255).astype(np.uint8)
+        scaled = np.empty(levels.shape, np.uint8)
+        for rows, into in zip(np.array_split(levels, 64), np.array_split(scaled, 64)):  # in little memory
+            into[:] = (rows.astype(np.float64) / top * 255).round().clip(0, 255)
         if isinstance(clear := image.info.get("transparency"), int):
             scaled[levels == clear] = 255
         return Image.fromarray(scaled).convert("RGB")
@@ -140,5 +140,7 @@ def _to_rgb(image: Image.Image, is_16_bit: bool) -> Image.Image:
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        return white.convert("RGB")
+    return image.convert("RGB")  # a copy

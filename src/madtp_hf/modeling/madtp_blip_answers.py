@@ -73,8 +73,8 @@ class AnswerRanking:
         answer_ids, answer_mask = answer_ids[:, : max(lengths)], answer_mask[:, : max(lengths)]
         if min(lengths) < 2 or max(lengths) > text_config.max_position_embeddings:
             raise ValueError(
-                f"answer_input_ids hold answers of {min(lengths)} to {max(lengths)} tokens: expected a start token, at"
-                f" least one token behind it and at most {text_config.max_position_embeddings} in all."
+                f"answer_input_ids contains answers of {min(lengths)} to {max(lengths)} tokens: expected a start token"
+                f" and at least one more, at most {text_config.max_position_embeddings} in total."
             )
         answer_ids = F.pad(answer_ids[:, 1:], (1, 0), value=text_config.bos_token_id)
         targets = answer_ids.masked_fill(~answer_mask, -100)

@@ -14,13 +14,14 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextIntermediate,
 )
 
+from .chunks import takes_chunks
 from .configuration_madtp_blip import MadtpBlipConfig
 from .encoder import BranchOutput
 from .madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache, cross_attention_mask
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
-from .pruned_model import AlignmentProjection, MadtpAlignment, PrunedModelMixin, init_alignment
-from .sequences import Sequences, takes_parts
+from .pruned_model import PrunedModelMixin
+from .sequences import Sequences
 
 
 class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
@@ -28,6 +29,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     config: MadtpBlipConfig
     config_class = MadtpBlipConfig
+    _from_dense_name = "from_blip"
     base_model_prefix = "madtp_blip"
     # `push_to_hub` and `Trainer` write these into a model card's metadata.
     model_tags = ["blip", "madtp", "token-pruning"]
@@ -49,12 +51,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MadtpAlignment):
-            init_alignment(module)
-        elif isinstance(module, AlignmentProjection):  # as a linear map
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, MergeLayer):
+        if isinstance(module, MergeLayer):
             # Start as the mean of both images' cross-attention outputs, which earlier layers compute.
             init.copy_(module.weight, torch.eye(module.out_features, device=module.weight.device).repeat(1, 2) / 2)
             init.zeros_(module.bias)
@@ -92,7 +89,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             TypeError: if the source is a model other than this task's BLIP, or an override is neither a field nor such
             an argument.
         """
-        return cls._from_dense(source, config_overrides, MadtpBlipConfig, "from_blip")
+        return cls.from_dense(source, **config_overrides)
 
     def as_pipeline(self, processor, **kwargs):
         """Wrap this model in the pipeline that its checkpoints ship.
@@ -129,29 +126,32 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             self.tie_weights()
         return embeddings
 
-    def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
-        """Encode pixel_values (B, 3, H, W) into a `BranchOutput`; `outputs` are further vision model arguments."""
-        reduction = self._reduction("vision", with_feature)
-        return self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
+    def _encode_images(
+        self, pixel_values, with_feature=False, interpolate_pos_encoding=False, pruning=None, **outputs
+    ) -> BranchOutput:
+        """Encode pixel_values (B, 3, H, W); `pruning` is the pass's, `outputs` are further vision model arguments."""
+        method = self.make_method(pruning or self.start_pass(), "vision", with_feature)
+        return self.vision_model(pixel_values, method, interpolate_pos_encoding, **outputs)
 
-    def _encode_text(self, input_ids, attention_mask, *images, with_feature=False, **outputs) -> BranchOutput:
+    def _encode_text(
+        self, input_ids, attention_mask, *images, with_feature=False, pruning=None, **outputs
+    ) -> BranchOutput:
         """Encode texts (B, L) into a `BranchOutput`.
 
         images: the states and the layout of each image for cross-attention, one after the other; none for text only.
         """
-        frozen = self.config.pruning_granularity == "frozen"
-        varlen = self.is_pruning and not frozen
+        pruning = pruning or self.start_pass()
         mask = None
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
             input_ids, mask = left_align(input_ids, attention_mask.bool())
             # On a CPU only: on other devices, reading values would synchronize.
-            if takes_parts(input_ids.device) and min(text_lengths(input_ids, mask)) == mask.shape[1] and not frozen:
-                mask = None
+            if takes_chunks(input_ids.device) and pruning.granularity != "frozen":
+                mask = None if min(text_lengths(input_ids, mask)) == mask.shape[1] else mask
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
-        reduction = self._reduction("text", with_feature)
-        return self.text_encoder(input_ids, *images, mask=mask, varlen=varlen, reduction=reduction, **outputs)
+        method = self.make_method(pruning, "text", with_feature)
+        return self.text_encoder(input_ids, *images, mask=mask, layout=pruning.text_layout, method=method, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
         """Return a copy of the given generation configuration, or of the model's own.
@@ -190,7 +190,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             if TAKES_FINISHED_MASKS:
                 # With keys and values cached, states are not read. One per sample is enough: `generate` would repeat
                 # all of them for each beam.
-                states = encoded.class_states.unsqueeze(1)
+                states = encoded.first_states.unsqueeze(1)
             generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
                 self.text_decoder, encoded.states, encoded.sequences
             )

@@ -10,9 +10,10 @@ from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionE
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextLayer, BlipTextSelfAttention
 
 from .attention import attend
-from .encoder import BranchOutput, LayerPlan, ReducibleLayer, TokenReduction, run_layers
+from .encoder import BranchOutput, LayerPlan, PrunedLayer, run_layers
 from .padding import check_images, check_no_empty_text, check_text_length
-from .sequences import Sequences, unpad
+from .pruning_method import PruningMethod
+from .sequences import Sequences, lay_out
 
 
 # From this layer on, NLVR2's text encoder concatenates and projects its cross-attention outputs for the two images.
@@ -20,7 +21,7 @@ from .sequences import Sequences, unpad
 MERGE_FROM_LAYER = 6
 
 
-class MadtpBlipVisionLayer(ReducibleLayer, BlipEncoderLayer):
+class MadtpBlipVisionLayer(PrunedLayer, BlipEncoderLayer):
     @property
     def attention_dropout(self) -> float:
         return self.self_attn.dropout.p
@@ -41,7 +42,7 @@ def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
     return states.unflatten(-1, (num_heads, -1))
 
 
-class MadtpBlipTextLayer(ReducibleLayer, BlipTextLayer):
+class MadtpBlipTextLayer(PrunedLayer, BlipTextLayer):
     """BLIP's text layer with token pruning between self-attention and cross-attention.
 
     `context` holds the states and the layout of each image for cross-attention, one after the other. It is empty for
@@ -151,7 +152,7 @@ class MadtpBlipVisionModel(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        reduction: TokenReduction | None = None,
+        method: PruningMethod | None = None,
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
@@ -163,7 +164,7 @@ class MadtpBlipVisionModel(nn.Module):
             states.flatten(0, 1),
             Sequences.padded(*states.shape[:2], states.device),
             self.config._attn_implementation or "sdpa",
-            reduction,
+            method,
             **outputs,
         )
         return output._replace(states=self.post_layernorm(output.states))
@@ -189,8 +190,8 @@ class MadtpBlipTextModel(nn.Module):
         input_ids: torch.Tensor,
         *images: torch.Tensor | Sequences,
         mask: torch.Tensor | None = None,
-        varlen: bool = False,
-        reduction: TokenReduction | None = None,
+        layout: str = "dense",
+        method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
         """Encode texts, padded on the right.
@@ -198,19 +199,15 @@ class MadtpBlipTextModel(nn.Module):
         Args:
             images: The states and the layout of each image, one after the other; none for text only.
             mask: The real tokens (B, L).
-            varlen: Whether to drop padding. Otherwise padding is computed like text, as in transformers, and only
-                masked in attention.
+            layout: How texts are laid out, one of `sequences.TEXT_LAYOUTS`.
             outputs: Further arguments of `run_layers`.
         """
-        if varlen:
-            input_ids, sequences = unpad(input_ids, mask)
+        input_ids, sequences = lay_out(input_ids, mask, layout)
+        if layout == "varlen":
             check_no_empty_text(sequences.row_counts)
-        else:
-            sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
-            input_ids = input_ids.flatten()
         check_text_length(sequences.max_seqlen, self.embeddings.position_embeddings.num_embeddings)
         states = self.embeddings(
             input_ids=input_ids.unsqueeze(0), position_ids=sequences.positions.unsqueeze(0)
         ).squeeze(0)
         attention = self.config._attn_implementation or "sdpa"
-        return run_layers(self.encoder.layer, states, sequences, attention, reduction, context=images, **outputs)
+        return run_layers(self.encoder.layer, states, sequences, attention, method, context=images, **outputs)

@@ -8,19 +8,20 @@ import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
-from .attention import TokenRoles
-from .encoder import BranchOutput, ReducibleLayer, TokenReduction, run_layers
+from .attention import BranchSpec
+from .encoder import BranchOutput, PrunedLayer, run_layers
 from .padding import check_images, check_same_shape, check_text_length, left_align, put_back
-from .sequences import Sequences, take_slots, unpad
+from .pruning_method import PruningMethod
+from .sequences import Sequences, lay_out, take_tokens
 
 
 # The first token and the end of text are never pruned. The end of text attends to the whole text and pools it.
-TEXT_ROLES = TokenRoles(protects_last=True, is_causal=True)
+TEXT_SPEC = BranchSpec(num_suffix_tokens=1, pooling="last", is_causal=True)
 # Configurations from before transformers 4.31 hold this id; the end of text is then the text's highest token id.
 LEGACY_EOS_TOKEN_ID = 2
 
 
-class MadtpClipLayer(ReducibleLayer, CLIPEncoderLayer):
+class MadtpClipLayer(PrunedLayer, CLIPEncoderLayer):
     @property
     def attention_dropout(self) -> float:
         return self.self_attn.dropout
@@ -57,7 +58,7 @@ class MadtpClipVisionModel(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        reduction: TokenReduction | None = None,
+        method: PruningMethod | None = None,
         interpolate_pos_encoding: bool = False,
         **outputs,
     ) -> BranchOutput:
@@ -66,8 +67,8 @@ class MadtpClipVisionModel(nn.Module):
         sequences = Sequences.padded(*states.shape[:2], states.device)
         states = self.pre_layrnorm(states.flatten(0, 1))
         attention = self.config._attn_implementation or "sdpa"
-        output = run_layers(self.encoder.layers, states, sequences, attention, reduction, **outputs)
-        return output._replace(pooled=self.post_layernorm(output.class_states))
+        output = run_layers(self.encoder.layers, states, sequences, attention, method, **outputs)
+        return output._replace(pooled=self.post_layernorm(output.first_states))
 
 
 class MadtpClipTextModel(nn.Module):
@@ -93,47 +94,42 @@ class MadtpClipTextModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        layout: str = "as it is",
-        reduction: TokenReduction | None = None,
+        layout: str = "dense",
+        puts_back: bool = False,
+        method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
         """Encode texts; all tokens after the end of text are padding.
 
-        layout: "as it is" computes padding like text, as transformers does; "varlen" drops it; "restored" drops it and
-        returns zeros in its place; "padded" moves it behind the texts and masks it, so that shapes depend on shapes
-        alone.
+        layout: How texts are laid out, one of `sequences.TEXT_LAYOUTS`.
+        puts_back: Whether to return states at the positions of `input_ids`, with zeros at padding.
         """
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
         check_text_length(input_ids.shape[1], self.embeddings.position_embedding.num_embeddings)
-        ends, slots = self.find_ends(input_ids), torch.arange(input_ids.shape[1], device=input_ids.device)
-        real = slots <= ends
+        ends, positions = self.find_ends(input_ids), torch.arange(input_ids.shape[1], device=input_ids.device)
+        real = positions <= ends
         if attention_mask is not None:
-            real = real & (attention_mask.bool() | (slots == ends))
+            real = real & (attention_mask.bool() | (positions == ends))
         states = self.embeddings(input_ids, position_ids)
-        if layout == "as it is":
+        if layout == "dense":
             mask = None if attention_mask is None else attention_mask.bool()
-            sequences = Sequences.padded(*input_ids.shape, input_ids.device, mask)
-            output = self._run(states.flatten(0, 1), sequences, None, outputs)
-            end_states = take_slots(output.hidden_states, ends).squeeze(1)
+            output = self._run(*lay_out(states, mask, layout), None, outputs)
+            end_states = take_tokens(output.hidden_states, ends).squeeze(1)
             return output._replace(pooled=end_states, num_tokens=real.sum(dim=1).expand_as(output.num_tokens))
-        order = slots.expand_as(input_ids)
+        order = positions.expand_as(input_ids)
         if attention_mask is not None:  # without a mask, texts are left-aligned already
             order, real = left_align(order, real)
-            states = take_slots(states, order)
-        if layout == "padded":
-            sequences = Sequences.padded(*input_ids.shape, input_ids.device, real)
-            states = states.flatten(0, 1)
-        else:
-            states, sequences = unpad(states, real)
-        output = self._run(states, sequences, reduction, outputs)
+            states = take_tokens(states, order)
+        states, sequences = lay_out(states, real, layout)
+        output = self._run(states, sequences, method, outputs)
         output = output._replace(pooled=output.sequences.last(output.states))
-        if layout == "restored":
+        if puts_back:
             states = put_back(output.hidden_states, order).flatten(0, 1)
             output = output._replace(states=states, sequences=Sequences.padded(*input_ids.shape, input_ids.device))
         return output
 
-    def _run(self, states, sequences: Sequences, reduction: TokenReduction | None, outputs: dict) -> BranchOutput:
+    def _run(self, states, sequences: Sequences, method: PruningMethod | None, outputs: dict) -> BranchOutput:
         attention = self.config._attn_implementation or "sdpa"
-        output = run_layers(self.encoder.layers, states, sequences, attention, reduction, TEXT_ROLES, **outputs)
+        output = run_layers(self.encoder.layers, states, sequences, attention, method, TEXT_SPEC, **outputs)
         return output._replace(states=self.final_layer_norm(output.states))

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
-from .attention import TokenRoles  # noqa: F401
+from .attention import BranchSpec  # noqa: F401
+from .chunks import takes_chunks
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import BranchOutput, real_tokens
@@ -28,32 +29,34 @@ from .madtp_blip_base import (
 )
 from .madtp_blip_decoder import TextDecoder, cross_attention_mask, self_attention_mask
 from .madtp_blip_encoders import MadtpBlipPairTextLayer, MadtpBlipTextModel, MadtpBlipVisionModel
+from .madtp_blip_losses import RetrievalLosses
 from .madtp_blip_outputs import (
     MadtpBlipForConditionalGenerationOutput,
     MadtpBlipForImagesAndTextClassificationOutput,
     MadtpBlipForImageTextRetrievalOutput,
     MadtpBlipForQuestionAnsweringOutput,
 )
-from .padding import check_same_number, check_same_shape, left_align, read_prompts, text_lengths
+from .method_class_attention import ClassAttentionMethod  # noqa: F401
+from .method_code import carry_code  # noqa: F401
+from .method_evit import EvitMethod  # noqa: F401
+from .method_madtp import MadtpMethod  # noqa: F401
+from .method_random import RandomMethod  # noqa: F401
+from .method_tome import TomeMethod  # noqa: F401
+from .padding import check_same_number, check_same_shape, read_prompts, text_lengths
 from .prepared_linear import PreparedForward  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
-from .retrieval_loss import (
-    TEMPERATURE,
-    ContrastiveKeys,
-    contrastive_loss,
-    draw_hard_negatives,
-    gather_padded,
-    gather_rows,
-    process_rank,
-)
-from .sequences import takes_parts, unpad
-from .token_pruning import AttentionEvidence  # noqa: F401
-from .token_reduction import Reduction  # noqa: F401
+from .pruning_method import Decision  # noqa: F401
+from .repack import repack  # noqa: F401
+from .retrieval_loss import ContrastiveKeys
+from .sequences import Sequences  # noqa: F401
+from .token_pruning import AttentionStatistics  # noqa: F401
+from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
 
-if TYPE_CHECKING:  # `as_pipeline` imports it lazily
+if TYPE_CHECKING:  # `as_pipeline` imports them lazily
+    from .images import UnreadableImage  # noqa: F401
     from .pipeline_madtp_blip import PIPELINES  # noqa: F401
 
 
@@ -65,6 +68,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     }
     task = "vqa"
+    distilled = {"logits": "tokens"}
     _task_auto_class = "AutoModelForVisualQuestionAnswering"
     _task_pipeline = ("visual-question-answering", "pipeline_madtp_blip.MadtpBlipVisualQuestionAnsweringPipeline")
     _dense_classes = (BlipForQuestionAnswering,)
@@ -76,15 +80,17 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         self.text_decoder = TextDecoder(config.text_config, config.text_config.hidden_size)
         self.post_init()
 
-    def _encode(self, input_ids, pixel_values, attention_mask, with_feature=False, **vision_options):
+    def _encode(self, input_ids, pixel_values, attention_mask, pruning=None, with_feature=False, **vision_options):
         """Encode the images, then the questions with cross-attention to them; return a `BranchOutput` for each."""
+        pruning = pruning or self.start_pass()
         input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
-        vision = self._encode_images(pixel_values, with_feature, **vision_options)
+        vision = self._encode_images(pixel_values, with_feature, pruning=pruning, **vision_options)
         images = images_for_texts(vision, pixel_values, input_ids, "questions")
-        text = self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature)
+        text = self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature, pruning=pruning)
         return vision, text
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -138,10 +144,12 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         if decoder_input_ids.shape[0] != number:
             raise ValueError(f"{len(decoder_input_ids)} answers for {number} questions: expected one for each.")
 
+        pruning = self.start_pass()
         vision, text = self._encode(
             input_ids,
             pixel_values,
             attention_mask,
+            pruning,
             with_feature=labels is not None,
             interpolate_pos_encoding=interpolate_pos_encoding,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
@@ -151,7 +159,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
             input_ids=decoder_input_ids,
             attention_mask=self_attention_mask(decoder_attention_mask),
             encoder_hidden_states=question_states,
-            encoder_attention_mask=cross_attention_mask(text.mask) if self.is_pruning else None,
+            encoder_attention_mask=cross_attention_mask(text.mask) if pruning.is_on else None,
             labels=labels,
             reduction="mean",
             use_cache=False,
@@ -160,7 +168,7 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         loss = task_loss = align_loss = None
         if labels is not None:
             task_loss = self.text_decoder.loss_of(answer, shift_labels)
-            align_loss = self._alignment_loss(vision.feature, text.feature)
+            align_loss = self.compute_alignment_loss(vision.feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForQuestionAnsweringOutput(
             loss=loss,
@@ -200,15 +208,17 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         Returns:
             `torch.LongTensor` of shape `(batch_size, answer_length)`: the answers, the start token first.
         """
+        pruning = self.start_pass()
         _, text = self._encode(
             torch.as_tensor(input_ids, device=pixel_values.device),
             pixel_values,
             attention_mask,
+            pruning,
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
         number = text.sequences.batch_size
         start = torch.full((number, 1), self.config.text_config.bos_token_id, device=pixel_values.device)
-        return self._generate(start, text, masked=self.is_pruning, **generate_kwargs)
+        return self._generate(start, text, masked=pruning.is_on, **generate_kwargs)
 
 
 class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixin):
@@ -217,6 +227,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     main_input_name = "pixel_values"
     _tied_weights_keys = MadtpBlipForQuestionAnswering._tied_weights_keys
     task = "captioning"
+    distilled = {"logits": "tokens"}
     _task_auto_class = "AutoModelForImageTextToText"
     _task_pipeline = ("image-to-text", "pipeline_madtp_blip.MadtpBlipImageToTextPipeline")
     _dense_classes = (BlipForConditionalGeneration,)
@@ -234,6 +245,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         self.text_decoder.set_input_embeddings(value)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -281,7 +293,7 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             check_same_shape("labels", labels, input_ids)
         if attention_mask is not None:
             check_same_shape("attention_mask", attention_mask, input_ids)
-            if takes_parts(input_ids.device):  # on other devices, reading values would synchronize
+            if takes_chunks(input_ids.device):  # on other devices, reading values would synchronize
                 text_lengths(input_ids, attention_mask)
         vision = self._encode_images(
             pixel_values,
@@ -368,6 +380,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
     """
 
     task = "nlvr2"
+    distilled = {"logits": "classes"}
     _dense_classes = (BlipForImageTextRetrieval, BlipForQuestionAnswering)
     _new_in_task = ("alignment.", "merge_layer.", "cls_head.")
     _task_pipeline = (
@@ -402,6 +415,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         return weights
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -447,23 +461,24 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
                 f"labels holds {labels.unique().tolist()}: expected 1 where a sentence is true and 0 where it is"
                 " false."
             )
-        with_feature = labels is not None
+        with_feature, pruning = labels is not None, self.start_pass()
         vision = self._encode_images(
             pixel_values.flatten(0, 1),
             with_feature,
             interpolate_pos_encoding,
+            pruning,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
         # (2 * B, ...), left and right images alternating
         left, right = (vision.sequences.every_other(vision.states, side) for side in (0, 1))
-        text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature)
-        logits = self.cls_head(text.class_states)
+        text = self._encode_text(input_ids, attention_mask, *left, *right, with_feature=with_feature, pruning=pruning)
+        logits = self.cls_head(text.first_states)
 
         loss = task_loss = align_loss = None
         if labels is not None:
             task_loss = F.cross_entropy(logits, labels)
             image_feature = None if vision.feature is None else vision.feature.unflatten(0, (-1, 2)).mean(dim=1)
-            align_loss = self._alignment_loss(image_feature, text.feature)
+            align_loss = self.compute_alignment_loss(image_feature, text.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpBlipForImagesAndTextClassificationOutput(
             loss=loss,
@@ -481,7 +496,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
         )
 
 
-class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
+class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
     """BLIP for image-text retrieval that prunes image and text tokens that matter to neither modality.
 
     It has three passes: image only and text only, for features whose dot products are similarities, and text with
@@ -491,6 +506,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
     """
 
     task = "retrieval"
+    distilled = {"itm_score": "classes", "image_feature": "features", "text_feature": "features"}
     _task_pipeline = ("image-text-retrieval", "pipeline_madtp_blip.MadtpBlipImageTextRetrievalPipeline")
     _dense_classes = (BlipForImageTextRetrieval,)
 
@@ -505,10 +521,10 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         self.post_init()
 
     def _image_feature(self, images: BranchOutput) -> torch.Tensor:
-        return F.normalize(self.vision_proj(images.class_states), dim=-1)
+        return F.normalize(self.vision_proj(images.first_states), dim=-1)
 
     def _text_feature(self, texts: BranchOutput) -> torch.Tensor:
-        return F.normalize(self.text_proj(texts.class_states), dim=-1)
+        return F.normalize(self.text_proj(texts.first_states), dim=-1)
 
     def get_image_features(
         self,
@@ -546,6 +562,7 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
         return with_states(self._text_feature(texts), texts, return_dict)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -602,29 +619,31 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             check_same_number(pixel_values, input_ids, "texts")
         elif use_itm_head:
             input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
-        with_feature = bool(return_loss or not use_itm_head)
+        with_feature, pruning = bool(return_loss or not use_itm_head), self.start_pass()
         vision = self._encode_images(
             pixel_values,
             with_feature,
             interpolate_pos_encoding,
+            pruning,
             **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
         )
         image_feature = text_feature = align_loss = None
         losses = {}
         if with_feature:
-            text = self._encode_text(input_ids, attention_mask, with_feature=True)
+            text = self._encode_text(input_ids, attention_mask, with_feature=True, pruning=pruning)
             image_feature, text_feature = self._image_feature(vision), self._text_feature(text)
             if pixel_values.shape[0] == input_ids.shape[0]:
-                align_loss = self._alignment_loss(vision.feature, text.feature)
+                align_loss = self.compute_alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
             images = images_for_texts(vision, pixel_values, input_ids, "texts")
-            text = self._encode_text(input_ids, attention_mask, *images)
-            itm_score = self.itm_head(text.class_states)
+            text = self._encode_text(input_ids, attention_mask, *images, pruning=pruning)
+            itm_score = self.itm_head(text.first_states)
         else:
             itm_score = image_feature @ text_feature.T
         if return_loss:
             features = (image_feature, text_feature)
-            losses = self._losses(input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys)
+            batch = (input_ids, attention_mask, vision, pruning)
+            losses = self._losses(batch, itm_score, features, image_ids, contrastive_keys)
             losses["loss"] = losses["task_loss"] + self.config.alignment_loss_weight * align_loss
         elif labels is not None:
             matching = F.cross_entropy(itm_score, labels)
@@ -648,42 +667,6 @@ class MadtpBlipForImageTextRetrieval(MadtpBlipPreTrainedModel):
             text_feature=text_feature,
             **losses,
         )
-
-    def _losses(self, input_ids, attention_mask, vision, itm_score, features, image_ids, contrastive_keys) -> dict:
-        """Return the contrastive loss, the matching loss with hard negatives and their sum; itm_score (B, 2)."""
-        if image_ids is None:
-            image_ids = torch.arange(len(input_ids), device=input_ids.device) + process_rank() * len(input_ids)
-        contrastive = contrastive_loss(*features, image_ids, contrastive_keys)
-        temperature = TEMPERATURE if contrastive_keys is None else contrastive_keys.temperature.detach()
-        negatives = self._score_hard_negatives(input_ids, attention_mask, vision, *features, image_ids, temperature)
-        labels = torch.zeros(len(itm_score) + len(negatives), dtype=torch.long, device=itm_score.device)
-        labels[: len(itm_score)] = 1
-        matching = F.cross_entropy(torch.cat([itm_score, negatives]), labels)
-        return {"task_loss": contrastive + matching, "contrastive_loss": contrastive, "matching_loss": matching}
-
-    def match(self, input_ids, attention_mask, image_states, image_mask=None) -> torch.Tensor:
-        """Return matching logits (B, 2) of texts (B, L) with image states (B, M, D) and their mask (B, M)."""
-        text = self._encode_text(input_ids, attention_mask, *unpad(image_states, image_mask))
-        return self.itm_head(text.class_states)
-
-    def _score_hard_negatives(
-        self, input_ids, attention_mask, vision, image_feature, text_feature, image_ids, temperature
-    ) -> torch.Tensor:
-        """Return matching logits (up to 2 * B, 2) of texts with a wrong image and images with a wrong text each."""
-        rank = process_rank()
-        text_ids, text_mask = input_ids, None
-        if attention_mask is not None:
-            text_ids, text_mask = left_align(input_ids, attention_mask.bool())
-        all_ids = gather_rows(image_ids)
-        states, states_mask = gather_padded(vision.hidden_states, vision.mask)
-        texts, texts_mask = gather_padded(text_ids, text_mask)
-        other_images, other_texts = (gather_rows(f.detach()) for f in (image_feature, text_feature))
-        of_text, wrong_image = draw_hard_negatives(text_feature, other_images, image_ids, all_ids, temperature)
-        of_image, wrong_text = draw_hard_negatives(image_feature, other_texts, image_ids, all_ids, temperature)
-        start = len(image_ids) * rank
-        pairs_text = torch.cat([of_text + start, wrong_text])
-        pairs_image = torch.cat([wrong_image, of_image + start])
-        return self.match(texts[pairs_text], texts_mask[pairs_text], states[pairs_image], states_mask[pairs_image])
 
 
 __all__ = [

@@ -19,25 +19,27 @@ from transformers.models.clip.modeling_clip import (
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
-from .attention import FIRST_PROTECTED
+from .attention import CLASS_TOKEN_FIRST
+from .chunks import Chunking  # noqa: F401
 from .configuration_madtp_clip import MadtpClipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
 from .encoder import as_model_output, real_tokens
-from .madtp_clip_towers import TEXT_ROLES, MadtpClipTextModel, MadtpClipVisionModel
+from .madtp_clip_towers import TEXT_SPEC, MadtpClipTextModel, MadtpClipVisionModel
+from .method_class_attention import ClassAttentionMethod  # noqa: F401
+from .method_code import carry_code  # noqa: F401
+from .method_evit import EvitMethod  # noqa: F401
+from .method_madtp import MadtpMethod  # noqa: F401
+from .method_random import RandomMethod  # noqa: F401
+from .method_tome import TomeMethod  # noqa: F401
 from .padding import check_same_number
 from .prepared_linear import PreparedForward  # noqa: F401
-from .pruned_model import (
-    AlignmentProjection,
-    LayerProjections,
-    MadtpAlignment,
-    PrunedModelMixin,
-    PruningOutput,
-    init_alignment,
-)
+from .pruned_model import PrunedModelMixin, PruningOutput
+from .pruning_method import PruningMethod  # noqa: F401
+from .repack import repack  # noqa: F401
 from .retrieval_loss import ContrastiveKeys, contrastive_loss
 from .sequences import Sequences  # noqa: F401
-from .token_pruning import AttentionEvidence  # noqa: F401
-from .token_reduction import Reduction  # noqa: F401
+from .token_pruning import AttentionStatistics  # noqa: F401
+from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
@@ -56,14 +58,6 @@ class MadtpClipOutput(PruningOutput, CLIPOutput):
     """
 
 
-class MadtpClipAlignment(MadtpAlignment):
-    """Alignment tokens, with a separate projection to their width for each layer of both towers."""
-
-    def make_projection(self, branch, width):
-        layers = [AlignmentProjection(branch.hidden_size, width) for _ in range(branch.num_hidden_layers)]
-        return LayerProjections(layers)
-
-
 class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     """CLIP that prunes image and text tokens that matter to neither modality."""
 
@@ -72,11 +66,13 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     base_model_prefix = "madtp_clip"
     model_tags = ["clip", "madtp", "token-pruning"]  # in a model card's metadata
     task = "clip"
+    distilled = {"logits_per_image": "classes", "image_embeds": "features", "text_embeds": "features"}
     _dense_classes = (CLIPModel,)
+    _from_dense_name = "from_clip"
     _task_auto_class = "AutoModelForZeroShotImageClassification"
-    _alignment_class = MadtpClipAlignment
-    _roles = {"vision": FIRST_PROTECTED, "text": TEXT_ROLES}
-    _min_kept = 2
+    branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": TEXT_SPEC}
+    min_kept = 2
+    has_layer_projections = True
     _fused_activations = {CLIPMLP: ("fc1", "activation_fn")}
     _no_split_modules = ["MadtpClipLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
     _supports_flex_attn = False
@@ -95,12 +91,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MadtpAlignment):
-            init_alignment(module)
-        elif isinstance(module, AlignmentProjection):  # preserves the scale of the tokens
-            init.normal_(module.weight, std=module.in_features**-0.5)
-            init.zeros_(module.bias)
-        elif isinstance(module, MadtpClipModel):
+        if isinstance(module, MadtpClipModel):
             for projection in (module.visual_projection, module.text_projection):
                 init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
 
@@ -118,7 +109,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             TypeError: if the source is a model other than CLIP, or an override is neither a field nor such an
             argument.
         """
-        return cls._from_dense(source, config_overrides, MadtpClipConfig, "from_clip")
+        return cls.from_dense(source, **config_overrides)
 
     def get_input_embeddings(self):
         return self.text_model.embeddings.token_embedding
@@ -126,22 +117,26 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     def set_input_embeddings(self, value):
         self.text_model.embeddings.token_embedding = value
 
-    def _encode_images(self, pixel_values, with_feature=False, interpolate_pos_encoding=False, **outputs):
+    def _encode_images(
+        self, pixel_values, with_feature=False, interpolate_pos_encoding=False, pruning=None, **outputs
+    ):
         """Encode pixel_values (B, 3, H, W); `pooled` holds features (B, E), `outputs` are `run_layers` arguments."""
-        reduction = self._reduction("vision", with_feature)
-        images = self.vision_model(pixel_values, reduction, interpolate_pos_encoding, **outputs)
+        method = self.make_method(pruning or self.start_pass(), "vision", with_feature)
+        images = self.vision_model(pixel_values, method, interpolate_pos_encoding, **outputs)
         return images._replace(pooled=self.visual_projection(images.pooled))
 
-    def _encode_text(self, input_ids, attention_mask=None, position_ids=None, with_feature=False, **outputs):
+    def _encode_text(
+        self, input_ids, attention_mask=None, position_ids=None, with_feature=False, pruning=None, **outputs
+    ):
         """Encode input_ids (B, L) into a `BranchOutput` whose `pooled` holds the features (B, E)."""
-        layout = "as it is"
-        if self.is_pruning:
-            layout = "padded" if self.config.pruning_granularity == "frozen" else "varlen"
-        elif attention_mask is not None and not torch.compiler.is_compiling():
+        pruning = pruning or self.start_pass()
+        layout, puts_back = pruning.text_layout, False
+        if layout == "dense" and attention_mask is not None and not torch.compiler.is_compiling():
             # With a mask, the states of padding are not needed, unless the caller asks for those of all layers.
-            layout = "restored" if all(x is None or x is False for x in outputs.values()) else layout
-        reduction = self._reduction("text", with_feature)
-        texts = self.text_model(input_ids, attention_mask, position_ids, layout, reduction, **outputs)
+            puts_back = all(x is None or x is False for x in outputs.values())
+            layout = "varlen" if puts_back else layout
+        method = self.make_method(pruning, "text", with_feature)
+        texts = self.text_model(input_ids, attention_mask, position_ids, layout, puts_back, method, **outputs)
         return texts._replace(pooled=self.text_projection(texts.pooled))
 
     @can_return_tuple
@@ -182,6 +177,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         return as_model_output(images)
 
     @can_return_tuple
+    @runs_training_passes
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -218,9 +214,10 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         if with_feature:
             check_same_number(pixel_values, input_ids, "texts")
         outputs = self._vision_outputs(output_hidden_states, output_attentions, output_positions)
-        images = self._encode_images(pixel_values, with_feature, interpolate_pos_encoding, **outputs)
+        pruning = self.start_pass()
+        images = self._encode_images(pixel_values, with_feature, interpolate_pos_encoding, pruning, **outputs)
         outputs["output_positions"] = False
-        texts = self._encode_text(input_ids, attention_mask, position_ids, with_feature, **outputs)
+        texts = self._encode_text(input_ids, attention_mask, position_ids, with_feature, pruning, **outputs)
         image_embeds, text_embeds = (x.pooled / x.pooled.norm(dim=-1, keepdim=True) for x in (images, texts))
         logits_per_text = text_embeds @ image_embeds.T.to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
@@ -231,7 +228,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             else:
                 temperature = (-self.logit_scale).exp()
                 task_loss = contrastive_loss(image_embeds, text_embeds, image_ids, contrastive_keys, temperature)
-            align_loss = self._alignment_loss(images.feature, texts.feature)
+            align_loss = self.compute_alignment_loss(images.feature, texts.feature)
             loss = task_loss + self.config.alignment_loss_weight * align_loss
         return MadtpClipOutput(
             loss=loss,

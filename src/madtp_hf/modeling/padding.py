@@ -16,8 +16,7 @@ def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -
 def check_same_number(images: torch.Tensor, texts: torch.Tensor, kind: str) -> None:
     if images.shape[0] != texts.shape[0]:
         raise ValueError(
-            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected as many of one as of"
-            " the other."
+            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected equal numbers."
         )
 
 
@@ -26,17 +25,15 @@ def check_images(pixel_values: torch.Tensor, size: int, any_size: bool) -> None:
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}: expected (batch_size, 3, height, width), as the"
-            " model's"
-            " image processor makes it."
+            " model's image processor returns."
         )
     if pixel_values.shape[0] == 0:
-        raise ValueError("pixel_values holds no image: expected a batch of at least one.")
+        raise ValueError("pixel_values holds no image: expected at least one.")
     if not any_size and tuple(pixel_values.shape[2:]) != (size, size):
         height, width = pixel_values.shape[2:]
         raise ValueError(
             f"pixel_values are images of {height} x {width} pixels: this model takes {size} x {size}. Resize them with"
-            " its"
-            " image processor, or pass interpolate_pos_encoding=True."
+            " its image processor, or pass interpolate_pos_encoding=True."
         )
 
 
@@ -69,7 +66,7 @@ def check_no_empty_text(lengths: list[int]) -> None:
 
 
 def left_align(input_ids: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move padding, wherever it is, behind the text: return input_ids and real (B, L) in the new order.
+    """Move padding, wherever it is, after the text: return input_ids and real (B, L) in the new order.
 
     The host reads no values and does not wait for the device: shapes depend on shapes alone.
     """

@@ -7,6 +7,7 @@ with dicts of both.
 import base64
 import os
 import types
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class MadtpBlipPipeline(Pipeline):
 
     parts: dict = {}
     # Further arguments of `preprocess`, `_forward` and `postprocess`.
-    parameters: tuple[tuple[str, ...], ...] = (("padding", "truncation", "timeout"), (), ())
+    parameters: tuple[tuple[str, ...], ...] = (("padding", "truncation", "timeout"), ("reduction",), ())
     _load_processor = False
     _load_image_processor = True
     _load_feature_extractor = False
@@ -209,6 +210,15 @@ class MadtpBlipPipeline(Pipeline):
         read = self.tokenizer(texts, return_tensors=return_tensors, **options)
         return {"input_ids": read.input_ids, "attention_mask": read.attention_mask}
 
+    def forward(self, model_inputs, reduction: float | None = None, **forward_params):
+        with nullcontext() if reduction is None else self.model.pruning(reduction=reduction):
+            return super().forward(model_inputs, **forward_params)
+
+    def _generation_options(self, prompt_length: int, options: dict) -> dict:
+        """Limit `max_new_tokens` to the decoder's length, less the prompt's."""
+        room = self.model.config.text_config.max_position_embeddings - prompt_length
+        return {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
+
     def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
         image, text = self._check_pair(inputs, "the pair").values()
         read = self._read_texts(text, padding, truncation)
@@ -226,14 +236,19 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     [{"answer": "two", "score": 0.93}]
     ```
 
-    A call, or `pipeline(...)` for all calls, takes these parameters: `top_k` (the number of answers to each question,
-    the likeliest first; defaults to 1), `max_new_tokens`, `generate_kwargs` (further arguments of the model's
-    `generate`), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in other pipelines. The score
-    of an answer is the product of its tokens' probabilities.
+    A call, or `pipeline(...)` for all calls, takes these parameters: `reduction` (the share of FLOPs to save in this
+    call, 0 for none; other threads' calls don't see it), `top_k` (the number of answers to each question, the
+    likeliest first; defaults to 1), `max_new_tokens` (defaults to 10, limited to the decoder's length),
+    `generate_kwargs` (further arguments of the model's `generate`), and `padding`, `truncation` and `timeout` (seconds
+    to fetch an image) as in other pipelines. The score of an answer is the product of its tokens' probabilities.
     """
 
     parts = {"image": (_is_image, _IMAGE), "question": (_is_string, _STRING)}
-    parameters = (("padding", "truncation", "timeout"), ("top_k", "max_new_tokens", "generate_kwargs"), ())
+    parameters = (
+        ("padding", "truncation", "timeout"),
+        ("reduction", "top_k", "max_new_tokens", "generate_kwargs"),
+        (),
+    )
 
     def __call__(self, image=None, question=None, **kwargs):
         r"""
@@ -261,7 +276,8 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None):
         defaults = {"num_beams": top_k, "do_sample": False, "max_new_tokens": max_new_tokens}
         fixed = {"num_return_sequences": top_k, "return_dict_in_generate": True, "output_scores": True}
-        output = self.model.generate(**model_inputs, **{**defaults, **(generate_kwargs or {}), **fixed})
+        options = self._generation_options(1, {**defaults, **(generate_kwargs or {}), **fixed})
+        output = self.model.generate(**model_inputs, **options)
         beams = getattr(output, "beam_indices", None)
         log_probabilities = self.model.text_decoder.compute_transition_scores(
             output.sequences, output.scores, beams, normalize_logits=beams is None
@@ -293,13 +309,14 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
 
     The call equals that of the pipeline of this name in transformers 4. transformers 5's `"image-text-to-text"` works
     with these checkpoints too, but requires a text for each image. A call, or `pipeline(...)` for all calls, takes
-    these parameters: `max_new_tokens` (defaults to 20, limited to the decoder's length), `generate_kwargs` (further
+    these parameters: `reduction` (the share of FLOPs to save in this call, 0 for none; other threads' calls don't see
+    it), `max_new_tokens` (defaults to 20, limited to the decoder's length), `generate_kwargs` (further
     arguments of the model's `generate`), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in
     other pipelines.
     """
 
     parts = {"image": (_is_image, _IMAGE), "prompt": (_is_string, _STRING)}
-    parameters = (("padding", "truncation", "timeout"), ("max_new_tokens", "generate_kwargs"), ())
+    parameters = (("padding", "truncation", "timeout"), ("reduction", "max_new_tokens", "generate_kwargs"), ())
 
     def __call__(self, image=None, prompt=None, **kwargs):
         r"""
@@ -347,10 +364,8 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
 
     def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None):
         number = len(model_inputs["pixel_values"])
-        # The decoder's maximum length, less the prompt without its last token, which `generate` removes.
-        room = self.model.config.text_config.max_position_embeddings - model_inputs["input_ids"].shape[1] + 1
-        options = {"max_new_tokens": min(max_new_tokens, room), **(generate_kwargs or {})}
-        options["return_dict_in_generate"] = False
+        options = {"max_new_tokens": max_new_tokens, **(generate_kwargs or {}), "return_dict_in_generate": False}
+        options = self._generation_options(model_inputs["input_ids"].shape[1] - 1, options)  # the model drops [SEP]
         return {"sequences": self.model.generate(**model_inputs, **options).unflatten(0, (number, -1))}
 
     def postprocess(self, model_outputs):
@@ -370,7 +385,8 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
     ```
 
     Label names come from the configuration's `id2label`. A call, or `pipeline(...)` for all calls, takes these
-    parameters: `top_k` (the number of labels for each sentence, the likeliest first; defaults to all), and `padding`,
+    parameters: `reduction` (the share of FLOPs to save in this call, 0 for none; other threads' calls don't see it),
+    `top_k` (the number of labels for each sentence, the likeliest first; defaults to all), and `padding`,
     `truncation` and `timeout` (seconds to fetch an image) as in other pipelines.
     """
 
@@ -378,7 +394,7 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         "images": (_is_two_images, "a pair [left, right] of images"),
         "text": (_is_string, _STRING),
     }
-    parameters = (("padding", "truncation", "timeout"), (), ("top_k",))
+    parameters = (("padding", "truncation", "timeout"), ("reduction",), ("top_k",))
 
     def __call__(self, images=None, text=None, **kwargs):
         r"""
@@ -431,15 +447,15 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
 
     `score` is the probability of a match by the matching head, with cross-attention of the text to image states.
     `similarity` is the cosine similarity of the two features, which are computed separately, as for a search index.
-    A call, or `pipeline(...)` for all calls, takes the parameters `truncation` and `timeout` (seconds to fetch an
-    image).
+    A call, or `pipeline(...)` for all calls, takes these parameters: `reduction` (the share of FLOPs to save in this
+    call, 0 for none; other threads' calls don't see it), `truncation` and `timeout` (seconds to fetch an image).
     """
 
     parts = {
         "image": (_is_image, _IMAGE),
         "text": (lambda value: _is_string(value) or _is_strings(value), "a string or a list of strings"),
     }
-    parameters = (("truncation", "timeout"), (), ())
+    parameters = (("truncation", "timeout"), ("reduction",), ())
 
     def __call__(self, image=None, text=None, **kwargs):
         r"""

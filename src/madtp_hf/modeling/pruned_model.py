@@ -1,27 +1,27 @@
-"""What all pruned models share: alignment tokens, the switch for pruning, and conversion from a dense model."""
+"""What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
-from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import logging
 
-from .attention import TokenRoles
-from .encoder import AlignmentTokens, MadtpReduction, TokenReduction
-from .prepared_linear import (
-    PRECISIONS,
-    Source,
-    can_prepack,
-    check_kernels,
-    prepare_linear_maps,
-    restore_linear_maps,
-)
+from .attention import CLASS_TOKEN_FIRST
+from .method_class_attention import ClassAttentionMethod  # noqa: F401 (importing a method registers it)
+from .method_code import carry_code, is_own
+from .method_evit import EvitMethod  # noqa: F401
+from .method_madtp import AlignmentProjection, MadtpAlignment, init_alignment
+from .method_random import RandomMethod  # noqa: F401
+from .method_tome import TomeMethod  # noqa: F401
+from .prepared_linear import PRECISIONS, can_prepack, check_kernels, prepare_linear_maps, restore_linear_maps
+from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
+from .training_passes import TrainingPasses
 
 
 logger = logging.get_logger("transformers.models.madtp")
@@ -56,122 +56,64 @@ class PruningOutput:
     vision_positions: tuple[torch.Tensor, ...] | None = None
 
 
-class AlignmentProjection(nn.Module):
-    """The linear map from a branch's width D to the alignment tokens' E, folded into them for inference.
+# By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
+_OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
 
-    It is no `nn.Linear`, so that adapters and quantization, which look for those, leave the choice of tokens alone.
 
-    keeps_folded: whether the folded weight is kept until a parameter changes, as a prepared weight is.
+class PruningPass:
+    """Pruning in one forward pass: what is read from the configuration, once.
+
+    method: the pruning method. setting: its setting, None with pruning off. granularity: see the configuration.
+    token_counts: how many tokens each layer of each branch leaves, if that is frozen.
     """
 
-    keeps_folded = False
-    _folded = None
+    def __init__(self, config, method: type[PruningMethod], setting: dict | None):
+        if setting is not None and not all(name in method.fields for name in setting):
+            raise ValueError(
+                f"The setting {setting} does not fit the pruning method {method.name!r}, which expects"
+                f" {', '.join(method.fields)}."
+            )
+        self.method, self.setting, self.granularity = method, setting, config.pruning_granularity
+        self.modalities = [name for name in config.pruning_modalities if name in method.modalities]
+        counts_are_fixed = setting is None or method.has_fixed_counts
+        self.token_counts = None if counts_are_fixed else config.token_counts(setting)
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight, self.bias = nn.Linear(in_features, out_features).parameters()
+    @property
+    def is_on(self) -> bool:
+        return self.setting is not None
 
-    def forward(self, states: torch.Tensor | None = None, alignment_tokens: torch.Tensor | None = None):
-        """Project states (..., D) -> (..., E), or fold the projection into alignment tokens (T, E).
+    def prunes(self, modality: str) -> bool:
+        """Return whether a branch, `"vision"` or `"text"`, loses tokens."""
+        return self.is_on and modality in self.modalities
 
-        Folding returns the weight (T, D) and bias (T,) of the map that gives the alignment scores directly:
-        (x W^T + b) S^T = x (S W)^T + b S^T.
-        """
-        if alignment_tokens is None:
-            return F.linear(states, self.weight, self.bias)
-        parts = alignment_tokens, self.weight, self.bias
-        keeps = self.keeps_folded and not self.training and self.weight.device.type == "cpu"
-        if not keeps or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._folded = None if not keeps else self._folded
-            return alignment_tokens @ self.weight, alignment_tokens @ self.bias
-        if self._folded is None or not self._folded[0].is_current(*parts):
-            self._folded = Source(*parts), (alignment_tokens @ self.weight, alignment_tokens @ self.bias)
-        return self._folded[1]
-
-    def keep_folded(self, keeps: bool) -> None:
-        self.keeps_folded, self._folded = keeps, None
-
-    def __getstate__(self):
-        return {**self.__dict__, "_folded": None}
-
-
-class LayerProjections(nn.ModuleList):
-    """One projection per layer."""
-
-    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
-        """List the projections alone: peft would take a list named `text_projection` for CLIP's own projection."""
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if module is not self:
-                yield name, module
-
-
-class MadtpAlignment(nn.Module):
-    """The alignment tokens (T, E) that both branches share, and projections for branches of another width.
-
-    A model family with one projection per layer overrides `make_projection`; `forward` then returns a list with one
-    entry per layer.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        width = config.alignment_dim or config.text_config.hidden_size
-        self.tokens = nn.Parameter(torch.empty(config.num_alignment_tokens, width))
-        self.vision_projection = self.make_projection(config.vision_config, width)
-        self.text_projection = self.make_projection(config.text_config, width)
-
-    def make_projection(self, branch, width: int) -> nn.Module | None:
-        """Return the projection from a branch (given by its configuration) to the alignment tokens' width, if needed.
-
-        A `ModuleList` holds one projection per layer.
-        """
-        return None if branch.hidden_size == width else AlignmentProjection(branch.hidden_size, width)
-
-    def forward(
-        self, modality: str | None, folded: bool = False
-    ) -> AlignmentTokens | list[AlignmentTokens] | torch.Tensor:
-        """Return the alignment tokens and projections for the layers of a branch, `"vision"` or `"text"`.
-
-        Without a modality, returns a zero that depends on every parameter, so that each gets a gradient. Parameters
-        are read by calling their modules, because hooks on these load offloaded parameters.
-        """
-        projections = {"vision": self.vision_projection, "text": self.text_projection}
-        if modality is None:
-            nothing = 0.0 * self.tokens.sum()
-            for branch in projections.values():
-                for projection in branch if isinstance(branch, nn.ModuleList) else [branch]:
-                    if projection is not None:
-                        zeros = self.tokens.new_zeros(1, projection.in_features)
-                        nothing = nothing + 0.0 * projection(zeros).sum()
-            return nothing
-        branch = projections[modality]
-        if isinstance(branch, nn.ModuleList):
-            return [self._compared(projection, folded) for projection in branch]
-        return self._compared(branch, folded)
-
-    def _compared(self, projection: nn.Module | None, folded: bool) -> AlignmentTokens:
-        if not folded:
-            return AlignmentTokens(self.tokens, projection)
-        if projection is None:
-            return AlignmentTokens(self.tokens, weight=self.tokens)
-        return AlignmentTokens(self.tokens, projection, *projection(alignment_tokens=self.tokens))
+    @property
+    def text_layout(self) -> str:
+        """How texts are laid out, one of `sequences.TEXT_LAYOUTS`: with pruning off, as in transformers."""
+        if not self.is_on:
+            return "dense"
+        return "padded" if self.granularity == "frozen" else "varlen"
 
 
 class PrunedModelMixin:
     """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
 
-    The alignment tokens are in `alignment`.
+    A family says `branch_specs`, `min_kept`, whether every layer has an alignment projection of its own, and the
+    classes it is made from; its `forward` begins with `start_pass` and gets each branch's method from
+    `make_method`. The alignment tokens are in `alignment`.
     """
 
     task = None  # as `madtp_hf.count_flops` names it
     _dense_classes = ()  # transformers' classes that this one converts from
+    _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
-    _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
-    _roles = {"vision": TokenRoles(), "text": TokenRoles()}
-    _min_kept = 1
-    _reduction_method = None  # replaces MADTP if set
     inference_precision = None  # what `prepare_for_inference` has prepared
-    _alignment_class = MadtpAlignment
+    _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
+    # What each branch protects; the fewest removable tokens that a layer keeps; one alignment projection per layer?
+    branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
+    min_kept = 1
+    has_layer_projections = False
+    distilled: dict[str, str] = {}  # the outputs that pruned passes learn, see `training_passes.distillation_loss`
+    _training_passes: TrainingPasses | None = None
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
@@ -185,7 +127,7 @@ class PrunedModelMixin:
         for branch in (config.vision_config, config.text_config):
             if branch._attn_implementation is None:  # inherits the whole model's
                 branch._attn_implementation = config._attn_implementation
-        self.model_tags = list(self.model_tags)  # `add_model_tags` and `push_to_hub(tags=...)` add to it
+        self.model_tags = list(self.model_tags or ())  # `add_model_tags` and `push_to_hub(tags=...)` add to it
         family, name = config.model_type, type(self).__name__
         config.auto_map = {
             "AutoConfig": f"configuration_{family}.{self.config_class.__name__}",
@@ -203,130 +145,162 @@ class PrunedModelMixin:
                     "default": {},
                 }
             }
-        self.alignment = self._alignment_class(config)
+        get_method(config.pruning_method)  # an unknown one is an error now, not in the first pass
+        self.alignment = MadtpAlignment(config, per_layer=self.has_layer_projections)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_alignment(module)
 
     # Pruning
 
-    def set_pruning(
-        self, *args, temperature: float | None = None, reduction: float | None = None, factor: float | None = None
-    ) -> None:
+    def set_pruning(self, *args, reduction: float | None = None, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
 
         Args:
-            temperature (`float`, *optional*):
-                The threshold's temperature: 0 is off, larger values prune more. `None`, without a reduction, is off.
             reduction (`float`, *optional*):
                 The share of FLOPs to save, in [0, 1), by the schedule that `madtp_hf.calibrate` has measured.
-            factor (`float`, *optional*):
-                Multiplies the threshold of a given temperature, in (0, 1]: smaller values prune less. The default is
-                1, as in the paper.
+            setting (`float`):
+                The method's setting by name. `temperature` for MADTP and class attention: the threshold's temperature,
+                0 is off, larger values prune more; with it, `factor` in (0, 1] multiplies the threshold, and smaller
+                values prune less. `keep_rate` for EViT and random tokens, `r` for ToMe. `None` is off.
 
         Raises:
             TypeError: if a number is passed without its name.
             ValueError: if a value can't be set; the model is then unchanged.
         """
+        method = self.pruning_method
+        setting = self._read_setting(method, args, reduction, setting)
+        PruningPass(self.config, method, setting)  # raises if it is frozen without counts for this setting
+        self.config.pruning_setting = setting
+
+    @contextmanager
+    def pruning(self, *args, method=None, reduction: float | None = None, **setting: float | None):
+        """Prune as in `set_pruning`, within a `with` block and in this thread alone.
+
+            with model.pruning(reduction=0.5):
+                model(**inputs)
+
+        Nothing is stored, other threads prune as before, and inner blocks win.
+
+        Args:
+            method (`str` or a subclass of `PruningMethod`, *optional*):
+                Another pruning method than the model's.
+        """
+        method = self._find_method(method)
+        setting = self._read_setting(method, args, reduction, setting)
+        PruningPass(self.config, method, setting)
+        token = _OVERRIDES.set({**(_OVERRIDES.get() or {}), id(self): (method, setting)})
+        try:
+            yield self
+        finally:
+            _OVERRIDES.reset(token)
+
+    def _find_method(self, method) -> type[PruningMethod]:
+        if method is None:
+            return self.pruning_method
+        return method if isinstance(method, type) and issubclass(method, PruningMethod) else get_method(method)
+
+    def _read_setting(self, method: type[PruningMethod], args: tuple, reduction, setting: dict) -> dict | None:
         if args and args != (None,):
             raise TypeError(
                 f"set_pruning got {', '.join(map(repr, args))} without a name: expected"
                 f" set_pruning(reduction={args[0]!r}), a share of the"
-                f" FLOPs to save, or set_pruning(temperature={args[0]!r}), a threshold's temperature;"
+                f" FLOPs to save, or set_pruning({next(iter(method.fields))}={args[0]!r}), the method's own setting;"
                 " set_pruning(None) is off."
             )
-        if temperature is not None and reduction is not None:
-            raise ValueError(f"Both {temperature=} and {reduction=} were given: expected one of them.")
-        if factor is not None and temperature is None:
-            raise ValueError(f"{factor=} was given without a temperature: expected both, or neither.")
-        if reduction is not None:
-            temperature, factor = self.config.threshold_for(reduction)
-        before = (self.config.pruning_temperature, self.config.pruning_threshold_factor)
-        try:
-            self.config.pruning_temperature = 0.0 if temperature is None else temperature
-            self.config.pruning_threshold_factor = 1.0 if factor is None else factor
-            if self.is_pruning:
-                self.config.token_counts()
-        except ValueError:
-            self.config.pruning_temperature, self.config.pruning_threshold_factor = before
-            raise
+        if reduction is None:
+            return method.read_setting(setting)
+        given = {name: value for name, value in setting.items() if value is not None}
+        if given:
+            named = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ValueError(f"Both {named} and {reduction=} were given: expected one of them.")
+        reached = self.setting_for(reduction)
+        return None if reached is None else method.read_setting(reached)
+
+    def setting_for(self, reduction: float) -> dict[str, float] | None:
+        """Return the method's setting that saves a share of FLOPs by the calibrated schedule, None for 0, off.
+
+        Between entries of the schedule, the setting is interpolated.
+
+        Raises:
+            ValueError: if the reduction is outside [0, 1) or the schedule's range, or there is no schedule.
+        """
+        if reduction == 0 and not isinstance(reduction, bool):
+            return None
+        low, high, share = self.config.schedule_entries(reduction)
+        return self.pruning_method.between(low, high, share)
+
+    def set_training_passes(self, settings: list[dict | None] | None, observe=None, teacher=None) -> None:
+        """Set the forward passes of the next training steps, see `TrainingPasses`; None trains as the model is set.
+
+        `madtp_hf.ReductionCallback` calls this before each step.
+        """
+        self._training_passes = None if settings is None else TrainingPasses(settings, observe, teacher)
+
+    @property
+    def pruning_method(self) -> type[PruningMethod]:
+        """The class of the model's pruning method."""
+        return get_method(self.config.pruning_method)
+
+    def set_pruning_method(self, method: str | type[PruningMethod]) -> None:
+        """Choose tokens by another method, from the next forward pass on. It is stored in the configuration.
+
+        Pruning is off afterwards, and a calibrated schedule is dropped, because it belongs to the former method.
+
+        Args:
+            method (`str` or a subclass of `PruningMethod`):
+                `"madtp"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or a class of your own with a `name`,
+                whose file checkpoints carry.
+
+        Raises:
+            TypeError: if `method` is a class without a name, or neither a name nor such a class.
+            ValueError: if there is no method of that name.
+        """
+        if isinstance(method, type) and issubclass(method, PruningMethod) and vars(method).get("name"):
+            method = method.name
+        if not isinstance(method, str):
+            raise TypeError(
+                f"set_pruning_method got {method!r}: expected the name of a pruning method, or a subclass of"
+                " PruningMethod with a `name` of its own."
+            )
+        get_method(method)
+        if method != self.config.pruning_method:
+            self.config.pruning_method = method
+            self.config.pruning_setting = None
+            self.config.pruning_schedule = self.config.pruning_token_counts = None
+
+    def start_pass(self) -> PruningPass:
+        """Return the pruning of a forward pass that begins: this thread's, else the configuration's."""
+        method, setting = self.pruning_method, self.config.pruning_setting
+        if not torch.compiler.is_compiling():  # compiled code can't read a thread's own value
+            method, setting = (_OVERRIDES.get() or {}).get(id(self), (method, setting))
+        return PruningPass(self.config, method, setting)
 
     @property
     def is_pruning(self) -> bool:
         """Whether pruning is on. If it is off, the model computes what transformers' model does."""
-        return self.config.pruning_temperature > 0
+        return self.start_pass().is_on
 
-    def set_reduction_method(self, method: Callable[..., TokenReduction | None] | None) -> None:
-        """Reduce tokens by another method than MADTP, from the next forward pass on. The method is not saved.
-
-        To add a method, derive from `encoder.TokenReduction`; its `choose` returns for each layer which tokens stay,
-        where each of the others goes, and with what weight. A variant of MADTP derives from `encoder.MadtpReduction`
-        and is created by `madtp_reduction`.
-
-        The temperature still decides how the text is computed: at 0 with padding, as in transformers, above 0 without
-        padding. A method that reduces the text needs a temperature above 0.
+    def make_method(self, pruning: PruningPass, modality: str, with_feature: bool = False) -> PruningMethod | None:
+        """Create the method of a branch for one forward pass, None for a dense branch.
 
         Args:
-            method (`Callable` or `None`):
-                A function `method(model, modality, with_feature)`, called in each forward pass for each branch,
-                `"vision"` or `"text"`. It returns a new `TokenReduction` for that pass, or `None` if the branch stays
-                dense. `with_feature` tells whether the loss needs an alignment feature. `None` restores MADTP.
-
-        Raises:
-            TypeError: if `method` is neither callable nor `None`.
-        """
-        if method is not None and not callable(method):
-            raise TypeError(
-                f"set_reduction_method got {method!r}: expected a function of (model, modality, with_feature) that"
-                " returns a TokenReduction"
-                " or None, or None for MADTP."
-            )
-        self._reduction_method = method
-
-    def madtp_reduction(
-        self, modality: str, with_feature: bool, reduction_class: Callable[..., TokenReduction] = MadtpReduction
-    ) -> TokenReduction | None:
-        """Create MADTP's reduction of a branch for one forward pass, with the options of the configuration.
-
-        Args:
+            pruning (`PruningPass`):
+                What `start_pass` returned.
             modality (`str`):
                 The branch, `"vision"` or `"text"`.
-            with_feature (`bool`):
-                Whether the loss needs the alignment feature.
-            reduction_class (`Callable`, *optional*, defaults to `MadtpReduction`):
-                `MadtpReduction`, or a variant of it.
-
-        Returns:
-            The reduction, or `None` if the branch stays dense.
+            with_feature (`bool`, *optional*, defaults to `False`):
+                Whether the loss needs the branch's alignment feature.
         """
-        config = self.config
-        prunes = modality in config.pruning_modalities
-        if not self.is_pruning or not (prunes or with_feature):
-            return None
-        counts = config.token_counts()
-        return reduction_class(
-            self.alignment(modality, folded=not with_feature),
-            float(config.pruning_temperature) if prunes else 0.0,
-            config.pruning_granularity,
-            with_feature,
-            self._roles[modality],
-            None if counts is None or not prunes else counts[modality],
-            self._min_kept,
-            float(config.pruning_threshold_factor),
-        )
+        return pruning.method.for_branch(self, pruning, modality, with_feature)
 
-    def _reduction(self, modality: str, with_feature: bool) -> TokenReduction | None:
-        """Create the reduction of a branch for one forward pass, None for a dense branch.
-
-        The configuration is read here, and not in the layers.
-        """
-        if self._reduction_method is not None:
-            reduction = self._reduction_method(self, modality, with_feature)
-            if reduction is not None:
-                reduction.roles = self._roles[modality]  # the host decides which tokens are protected
-            return reduction
-        return self.madtp_reduction(modality, with_feature)
-
-    def _alignment_loss(self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None) -> torch.Tensor:
+    def compute_alignment_loss(
+        self, image_feature: torch.Tensor | None, text_feature: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the alignment loss, 0 if a branch has no feature, as with pruning off.
 
         The 0 depends on all alignment parameters, because distributed training waits for the gradient of each.
@@ -334,6 +308,19 @@ class PrunedModelMixin:
         if image_feature is None or text_feature is None:
             return self.alignment(None)
         return alignment_loss(image_feature, text_feature)
+
+    # Saving
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+        """Save as transformers does, and with it the file of a pruning method of one's own."""
+        carries = is_own(self.pruning_method)
+        super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
+        if carries and kwargs.get("is_main_process", True):
+            carry_code(self.pruning_method, Path(save_directory), f"modeling_{self.config.model_type}.py")
+            if push_to_hub:
+                names = ("commit_message", "private", "token", "revision", "create_pr")
+                options = {name: kwargs[name] for name in names if name in kwargs}
+                self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name, **options)
 
     # Arguments of `forward`
 
@@ -430,11 +417,12 @@ class PrunedModelMixin:
     # From a dense model
 
     @classmethod
-    def _from_dense(cls, source, config_overrides: dict, config_class, method: str):
+    def from_dense(cls, source, **config_overrides):
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
-        Only the alignment parameters are new.
+        Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.
         """
+        config_class, method = cls.config_class, cls._from_dense_name
         classes = (*cls._dense_classes, cls)
         expected = " or a ".join(dense_class.__name__ for dense_class in classes)
         defaults = config_class()
@@ -476,10 +464,18 @@ class PrunedModelMixin:
     def _load_dense(cls, source, classes, expected: str, loading: dict, method: str) -> PreTrainedModel:
         hub_options = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
         found = {name: loading[name] for name in hub_options if name in loading}
-        saved = classes[0].config_class.get_config_dict(source, **found)[0].get("architectures") or []
-        dense_class = next((c for c in classes if c.__name__ in saved), classes[0])
+        saved = cls.config_class.get_config_dict(source, **found)[0]
+        named = saved.get("architectures") or []
+        dense_class = next((c for c in classes if c.__name__ in named), None)
+        if dense_class is None and not named:
+            dense_class = next((c for c in classes if c.config_class.model_type == saved.get("model_type")), None)
+        if dense_class is None:
+            what = named[0] if named else f"model of type {saved.get('model_type')!r}"
+            raise ValueError(f"{cls.__name__}.{method} got {source}, a {what}: expected a {expected}.")
         try:
-            dense, info = dense_class.from_pretrained(source, output_loading_info=True, **loading)
+            dense, info = dense_class.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+            )
         except TypeError as error:
             if not any(name in str(error) for name in loading):
                 raise
@@ -487,10 +483,14 @@ class PrunedModelMixin:
                 f"{cls.__name__}.{method} got {', '.join(loading)}: expected fields of the configuration or what"
                 " `from_pretrained` takes."
             ) from error
-        amiss = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+        amiss = [
+            key if isinstance(key, str) else key[0]  # a key of another shape comes with the shapes
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            for key in info[kind]
+        ]
         if amiss:
             raise ValueError(
-                f"{source} is no checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
+                f"{source} is not a checkpoint of a {expected}: {len(amiss)} of its tensors are missing, not"
                 f" expected or of another shape ({', '.join(sorted(amiss)[:3])}, ...). Expected one of that class."
             )
         return dense
@@ -512,15 +512,3 @@ def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
     if isinstance(device_map, str):
         device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
     return dispatch_model(model, device_map)
-
-
-@torch.no_grad()
-def init_alignment(module: MadtpAlignment) -> None:
-    """Initialise the alignment tokens at random, with norms that fall geometrically to a hundredth of the first.
-
-    At a given temperature, an alignment token of small norm attends to all tokens equally, and one of large norm only
-    to its best match. The threshold is the smallest importance that they average. With graded norms it moves smoothly
-    from the lowest importance to the mean, so that an untrained model reaches both small and large reductions.
-    """
-    scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
-    init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))

@@ -149,7 +149,6 @@ def draw_hard_negatives(
     if len(has_one) == 0:
         raise ValueError(
             f"All {len(other_ids)} samples of the batch are of one image: expected at least two different image_ids,"
-            " for a sample to"
-            " be held against. Use larger batches, or drop the last, smaller one."
+            " so that each sample has a negative. Use larger batches, or drop the last, smaller one."
         )
     return has_one, torch.multinomial(likelihood[has_one], 1).squeeze(1)

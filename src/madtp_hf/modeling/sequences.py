@@ -6,29 +6,8 @@ the batch's `Sequences`.
 """
 
 import itertools
-from typing import NamedTuple
 
 import torch
-
-
-# On a CPU, a call costs little compared with its work, so attention takes a part of a batch at a time: sequences of
-# similar length.
-PART_SIZE = 2**18  # elements in the states of a part of several sequences, at most
-PART_PADDING_SHARE = 1 / 8  # padding up to this share of a part's rows is always accepted
-PART_PADDING = 2**16  # more padding is accepted up to this many elements of the states
-PART_AREA = 2**15  # and, at the same time, up to this many elements of an attention map
-
-
-# If False, a CPU takes the path of other devices.
-CPU_TAKES_PARTS = True
-
-
-def takes_parts(device: torch.device) -> bool:
-    """Return whether attention takes a batch part by part, as on a CPU, where reading values costs nothing.
-
-    Other devices take the whole batch at once and avoid waiting for values.
-    """
-    return CPU_TAKES_PARTS and device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class cached_property:
@@ -46,17 +25,6 @@ class cached_property:
         return value
 
 
-class Division(NamedTuple):
-    """A division of a batch into parts.
-
-    bounds: the place in `order` at which each part begins, then the number of sequences.
-    order: the sequences in the order in which the parts take them; None for the batch's own order.
-    """
-
-    bounds: tuple[int, ...]
-    order: tuple[int, ...] | None = None
-
-
 class Sequences:
     """The layout of a batch: which rows belong to which sequence.
 
@@ -65,8 +33,8 @@ class Sequences:
     *varlen*: the rows are the real tokens only. Those of sequence i go from `offsets[i]` to `offsets[i + 1]`.
 
     num_rows: the number of rows.
-    first_row: in a part of a batch, the part's first row in the batch.
-    batch_rows: in a part whose rows are not contiguous, their numbers in the batch, padded; else None.
+    first_row: in a chunk of a batch, the chunk's first row in the batch.
+    batch_rows: in a chunk whose rows are not contiguous, their numbers in the batch, padded; else None.
     """
 
     def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):
@@ -78,7 +46,7 @@ class Sequences:
         if lengths is not None:
             self.lengths = lengths
         self.batch_rows: torch.Tensor | None = None
-        self._parts = {}
+        self.chunks: dict = {}  # by `Chunking`, which makes them
 
     @classmethod
     def padded(cls, batch_size: int, max_seqlen: int, device, mask: torch.Tensor | None = None, lengths=None):
@@ -96,9 +64,9 @@ class Sequences:
             device_lengths (`torch.Tensor` of shape `(B,)`, *optional*):
                 The same lengths on the device, if they are already there.
             first_row (`int`, *optional*, defaults to 0):
-                For a part of a batch, its first row in the batch.
+                For a chunk of a batch, its first row in the batch.
             before (`Sequences`, *optional*):
-                The layout that the tokens were pruned from, whose `slots` are reused.
+                The layout that the tokens were pruned from, whose `indices` are reused.
         """
         longest = max(lengths, default=0)
         if min(lengths, default=0) == longest:
@@ -110,12 +78,17 @@ class Sequences:
             offsets.append(offsets[-1] + length)
         sequences = cls(len(lengths), longest, device, offsets=offsets, lengths=device_lengths, first_row=first_row)
         if before is not None and not torch.compiler.is_compiling():
-            sequences.slots = before.slots[:longest]
+            sequences.indices = before.indices[:longest]
         return sequences
 
     @property
     def is_varlen(self) -> bool:
         return self.offsets is not None
+
+    @property
+    def has_only_real_rows(self) -> bool:
+        """Whether no row is padding."""
+        return self.is_varlen or self.mask is None
 
     @property
     def row_counts(self) -> list[int]:
@@ -146,44 +119,44 @@ class Sequences:
     @cached_property
     def mask(self) -> torch.Tensor | None:
         """(B, max_seqlen) bool: True at the real tokens of padded states; None without padding."""
-        return self.slots < self.lengths.unsqueeze(1)
+        return self.indices < self.lengths.unsqueeze(1)
 
     @cached_property
-    def slots(self) -> torch.Tensor:
+    def indices(self) -> torch.Tensor:
         """The indices (max_seqlen,): 0, 1, 2, ..."""
         return torch.arange(self.max_seqlen, device=self.device)
 
     @cached_property
-    def real(self) -> torch.Tensor | None:
+    def float_mask(self) -> torch.Tensor | None:
         """`mask` as floats: 1.0 at real tokens, 0.0 at padding."""
         return None if self.mask is None else self.mask.float()
 
     @cached_property
     def _row_number(self) -> torch.Tensor:
-        """(B * max_seqlen,): the row of each slot of padded states, counted from 1; at padding, the row before it."""
+        """(B * max_seqlen,): the row of each token of padded states, counted from 1; at padding, the row before."""
         return self.mask.flatten().cumsum(0)
 
     @cached_property
-    def _row_of_slot(self) -> torch.Tensor:
+    def _gathered_rows(self) -> torch.Tensor:
         return self._row_number - 1
 
     @cached_property
-    def _slot_to_row(self) -> torch.Tensor:
+    def _scattered_rows(self) -> torch.Tensor:
         """(B * max_seqlen,): `_row_number`, but 0 at padding."""
         return self._row_number * self.mask.flatten()
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """(R,): each row's position in its sequence."""
-        return self.unpad(self.slots.expand(self.batch_size, -1))
+        return self.unpad(self.indices.expand(self.batch_size, -1))
 
     # Rows to padded states and back
 
     def pad(self, states: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """Gather rows (R, ...) into padded states (B, max_seqlen, ...).
 
-        If this is a part of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies of
-        their last row. dim: the dimension of the rows.
+        If this is a chunk of a batch, the rows are those of the whole batch. Varlen sequences are padded with copies
+        of their last row. dim: the dimension of the rows.
         """
         if self.batch_rows is not None:
             states = states.index_select(dim, self.batch_rows)
@@ -191,7 +164,7 @@ class Sequences:
             if states.shape[dim] != self.num_rows:
                 states = states.narrow(dim, self.first_row, self.num_rows)
             if self.is_varlen:
-                states = states.index_select(dim, self._row_of_slot)
+                states = states.index_select(dim, self._gathered_rows)
         return states.unflatten(dim, (self.batch_size, self.max_seqlen))
 
     def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
@@ -206,107 +179,21 @@ class Sequences:
         return self.unpad_rows(padded.flatten(0, 1))
 
     def unpad_rows(self, padded: torch.Tensor) -> torch.Tensor:
-        """Turn the slots (B * max_seqlen, ...) of padded states into rows (R, ...)."""
-        return scatter_rows(padded, self._slot_to_row, self.num_rows) if self.is_varlen else padded
+        """Turn flattened padded states (B * max_seqlen, ...) into rows (R, ...)."""
+        return scatter_rows(padded, self._scattered_rows, self.num_rows) if self.is_varlen else padded
 
     def first(self, states: torch.Tensor) -> torch.Tensor:
-        """Gather each sequence's first row, the class token: (R, D) -> (B, D)."""
+        """Gather each sequence's first row, such as a class token: (R, D) -> (B, D)."""
         if not self.is_varlen:
             return states.unflatten(0, (self.batch_size, self.max_seqlen))[:, 0]
         return states.index_select(0, self.cu_seqlens[:-1])
 
     def last(self, states: torch.Tensor) -> torch.Tensor:
-        """Gather each sequence's last real row, such as CLIP's end of text: (R, D) -> (B, D)."""
+        """Gather each sequence's last real row, such as an end of text: (R, D) -> (B, D)."""
         if self.is_varlen:
             return states.index_select(0, self.cu_seqlens[1:] - 1)
         padded = states.unflatten(0, (self.batch_size, self.max_seqlen))
-        return padded[:, -1] if self.mask is None else take_slots(padded, (self.lengths - 1).unsqueeze(1)).squeeze(1)
-
-    # Parts of the batch
-
-    @property
-    def whole(self) -> Division:
-        """The division that takes the whole batch as one part."""
-        return Division((0, self.batch_size))
-
-    def divide(self, width: int) -> Division:
-        """Divide the batch for attention over states of `width`: sequences of similar length form a part."""
-        if not takes_parts(self.device) or self.batch_size == 1:
-            return self.whole
-        counts = self.row_counts
-        order = sorted(range(self.batch_size), key=counts.__getitem__, reverse=True)
-        bounds, rows, area = [0], 0, 0
-        for index, sequence in enumerate(order):
-            length, longest = counts[sequence], counts[order[bounds[-1]]]
-            rows, area, number = rows + length, area + length**2, index + 1 - bounds[-1]
-            padding, slots = longest * number - rows, longest * number
-            too_much_padding = padding > PART_PADDING_SHARE * slots and (
-                padding > PART_PADDING / width or longest**2 * number - area > PART_AREA
-            )
-            if number > 1 and (slots * width > PART_SIZE or too_much_padding):
-                bounds.append(index)
-                rows, area = length, length**2
-        if len(bounds) == 1:
-            return self.whole
-        if len(bounds) == self.batch_size:  # one sequence a part, in the batch's order
-            return Division(tuple(range(self.batch_size + 1)))
-        ordered = order == sorted(order)
-        return Division((*bounds, self.batch_size), None if ordered else tuple(order))
-
-    def parts(self, division: Division) -> list["Sequences"]:
-        """Return each part as a `Sequences`, which selects its rows from those of the batch."""
-        if len(division.bounds) == 2:
-            return [self]
-        if division not in self._parts:
-            order = division.order or range(self.batch_size)
-            bounds = itertools.pairwise(division.bounds)
-            self._parts[division] = [self._part(list(order[start:stop])) for start, stop in bounds]
-        return self._parts[division]
-
-    def _part(self, samples: list[int]) -> "Sequences":
-        first, number = samples[0], len(samples)
-        together = samples == list(range(first, first + number))
-        chosen = slice(first, first + number) if together else torch.tensor(samples, device="cpu").to(self.device)
-        if self.is_varlen:
-            counts = [self.row_counts[sample] for sample in samples]
-            part = Sequences.varlen(counts, self.device, self.lengths[chosen], self.offsets[first])
-        else:
-            mask = None if self.mask is None else self.mask[chosen]
-            part = Sequences.padded(number, self.max_seqlen, self.device, mask)
-            part.first_row = first * self.max_seqlen
-        if not together:
-            part.batch_rows = self._rows_of(samples, part.max_seqlen)
-        return part
-
-    def _rows_of(self, samples: list[int], length: int) -> torch.Tensor:
-        """Return the row numbers (samples * length,) of these samples, each padded to `length` with its last row."""
-        counts = torch.tensor(self.row_counts, device="cpu")
-        starts = (counts.cumsum(0) - counts)[samples].to(self.device)
-        last = counts[samples].to(self.device) - 1
-        slots = torch.arange(length, device=self.device)
-        return (starts.unsqueeze(1) + torch.minimum(slots, last.unsqueeze(1))).flatten()
-
-    def join_rows(self, outputs: list[torch.Tensor], division: Division, row_counts: list[int] | None = None):
-        """Join the rows that were computed for each part into rows of the batch.
-
-        row_counts: the number of rows of each sequence, if it is no longer this layout's.
-        """
-        rows = join(outputs)
-        if division.order is None:
-            return rows
-        counts = torch.tensor(self.row_counts if row_counts is None else row_counts, device="cpu")
-        order = torch.tensor(division.order, device="cpu")
-        in_parts = torch.empty_like(counts)
-        in_parts[order] = counts[order].cumsum(0) - counts[order]
-        shift = (in_parts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-        return rows.index_select(0, (shift + torch.arange(len(shift), device="cpu")).to(rows.device))
-
-    def join_samples(self, outputs: list[torch.Tensor], division: Division) -> torch.Tensor:
-        """Join what was computed for the sequences of each part, (n, ...), into that of the batch, (B, ...)."""
-        samples = join(outputs)
-        if division.order is None:
-            return samples
-        return samples.index_select(0, torch.tensor(division.order, device="cpu").argsort().to(samples.device))
+        return padded[:, -1] if self.mask is None else take_tokens(padded, (self.lengths - 1).unsqueeze(1)).squeeze(1)
 
     def every_other(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, "Sequences"]:
         """Select every other sequence from `first` on; return their rows and their layout.
@@ -336,12 +223,12 @@ class Sequences:
         return moved
 
 
-def take_slots(padded: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Gather slots (n, M) of padded states (n, L, D) -> (n, M, D).
+def take_tokens(padded: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Gather indices (n, M) of padded states (n, L, D) -> (n, M, D).
 
     Uses `gather`, because `take_along_dim` fixes the batch size of exported models.
     """
-    return padded.gather(1, slots.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
+    return padded.gather(1, indices.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
 
 
 def scatter_rows(states: torch.Tensor, numbers: torch.Tensor, num_rows: int, fill: int | None = None) -> torch.Tensor:
@@ -360,14 +247,14 @@ def count_tokens(layers: list[Sequences]) -> torch.Tensor:
     if torch.compiler.is_compiling() or not any(sequences.is_varlen for sequences in layers):
         return torch.stack([sequences.lengths for sequences in layers])
     device = layers[-1].device
-    if all(sequences.is_varlen or sequences.mask is None for sequences in layers):  # the host knows the counts
+    if all(sequences.has_only_real_rows for sequences in layers):  # the host knows the counts
         counts = torch.tensor([sequences.row_counts for sequences in layers], device="cpu")
         return counts.to(device, non_blocking=True)
     return torch.stack([sequences.lengths.to(device) for sequences in layers])
 
 
 def join(outputs: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate what was computed for the parts of a batch."""
+    """Concatenate what was computed for the chunks of a batch."""
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -383,3 +270,18 @@ def unpad(padded: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor
     lengths = mask.sum(dim=1)
     sequences = Sequences.varlen(lengths.tolist(), padded.device, lengths)
     return sequences.unpad(padded[:, : sequences.max_seqlen]), sequences
+
+
+# How a text is laid out: "dense", padding is computed like text, as in transformers; "varlen", padding is dropped;
+# "padded", padding is masked, so that shapes depend on shapes alone.
+TEXT_LAYOUTS = ("dense", "varlen", "padded")
+
+
+def lay_out(padded: torch.Tensor, mask: torch.Tensor | None, layout: str) -> tuple[torch.Tensor, Sequences]:
+    """Return the rows (R, ...) of padded texts (B, L, ...) and their layout, one of `TEXT_LAYOUTS`.
+
+    mask (B, L) bool: the real tokens, which come first in each text; None means that all are real.
+    """
+    if layout == "varlen":
+        return unpad(padded, mask)
+    return padded.flatten(0, 1), Sequences.padded(*padded.shape[:2], padded.device, mask)

@@ -8,31 +8,32 @@ A pruned layer, step by step:
 
 1. a = x S^T                                                         `alignment_scores`
 2. softmax_n(a / sqrt(D))^T x, summed over layers; 1 - cos            `alignment_feature`, `alignment_loss`
-3. attention, and the evidence that the scores need from it          `AttentionEvidence`, filled by `attention.py`
+3. attention, and the statistics that the scores need from it        `AttentionStatistics`, filled by `attention.py`
 4. s = (s_self + s_cls + s_tok) / 3                                  `token_importance`
 5. theta = f min_t sum_n softmax_n(a / tau)[n, t] s[n]               `importance_threshold`
 6. keep s > theta, merge the rest into one token                     `select_tokens`, `most_important`, `merge_weights`
 7. (the layer's feed-forward on the remaining tokens)
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
-class AttentionEvidence(NamedTuple):
+class AttentionStatistics(NamedTuple):
     """What token importance needs from self-attention with maps A (B, H, L, L) and per-head outputs O (B, H, L, d).
 
-    The *reader* is the token whose row of A says what the sample as a whole attends to, such as the class token.
+    The *pooling query* is the one whose row of A says what the sample as a whole attends to, such as a class token's.
 
-    received (B, N): the sum over queries, without the first token's, of A's maximum over heads
-    from_reader (H, B, N): the reader's row of A
+    received (B, N): the sum over queries, without those of protected tokens at the front, of A's maximum over heads
+    pooling_attention (H, B, N): the pooling query's row of A
     output_norm (H, B, N): the norms of O's rows
     """
 
     received: torch.Tensor
-    from_reader: torch.Tensor
+    pooling_attention: torch.Tensor
     output_norm: torch.Tensor
 
 
@@ -63,10 +64,10 @@ def alignment_loss(image_feature: torch.Tensor, text_feature: torch.Tensor) -> t
     return 1 - F.cosine_similarity(image_feature.float(), text_feature.float(), dim=-1).mean()
 
 
-def reader_importance(evidence: AttentionEvidence) -> torch.Tensor:
-    """Step 4: compute s_cls (B, N), the reader's attention to each token, weighted over heads by its output norm."""
-    norm = evidence.output_norm
-    return (evidence.from_reader * norm).sum(dim=0) / norm.sum(dim=0)
+def pooling_importance(statistics: AttentionStatistics) -> torch.Tensor:
+    """Step 4: compute s_cls (B, N), the pooling query's attention to each token, weighted by its output norms."""
+    norm = statistics.output_norm
+    return (statistics.pooling_attention * norm).sum(dim=0) / norm.sum(dim=0)
 
 
 def strongest_alignment(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,14 +77,14 @@ def strongest_alignment(scores: torch.Tensor, mask: torch.Tensor | None = None) 
 
 
 def token_importance(
-    evidence: AttentionEvidence, scores: torch.Tensor, mask: torch.Tensor | None = None
+    statistics: AttentionStatistics, scores: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Step 4: compute the importance s (B, N) from attention's evidence and the alignment scores a (B, N, T).
+    """Step 4: compute the importance s (B, N) from attention's statistics and the alignment scores a (B, N, T).
 
     mask (B, N): 1.0 at real tokens, 0.0 at padding. So are all masks below unless they are described as boolean.
     """
     by_alignment = strongest_alignment(scores, mask)
-    importance = reader_importance(evidence).addcdiv(evidence.received, sum_over_tokens(evidence.received))
+    importance = pooling_importance(statistics).addcdiv(statistics.received, sum_over_tokens(statistics.received))
     return importance.addcdiv(by_alignment, sum_over_tokens(by_alignment)) / 3
 
 
@@ -113,11 +114,16 @@ def importance_threshold(
     # equals that token's importance to the last bit, and rounding decides whether the token stays: this order rounds
     # as the published implementation does.
     gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
-    with torch.autocast(gate.device.type, enabled=False):
+    with without_autocast(gate.device.type):
         seen = importance.float().unsqueeze(1) @ gate
         total = gate.sum(dim=1, keepdim=True) if mask is None else mask.unsqueeze(1) @ gate
     threshold = (seen / total).amin(dim=-1)
     return threshold if factor == 1 else threshold * factor
+
+
+def without_autocast(device_type: str):
+    """Switch autocast off where it is on; elsewhere return no context, which an exporter would trace as a subgraph."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def select_tokens(

@@ -3,7 +3,7 @@
 Layout: varlen, that is, the rows of all samples are contiguous and without padding. R rows, B samples, H heads, d head
 width, T alignment tokens, D width. `cu_seqlens` (B + 1,) int32, on the device: 0, then the cumulative sums of the
 lengths, each at least 1. The first row of a sample is protected (BLIP's class token); with `protects_last` so is the
-last (CLIP's end of text). All other rows are removable tokens. The *reader* is the first row, or with `protects_last`
+last (CLIP's end of text). All other rows are removable tokens. The *pooling* row is the first, or with `protects_last`
 the last.
 
 Arithmetic is in float32. Attention uses exponentials and logarithms of base 2, because the hardware computes these.
@@ -145,14 +145,16 @@ def scored_varlen_attention(
         output (R, H, d), contiguous
         received (query blocks, R) float32: the maximum over heads of A, summed over a block of the sample's queries
             without its first row; to be summed over the blocks. 0 in blocks beyond the sample.
-        from_reader (H, R) float32: the probability with which the sample's reader attends to each row
+        pooling_attention (H, R) float32: the probability with which the pooling row attends to each row
         output_norm (H, R) float32: the L2 norm of each row of the output, after rounding to its dtype
     """
     query, key, value = (_last_stride_1(x) for x in (query, key, value))
     num_rows, num_heads, width = query.shape
     output = query.new_empty(query.shape)
     # Separate tensors, because Triton's layouts, and so the order of sums, depend on the alignment of pointers.
-    log_sums, from_reader, output_norm = (query.new_empty(num_heads, num_rows, dtype=torch.float32) for _ in range(3))
+    log_sums, pooling_attention, output_norm = (
+        query.new_empty(num_heads, num_rows, dtype=torch.float32) for _ in range(3)
+    )
     _launch_attend(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, is_causal, output, log_sums, output_norm)
 
     blocks = block_sizes(query.dtype, width)[1]
@@ -160,17 +162,17 @@ def scored_varlen_attention(
     received = log_sums.new_empty(query_blocks, num_rows)
     _launch(
         _sum_received, (key_blocks, query_blocks, cu_seqlens.shape[0] - 1),
-        query, *query.stride()[:2], key, *key.stride()[:2], cu_seqlens, log_sums, received, from_reader,
+        query, *query.stride()[:2], key, *key.stride()[:2], cu_seqlens, log_sums, received, pooling_attention,
         num_rows, _scale(width),
         HEADS=num_heads, WIDTH=width, CAUSAL=is_causal, PROTECTS_LAST=protects_last, **blocks,
     )  # fmt: skip
-    return output, received, from_reader, output_norm
+    return output, received, pooling_attention, output_norm
 
 
 def gate(
     scores: torch.Tensor,
     received: torch.Tensor,
-    from_reader: torch.Tensor,
+    pooling_attention: torch.Tensor,
     output_norm: torch.Tensor,
     cu_seqlens: torch.Tensor,
     temperature: float,
@@ -186,7 +188,7 @@ def gate(
     Args:
         scores (`torch.Tensor` of shape `(R, T)`):
             The alignment scores a, in any floating dtype; those of protected rows are not read.
-        received, from_reader, output_norm (`torch.Tensor`):
+        received, pooling_attention, output_norm (`torch.Tensor`):
             The evidence that `scored_varlen_attention` returns.
         temperature (`float`):
             The threshold's temperature, above 0.
@@ -200,13 +202,13 @@ def gate(
         new_cu_seqlens (B + 1,) int32
     """
     scores = _last_stride_1(scores)
-    num_rows, num_heads, batch_size = scores.shape[0], from_reader.shape[0], cu_seqlens.shape[0] - 1
+    num_rows, num_heads, batch_size = scores.shape[0], pooling_attention.shape[0], cu_seqlens.shape[0] - 1
     parts, importance = received.new_empty(3, num_rows), received.new_empty(num_rows)
     destination = cu_seqlens.new_empty(num_rows, dtype=torch.int32)
     lengths = cu_seqlens.new_empty(batch_size + 1, dtype=torch.int32)
     _launch(
         _gate, (batch_size,),
-        scores, scores.stride(0), received, from_reader, output_norm, cu_seqlens, parts, importance, destination,
+        scores, scores.stride(0), received, pooling_attention, output_norm, cu_seqlens, parts, importance, destination,
         lengths, num_rows, received.shape[0], temperature, min_kept, factor,
         NUM_COLUMNS=scores.shape[1], HEADS=num_heads, HEADS_BLOCK=triton.next_power_of_2(num_heads),
         PROTECTS_LAST=protects_last, **GATE_BLOCKS,
@@ -344,11 +346,11 @@ if triton is not None:
     @triton.jit(do_not_specialize=["num_rows"])
     def _sum_received(
         query, query_row, query_head, key, key_row, key_head,
-        cu_seqlens, log_sums, received, from_reader, num_rows, scale,
+        cu_seqlens, log_sums, received, pooled, num_rows, scale,
         HEADS: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, PROTECTS_LAST: tl.constexpr,
         QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
-        """Recompute A for a block of queries and keys of a sample: store received (blocks, R), from_reader (H, R)."""
+        """Recompute A for a block of queries and keys of a sample: store received (blocks, R), pooled (H, R)."""
         block, sample = tl.program_id(1), tl.program_id(2)
         start, length = _sample_rows(cu_seqlens, sample)
         first_row, first_key = block * QUERIES, tl.program_id(0) * KEYS
@@ -357,13 +359,13 @@ if triton is not None:
         rows = first_row + tl.arange(0, QUERIES)
         keys = first_key + tl.arange(0, KEYS)
         place = block.to(tl.int64) * num_rows + start + keys
-        reader = 0
+        pooling = 0
         if PROTECTS_LAST:
-            reader = length - 1
-        holds_reader = reader // QUERIES == block
+            pooling = length - 1
+        holds_query = pooling // QUERIES == block
         nothing = first_row >= length
         if CAUSAL:
-            nothing = nothing | ((first_key > first_row + QUERIES - 1) & (holds_reader == 0))
+            nothing = nothing | ((first_key > first_row + QUERIES - 1) & (holds_query == 0))
         if nothing:  # no queries, or none that attends to these keys
             tl.store(received + place, tl.zeros([KEYS], tl.float32), keys < length)
             return
@@ -381,15 +383,15 @@ if triton is not None:
             if CAUSAL:
                 log = tl.where(keys[None, :] <= rows[:, None], log, float("-inf"))
             strongest = tl.maximum(strongest, log)
-            if holds_reader:
-                of_reader = tl.exp2(tl.sum(tl.where(rows[:, None] == reader, log, 0.0), 0))
-                tl.store(from_reader + of_head + keys, of_reader, keys < length)
+            if holds_query:
+                of_query = tl.exp2(tl.sum(tl.where(rows[:, None] == pooling, log, 0.0), 0))
+                tl.store(pooled + of_head + keys, of_query, keys < length)
         asks = (rows[:, None] > 0) & (rows[:, None] < length)
         tl.store(received + place, tl.sum(tl.where(asks, tl.exp2(strongest), 0.0), 0), keys < length)
 
     @triton.jit
     def _importance_parts(
-        scores, scores_row, received, from_reader, output_norm, num_rows, query_blocks, start, rows, is_token,
+        scores, scores_row, received, pooled, output_norm, num_rows, query_blocks, start, rows, is_token,
         NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
@@ -406,7 +408,7 @@ if triton is not None:
         of_head = heads.to(tl.int64) * num_rows + place[None, :]
         norm = tl.load(output_norm + of_head, inside, 0.0)
         share = tl.div_rn(norm, tl.where(is_token, tl.sum(norm, 0), 1.0)[None, :])
-        by_reader = tl.sum(tl.load(from_reader + of_head, inside, 0.0) * share, 0)
+        by_reader = tl.sum(tl.load(pooled + of_head, inside, 0.0) * share, 0)
         aligned = tl.full([ROWS], float("-inf"), tl.float32)
         for first in range(0, NUM_COLUMNS, COLUMNS):
             columns = first + tl.arange(0, COLUMNS)
@@ -457,7 +459,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_rows", "query_blocks", "min_kept", "factor"])
     def _gate(
-        scores, scores_row, received, from_reader, output_norm, cu_seqlens, parts, importance, destination, lengths,
+        scores, scores_row, received, pooled, output_norm, cu_seqlens, parts, importance, destination, lengths,
         num_rows, query_blocks, temperature, min_kept, factor,
         NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PROTECTS_LAST: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -476,7 +478,7 @@ if triton is not None:
             rows = first + tl.arange(0, ROWS)
             is_token = (rows >= 1) & (rows <= num_tokens)
             from_all, by_reader, aligned = _importance_parts(
-                scores, scores_row, received, from_reader, output_norm, num_rows, query_blocks, start, rows, is_token,
+                scores, scores_row, received, pooled, output_norm, num_rows, query_blocks, start, rows, is_token,
                 NUM_COLUMNS, HEADS, HEADS_BLOCK, ROWS, COLUMNS,
             )  # fmt: skip
             received_sums += from_all

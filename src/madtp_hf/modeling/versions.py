@@ -33,6 +33,5 @@ def warn_if_untested() -> None:
     elif _release(installed) > _release(newest):
         logger.warning_once(
             f"The code of madtp_hf {VERSION} was tested with transformers up to {newest} and this is {installed}: if"
-            " something breaks, install"
-            f' "transformers<={newest}", or take a newer version of this code, with the checkpoint or as madtp_hf.'
+            f' something breaks, install "transformers<={newest}", or a newer madtp_hf or checkpoint.'
         )

@@ -1,6 +1,6 @@
 """Image search: embeddings of images and texts, an index of them, and queries."""
 
-from .index import ImageIndex, encode_images, encode_texts, index_images, load_index, load_model, search
+from .index import ImageIndex, encode_images, encode_texts, index_images, load_index, search
 
 
-__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "load_model", "search"]
+__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "search"]

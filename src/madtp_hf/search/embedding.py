@@ -1,7 +1,6 @@
 """Embed images and texts as L2-normalised vectors with BLIP for retrieval or CLIP."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,60 +13,11 @@ from ..budgets.passes import restored
 from ..modeling.images import read_image
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.modeling_madtp_clip import MadtpClipModel
+from ..tasks import TASKS
 
 
+EMBEDDING_TASKS = tuple(task.name for task in TASKS.values() if task.embeds)
 BAR_DELAY = 3.0  # seconds before a progress bar appears
-
-
-def load_model(source, revision: str | None = None, dtype="float32", device=None):
-    """Load a BLIP for retrieval or a CLIP, MADTP's or transformers', and its processor.
-
-    Args:
-        source (`str` or `Path`):
-            A folder or Hub id.
-        revision (`str`, *optional*):
-            The Hub revision.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            The dtype to compute in.
-        device (`str` or `torch.device`, *optional*):
-            By default a GPU if there is one, else the CPU.
-
-    Returns:
-        The model, in evaluation mode, and its processor.
-
-    Raises:
-        ValueError: if the checkpoint is of another model, or the dtype is unknown.
-        OSError: if there is no checkpoint.
-    """
-    from transformers import AutoConfig, AutoProcessor
-
-    source = os.fspath(source)
-    if os.path.isdir(source):
-        source, revision = str(Path(source).resolve()), None
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError("The dtype is unknown: expected float32, bfloat16 or float16.")
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    loaders = {
-        ("madtp_blip", "ForImageTextRetrieval"): MadtpBlipForImageTextRetrieval.from_pretrained,
-        ("blip", "ForImageTextRetrieval"): MadtpBlipForImageTextRetrieval.from_blip,
-        ("madtp_clip", "Model"): MadtpClipModel.from_pretrained,
-        ("clip", "Model"): MadtpClipModel.from_clip,
-    }
-    name = (config.architectures or [type(config).__name__])[0]
-    load = next(
-        (load for (kind, end), load in loaders.items() if config.model_type == kind and name.endswith(end)), None
-    )
-    if load is None:
-        raise ValueError(
-            f"{source} is a {name}: expected BLIP for image-text retrieval or CLIP, MADTP's or transformers'."
-        )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(source, revision=revision, dtype=dtype).to(device).eval()
-    # A model made from a dense checkpoint doesn't record its source, which an index needs.
-    model.config.name_or_path, model.config._commit_hash = source, getattr(config, "_commit_hash", None)
-    return model, AutoProcessor.from_pretrained(source, revision=revision)
 
 
 class _Pixels(Dataset):

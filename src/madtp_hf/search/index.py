@@ -17,17 +17,26 @@ import numpy as np
 import torch
 
 from ..budgets.passes import restored
+from ..checkpoints.load import Loaded, load
+from ..data.sources import open_rows
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from .embedding import embed_images, embedding_size, encode_images, encode_texts, load_model, progress, tokenize
+from .embedding import (
+    EMBEDDING_TASKS,
+    embed_images,
+    embedding_size,
+    encode_images,
+    encode_texts,
+    progress,
+    tokenize,
+)
 
 
-__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "load_model", "search"]
+__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "search"]
 
 KINDS = ("flat", "hnsw", "ivf")
-SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .avif .jp2 .heic .heif".split())
 _DESCRIPTION = "index.json"
-_HINT = "Search again with the index's model, embed all images anew (--force, force=True), or choose another folder."
+_HINT = "Search with the index's model, embed all images again with `force=True`, or choose another folder."
 
 
 @dataclass
@@ -75,11 +84,11 @@ def index_images(
 
     Args:
         model, processor:
-            As `encode_images` takes them, or `load_model` returns them.
+            As `encode_images` takes them.
         images (`str`, `Path` or `list`):
-            A folder, searched recursively for files with an image suffix; a text file with one path per line, relative
-            to its folder; or a list of paths. Images that can't be read are left out and listed, with the reason, in
-            `info["unreadable"]`.
+            A folder, searched recursively for files with an image suffix; a text file with one path per line, or a
+            table, with paths relative to its folder and inside it; or a list of paths. Images that can't be read are
+            left out and listed, with the reason, in `info["unreadable"]`.
         folder (`str` or `Path`):
             The index's folder: a new or empty one, or an index of the same model.
         kind (`str`, *optional*, defaults to `"flat"`):
@@ -106,15 +115,16 @@ def index_images(
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of index {kind!r}: expected {', '.join(KINDS)}.")
     folder = Path(folder).expanduser()
-    root, names = _find_images(images)
+    root, names, unreadable = _find_images(images)
     table = _Table(root, names, embedding_size(model))
+    table.unreadable.update(unreadable)
     with restored(model):
         if reduction is not None:
             model.set_pruning(reduction=reduction)
         info = {"root": root, "kind": kind, "reduction": reduction, **_describe(model)}
         old_names = _take_over(table, folder, info, force)
         kept = int(table.done.sum())
-        todo = np.flatnonzero(~table.done)
+        todo = np.array([row for row in np.flatnonzero(~table.done) if names[row] not in unreadable], int)
         batches = embed_images(model, processor, [table.path(row) for row in todo], batch_size, num_workers)
         saved = time.monotonic()
         try:
@@ -147,7 +157,7 @@ def load_index(folder) -> ImageIndex:
     """
     faiss, folder = _faiss(), Path(folder).expanduser()
     if not (folder / _DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder} holds no index: expected a folder that `madtp-hf index` has written.")
+        raise FileNotFoundError(f"{folder} is not an index: expected a folder that `madtp-hf index` has written.")
     import pyarrow.parquet
 
     try:
@@ -158,7 +168,7 @@ def load_index(folder) -> ImageIndex:
             raise ValueError(f"{vectors.ntotal} vectors of {len(names)} images")
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"The index {folder} is damaged ({reason}): make it anew with --force.") from error
+        raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
     return ImageIndex(vectors, names, info)
 
 
@@ -206,7 +216,7 @@ def search(
         rerank = is_text and has_head
     depth = min(top_k if rerank is True else int(rerank), len(index))
     with restored(model):
-        model.set_pruning(temperature=index.info["pruning_temperature"], factor=index.info["pruning_threshold_factor"])
+        model.config.pruning_setting = index.info["pruning_setting"]
         encode = encode_texts if is_text else encode_images
         embedding = encode(model, processor, query)
         found = _nearest(index, embedding, max(top_k, depth))
@@ -246,6 +256,25 @@ def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 
     return sorted(scored, key=lambda one: -one["score"]) + [one for one in found if one not in readable]
 
 
+def load_of_index(info: dict, source=None, device=None) -> Loaded:
+    """Load the model that an index was made by, prepared for inference, from where it is now if it has moved.
+
+    info: the index's; source: a folder or Hub id, by default the index's own.
+    """
+    revision = info["revision"] if source in (None, info["model"]) else None
+    try:
+        return load(
+            source or info["model"],
+            EMBEDDING_TASKS,
+            revision=revision,
+            dtype=info["dtype"],
+            device=device,
+            precision="auto",
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} The index was made by {info['model']}.") from error
+
+
 def _model_of(index: ImageIndex, model, processor):
     """Return the index's model and processor, loaded if not given; raise a `ValueError` for another model."""
     if (model is None) != (processor is None):
@@ -254,12 +283,11 @@ def _model_of(index: ImageIndex, model, processor):
         given = model
         if given is None:
             info = index.info
-            model, processor = load_model(info["model"], info["revision"], info["dtype"])
-            model.prepare_for_inference()
+            loaded = load_of_index(info)
+            model, processor = loaded.model, loaded.processor
         with restored(model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
-            temperature = index.info["pruning_temperature"]
-            model.set_pruning(temperature=temperature, factor=index.info["pruning_threshold_factor"])
+            model.config.pruning_setting = index.info["pruning_setting"]
             _check_same_model(index.info, _describe(model))
         index._models[id(given)] = model, processor  # kept alive, so that its id isn't reused
         index._models[id(model)] = model, processor
@@ -283,8 +311,8 @@ def _describe(model) -> dict:
         # With pruning off, alignment tokens have no effect, and those of a dense model are random.
         "alignment": alignment.hexdigest() if model.is_pruning else None,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "pruning_temperature": config.pruning_temperature,
-        "pruning_threshold_factor": config.pruning_threshold_factor,
+        "pruning_method": config.pruning_method,
+        "pruning_setting": config.pruning_setting,
     }
 
 
@@ -298,47 +326,29 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
     def differ(*names):
         return any(theirs[name] != ours[name] for name in names)
 
-    settings = ("pruning_temperature", "pruning_threshold_factor")
+    settings = ("pruning_method", "pruning_setting")
     if differ("weights", "dtype") or (differ("alignment") and not differ(*settings)):
         raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
     if differ(*settings):
-        pruning = [
-            f"temperature {info[settings[0]]:g}" if info.get("reduction") is None else f"reduction {info['reduction']}"
+        their_pruning, our_pruning = (
+            f"at reduction {info['reduction']}"
+            if info.get("reduction") is not None
+            else f"with pruning {'off' if info['pruning_setting'] is None else info['pruning_setting']}"
             for info in (theirs, ours)
-        ]
-        raise ValueError(f"The index was made at {pruning[0]}, and this is {pruning[1]}. {_HINT}")
+        )
+        raise ValueError(f"The index was made {their_pruning}, and this model is {our_pruning}. {_HINT}")
 
 
 # Files
 
 
-def _find_images(images) -> tuple[str, list[str]]:
-    """Return the root folder and the images' names relative to it, without duplicates."""
-    if isinstance(images, (str, os.PathLike)):
-        path = Path(images).expanduser()
-        if path.is_dir():
-            root, names = str(path.resolve()), sorted(_walk(path))
-        elif path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError:
-                raise ValueError(f"{path} is no text: expected a folder, or a text file with a path a line.") from None
-            root, names = str(path.resolve().parent), [line.strip() for line in lines if line.strip()]
-        else:
-            raise FileNotFoundError(f"There is no {path}: expected a folder, or a text file with a path a line.")
-    else:
-        root, names = os.getcwd(), [os.fspath(image) for image in images]
-    if not names:
-        raise ValueError(f"{images if len(str(images)) < 200 else 'The list'} holds no image: nothing was written.")
-    return root, list(dict.fromkeys(names))
-
-
-def _walk(folder: Path):
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(place, name), folder)
+def _find_images(images) -> tuple[str, list[str], dict[str, str]]:
+    """Return the root folder, the images' names without duplicates, and the names that can't be read, with reasons."""
+    rows = open_rows(images, wanted=("image",))
+    if not rows.in_memory:
+        raise ValueError(f"{rows.name} holds images in its rows: expected a folder of image files, or a list of them.")
+    found = {row.key: row for row in rows.rows(0, len(rows))}
+    return rows.folder, list(found), {name: row.error for name, row in found.items() if row.error}
 
 
 class _Table:
@@ -369,7 +379,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     """Copy the embeddings of unchanged images from the index in `folder`, if any; return the names in that index."""
     if not (folder / _DESCRIPTION).is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is no index and not empty: choose another name for the index.")
+            raise ValueError(f"{folder} is not empty and not an index: choose another folder.")
         return []
     if force:
         return []
@@ -390,7 +400,7 @@ def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str
     if not same and old.info["root"] != table.root:
         raise ValueError(
             f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another"
-            " name for the index, or replace it with --force (force=True)."
+            " folder, or replace it with `force=True`."
         )
     if same:
         if old.info["kind"] == "ivf":

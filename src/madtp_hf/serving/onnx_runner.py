@@ -10,6 +10,7 @@ transformers, whose processor preprocesses texts and images; they need neither t
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,9 @@ class OnnxModel:
         self.task = self.description["task"]
         missing = [g["file"] for g in self.description["graphs"].values() if not (self.folder / g["file"]).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {DESCRIPTION} names: export again.")
+            raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {DESCRIPTION} lists: export again.")
         processor_class = getattr(transformers, _CLASSES.get(self.task, "BlipProcessor"))
+        self._has_warned = False  # of truncated texts
         self.processor = processor_class.from_pretrained(self.folder)
         self.sessions = {
             name: onnxruntime.InferenceSession(
@@ -72,7 +74,7 @@ class OnnxModel:
             for name, graph in self.description["graphs"].items()
         }
 
-    def __call__(self, images, texts=None, max_new_tokens: int | None = None):
+    def __call__(self, images, texts=None, max_new_tokens: int | None = None, truncation: bool = False):
         """Run the model's task on images and texts.
 
         Args:
@@ -83,6 +85,8 @@ class OnnxModel:
                 CLIP, texts to compare with every image; for captioning, optional prompts that captions continue.
             max_new_tokens (`int`, *optional*):
                 The maximum number of tokens to generate; by default 10 for an answer and 20 for a caption.
+            truncation (`bool`, *optional*):
+                Truncate texts that are longer than the model takes, with one warning, instead of refusing them.
 
         Returns:
             Question answering and captioning: a list of strings. Visual reasoning: the probability that each sentence
@@ -96,15 +100,16 @@ class OnnxModel:
             )
         if self.task == "nlvr2":
             pairs = images if isinstance(images[0], (list, tuple)) else [images]
-            return self._judge(pairs, self._for_each(texts, len(pairs)))
+            return self._judge(pairs, self.read_texts(self._for_each(texts, len(pairs)), truncation))
         images = _as_list(images)
-        pixel_values = self.read_images(images)
-        if self.task in ("retrieval", "clip"):
-            compare = self._match if self.task == "retrieval" else self._zero_shot
-            return compare(pixel_values, _as_list(texts))
+        if self.task == "captioning":
+            prompts = self._tokenize(self._for_each(texts or "", len(images)), truncation, room=1)
+            return self._caption(self.read_images(images), prompts["input_ids"], max_new_tokens or 20)
         if self.task == "vqa":
-            return self._answer(pixel_values, self._for_each(texts, len(images)), max_new_tokens or 10)
-        return self._caption(pixel_values, texts, max_new_tokens or 20)
+            questions = self.read_texts(self._for_each(texts, len(images)), truncation)
+            return self._answer(self.read_images(images), questions, max_new_tokens or 10)
+        compare = self._match if self.task == "retrieval" else self._zero_shot
+        return compare(self.read_images(images), self.read_texts(_as_list(texts), truncation))
 
     def run(self, graph: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one graph; its inputs and outputs have the names in `description["graphs"]`."""
@@ -117,17 +122,35 @@ class OnnxModel:
         opened = [read_image(image) for image in images]
         return self.processor.image_processor(opened, return_tensors="np")["pixel_values"].astype(np.float32)
 
-    def read_texts(self, texts: list[str]) -> dict[str, np.ndarray]:
-        """Tokenize texts to input_ids and attention_mask (B, L), padded on the right."""
-        read = self.processor.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.description["max_text_length"],
-            padding_side="right",
-            return_tensors="np",
+    def read_texts(self, texts: list[str], truncation: bool = False) -> dict[str, np.ndarray]:
+        """Tokenize texts to input_ids and attention_mask (B, L), padded on the right.
+
+        Raises:
+            ValueError: if a text is longer than the model takes, and is not to be truncated.
+        """
+        read = self.processor.tokenizer.pad(
+            self._tokenize(texts, truncation), padding=True, padding_side="right", return_tensors="np"
         )
         return {name: read[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+
+    def _tokenize(self, texts: list[str], truncation: bool, room: int = 0):
+        """Tokenize texts of different lengths, which leave `room` for tokens that the model adds."""
+        longest = self.description["max_text_length"] - room
+        read = self.processor.tokenizer(texts, verbose=False)
+        number = max(map(len, read["input_ids"]))
+        if number <= longest:
+            return read
+        if not truncation:
+            raise ValueError(
+                f"A text is {number} tokens long: this model takes at most {longest}. Shorten it, or pass"
+                " truncation=True."
+            )
+        if not self._has_warned:
+            warnings.warn(
+                f"Texts of more than {longest} tokens, the longest for this model, are truncated.", stacklevel=4
+            )
+            self._has_warned = True
+        return self.processor.tokenizer(texts, truncation=True, max_length=longest)
 
     @staticmethod
     def _for_each(texts, number: int) -> list[str]:
@@ -140,24 +163,19 @@ class OnnxModel:
 
     # The tasks
 
-    def _answer(self, pixel_values, questions: list[str], max_new_tokens: int) -> list[str]:
+    def _answer(self, pixel_values, questions: dict[str, np.ndarray], max_new_tokens: int) -> list[str]:
         states = self.run("vision_encoder", pixel_values=pixel_values)["image_states"]
-        encoded = self.run("question_encoder", image_states=states, **self.read_texts(questions))
-        start = np.full((len(questions), 1), self.description["decoder"]["start_token_id"], dtype=np.int64)
+        encoded = self.run("question_encoder", image_states=states, **questions)
+        start = np.full((len(pixel_values), 1), self.description["decoder"]["start_token_id"], dtype=np.int64)
         return self._decode_text(self.generate(encoded, start, np.ones_like(start), max_new_tokens))
 
-    def _caption(self, pixel_values, prompts, max_new_tokens: int) -> list[str]:
-        encoded = self.run("vision_encoder", pixel_values=pixel_values)
-        number = len(pixel_values)
-        read = [ids[1:-1] for ids in self.processor.tokenizer(self._for_each(prompts or "", number))["input_ids"]]
-        prompt = np.full(
-            (number, 1 + max(map(len, read))), self.description["decoder"]["pad_token_id"], dtype=np.int64
-        )
-        mask = np.zeros_like(prompt)
-        for row, words in enumerate(read):  # left padding, so that all rows continue at the same position
-            begin = prompt.shape[1] - 1 - len(words)
-            prompt[row, begin:] = [self.description["decoder"]["start_token_id"], *words]
-            mask[row, begin:] = 1
+    def _caption(self, pixel_values, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+        encoded, facts = self.run("vision_encoder", pixel_values=pixel_values), self.description["decoder"]
+        rows = [[facts["start_token_id"], *ids[1:-1]] for ids in prompts]
+        width = max(map(len, rows))
+        # Left padding, so that all rows continue at the same position.
+        prompt = np.array([[facts["pad_token_id"]] * (width - len(row)) + row for row in rows], dtype=np.int64)
+        mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=np.int64)
         return self._decode_text(self.generate(encoded, prompt, mask, max_new_tokens))
 
     def generate(
@@ -193,22 +211,20 @@ class OnnxModel:
     def _decode_text(self, ids: np.ndarray) -> list[str]:
         return [text.strip() for text in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _judge(self, pairs: list, sentences: list[str]) -> np.ndarray:
+    def _judge(self, pairs: list, sentences: dict[str, np.ndarray]) -> np.ndarray:
         states = self.run("vision_encoder", pixel_values=self.read_images([image for pair in pairs for image in pair]))
         left, right = states["image_states"][0::2], states["image_states"][1::2]
-        read = self.read_texts(sentences)
-        return _softmax(self.run("classifier", left_states=left, right_states=right, **read)["logits"])[:, 1]
+        return _softmax(self.run("classifier", left_states=left, right_states=right, **sentences)["logits"])[:, 1]
 
-    def _match(self, pixel_values, texts: list[str]) -> dict[str, np.ndarray]:
-        images, read = self.run("vision_encoder", pixel_values=pixel_values), self.read_texts(texts)
-        features = self.run("text_encoder", **read)["text_feature"]
+    def _match(self, pixel_values, texts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        images = self.run("vision_encoder", pixel_values=pixel_values)
+        features = self.run("text_encoder", **texts)["text_feature"]
         scores = []
         for states in images["image_states"]:
-            of_image = np.repeat(states[None], len(texts), axis=0)
-            scores.append(_softmax(self.run("matching_head", image_states=of_image, **read)["itm_score"])[:, 1])
+            of_image = np.repeat(states[None], len(features), axis=0)
+            scores.append(_softmax(self.run("matching_head", image_states=of_image, **texts)["itm_score"])[:, 1])
         return {"score": np.stack(scores), "similarity": images["image_feature"] @ features.T}
 
-    def _zero_shot(self, pixel_values, texts: list[str]) -> np.ndarray:
+    def _zero_shot(self, pixel_values, texts: dict[str, np.ndarray]) -> np.ndarray:
         images = self.run("vision_encoder", pixel_values=pixel_values)["image_feature"]
-        features = self.run("text_encoder", **self.read_texts(texts))["text_feature"]
-        return _softmax(self.description["logit_scale"] * images @ features.T)
+        return _softmax(self.description["logit_scale"] * images @ self.run("text_encoder", **texts)["text_feature"].T)

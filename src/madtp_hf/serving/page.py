@@ -4,19 +4,19 @@
 """
 
 import html
+import os
 import statistics
 import threading
 import time
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..budgets.evaluation import synchronize
 from ..budgets.flops import count_flops, dense_flops
 from ..budgets.passes import restored
-from ..modeling.configuration_madtp_blip import MadtpBlipConfig
-from ..tasks import TASKS
+from ..modeling.images import read_image
+from .endpoint_handler import FORMATS, Limits
 from .visualization import Survivors, collect_survivors, draw_patches, preprocess, record_branches, words_as_html
 
 
@@ -36,7 +36,7 @@ _TILE = (
 )
 
 
-class Run(NamedTuple):
+class TimedAnswer(NamedTuple):
     """A model's text, the GFLOPs of the pass, generated tokens included, and the seconds of `generate`, warm."""
 
     text: str
@@ -47,20 +47,9 @@ class Run(NamedTuple):
 class Look(NamedTuple):
     """The result of one click: the run of the pruned model, that of the dense one, and the tokens that survive."""
 
-    pruned: Run
-    dense: Run
+    pruned: TimedAnswer
+    dense: TimedAnswer
     survivors: Survivors
-
-
-def task_of(config, source) -> str | None:
-    """Return the task of a checkpoint by its configuration; raise a `ValueError` for another family of models."""
-    if not isinstance(config, MadtpBlipConfig):
-        raise ValueError(
-            f"{source} is a model of type {config.model_type!r}: expected a pruned BLIP of madtp_hf; make one with"
-            " `from_blip` and `calibrate`."
-        )
-    classes = {task.model_class.__name__: name for name, task in TASKS.items()}
-    return classes.get((config.architectures or [None])[0])
 
 
 def check_shown(task: str | None, config, source) -> None:
@@ -69,30 +58,14 @@ def check_shown(task: str | None, config, source) -> None:
         raise ValueError(f"{source} is a model for {task}: expected one for {' or '.join(TASKS_SHOWN)}.")
     if not config.pruning_schedule:
         raise ValueError(
-            f"{source} has no calibrated schedule, whose reductions bound the slider: run"
+            f"{source} has no calibrated schedule, which sets the slider's range: run"
             " `madtp_hf.calibrate(model, dataloader, reductions)` and save it again."
         )
 
 
-def load_model(source, revision: str | None = None):
-    """Load a pruned checkpoint (a folder or Hub id) for the page: the model and its processor.
-
-    The model goes to a GPU if there is one. Loading runs this package's code, not the checkpoint's.
-
-    Raises:
-        ValueError: for a model of another kind or task, or one without a calibrated schedule.
-    """
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    check_shown(task_of(config, source), config, source)
-    model = AutoModel.from_pretrained(source, revision=revision, trust_remote_code=False).eval()
-    processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).prepare_for_inference(), processor
-
-
 def reduction_bounds(config) -> tuple[float, float]:
     """Return the smallest and the largest reduction of a model's schedule."""
-    return config.pruning_schedule[0][0], config.pruning_schedule[-1][0]
+    return config.calibrated_reductions[0], config.calibrated_reductions[-1]
 
 
 def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
@@ -118,7 +91,7 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
 
     Args:
         model, processor:
-            As [`load_model`] returns them; the model's temperature is restored afterwards.
+            A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored afterwards.
         image: A PIL image, an array or a path.
         text (`str`): The question; captioning ignores it.
         reduction (`float`): The share of FLOPs to save, within the model's schedule.
@@ -148,12 +121,12 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
             count = count_flops if share else dense_flops
             flops = count(model.config, model.task, vision, words, written.shape[1] - 1)  # the last one isn't read
             answer = processor.tokenizer.decode(written[0], skip_special_tokens=True).strip()
-            runs.append(Run(answer, flops.item() / 1e9, seconds))
+            runs.append(TimedAnswer(answer, flops.item() / 1e9, seconds))
     (survivors,) = collect_survivors(model, processor, batch, pictures, outputs)
     return Look(runs[1], runs[0], survivors)
 
 
-def describe(found: Look) -> str:
+def cost_html(found: Look) -> str:
     """Format the answer and its cost, next to the dense model's, as HTML."""
 
     def shown_time(seconds):
@@ -206,12 +179,26 @@ def plot_tokens(survivors: Survivors):
     return figure
 
 
+def read_visitor_image(image, limits: Limits):
+    """Read an image that a visitor gives, within the limits of an endpoint: a path of the upload, or a PIL image.
+
+    Raises:
+        ValueError: for an image that can't be read, or one that is larger than the limits.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        size = os.path.getsize(image)
+        limits.check("max_image_bytes", size, f"The image has {size:,} bytes")
+    return read_image(image, limits.max_pixels, formats=FORMATS)
+
+
 def make_app(model, processor, examples=(), name: str | None = None):
     """Build the page, a `gradio.Blocks`; call its `launch()`.
 
+    What visitors give has the limits of an endpoint, and the same environment variables set them.
+
     Args:
         model, processor:
-            As [`load_model`] returns them.
+            As [`look`] takes them.
         examples (`list`, *optional*):
             Pairs of an image (a path or a PIL image) and a question (for captioning, any string) to offer.
         name (`str`, *optional*):
@@ -230,19 +217,22 @@ def make_app(model, processor, examples=(), name: str | None = None):
     check_shown(model.task, model.config, name)
     asks, (least, most) = model.task == "vqa", reduction_bounds(model.config)
     layers = layers_to_draw(model.config.vision_config.num_hidden_layers)
+    limits = Limits.from_environment()
     lock = threading.Lock()  # all users share the model's temperature
 
     def show(image, question, reduction):
         if image is None:
             raise gr.Error("There is no image: choose an example or upload one.")
         try:
+            question = limits.check_text("The question", question or "")
+            image = read_visitor_image(image, limits)
             with lock:
-                found = look(model, processor, image, question or "", reduction)
+                found = look(model, processor, image, question, reduction)
         except ValueError as error:
             raise gr.Error(str(error)) from error
         words = "" if found.survivors.words is None else words_as_html(found.survivors.words, None)
         patches = draw_patches([found.survivors], None, layers, size=140)
-        return describe(found), words, plot_tokens(found.survivors), patches
+        return cost_html(found), words, plot_tokens(found.survivors), patches
 
     first = examples[0] if examples else (None, "")
     with gr.Blocks(title="What a pruned model drops", analytics_enabled=False) as app:
@@ -253,12 +243,19 @@ def make_app(model, processor, examples=(), name: str | None = None):
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(first[0], type="pil", label="Image", height=250, elem_id="image")
+                image = gr.Image(
+                    first[0],
+                    type="filepath",  # gradio would decode the other types whatever their size
+                    image_mode=None,
+                    label="Image",
+                    height=250,
+                    elem_id="image",
+                )
                 question = gr.Textbox(first[1], label="Question", visible=asks, elem_id="question", max_lines=2)
                 reduction = gr.Slider(
                     least,
                     max(most, least + 0.01),
-                    model.config.pruning_schedule[len(model.config.pruning_schedule) // 2][0],
+                    model.config.calibrated_reductions[len(model.config.pruning_schedule) // 2],
                     step=0.01,
                     interactive=most > least,
                     label="Reduction: the share of FLOPs to save",

@@ -103,7 +103,7 @@ def _read_samples(images, texts, images_per_sample: int) -> list[list[Image.Imag
     for index, pair in enumerate(images):
         if not isinstance(pair, (list, tuple)) or len(pair) != images_per_sample:
             raise ValueError(
-                f"images[{index}] is no pair: expected {expected}, as this model reads two images a text."
+                f"images[{index}] is not a pair: expected {expected}, as this model reads two images per text."
             )
     return [[read_image(image) for image in pair] for pair in images]
 
@@ -240,7 +240,7 @@ def _check_has_words(model) -> None:
     if not TASKS[model.task].text_encoder:
         raise ValueError(
             f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another"
-            " task; its patches are drawn by draw_surviving_patches."
+            " task; draw_surviving_patches draws its patches."
         )
 
 

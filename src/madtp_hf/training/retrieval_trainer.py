@@ -44,7 +44,7 @@ class ContrastiveMemory(nn.Module):
         if queue_size < 0:
             raise ValueError(f"queue_size={queue_size}: expected at least 0.")
         if not 0 <= momentum < 1 or not 0 <= distillation <= 1:
-            raise ValueError(f"{momentum=}, {distillation=}: expected numbers in [0, 1), and in [0, 1].")
+            raise ValueError(f"{momentum=}, {distillation=}: expected momentum in [0, 1), distillation in [0, 1].")
         self.momentum = momentum
         self.distillation = distillation
         # Always float32: half precision would round away the small steps of a slow average.
@@ -71,8 +71,7 @@ class ContrastiveMemory(nn.Module):
         if not self.has_temperature:  # scale similarities as the model does
             self.momentum_encoder.logit_scale.copy_(model.logit_scale)
         # Prune as the model does.
-        for name in ("pruning_temperature", "pruning_threshold_factor"):
-            setattr(self.momentum_encoder.config, name, getattr(model.config, name))
+        self.momentum_encoder.config.pruning_setting = model.config.pruning_setting
 
     @torch.no_grad()
     def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:
@@ -151,7 +150,7 @@ class RetrievalTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.model_init is not None:
             raise ValueError(
-                "RetrievalTrainer got a model_init: expected a model, for its momentum encoder to start from."
+                "RetrievalTrainer got a model_init: expected a model, from which its momentum encoder starts."
             )
         if not isinstance(self.model, (MadtpBlipForImageTextRetrieval, MadtpClipModel)):
             raise TypeError(
@@ -164,9 +163,8 @@ class RetrievalTrainer(Trainer):
         self._begins_step = True
         if self.lr_scheduler is not None:
             raise ValueError(
-                "RetrievalTrainer got a scheduler, which does not know the learned temperature that joins the"
-                " optimizer: expected"
-                " optimizers=(optimizer, None), and the schedule's settings in the training arguments."
+                "RetrievalTrainer got a scheduler, which lacks the learned temperature that is added to the optimizer:"
+                " expected optimizers=(optimizer, None), and the schedule's settings in the training arguments."
             )
         if self.optimizer is not None:
             self._add_temperature()

@@ -125,8 +125,8 @@ class RetrievalRecall(evaluate.Metric):
             text_to_image = _score_matrix(text_to_image, "text_to_image")
         if text_to_image.shape != relevant.T.shape:
             raise ValueError(
-                f"text_to_image has shape {text_to_image.shape}: expected {relevant.T.shape}, a row a text and a"
-                " column an image"
+                f"text_to_image has shape {text_to_image.shape}: expected {relevant.T.shape}, one row per text"
+                " and one column per image"
             )
         ranks = {
             "image_to_text": _ranks(image_to_text, relevant),

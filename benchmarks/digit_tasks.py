@@ -1,33 +1,34 @@
-"""What the selection study needs to know of a task, and the file that it writes: data as batches, predictions, their
-score, rows.
+"""The digit scenes as benchmarks need them: dense models, batches, training, predictions and their score.
 
-A new task needs an entry in `LOADERS`, and in `PREDICTORS` and `SCORERS` if it is none of these; a new model one in
-`MODELS`."""
+A new task needs an entry in `LOADERS` and in `PREDICTORS`, a new model one in `MODELS`.
+"""
 
 import functools
 import json
-import os
-import platform
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-import transformers
+from reporting import EXAMPLES, Rows
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
+from transformers import Trainer, TrainingArguments
 
-from madtp_hf import MadtpBlipConfig, __version__
+from madtp_hf import RetrievalTrainer, create_optimizer
 from madtp_hf.budgets.evaluation import evaluate_budgets
+from madtp_hf.checkpoints.load import load
 from madtp_hf.data import load_digit_captions, load_digit_questions, load_digit_statements
 from madtp_hf.data.collators import CaptioningCollator
-from madtp_hf.metrics import load_metric
 from madtp_hf.tasks import TASKS
 
 
-ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 64
-NUM_ALIGNMENT_TOKENS = 64
+NUM_ALIGNMENT_TOKENS = 64  # of the rows in benchmarks/results/selection*.json
+QUEUE = {"queue_size": 1024, "momentum": 0.995, "distillation": 0.4}  # of these rows, for retrieval
 # The dense models of each task, folders in examples/; those that are not there are left out.
 MODELS = {
     "vqa": ("blip-vqa-digits", "blip-vqa-digits-plain"),
@@ -47,28 +48,23 @@ LOADERS = {
 
 def shipped_models(tasks) -> list[tuple[str, Path]]:
     """(task, folder) of the dense models in examples/ for these tasks."""
-    pairs = [(task, ROOT / "examples" / name) for task in tasks for name in MODELS[task]]
+    pairs = [(task, EXAMPLES / name) for task in tasks for name in MODELS[task]]
     return [(task, folder) for task, folder in pairs if (folder / "config.json").is_file()]
 
 
-def load_model(task: str, folder, seed: int):
-    """The dense model with alignment tokens drawn by `seed`, on the CPU in float32."""
+def load_model(task: str, folder, seed: int = 0, num_alignment_tokens: int = NUM_ALIGNMENT_TOKENS, **overrides):
+    """Load a dense model with alignment tokens drawn by `seed`, on the CPU in float32."""
     torch.manual_seed(seed)
-    model_class = TASKS[task].model_class
-    load = getattr(model_class, "from_blip", None) or model_class.from_clip
-    return load(str(folder), num_alignment_tokens=NUM_ALIGNMENT_TOKENS).float().eval()
+    return load(str(folder), task, device="cpu", num_alignment_tokens=num_alignment_tokens, **overrides).model
 
 
 # Data
 
 
 def make_collator(task: str, folder):
-    """The task's collator; for feature retrieval, batches that hold all captions of each image as well."""
-    processor = AutoProcessor.from_pretrained(folder)
-    collator_class = TASKS[task].collator
-    if TASKS[task].decoder_inputs is None:
-        return collator_class(processor)
-    return collator_class(processor, MadtpBlipConfig.from_pretrained(folder).text_config.bos_token_id)
+    """Return the collator of a task and a dense model."""
+    loaded = load(str(folder), task, device="cpu")
+    return loaded.task.make_collator(loaded.model, loaded.processor)
 
 
 def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -84,7 +80,7 @@ def with_captions(collator, rows: list[dict]) -> dict[str, torch.Tensor]:
 def make_batches(task: str, dataset, collator, batch_size: int = BATCH_SIZE) -> list[dict[str, torch.Tensor]]:
     """All of a data set as batches in memory: a calibration reads them many times."""
     collate = collator
-    if TASKS[task].metric == "retrieval_recall":
+    if TASKS[task].embeds:
         collate = functools.partial(with_captions, collator)
     return list(DataLoader(dataset, batch_size=batch_size, collate_fn=collate))
 
@@ -103,6 +99,55 @@ def smaller_images(batches, size: int) -> list[dict[str, torch.Tensor]]:
         {**batch, "pixel_values": resize(batch["pixel_values"]), "interpolate_pos_encoding": interpolate}
         for batch in batches
     ]
+
+
+# Training
+
+
+def train(model, task: str, dataset, collator, callbacks: list, seed: int, learning_rate: float, **settings) -> int:
+    """Train one epoch by the demo's recipe: slow alignment parameters, cosine with a warm-up of a twentieth.
+
+    settings: `TrainingArguments` other than these. Returns the number of steps.
+    """
+    trainer_class = Trainer
+    if TASKS[task].embeds:
+        trainer_class = functools.partial(RetrievalTrainer, **QUEUE)
+    recipe = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": BATCH_SIZE}
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=seed,
+            **{**recipe, **settings},
+        )
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=callbacks,
+            optimizers=(create_optimizer(model, learning_rate), None),
+        )
+        trainer.train()
+    model.eval()
+    return trainer.state.global_step
+
+
+def run_example(script: str, folder: Path, options: Iterable) -> dict:
+    """Run a training script of examples/ in its own process; return its results and the seconds that it took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(EXAMPLES / script), "--output_dir", str(folder), *map(str, options)]
+    started = time.perf_counter()
+    with open(folder / "log", "w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return {**json.loads((folder / "results.json").read_text()), "seconds": time.perf_counter() - started}
 
 
 # Predictions
@@ -155,36 +200,6 @@ PREDICTORS = {"vqa": answer, "nlvr2": classify, "captioning": caption, "retrieva
 # Scores
 
 
-def score_answers(metric, predictions, dataset):
-    # Of a digit scene there is one answer: all ten annotators agree on it.
-    return metric.compute(predictions=predictions, references=[[answer] * 10 for answer in dataset["answer"]])
-
-
-def score_labels(metric, predictions, dataset):
-    return metric.compute(predictions=predictions, references=dataset["label"])
-
-
-def score_captions(metric, predictions, dataset):
-    return metric.compute(predictions=predictions, references=dataset["captions"], metrics=("bleu",))
-
-
-def score_features(metric, predictions, dataset):
-    images, texts = zip(*predictions)
-    similarity = torch.stack(images) @ torch.cat(texts).T
-    ends = torch.tensor([len(captions) for captions in texts]).cumsum(0).tolist()
-    own = [list(range(end - len(captions), end)) for end, captions in zip(ends, texts)]
-    return metric.compute(predictions=similarity.numpy(), references=own, text_to_image=similarity.T.numpy())
-
-
-SCORERS = {
-    "vqa": score_answers,
-    "nlvr2": score_labels,
-    "captioning": score_captions,
-    "retrieval": score_features,
-    "clip": score_features,
-}
-
-
 class Evaluation:
     """A task's test data in memory, and what a model scores on it by the task's headline metric."""
 
@@ -192,13 +207,15 @@ class Evaluation:
         self.task, self.collator = task, collator
         self.batches = make_batches(task, dataset, collator)
         # Without the images, that scoring would decode.
-        self.dataset = dataset.remove_columns([name for name in dataset.column_names if "image" in name])
-        self.metric = load_metric(TASKS[task].metric)
-        self.headline = TASKS[task].headline.removesuffix(" %")
+        self.rows = list(dataset.remove_columns([name for name in dataset.column_names if "image" in name]))
 
     def score(self, predictions) -> float:
-        scores = SCORERS[self.task](self.metric, predictions, self.dataset)
-        return float({name.replace("_recall", ""): value for name, value in scores.items()}[self.headline])
+        task = TASKS[self.task]
+        if task.embeds:
+            images, texts = zip(*predictions)
+            similarity = torch.stack(images) @ torch.cat(texts).T
+            predictions = similarity, similarity.T
+        return float(task.score(predictions, self.rows)[task.headline])
 
     def at(self, model, reductions: list[float], batches=None) -> list[dict]:
         """One point for each reduction of the model's schedule; 0: no pruning, or the method of fixed numbers that is
@@ -219,79 +236,33 @@ class Evaluation:
         ]
 
 
-# The file
-
-
-def study_header(study: str, **settings) -> dict:
-    """What a file of results says besides its rows."""
-    return {
-        "study": study,
-        "settings": settings,
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {
-            "madtp_hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
+# A study of methods
 
 KEY = ("task", "model", "method", "seed")
+MISSED = 0.03  # a point whose reduction differs by more from the one asked for is marked
 
 
-def key_of(row: dict) -> tuple:
-    return tuple(row[name] for name in KEY)
+def run_study(args, header: dict, keys: list[tuple], prepare_data: Callable, make_points: Callable) -> None:
+    """Make the rows that are asked for and not there yet.
 
-
-class Results:
-    """The rows of a study in a JSON file, rewritten as a whole with every new row: what is there is not made again.
-
-    Raises:
-        ValueError: if the file is of a study with other settings.
+    keys: (task, folder, method, seed) of each row, in order. prepare_data(task, collator): an `Evaluation`, and
+    batches to calibrate on. make_points(task, folder, method, seed, evaluation, validation): a row's points, and its
+    further columns.
     """
-
-    def __init__(self, path: Path, header: dict):
-        self.path, self.header = Path(path), header
-        self.rows: dict[tuple, dict] = {}
-        if self.path.exists():
-            content = json.loads(self.path.read_text())
-            if content["settings"] != header["settings"]:
-                raise ValueError(
-                    f"{self.path} is of a study with settings {content['settings']}, not {header['settings']}:"
-                    " expected the same; ask for those, or give another --output."
-                )
-            self.rows = {key_of(row): row for row in content["rows"]}
-
-    def __contains__(self, key: tuple) -> bool:
-        return key in self.rows
-
-    def forget(self, keys) -> None:
-        """Make these rows again; the file has them until the next row is added."""
-        for key in keys:
-            self.rows.pop(key, None)
-
-    def add(self, row: dict) -> None:
-        self.rows[key_of(row)] = row
-        # A row a line. Another name first, so that no file is ever half-written.
-        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows.values())
-        head = json.dumps(self.header, indent=2).removesuffix("\n}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n')
-        part.replace(self.path)
-
-
-MISSED = 0.03  # further from what was asked, a point is marked
-
-
-def finish_row(row: dict, points: list[dict], started: float) -> dict:
-    """The row with its points, those marked that missed what was asked, and its seconds."""
-    points = [
-        point | {"missed": True} if abs(point["reached"] - point["asked"]) > MISSED else point for point in points
-    ]
-    return {**row, "points": points, "seconds": round(time.perf_counter() - started, 1)}
+    results = Rows(args.output, header, KEY)
+    names = {(task, folder.name, *rest): (task, folder, *rest) for task, folder, *rest in keys}
+    results.forget([key for key in names if key[2] in args.redo])
+    loaded, prepared = None, ()
+    for key, (task, folder, method, seed) in names.items():
+        if key in results:
+            continue
+        if loaded != (task, folder):
+            loaded, prepared = (task, folder), prepare_data(task, make_collator(task, folder))
+        started = time.perf_counter()
+        points, more = make_points(task, folder, method, seed, *prepared)
+        points = [
+            point | {"missed": True} if abs(point["reached"] - point["asked"]) > MISSED else point for point in points
+        ]
+        seconds = round(time.perf_counter() - started, 1)
+        results.add({**dict(zip(KEY, key)), **more, "points": points, "seconds": seconds})
+        print(*key, *(f"{point['reached']:.3f}: {point['score']:.4f}" for point in points), flush=True)

@@ -12,10 +12,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from madtp_hf.modeling import attention, encoder, sequences, token_reduction
+from madtp_hf.modeling import attention, chunks, method_madtp, repack
 from madtp_hf.modeling.attention import attention_maps
 from madtp_hf.modeling.token_pruning import (
-    AttentionEvidence,
+    AttentionStatistics,
     importance_threshold,
     merge_weights,
     select_tokens,
@@ -54,20 +54,28 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
 
 
 def scored_varlen_attention(query, key, value, cu_seqlens, max_seqlen, is_causal=False, protects_last=False):
-    outputs, received, from_reader = [], [], []
+    outputs, received, pooling_attention = [], [], []
     for rows in samples(cu_seqlens):
         q, k, v = (x[rows].transpose(0, 1) for x in (query, key, value))
         maps = attention_maps(q.float(), k.float(), is_causal=is_causal)
         outputs.append((maps.to(v.dtype) @ v).transpose(0, 1))
         received.append(maps[:, 1:].amax(dim=0).sum(dim=0))
-        from_reader.append(maps[:, -1 if protects_last else 0])
+        pooling_attention.append(maps[:, -1 if protects_last else 0])
     output = torch.cat(outputs).contiguous()
     norm = output.float().norm(dim=-1).T.contiguous()
-    return output, torch.cat(received).unsqueeze(0), torch.cat(from_reader, dim=1), norm
+    return output, torch.cat(received).unsqueeze(0), torch.cat(pooling_attention, dim=1), norm
 
 
 def gate(
-    scores, received, from_reader, output_norm, cu_seqlens, temperature, min_kept, protects_last=False, factor=1.0
+    scores,
+    received,
+    pooling_attention,
+    output_norm,
+    cu_seqlens,
+    temperature,
+    min_kept,
+    protects_last=False,
+    factor=1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     importance = torch.zeros(scores.shape[0], device=scores.device)
     destinations, lengths = [], [0]
@@ -75,10 +83,10 @@ def gate(
         tokens = slice(rows.start + 1, rows.stop - protects_last)
         stays, merges = torch.ones(1, max(tokens.stop - tokens.start, 0), dtype=torch.bool), False
         if stays.shape[1] > 0:
-            evidence = AttentionEvidence(
-                received[None, :, tokens].sum(dim=1), from_reader[:, None, tokens], output_norm[:, None, tokens]
+            statistics = AttentionStatistics(
+                received[None, :, tokens].sum(dim=1), pooling_attention[:, None, tokens], output_norm[:, None, tokens]
             )
-            s = token_importance(evidence, scores[None, tokens])
+            s = token_importance(statistics, scores[None, tokens])
             theta = importance_threshold(scores[None, tokens], s, temperature, factor=factor)
             stays, merges = select_tokens(s, theta, min_kept=min_kept)
             importance[tokens] = s[0]
@@ -116,15 +124,14 @@ def kernel_path(call: Callable = lambda function, names, *args: function(*args))
 
     places = {
         varlen_attention: (attention,),
-        scored_varlen_attention: (encoder,),
-        gate: (encoder,),
-        merge: (token_reduction,),
+        scored_varlen_attention: (method_madtp,),
+        gate: (method_madtp,),
+        merge: (repack,),
     }
     with contextlib.ExitStack() as stack:
         for function, modules in places.items():
             for module in modules:
                 stack.enter_context(mock.patch.object(module, function.__name__, standing_in(function)))
-        for module in (attention, encoder):
-            stack.enter_context(mock.patch.object(module, "is_available", is_available))
-        stack.enter_context(mock.patch.object(sequences, "CPU_TAKES_PARTS", False))
+        stack.enter_context(mock.patch.object(attention, "is_available", is_available))
+        stack.enter_context(mock.patch.object(chunks, "CPU_TAKES_CHUNKS", False))
         yield

@@ -11,10 +11,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
+from ..checkpoints.push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
-from ..serving.page import check_shown, task_of
-from .push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
+from ..tasks import task_of
+from .endpoint_handler import Limits
+from .page import check_shown
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -25,16 +27,18 @@ _APP = '''"""What a pruned model drops: ask it, move the reduction. Made by madt
 import json
 from pathlib import Path
 
-from madtp_hf.serving.page import load_model, make_app
+from madtp_hf.checkpoints.load import load
+from madtp_hf.serving.endpoint_handler import Limits
+from madtp_hf.serving.page import TASKS_SHOWN, make_app
 
 
 HERE = Path(__file__).parent
 examples = [(str(HERE / image), text) for image, text in json.loads((HERE / "examples.json").read_text("utf-8"))]
-model, processor = load_model({source}, revision={revision!r})
-app = make_app(model, processor, examples, {name!r})
+loaded = load({source}, tuple(TASKS_SHOWN), revision={revision!r}, precision="auto")
+app = make_app(loaded.model, loaded.processor, examples, {name!r})
 
 if __name__ == "__main__":
-    app.launch()
+    app.launch(max_file_size=Limits.from_environment().max_image_bytes)
 '''
 _README = """
 # {title}
@@ -49,7 +53,7 @@ def check_space(model, revision: str | None = None, token: str | None = None) ->
     if Path(model).is_dir():
         find_checkpoint_files(model)
     config = AutoConfig.from_pretrained(model, revision=revision, token=token, trust_remote_code=False)
-    check_shown(task_of(config, model), config, model)
+    check_shown(task_of(config)[0].name, config, model)
 
 
 def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:
@@ -66,7 +70,7 @@ def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:
         pairs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is no JSON ({error}): expected a list of pairs, an image's path and a text."
+            f"{path} is not valid JSON ({error}): expected a list of pairs, an image's path and a text."
         ) from error
     if not isinstance(pairs, list):
         raise ValueError(
@@ -114,9 +118,9 @@ def make_space(
     _check_pairs(examples, "examples")
     for index, (image, text) in enumerate(examples):
         content = io.BytesIO()
-        read_image(image).save(content, "PNG")
+        read_image(image, Limits().max_pixels).save(content, "PNG")  # a visitor could give it
         files[f"examples/{index}.png"] = content.getvalue()
-        listed.append([f"examples/{index}.png", text])
+        listed.append([f"examples/{index}.png", Limits().check_text(f"The text of example {index}", text)])
     if is_folder:
         files |= {f"model/{file}": Path(model, file) for file in find_checkpoint_files(model)}
     if requirement is None:
