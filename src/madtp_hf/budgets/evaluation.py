@@ -85,7 +85,7 @@ def prepared(model, precision: str | None = None):
         if precision is not None or before is None:
             model.prepare_for_inference(precision or "auto")
     elif precision not in (None, "auto"):
-        raise ValueError(f"{precision=} on {model.device}: expected a model that was loaded with the dtype to evaluate.")
+        raise ValueError(f"{precision=} on {model.device}: expected a model loaded with the dtype to evaluate.")
     try:
         yield
     finally:
@@ -255,8 +255,10 @@ def public_name(source) -> str:
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
-def show_number(name: str, value: float) -> str:
+def show_number(name: str, value: float | str) -> str:
     """Format a number of a results table: as a percentage if its column's name says that it is a share."""
+    if isinstance(value, str):
+        return value
     return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
 
 
