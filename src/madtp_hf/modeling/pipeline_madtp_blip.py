@@ -143,10 +143,11 @@ class MadtpBlipPipeline(Pipeline):
         Other keys, such as a data set's, are left out.
         """
         if not isinstance(pair, dict):
-            raise TypeError(f"{where} is a {type(pair).__name__}: expected a dict, {self._shape}.")
+            raise TypeError(f"In the input, {where} is a {type(pair).__name__}: expected a dict, {self._shape}.")
         for name, (is_one, expected) in self.parts.items():
             if name not in pair:
-                raise ValueError(f"{where} has the keys {list(pair)} and no {name}: expected {self._shape}.")
+                keys = f"the keys {list(pair)} and no {name}"
+                raise ValueError(f"In the input, {where} has {keys}: expected {self._shape}.")
             if not is_one(pair[name]):
                 raise TypeError(f"The {name} of {where} is a {type(pair[name]).__name__}: expected {expected}.")
         return {name: pair[name] for name in self.parts}
@@ -157,11 +158,12 @@ class MadtpBlipPipeline(Pipeline):
         images, texts = inputs.get(image), inputs.get(text)
         is_one_pair = self._is_one(image, images) and self._is_one(text, texts)
         if is_one_pair or not (self._is_several(image, images) and self._is_several(text, texts)):
-            return self._check_pair(inputs, "The dict")
+            return self._check_pair(inputs, "the dict")
         if len(images) != len(texts) or not images:
             raise ValueError(
-                f"The dict has {len(images)} {image}(s) and {len(texts)} {text}(s): expected one of each, or lists of one"
-                f" length, paired in order; for every {text} with every {image}, pass {image}=[...] and {text}=[...]."
+                f"The dict has {len(images)} {image}(s) and {len(texts)} {text}(s): expected one of each, or lists of"
+                f" one length, paired in order; for every {text} with every {image}, pass {image}=[...] and"
+                f" {text}=[...]."
             )
         pairs = zip(self._as_list(image, images), self._as_list(text, texts))
         return [dict(zip(self.parts, pair)) for pair in pairs]
@@ -252,13 +254,13 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
                 One image or several. Without `question`, pairs: a dict `{"image": ..., "question": ...}`, or a list,
                 generator or dataset of them.
             question (`str` or `list[str]`, *optional*):
-                One question or several. With two lists, every question is asked about every image, as in transformers 4:
-                the first question about each image, then the second. To ask a separate question about each image, pass a
-                list of pairs.
+                One question or several. With two lists, every question is asked about every image, as in transformers
+                4: the first question about each image, then the second. To ask a separate question about each image,
+                pass a list of pairs.
 
         Returns:
-            A list of `{"answer": str, "score": float}`, the likeliest first. For several questions or images, a list of
-            such lists.
+            A list of `{"answer": str, "score": float}`, the likeliest first. For several questions or images, a list
+            of such lists.
         """
         return self._ask(image, question, **kwargs)
 
@@ -308,14 +310,14 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
         r"""
         Args:
             image (an image, `dict` or a list of them):
-                One image or several. Or pairs: a dict `{"image": ..., "prompt": ...}`, or a list, generator or dataset of
-                them.
+                One image or several. Or pairs: a dict `{"image": ..., "prompt": ...}`, or a list, generator or dataset
+                of them.
             prompt (`str` or `list[str]`, *optional*):
                 The beginning of every caption, or a list with the beginning of each image's caption.
 
         Returns:
-            A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks for.
-            For several images, a list of such lists.
+            A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks
+            for. For several images, a list of such lists.
         """
         if image is None:
             raise ValueError("image is missing: expected an image or a list of images.")
@@ -376,15 +378,15 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         r"""
         Args:
             images (a pair of images, `dict` or a list of them):
-                One pair `[left, right]` or several. Without `text`, a dict `{"images": [left, right], "text": ...}`, or a
-                list, generator or dataset of them.
+                One pair `[left, right]` or several. Without `text`, a dict `{"images": [left, right], "text": ...}`,
+                or a list, generator or dataset of them.
             text (`str` or `list[str]`, *optional*):
-                One sentence or several. With two lists, every sentence is classified for every pair: the first sentence
-                for each pair, then the second. For a separate sentence with each pair, pass a list of dicts.
+                One sentence or several. With two lists, every sentence is classified for every pair: the first
+                sentence for each pair, then the second. For a separate sentence with each pair, pass a list of dicts.
 
         Returns:
-            A list of `{"label": str, "score": float}`, the likeliest first. For several sentences or pairs, a list of such
-            lists.
+            A list of `{"label": str, "score": float}`, the likeliest first. For several sentences or pairs, a list of
+            such lists.
         """
         return self._ask(images, text, **kwargs)
 
@@ -430,14 +432,14 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         r"""
         Args:
             image (an image, `dict` or a list of them):
-                One image or several. Without `text`, a dict `{"image": ..., "text": ...}`, or a list, generator or dataset
-                of them.
+                One image or several. Without `text`, a dict `{"image": ..., "text": ...}`, or a list, generator or
+                dataset of them.
             text (`str` or `list[str]`, *optional*):
                 One text or several, all of which are compared with each image. Each image is encoded only once.
 
         Returns:
-            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in the order of the texts.
-            For several images, a list of such lists.
+            A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in the order of the
+            texts. For several images, a list of such lists.
         """
         if text is not None and not self._is_one("text", text):
             text = self._as_list("text", text)  # such as an array of strings
