@@ -78,17 +78,13 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
-    before = _resident("VmRSS") if _reset_peak() else None
-    result = function()
-    return (None if before is None else max(_resident("VmHWM") - before, 0.0)), result
-
-
-def _reset_peak() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _resident("VmRSS")
     except OSError:
-        return False
-    return True
+        return None, function()
+    result = function()
+    return max(_resident("VmHWM") - before, 0.0), result
 
 
 def _resident(name: str) -> float:

@@ -36,41 +36,50 @@ class BudgetResult:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work; on a CPU, return at once."""
-    if device.type == "cpu":
-        return
-    if hasattr(torch, "accelerator"):  # since torch 2.6
-        torch.accelerator.synchronize(device)
-    elif device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-    else:
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 @contextmanager
-def record_tokens(model):
-    """Record the token counts of a model's encoders, whichever method runs them: `forward`, `generate` or another.
+def record_branches(model, positions: bool = False):
+    """Record the outputs of a model's encoders, whichever method runs them: `forward`, `generate` or another.
 
-    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in the outputs
-    of `forward`.
+    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
+    each a `BranchOutput`, with its `positions` if asked for.
     """
-    task, tokens = TASKS[model.task], {}
-
-    def record_vision(encoder, inputs, output):
-        counts = output.num_tokens
-        # The images of a sample are adjacent in the batch.
-        tokens["vision_tokens"] = counts.unflatten(1, (-1, task.num_images)).mT if task.num_images > 1 else counts
-
-    def record_text(encoder, inputs, output):
-        tokens["text_tokens"] = output.num_tokens
-
-    hooks = [model.vision_model.register_forward_hook(record_vision)]
+    task, outputs = TASKS[model.task], {}
+    encoders = {"vision": model.vision_model}
     if task.text_encoder:
-        hooks.append(getattr(model, task.text_encoder).register_forward_hook(record_text))
+        encoders["text"] = getattr(model, task.text_encoder)
+
+    def ask_for_positions(encoder, args, kwargs):
+        return args, {**kwargs, "output_positions": True}
+
+    hooks = []
+    for name, encoder in encoders.items():
+
+        def record(encoder, args, output, name=name):
+            outputs[name] = output
+
+        hooks.append(encoder.register_forward_hook(record))
+        if positions:
+            hooks.append(encoder.register_forward_pre_hook(ask_for_positions, with_kwargs=True))
     try:
-        yield tokens
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _token_counts(model, outputs: dict) -> dict[str, torch.Tensor]:
+    """Return the token counts of recorded branches, as in the outputs of `forward`."""
+    tokens = {f"{name}_tokens": output.num_tokens for name, output in outputs.items()}
+    number = TASKS[model.task].num_images
+    if "vision_tokens" in tokens and number > 1:  # the images of a sample are adjacent in the batch
+        tokens["vision_tokens"] = tokens["vision_tokens"].unflatten(1, (-1, number)).mT
+    return tokens
 
 
 @contextmanager
@@ -117,25 +126,28 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
     Returns:
         `list[BudgetResult]`, one per reduction.
     """
-    gather = (
-        (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
-    )
+
+    def gather(values):
+        return values if accelerator is None else accelerator.gather_for_metrics(values, use_gather_object=True)
+
     rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
     names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
-    with restored(model), prepared(model, precision), record_tokens(model) as tokens:
+    with restored(model), prepared(model, precision), record_branches(model) as outputs:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             batch = complete(model, batch)
             answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])
             for reduction, row in rows.items():
                 model.set_pruning(reduction=reduction)
-                tokens.clear()
+                outputs.clear()
                 synchronize(model.device)
                 started = time.perf_counter()
                 predictions = predict(batch) if predict else []
                 synchronize(model.device)
                 row["seconds"] += time.perf_counter() - started
+                tokens = _token_counts(model, outputs)
                 if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
                     encode(model, batch)
+                    tokens = _token_counts(model, outputs)
                 flops = count_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
                 dense = dense_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
                 row["predictions"] += gather(predictions)
