@@ -22,7 +22,7 @@ from ..modeling.versions import VERSION as __version__
 from ..tasks import TASKS, Task, make_batches
 from .alignment import init_alignment_from
 from .calibration import calibrate
-from .evaluation import prepacked, public_name, synchronize
+from .evaluation import prepared, public_name, synchronize
 from .passes import complete, encode, measure, restored
 
 
@@ -78,17 +78,13 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
-    before = _resident("VmRSS") if _reset_peak() else None
-    result = function()
-    return (None if before is None else max(_resident("VmHWM") - before, 0.0)), result
-
-
-def _reset_peak() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _resident("VmRSS")
     except OSError:
-        return False
-    return True
+        return None, function()
+    result = function()
+    return max(_resident("VmHWM") - before, 0.0), result
 
 
 def _resident(name: str) -> float:
@@ -133,7 +129,7 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     if dense is not None:
         runs.insert(0, TimedRun("transformers", dense, None))
     results = []
-    with restored(model), prepacked(model):
+    with restored(model), prepared(model):
         for batch_size in batch_sizes:
             some = [rows[index % len(rows)] for index in range(batch_size)]
             batch = complete(model, make_batches(model, processor, some, batch_size)[0])
@@ -153,7 +149,7 @@ def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, roun
     with tqdm(total=len(runs) * (rounds + 1), desc=f"batches of {batch_size}", unit=" runs", leave=False) as progress:
         for run in runs:
             set_up(run)
-            _call(run, inputs, task)  # warm up: what is made once, such as prepacked weights, isn't a run's memory
+            _call(run, inputs, task)  # warm up: what is made once, such as prepared weights, isn't a run's memory
             memory, _ = peak_memory(device, lambda run=run: _call(run, inputs, task))
             reached = measure(run.model, batch, encode(run.model, batch)).mean().item() if run.reduction else 0.0
             results.append({"batch size": batch_size, "run": run.name, "reached": reached, "memory MB": memory})

@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import BlipConfig, CLIPConfig
+from transformers import AutoConfig
 
 from ..budgets.evaluation import public_name, show_number
-from ..modeling.configuration_madtp_blip import MadtpBlipConfig
-from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import Task, task_of
 
 
@@ -69,25 +67,15 @@ def _as_results(content):
     if isinstance(content, list):
         content = {"results": content}
     elif isinstance(content, dict) and "results" not in content:
-        # Facts, such as the data set's name, may accompany a row or the budgets.
-        budgets = {name: value for name, value in content.items() if _as_budget(name) is not None}
-        facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and k not in budgets}
-        if budgets and len(budgets) + len(facts) == len(content):
-            rows = [_as_row(_as_budget(name), value) for name, value in budgets.items()]
-        else:
-            rows = [{k: v for k, v in content.items() if k not in facts}]
+        # Facts, such as the data set's name, may accompany a row, or rows by budget.
+        facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and _as_budget(k) is None}
+        row = {k: v for k, v in content.items() if k not in facts}
+        by_budget = row and all(_as_budget(name) is not None and isinstance(v, dict) for name, v in row.items())
+        rows = [{_BUDGET: _as_budget(name), **value} for name, value in row.items()] if by_budget else [row]
         content = {"results": rows, **facts}
     if isinstance(content, dict) and isinstance(content.get("results"), list):
         content = {**content, "results": [_name_budget(row) for row in content["results"]]}
     return content
-
-
-def _as_row(budget: float, value):
-    """Return the row of a budget from its metrics by name, or from a single number: the accuracy, as a share."""
-    if isinstance(value, dict):
-        row = {_BUDGET: budget, **_name_budget(value)}
-        return row if row[_BUDGET] == budget else None  # the row's budget contradicts its key
-    return {_BUDGET: budget, "accuracy": value} if _is_number(value) and 0 <= value <= 1 else value
 
 
 def _name_budget(row):
@@ -137,12 +125,6 @@ def _main_metric(results: dict) -> str:
     return results.get("metric") if results.get("metric") in metrics else metrics[0]
 
 
-def _show(name: str, value) -> str:
-    if value is None:
-        return ""
-    return show_number(name, value)
-
-
 def _bare(name: str) -> str:
     return name.removesuffix("%").strip()
 
@@ -150,13 +132,16 @@ def _bare(name: str) -> str:
 def _table(rows: list[dict]) -> str:
     columns = _columns(rows)
     lines = ["| " + " | ".join(map(_bare, columns)) + " |", "|" + "---:|" * len(columns)]
-    lines += ["| " + " | ".join(_show(name, row.get(name)) for name in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(show_number(name, row[name]) if name in row else "" for name in columns) + " |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
 def _sentence(metrics: dict) -> str:
     return ", ".join(
-        f"{_bare(name)} {_show(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
+        f"{_bare(name)} {show_number(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
     )
 
 
@@ -427,10 +412,7 @@ def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> Model
 
     If `metrics` is None, the folder's results.json is used, if there is one.
     """
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
-    config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)
-    config = config_class.from_dict(content)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not (folder / f"modeling_{config.model_type}.py").exists():
         config.auto_map = None
     if metrics is None and (folder / "results.json").exists():

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..budgets.evaluation import synchronize
+from ..budgets.evaluation import record_branches, synchronize
 from ..budgets.flops import count_flops, dense_flops
 from ..budgets.passes import restored
 from ..modeling.images import read_image
 from .endpoint_handler import FORMATS, Limits
-from .visualization import Survivors, collect_survivors, draw_patches, preprocess, record_branches, words_as_html
+from .visualization import Survivors, collect_survivors, draw_patches, preprocess, words_as_html
 
 
 TASKS_SHOWN = {"vqa": 10, "captioning": 50}  # and the maximum number of tokens to generate
@@ -114,7 +114,7 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
         times = _time_in_turns(model, write, [0.0, reduction])
         for share, seconds in zip((0.0, reduction), times):
             model.set_pruning(reduction=share)
-            with record_branches(model) as outputs:
+            with record_branches(model, positions=True) as outputs:
                 written = write()
             vision, words = outputs["vision"].num_tokens, outputs.get("text")
             words = None if words is None else words.num_tokens
