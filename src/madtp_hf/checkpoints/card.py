@@ -289,29 +289,23 @@ def create_model_card(
     """Create the model card of a checkpoint, pruned or dense.
 
     Args:
-        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
-            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is for a
-            checkpoint without code, which this package loads; it is dense unless it has a schedule or a temperature.
-        name (`str`):
-            The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins, or the
-            name of a folder.
-        metrics (*optional*):
-            What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`] writes it, its
-            dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%"
-            holds shares.
-            From the dictionary's facts, the card takes `metric` (the main column), `dataset` (a name, or a dictionary
-            of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`, `before_fine_tuning`,
-            `dense_before_training`, `default_budget`, `baseline`, `seconds`, `machine` and `source`.
-        base_model (`str`, *optional*):
-            What the checkpoint was made from: a Hub id, or a folder, which the text names but the metadata does not.
-        license (`str`, *optional*):
-            As the Hub names it, such as `apache-2.0`.
-        datasets (`str` or `list[str]`, *optional*):
-            Hub ids of data sets; folders are left out.
-        notes (`str`, *optional*):
-            Markdown to put at the beginning.
-        plot (`str`, *optional*):
-            The file name of a picture by [`draw_budgets`] beside the card.
+        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`): The checkpoint's configuration.
+            One of transformers' is dense. One of ours without `auto_map` is for a checkpoint without code, which this
+            package loads; it is dense unless it has a schedule or a temperature.
+        name (`str`): The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins,
+            or the name of a folder.
+        metrics (*optional*): What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`]
+            writes it, its dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose
+            name ends in "%" holds shares. From the dictionary's facts, the card takes `metric` (the main column),
+            `dataset` (a name, or a dictionary of `name`, `type`, `split` and an `example` of a text), `settings`,
+            `versions`, `before_fine_tuning`, `dense_before_training`, `default_budget`, `baseline`, `seconds`,
+            `machine` and `source`.
+        base_model (`str`, *optional*): What the checkpoint was made from: a Hub id, or a folder, which the text names
+            but the metadata does not.
+        license (`str`, *optional*): As the Hub names it, such as `apache-2.0`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of data sets; folders are left out.
+        notes (`str`, *optional*): Markdown to put at the beginning.
+        plot (`str`, *optional*): The file name of a picture by [`draw_budgets`] beside the card.
 
     Returns:
         `huggingface_hub.ModelCard`. All measurements in it come from `metrics`.

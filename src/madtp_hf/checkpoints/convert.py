@@ -299,27 +299,24 @@ def convert_original_checkpoint(
     """Convert a checkpoint of the original BLIP, CLIP or MADTP code, or of open_clip, to a model of this package.
 
     Args:
-        path_or_state_dict (`str`, `os.PathLike` or `dict`):
-            A `.pth` or `.pt` file (read with `weights_only=True`), OpenAI's TorchScript archive of CLIP, a
-            `.safetensors` file, or the state dict itself, at the top level or under `"model"`, `"state_dict"` or
-            `"module"`. `module.` and `_orig_mod.` are removed from names. Training state (momentum encoders, feature
-            queues, the optimizer, ...) is dropped. Weights in half precision become float32.
-        task (`str`):
-            The task of the checkpoint: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` for BLIP, or `"clip"`.
-        config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*):
-            Provides what weights don't tell: attention heads, activation, the norms' eps, special tokens. Defaults to
-            the original's, for the base or the large vision tower, and a warning says what was assumed. Sizes,
-            including the image size, always come from the weights. For BLIP, label smoothing of 0 is replaced by the
-            original's 0.1, and a `bos_token_id` outside the vocabulary by `[DEC]`, the last token but one.
-        heads (`tuple[int, int]`, *optional*):
-            The numbers of attention heads of the vision and the text tower, whatever `config` says. By default, and
-            without `config`, heads are 64 wide.
-        activation (`str`, *optional*):
-            The activation of both towers, whatever `config` says: `"gelu"` for BLIP and for most models of open_clip,
-            `"quick_gelu"` for OpenAI's CLIP.
-        image_size (`int`, *optional*):
-            The image size in pixels that the model takes, a multiple of the patch size. Position embeddings are
-            interpolated to it, as BLIP does. Defaults to the checkpoint's own size.
+        path_or_state_dict (`str`, `os.PathLike` or `dict`): A `.pth` or `.pt` file (read with `weights_only=True`),
+            OpenAI's TorchScript archive of CLIP, a `.safetensors` file, or the state dict itself, at the top level or
+            under `"model"`, `"state_dict"` or `"module"`. `module.` and `_orig_mod.` are removed from names. Training
+            state (momentum encoders, feature queues, the optimizer, ...) is dropped. Weights in half precision become
+            float32.
+        task (`str`): The task of the checkpoint: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` for BLIP, or
+            `"clip"`.
+        config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*): Provides what weights don't tell: attention heads,
+            activation, the norms' eps, special tokens. Defaults to the original's, for the base or the large vision
+            tower, and a warning says what was assumed. Sizes, including the image size, always come from the weights.
+            For BLIP, label smoothing of 0 is replaced by the original's 0.1, and a `bos_token_id` outside the
+            vocabulary by `[DEC]`, the last token but one.
+        heads (`tuple[int, int]`, *optional*): The numbers of attention heads of the vision and the text tower,
+            whatever `config` says. By default, and without `config`, heads are 64 wide.
+        activation (`str`, *optional*): The activation of both towers, whatever `config` says: `"gelu"` for BLIP and
+            for most models of open_clip, `"quick_gelu"` for OpenAI's CLIP.
+        image_size (`int`, *optional*): The image size in pixels that the model takes, a multiple of the patch size.
+            Position embeddings are interpolated to it, as BLIP does. Defaults to the checkpoint's own size.
 
     Returns:
         The task's model in float32 and eval mode, with pruning as in `config` (off by default). From a BLIP or CLIP

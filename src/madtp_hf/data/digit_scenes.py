@@ -380,12 +380,9 @@ def load_digit_questions(split: str, num_questions: int, seed: int = 0):
     """Return questions about digit scenes, one scene per question, as a `datasets.Dataset` that `datasets` caches.
 
     Args:
-        split (`str`):
-            `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
-        num_questions (`int`):
-            The number of rows; the kinds of question alternate.
-        seed (`int`, *optional*, defaults to 0):
-            Seed for drawing; the same split, number and seed give the same rows.
+        split (`str`): `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
+        num_questions (`int`): The number of rows; the kinds of question alternate.
+        seed (`int`, *optional*, defaults to 0): Seed for drawing; the same split, number and seed give the same rows.
 
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.

@@ -394,10 +394,9 @@ class EndpointHandler:
     it.
 
     Args:
-        path (`str`):
-            The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have changed.
-        limits (`Limits`, *optional*):
-            The limits on a request; by default those that environment variables set.
+        path (`str`): The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have
+            changed.
+        limits (`Limits`, *optional*): The limits on a request; by default those that environment variables set.
     """
 
     def __init__(self, path: str = "", limits: Limits | None = None):

@@ -90,8 +90,8 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
     """Run a model on an image, pruned at a reduction and dense, and find the tokens that survive.
 
     Args:
-        model, processor:
-            A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored afterwards.
+        model, processor: A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored
+            afterwards.
         image: A PIL image, an array or a path.
         text (`str`): The question; captioning ignores it.
         reduction (`float`): The share of FLOPs to save, within the model's schedule.
@@ -197,12 +197,10 @@ def make_app(model, processor, examples=(), name: str | None = None):
     What visitors give has the limits of an endpoint, and the same environment variables set them.
 
     Args:
-        model, processor:
-            As [`look`] takes them.
-        examples (`list`, *optional*):
-            Pairs of an image (a path or a PIL image) and a question (for captioning, any string) to offer.
-        name (`str`, *optional*):
-            The model's name on the page.
+        model, processor: As [`look`] takes them.
+        examples (`list`, *optional*): Pairs of an image (a path or a PIL image) and a question (for captioning, any
+            string) to offer.
+        name (`str`, *optional*): The model's name on the page.
 
     Raises:
         ImportError: without gradio or matplotlib.
