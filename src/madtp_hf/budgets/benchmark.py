@@ -22,7 +22,7 @@ from ..modeling.versions import VERSION as __version__
 from ..tasks import TASKS, Task, make_batches
 from .alignment import init_alignment_from
 from .calibration import calibrate
-from .evaluation import prepacked, public_name, synchronize
+from .evaluation import prepared, public_name, synchronize
 from .passes import complete, encode, measure, restored
 
 
@@ -125,7 +125,7 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     runs = [TimedRun("transformers", dense, None)] if dense is not None else []
     runs += [TimedRun("pruning off", model, 0.0), *(TimedRun(f"{r:g}", model, r) for r in reductions)]
     results = []
-    with restored(model), prepacked(model):
+    with restored(model), prepared(model):
         for batch_size in batch_sizes:
             some = [rows[index % len(rows)] for index in range(batch_size)]
             batch = complete(model, make_batches(model, processor, some, batch_size)[0])
@@ -145,7 +145,7 @@ def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, roun
     with tqdm(total=len(runs) * (rounds + 1), desc=f"batches of {batch_size}", unit=" runs", leave=False) as progress:
         for run in runs:
             set_up(run)
-            _call(run, inputs, task)  # warm up: what is made once, such as prepacked weights, isn't a run's memory
+            _call(run, inputs, task)  # warm up: what is made once, such as prepared weights, isn't a run's memory
             memory, _ = peak_memory(device, lambda run=run: _call(run, inputs, task))
             reached = measure(run.model, batch, encode(run.model, batch)).mean().item() if run.reduction else 0.0
             results.append({"batch size": batch_size, "run": run.name, "reached": reached, "memory MB": memory})

@@ -95,15 +95,9 @@ def load(
             f"{source} has no complete processor ({_first_line(error)}): save one with `processor.save_pretrained`."
         ) from error
     if precision is not None:
-        model = _prepare(model, precision)
+        model.prepare_for_inference(precision)
     is_trained = not class_name or task_of(SimpleNamespace(**content))[0] is found
     return Loaded(model, processor, found, is_dense, is_trained, source, hub.get("revision"))
-
-
-def _prepare(model, precision: str):
-    if hasattr(model, "prepare_for_inference"):
-        return model.prepare_for_inference(precision)
-    return model.prepack_for_inference()
 
 
 def _find(source, revision: str | None) -> tuple[str, dict]:

@@ -85,9 +85,9 @@ class MadtpBlipPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Prepacked weights are faster on a CPU; they take as much memory again as the large weights.
-        if self.device.type == "cpu":
-            self.model.eval().prepack_for_inference()
+        self.model.eval()
+        if self.device.type == "cpu" and self.model.inference_precision is None:
+            self.model.prepare_for_inference()
 
     def _sanitize_parameters(self, **given):
         unknown = given.keys() - {name for names in self.parameters for name in names}
