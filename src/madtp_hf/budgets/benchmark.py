@@ -122,12 +122,8 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     for reduction in reductions:
         model.setting_for(reduction)
     dense = stock_model(model)
-    runs = [
-        TimedRun("pruning off", model, 0.0),
-        *(TimedRun(f"{reduction:g}", model, reduction) for reduction in reductions),
-    ]
-    if dense is not None:
-        runs.insert(0, TimedRun("transformers", dense, None))
+    runs = [TimedRun("transformers", dense, None)] if dense is not None else []
+    runs += [TimedRun("pruning off", model, 0.0), *(TimedRun(f"{r:g}", model, r) for r in reductions)]
     results = []
     with restored(model), prepared(model):
         for batch_size in batch_sizes:
@@ -192,9 +188,7 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
     if images is None:
         pictures = iter(synthetic_images(number * entry.num_images, model.config.vision_config.image_size))
         column = (
-            {}
-            if entry.text_column is None
-            else {entry.text_column: texts if entry.text_column == "captions" else texts[0]}
+            {entry.text_column: texts if entry.text_column == "captions" else texts[0]} if entry.text_column else {}
         )
         rows = [
             {**{name: next(pictures) for name in entry.image_columns}, **column, "image_id": str(index)}
@@ -202,22 +196,16 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
         ]
     else:
         rows = load_rows(entry, images, texts, samples=number, **reading)
-    known = model.config.calibrated_reductions
-    calibrated_here = not known
+    calibrated_here = not model.config.calibrated_reductions
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
         if loaded.is_dense:
             init_alignment_from(model, batches)
         calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)
-        known = model.config.calibrated_reductions
-        reductions = known
+        reductions = model.config.calibrated_reductions
     results = benchmark(model, processor, rows, reductions, batch_sizes, rounds)
-    device, threads = model.device, torch.get_num_threads()
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {threads} threads"
-    )
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else machine
     facts = {
         "model": public_name(loaded.source),
         "task": model.task,

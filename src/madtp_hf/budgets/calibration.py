@@ -230,22 +230,19 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[dict[
     them.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
-            The model. Afterwards it has a schedule and `model.set_pruning(reduction=...)` works; its setting is
-            unchanged.
-        dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them, FLOPs count only the
-            decoder's start token. It is read once per pass; a few hundred samples are enough. If the standard error of
-            the mean reduction is above 0.01, a warning says how many samples are needed.
-        reductions (`list[float]`):
-            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no setting. A reduction that this model
-            can't reach on this data is left out, with a warning that names the largest reachable one; the others are
-            kept.
-        freeze (`bool`, *optional*, defaults to `False`):
-            Whether to fix how many tokens each layer leaves as well, to the mean over the samples. Shapes then depend
-            on the input's shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes
-            `"frozen"` (a frozen model stays frozen), and pruning is off until a reduction is set. Set the granularity
-            to `"instance"` to give every sample its own number of tokens again.
+        model (`MadtpBlipPreTrainedModel`): The model. Afterwards it has a schedule and
+            `model.set_pruning(reduction=...)` works; its setting is unchanged.
+        dataloader (`Iterable`): Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them,
+            FLOPs count only the decoder's start token. It is read once per pass; a few hundred samples are enough. If
+            the standard error of the mean reduction is above 0.01, a warning says how many samples are needed.
+        reductions (`list[float]`): The shares of FLOPs to save, each in [0, 1); 0 is off and needs no setting. A
+            reduction that this model can't reach on this data is left out, with a warning that names the largest
+            reachable one; the others are kept.
+        freeze (`bool`, *optional*, defaults to `False`): Whether to fix how many tokens each layer leaves as well, to
+            the mean over the samples. Shapes then depend on the input's shape alone, as CUDA graphs, `torch.export`
+            and ONNX need. The model's granularity becomes `"frozen"` (a frozen model stays frozen), and pruning is off
+            until a reduction is set. Set the granularity to `"instance"` to give every sample its own number of tokens
+            again.
 
     Returns:
         `list[dict]`: the schedule, `{"reduction": ..., "temperature": ..., "factor": ...}`, or the setting of the

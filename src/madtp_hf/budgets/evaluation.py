@@ -107,21 +107,17 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
     """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
-            The calibrated model; its mode and temperature are restored afterwards.
-        loader (`Iterable`):
-            Batches as `forward` takes them; with `accelerator`, prepared by it.
-        reductions (`list[float]`):
-            The shares of FLOPs to save; 0 is off.
-        predict (`Callable`, *optional*):
-            `predict(batch)` returns a list of predictions, one per sample. Tokens are counted while it runs the
-            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them. By default
-            nothing is predicted or timed, and the encoders alone run.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            If given, results are gathered from all processes, and every process gets all of them.
-        precision (`str`, *optional*):
-            On a CPU, the precision of inference, see `prepare_for_inference`; by default, as the model is prepared, or
-            `"auto"`.
+        model (`MadtpBlipPreTrainedModel`): The calibrated model; its mode and temperature are restored afterwards.
+        loader (`Iterable`): Batches as `forward` takes them; with `accelerator`, prepared by it.
+        reductions (`list[float]`): The shares of FLOPs to save; 0 is off.
+        predict (`Callable`, *optional*): `predict(batch)` returns a list of predictions, one per sample. Tokens are
+            counted while it runs the encoders. If it doesn't run them on the whole batch at once, an extra, untimed
+            pass counts them. By default nothing is predicted or timed, and the encoders alone run.
+        accelerator (`accelerate.Accelerator`, *optional*): If given, results are gathered from all processes, and
+            every process gets all of them.
+        precision (`str`, *optional*): On a CPU, the precision of inference, see `prepare_for_inference`; by default,
+        as
+            the model is prepared, or `"auto"`.
 
     Returns:
         `list[BudgetResult]`, one per reduction.

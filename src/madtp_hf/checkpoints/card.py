@@ -27,19 +27,6 @@ def _hub_ids(sources) -> list[str] | None:
     return [str(source) for source in sources if not os.path.exists(source)] or None
 
 
-def _plain(value):
-    """Convert numpy and torch numbers to Python's, also inside containers; leave other values unchanged."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        size = getattr(value, "size", 1)  # a method of torch tensors, an integer of numpy arrays
-        if (value.numel() if hasattr(value, "numel") else size) == 1:
-            return value.item()
-    return value
-
-
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -96,22 +83,26 @@ def _read_metrics(metrics) -> dict:
     """
     if metrics is None or (isinstance(metrics, (dict, list)) and not metrics):
         return {}
-    given, content = repr(metrics), metrics
     if isinstance(metrics, (str, os.PathLike)):
         try:
             content = json.loads(Path(metrics).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"metrics={str(metrics)!r} can't be read ({error}): expected a results.json.") from error
-    content = _as_results(_plain(content))
+    else:
+        try:  # numbers of numpy and torch become Python's
+            content = json.loads(json.dumps(metrics, default=lambda value: value.item()))
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            content = None
+    content = _as_results(content)
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ValueError(
-            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, one row per"
-            " budget such as {0.5: {'accuracy': 0.93}}, a single row {'accuracy': 0.93}, or None; a row maps names to"
-            " finite numbers, at least one of them a metric."
+            f"metrics={repr(metrics)[:200]}: expected the path of a results.json, its dictionary, a list of rows, one"
+            " row per budget such as {0.5: {'accuracy': 0.93}}, a single row {'accuracy': 0.93}, or None; a row maps"
+            " names to finite numbers, at least one of them a metric."
         )
     if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
-        raise ValueError(f"metrics={given[:200]}: expected a different {_BUDGET!r} in each of several rows.")
+        raise ValueError(f"metrics={repr(metrics)[:200]}: expected a different {_BUDGET!r} in each of several rows.")
     return content
 
 
@@ -239,30 +230,23 @@ def _pruning(config) -> dict:
         getattr(config, "pruning_schedule", None) or [],
         getattr(config, "calibrated_reductions", []),
     )
-    setting = getattr(config, "pruning_setting", None)
+    setting = getattr(config, "pruning_setting", None) or {}
+    original = getattr(config, "original_temperature", None)
+    budget = "temperature=1.0" if original is None else f"temperature={original:g}"
     if schedule:
         budget = f"reduction={min(reductions, key=lambda r: abs(r - 0.5)):g}"
-    else:
-        original = getattr(config, "original_temperature", None)
-        budget = "temperature=1.0" if original is None else f"temperature={original:g}"
     reached = [
-        entry["reduction"]
+        f"reduction {entry['reduction']:g}"
         for entry in schedule
-        if setting and all(math.isclose(entry.get(name, value), value) for name, value in setting.items())
+        if all(math.isclose(entry.get(name, value), value) for name, value in setting.items())
     ]
-    if not setting:
-        as_loaded = "pruning is off"
-    elif reached:
-        as_loaded = f"it prunes at reduction {reached[0]:g}"
-    else:
-        numbers = [f"{name} {value:g}" for name, value in setting.items() if (name, value) != ("factor", 1)]
-        as_loaded = f"it prunes at {' and '.join(numbers)}"
+    numbers = [f"{name} {value:g}" for name, value in setting.items() if (name, value) != ("factor", 1)]
     return {
         "budget": budget,
         "reductions": ", ".join(f"{reduction:g}" for reduction in reductions),
         "several": len(schedule) > 1,
         "frozen": getattr(config, "pruning_granularity", None) == "frozen",
-        "as_loaded": as_loaded,
+        "as_loaded": f"it prunes at {(reached or [' and '.join(numbers)])[0]}" if setting else "pruning is off",
     }
 
 
@@ -271,7 +255,8 @@ def _measured(results: dict, task) -> dict:
     dataset, settings = _dataset(results), results.get("settings") or {}
     where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
-    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {_value(v)} |" for k, v in settings.items())]
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
+    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
     return {
         "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
         "table": _table(results["results"]) if results else None,
@@ -289,29 +274,23 @@ def create_model_card(
     """Create the model card of a checkpoint, pruned or dense.
 
     Args:
-        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
-            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is for a
-            checkpoint without code, which this package loads; it is dense unless it has a schedule or a temperature.
-        name (`str`):
-            The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins, or the
-            name of a folder.
-        metrics (*optional*):
-            What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`] writes it, its
-            dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%"
-            holds shares.
-            From the dictionary's facts, the card takes `metric` (the main column), `dataset` (a name, or a dictionary
-            of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`, `before_fine_tuning`,
-            `dense_before_training`, `default_budget`, `baseline`, `seconds`, `machine` and `source`.
-        base_model (`str`, *optional*):
-            What the checkpoint was made from: a Hub id, or a folder, which the text names but the metadata does not.
-        license (`str`, *optional*):
-            As the Hub names it, such as `apache-2.0`.
-        datasets (`str` or `list[str]`, *optional*):
-            Hub ids of data sets; folders are left out.
-        notes (`str`, *optional*):
-            Markdown to put at the beginning.
-        plot (`str`, *optional*):
-            The file name of a picture by [`draw_budgets`] beside the card.
+        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`): The checkpoint's configuration.
+            One of transformers' is dense. One of ours without `auto_map` is for a checkpoint without code, which this
+            package loads; it is dense unless it has a schedule or a temperature.
+        name (`str`): The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins,
+            or the name of a folder.
+        metrics (*optional*): What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`]
+            writes it, its dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose
+            name ends in "%" holds shares. From the dictionary's facts, the card takes `metric` (the main column),
+            `dataset` (a name, or a dictionary of `name`, `type`, `split` and an `example` of a text), `settings`,
+            `versions`, `before_fine_tuning`, `dense_before_training`, `default_budget`, `baseline`, `seconds`,
+            `machine` and `source`.
+        base_model (`str`, *optional*): What the checkpoint was made from: a Hub id, or a folder, which the text names
+            but the metadata does not.
+        license (`str`, *optional*): As the Hub names it, such as `apache-2.0`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of data sets; folders are left out.
+        notes (`str`, *optional*): Markdown to put at the beginning.
+        plot (`str`, *optional*): The file name of a picture by [`draw_budgets`] beside the card.
 
     Returns:
         `huggingface_hub.ModelCard`. All measurements in it come from `metrics`.
@@ -359,10 +338,6 @@ def create_model_card(
         **_pruning(config),
         **_measured(results, task),
     )
-
-
-def _value(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def draw_budgets(metrics, path) -> bool:

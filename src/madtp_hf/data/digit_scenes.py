@@ -362,7 +362,7 @@ def _rows(kind: str, split: str, number: int, seed: int, source: str):
             yield make(scenes, index, start + index, rng)
 
 
-def _load(kind: str, split: str, number: int, seed: int, **features):
+def _load(kind: str, split: str, number: int, seed: int, features: dict):
     """Return a `datasets.Dataset` of rows of a kind, cached by `datasets`."""
     from datasets import Dataset, Features
 
@@ -380,20 +380,17 @@ def load_digit_questions(split: str, num_questions: int, seed: int = 0):
     """Return questions about digit scenes, one scene per question, as a `datasets.Dataset` that `datasets` caches.
 
     Args:
-        split (`str`):
-            `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
-        num_questions (`int`):
-            The number of rows; the kinds of question alternate.
-        seed (`int`, *optional*, defaults to 0):
-            Seed for drawing; the same split, number and seed give the same rows.
+        split (`str`): `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
+        num_questions (`int`): The number of rows; the kinds of question alternate.
+        seed (`int`, *optional*, defaults to 0): Seed for drawing; the same split, number and seed give the same rows.
 
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.
     """
     from datasets import Image, Value
 
-    text = Value("string")
-    return _load("questions", split, num_questions, seed, image=Image(), question=text, answer=text, kind=text)
+    columns = {"image": Image(), **dict.fromkeys(("question", "answer", "kind"), Value("string"))}
+    return _load("questions", split, num_questions, seed, columns)
 
 
 def load_digit_statements(split: str, num_statements: int, seed: int = 0):
@@ -409,7 +406,7 @@ def load_digit_statements(split: str, num_statements: int, seed: int = 0):
 
     columns = {"left_image": Image(), "right_image": Image(), "sentence": Value("string")}
     columns |= {"label": ClassLabel(names=["False", "True"]), "kind": Value("string")}
-    return _load("statements", split, num_statements, seed, **columns)
+    return _load("statements", split, num_statements, seed, columns)
 
 
 def load_digit_captions(split: str, num_images: int, seed: int = 0):
@@ -421,7 +418,7 @@ def load_digit_captions(split: str, num_images: int, seed: int = 0):
     from datasets import Image, Value
 
     columns = {"image": Image(), "captions": [Value("string")], "image_id": Value("string")}
-    return _load("images", split, num_images, seed, **columns)
+    return _load("images", split, num_images, seed, columns)
 
 
 def question_only_accuracy(train, test, question: str = "question", answer: str = "answer") -> float:

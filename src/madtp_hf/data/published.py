@@ -49,22 +49,17 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
     """Read NLVR2: is the sentence true of the two images?
 
     Args:
-        path (`str` or `Path`):
-            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (one object per line), BLIP's
-            `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data set on the
-            Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, the data set's own name
-            of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder. The authors' images are in its `train/<directory>/`,
-            `dev/`, `test1/`, or in the same folders below `images/`.
-        columns (`dict[str, str]`, *optional*):
-            For the Hub, a mapping from the columns named below to the data set's names, where they differ:
-            `{"sentence": "text"}`.
-        where (`dict[str, str]`, *optional*):
-            For the Hub, keep only rows with these values, for data sets with a column for the split:
-            `{"split": "val"}`.
+        path (`str` or `Path`): The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (one object per
+            line), BLIP's `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data
+            set on the Hub.
+        split (`str`): `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, the data
+            set's own name of the split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder. The authors' images
+            are in its `train/<directory>/`, `dev/`, `test1/`, or in the same folders below `images/`.
+        columns (`dict[str, str]`, *optional*): For the Hub, a mapping from the columns named below to the data set's
+            names, where they differ: `{"sentence": "text"}`.
+        where (`dict[str, str]`, *optional*): For the Hub, keep only rows with these values, for data sets with a
+            column for the split: `{"split": "val"}`.
 
     Returns:
         `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class
@@ -150,21 +145,16 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
     """Read VQAv2: questions about COCO's images, each with answers by ten people.
 
     Args:
-        path (`str` or `Path`):
-            The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`, `val2014`, `test2015` or
-            `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or
-            a data set on the Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"val"`), `"test"` or, for the authors' files, `"test-dev"`; on the Hub, the
-            data set's own name of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder. The authors' images are in its `train2014/`, `val2014/`,
-            `test2015/`.
-        annotations (`str` or `Path`, *optional*):
-            The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test
-            splits have none.
-        columns, where (`dict[str, str]`, *optional*):
-            As in `load_nlvr2`.
+        path (`str` or `Path`): The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`,
+            `val2014`, `test2015` or `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a
+            folder with one of them, or a data set on the Hub.
+        split (`str`): `"train"`, `"validation"` (`"val"`), `"test"` or, for the authors' files, `"test-dev"`; on the
+            Hub, the data set's own name of the split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder. The authors' images
+            are in its `train2014/`, `val2014/`, `test2015/`.
+        annotations (`str` or `Path`, *optional*): The authors' annotations, by default
+            `v2_mscoco_<subset>_annotations.json` beside the questions. The test splits have none.
+        columns, where (`dict[str, str]`, *optional*): As in `load_nlvr2`.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of
@@ -252,21 +242,18 @@ def load_coco_captions(
     """Read COCO captions, in Karpathy's splits or COCO's own, one row per image.
 
     Args:
-        path (`str` or `Path`):
-            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (one caption per entry; the reader groups
-            them by image), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`
-            or `captions_val2014.json` or those of 2017 (with COCO's own splits, so none for `"test"`), a folder with
-            one of them or with COCO's `annotations/`, or a data set on the Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, the data set's own name of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder or, for a file in `annotations/`, the folder above. Images
-            are in its `train2014/` and `val2014/`, or `train2017/` and `val2017/`.
-        include_restval (`bool`, *optional*, defaults to `True`):
-            Whether `"train"` includes Karpathy's "restval", the rest of COCO's validation images. BLIP's file always
-            includes it.
-        columns, where (`dict[str, str]`, *optional*):
-            As in `load_nlvr2`.
+        path (`str` or `Path`): Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (one caption per
+            entry; the reader groups them by image), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own
+            `captions_train2014.json` or `captions_val2014.json` or those of 2017 (with COCO's own splits, so none for
+            `"test"`), a folder with one of them or with COCO's `annotations/`, or a data set on the Hub.
+        split (`str`): `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, the data set's own name of the
+            split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder or, for a file in
+            `annotations/`, the folder above. Images are in its `train2014/` and `val2014/`, or `train2017/` and
+            `val2017/`.
+        include_restval (`bool`, *optional*, defaults to `True`): Whether `"train"` includes Karpathy's "restval", the
+            rest of COCO's validation images. BLIP's file always includes it.
+        columns, where (`dict[str, str]`, *optional*): As in `load_nlvr2`.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
@@ -302,21 +289,18 @@ def load_flickr30k(
     """Read Flickr30k captions, one row per image.
 
     Args:
-        path (`str` or `Path`):
-            Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or
-            `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's `results.csv` (both without
-            splits), a folder with one of them (tried in this order), or a data set on the Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`; also `"all"` for Karpathy's file, and only `"all"` for the
-            files without splits. On the Hub, the data set's own name of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder. Images are in it or in its `flickr30k-images/` or
-            `flickr30k_images/`.
-        columns, where (`dict[str, str]`, *optional*):
-            As in `load_nlvr2`.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out, with
-            a warning that names it. Kaggle's file has one such line.
+        path (`str` or `Path`): Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`,
+            `flickr30k_val.json` or `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's
+            `results.csv` (both without splits), a folder with one of them (tried in this order), or a data set on the
+            Hub.
+        split (`str`): `"train"`, `"validation"` (`"val"`) or `"test"`; also `"all"` for Karpathy's file, and only
+            `"all"` for the files without splits. On the Hub, the data set's own name of the split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder. Images are in it or in
+            its `flickr30k-images/` or `flickr30k_images/`.
+        columns, where (`dict[str, str]`, *optional*): As in `load_nlvr2`.
+        on_error (`str`, *optional*, defaults to `"raise"`): What to do with a malformed line of
+            `results_20130124.token` or `results.csv`: `"skip"` leaves it out, with a warning that names it. Kaggle's
+            file has one such line.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`

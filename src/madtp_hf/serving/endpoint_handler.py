@@ -116,8 +116,7 @@ class Limits:
 
     def check_text(self, name: str, value) -> str:
         """Return a text, or raise a `ValueError`."""
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {_shown(value)}: expected a string.")
+        _expect(isinstance(value, str), name, value, "a string")
         self.check("max_text_length", len(value), f"{name} has {len(value):,} characters")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{name} is {_shown(value)}, with half a surrogate pair: expected Unicode text.")
@@ -125,16 +124,15 @@ class Limits:
 
     def check_texts(self, name: str, value) -> list:
         """Return a list of at least one text, or raise a `ValueError`."""
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"{name} is {_shown(value)}: expected a list of at least one string.")
+        _expect(isinstance(value, (list, tuple)) and value, name, value, "a list of at least one string")
         self.check("max_texts", len(value), f"{name} has {len(value):,} items")
         return [self.check_text(f"{name}[{index}]", text) for index, text in enumerate(value)]
 
     def check_template(self, name: str, value) -> str:
         """Return a template with one `{}` and no other format specification, or raise a `ValueError`."""
         before, braces, after = self.check_text(name, value).partition("{}")
-        if not braces or set(before + after) & {"{", "}"}:
-            raise ValueError(f"{name} is {_shown(value)}: expected a text with {{}} once and no other braces.")
+        is_template = braces and not set(before + after) & {"{", "}"}
+        _expect(is_template, name, value, "a text with {} once and no other braces")
         return value
 
     def check_size(self, data) -> None:
@@ -167,16 +165,19 @@ def _shown(value) -> str:
     return f"a {type(value).__name__}" + ("" if getattr(value, "__len__", None) is None or len(value) else ", empty")
 
 
+def _expect(holds, name: str, value, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {_shown(value)}: expected {expected}.")
+
+
 # Parameters
 
 
 def _number(kind: type, least, most):
-    expected = f"a {'whole ' if kind is int else ''}number from {least} to {most}"
-
     def check(name: str, value):
-        kinds = int if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise ValueError(f"{name} is {_shown(value)}: expected {expected}.")
+        is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        expected = f"a {'whole ' if kind is int else ''}number from {least} to {most}"
+        _expect(is_number and least <= value <= most, name, value, expected)
         return value
 
     return check
@@ -184,8 +185,8 @@ def _number(kind: type, least, most):
 
 def _choice(*choices):
     def check(name: str, value):
-        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-            raise ValueError(f"{name} is {_shown(value)}: expected {' or '.join(map(json.dumps, choices))}.")
+        is_one = any(value is choice or (isinstance(value, str) and value == choice) for choice in choices)
+        _expect(is_one, name, value, " or ".join(map(json.dumps, choices)))
         return value
 
     return check
@@ -195,12 +196,13 @@ def _options(checks: dict):
     """Return a check of an object whose values have checks by name; another name is refused."""
 
     def check(name: str, value) -> dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {_shown(value)}: expected an object.")
+        _expect(isinstance(value, dict), name, value, "an object")
         for key in value:
             if not isinstance(key, str) or key not in checks:
-                expected = f"expected {', '.join(checks)}" if checks else "expected none"
-                raise ValueError(f"{name} has {_shown(key)}, which is not accepted: {expected}; leave it out.")
+                expected = ", ".join(checks) or "none"
+                raise ValueError(
+                    f"{name} has {_shown(key)}, which is not accepted: expected {expected}; leave it out."
+                )
         return {key: checks[key](key, given) for key, given in value.items()}
 
     return check
@@ -249,8 +251,7 @@ def input_checks(task: str, limits: Limits) -> dict:
     def image(name: str, value):
         if isinstance(value, Image.Image) and value.format in (None, "MPO", *FORMATS):
             return value
-        if not isinstance(value, (str, bytes, bytearray)):
-            raise ValueError(f"{name} is {_shown(value)}: {_EXPECTED}.")
+        _expect(isinstance(value, (str, bytes, bytearray)), name, value, "base64 of an image file")
         if isinstance(value, str) and value.startswith(("http://", "https://")) and not limits.fetch_urls:
             raise ValueError(
                 f"{name} is the URL {_shown(value)}: {_EXPECTED}, because this server fetches no URLs; its operator"
@@ -259,23 +260,19 @@ def input_checks(task: str, limits: Limits) -> dict:
         return value
 
     def two_images(name: str, value) -> list:
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise ValueError(f"{name} is {_shown(value)}: expected a list of two images.")
+        _expect(isinstance(value, (list, tuple)) and len(value) == 2, name, value, "a list of two images")
         return [image(f"{name}[{index}]", one) for index, one in enumerate(value)]
 
     def texts(name: str, value):
         return (limits.check_text if isinstance(value, str) else limits.check_texts)(name, value)
 
+    text, labels = limits.check_text, limits.check_texts
     return {
-        "visual-question-answering": {"image": image, "question": limits.check_text},
-        "image-to-text": {"image": image, "prompt": limits.check_text},
-        "images-and-text-classification": {"images": two_images, "text": limits.check_text},
+        "visual-question-answering": {"image": image, "question": text},
+        "image-to-text": {"image": image, "prompt": text},
+        "images-and-text-classification": {"images": two_images, "text": text},
         "image-text-retrieval": {"image": image, "text": texts},
-        ZERO_SHOT: {
-            "image": image,
-            "candidate_labels": limits.check_texts,
-            "hypothesis_template": limits.check_template,
-        },
+        ZERO_SHOT: {"image": image, "candidate_labels": labels, "hypothesis_template": limits.check_template},
     }[task]
 
 
@@ -394,10 +391,9 @@ class EndpointHandler:
     it.
 
     Args:
-        path (`str`):
-            The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have changed.
-        limits (`Limits`, *optional*):
-            The limits on a request; by default those that environment variables set.
+        path (`str`): The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have
+            changed.
+        limits (`Limits`, *optional*): The limits on a request; by default those that environment variables set.
     """
 
     def __init__(self, path: str = "", limits: Limits | None = None):
@@ -433,8 +429,7 @@ class EndpointHandler:
             ValueError: for an invalid request, with a message of one line.
         """
         self.limits.check_size(data)
-        if not isinstance(data, dict):
-            raise ValueError(f"The request is {_shown(data)}: expected an object with inputs.")
+        _expect(isinstance(data, dict), "The request", data, "an object with inputs")
         inputs = data.get("inputs")
         others = {name: value for name, value in data.items() if name not in ("inputs", "parameters")}
         if inputs is not None and others:

@@ -130,8 +130,8 @@ def find_survivors(model, processor, images, questions) -> list[Survivors]:
     """Find which patches and words each layer of a model keeps; return one `Survivors` per sample.
 
     Args:
-        model, processor, images, questions:
-            As [`draw_surviving_patches`] takes them. With pruning off, all patches and words stay.
+        model, processor, images, questions: As [`draw_surviving_patches`] takes them. With pruning off, all patches
+            and words stay.
 
     Raises:
         ValueError: for empty lists, or lists that don't match each other.
@@ -177,20 +177,16 @@ def draw_surviving_patches(model, processor, images, questions, layers=None, siz
     """Draw which patches of each image survive each layer; dropped patches are dimmed.
 
     Args:
-        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model, of any task; its current pruning applies. With pruning off, all patches stay.
-        processor (`BlipProcessor` or `CLIPProcessor`):
-            Its processor.
-        images (`list`):
-            The images, one row each: PIL images, arrays or paths. For a model that reads two images per text (NLVR2),
-            pairs `(left, right)`, two rows each. They are drawn as the model sees them, resized and cropped.
-        questions (`list[str]`):
-            A text for each: a question, a sentence, a caption or, for captioning, a prompt.
-        layers (`list[int]`, *optional*):
-            The vision layers to draw: 1 to the number of layers, by default all of these; 0 is the encoder's input,
-            all patches.
-        size (`int`, *optional*, defaults to 160):
-            The width of a drawn image, in pixels.
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`): The model, of any task; its current pruning applies.
+            With pruning off, all patches stay.
+        processor (`BlipProcessor` or `CLIPProcessor`): Its processor.
+        images (`list`): The images, one row each: PIL images, arrays or paths. For a model that reads two images per
+            text (NLVR2), pairs `(left, right)`, two rows each. They are drawn as the model sees them, resized and
+            cropped.
+        questions (`list[str]`): A text for each: a question, a sentence, a caption or, for captioning, a prompt.
+        layers (`list[int]`, *optional*): The vision layers to draw: 1 to the number of layers, by default all of
+            these; 0 is the encoder's input, all patches.
+        size (`int`, *optional*, defaults to 160): The width of a drawn image, in pixels.
 
     Returns:
         `PIL.Image.Image`: the image itself in the first column, then a column for each layer.
@@ -205,11 +201,10 @@ def surviving_words(model, processor, images, texts) -> list[Words]:
     """Find which tokens of each text survive each layer, as data.
 
     Args:
-        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model, of any task but captioning, which has no text encoder. With pruning off, all words stay.
-        processor, images, texts:
-            As [`draw_surviving_patches`] takes processor, images and questions. Except for CLIP, what survives of a
-            text also depends on its image, through cross-attention.
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`): The model, of any task but captioning, which has no
+            text encoder. With pruning off, all words stay.
+        processor, images, texts: As [`draw_surviving_patches`] takes processor, images and questions. Except for CLIP,
+            what survives of a text also depends on its image, through cross-attention.
 
     Returns:
         `list[Words]`, one per text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a
@@ -236,10 +231,9 @@ def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.
     """Draw which tokens of each text survive each layer; dropped tokens are grey and struck out.
 
     Args:
-        model, processor, images, texts:
-            As [`surviving_words`] takes them.
-        layers (`list[int]`, *optional*):
-            The text layers to draw: 1 to the number of layers, by default all of these; 0 is the encoder's input.
+        model, processor, images, texts: As [`surviving_words`] takes them.
+        layers (`list[int]`, *optional*): The text layers to draw: 1 to the number of layers, by default all of these;
+            0 is the encoder's input.
 
     Returns:
         `PIL.Image.Image`: one table per text, one below the other.
