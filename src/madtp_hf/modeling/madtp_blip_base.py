@@ -4,7 +4,6 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -43,7 +42,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         "BlipTextEmbeddings",
         "BlipVisionEmbeddings",
     ]
-    _prepacked_classes = (nn.Linear, MergeLayer)
     _fused_activations = {
         BlipMLP: ("fc1", "activation_fn"),
         BlipTextIntermediate: ("dense", "intermediate_act_fn"),

@@ -330,11 +330,14 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
     if differ("weights", "dtype") or (differ("alignment") and not differ(*settings)):
         raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
     if differ(*settings):
-        pruning = [
-            f"setting {info['pruning_setting']}" if info.get("reduction") is None else f"reduction {info['reduction']}"
-            for info in (theirs, ours)
-        ]
-        raise ValueError(f"The index was made at {pruning[0]}, and this is {pruning[1]}. {_HINT}")
+
+        def pruning(info):
+            if info.get("reduction") is not None:
+                return f"pruning to reduction {info['reduction']}"
+            setting = info["pruning_setting"]
+            return "pruning off" if setting is None else f"{info['pruning_method']} pruning, {setting}"
+
+        raise ValueError(f"The index was made with {pruning(theirs)}, and this is {pruning(ours)}. {_HINT}")
 
 
 # Files
