@@ -78,9 +78,9 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
-    before = _resident("VmRSS") if _reset_peak() else None
+    resident = _resident("VmRSS") if _reset_peak() else None
     result = function()
-    return (None if before is None else max(_resident("VmHWM") - before, 0.0)), result
+    return (None if resident is None else max(_resident("VmHWM") - resident, 0.0)), result
 
 
 def _reset_peak() -> bool:
@@ -92,7 +92,7 @@ def _reset_peak() -> bool:
 
 
 def _resident(name: str) -> float:
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
 @torch.no_grad()
@@ -149,7 +149,8 @@ def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, roun
         if run.reduction is not None:
             run.model.set_pruning(reduction=run.reduction)
 
-    device, results, seconds = inputs["pixel_values"].device, [], [[] for _ in runs]
+    device, results = inputs["pixel_values"].device, []
+    seconds: list[list[float]] = [[] for _ in runs]
     with tqdm(total=len(runs) * (rounds + 1), desc=f"batches of {batch_size}", unit=" runs", leave=False) as progress:
         for run in runs:
             set_up(run)

@@ -321,7 +321,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
     name, index_name = "model.safetensors", "model.safetensors.index.json"
     index = folder / index_name
     if (folder / name).is_file():  # loaders prefer it to shards
-        tensors_of = {name: set()}
+        tensors_of: dict[str, set[str]] = {name: set()}
     elif index.is_file():
         tensors_of = {}
         for tensor, shard in _read_json(index).get("weight_map", {}).items():
@@ -333,7 +333,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
             f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes"
             " safetensors."
         )
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard, tensors in tensors_of.items():
         _require(folder, shard, "weights that the index names")
         try:
@@ -377,7 +377,7 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
 
 def _find_modules(folder: Path) -> list[str]:
     """Return the code files that the configurations name, and those that these import relatively."""
-    wanted = {}  # file -> the file that refers to it
+    wanted: dict[str, str] = {}  # file -> the file that refers to it
     for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -431,8 +431,7 @@ def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: b
     width = max(map(len, files))
     stays = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
     card = files["README.md"]
-    card = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
-    head = card.splitlines()[:24]
+    head = (card if isinstance(card, bytes) else card.read_bytes()).decode().splitlines()[:24]
     return "\n".join(
         [
             f"Would publish to {url}, {revision or 'main'}{', private' if private else ''}:",
@@ -485,8 +484,10 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
     existing = [sibling.rfilename for sibling in before.siblings or ()]
     stale = [name for name in existing if name not in files and is_stale(name)]
-    operations = [CommitOperationDelete(name) for name in stale]
-    operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    operations = [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
+    ]
     try:
         # Not `upload_folder`: it may commit in several steps, and a load in between would get half a checkpoint.
         api.create_commit(

@@ -456,7 +456,7 @@ def question_only_accuracy(train, test, question: str = "question", answer: str 
 
     `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
     """
-    answers = defaultdict(Counter)
+    answers: dict = defaultdict(Counter)
     for asked, answered in zip(train[question], train[answer]):
         answers[asked][answered] += 1
     likeliest = {asked: counter.most_common(1)[0][0] for asked, counter in answers.items()}

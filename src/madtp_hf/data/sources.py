@@ -309,14 +309,16 @@ def _csv_entries(lines, delimiter: str = ",") -> Iterator[list | dict | str]:
 
 def _json_entries(lines) -> Iterator[dict | str]:
     """Yield the objects of a JSON list or of JSON lines, or what is wrong with one."""
-    text, what = lines.read(), "entry"
-    try:
-        entries = enumerate(json.loads(text), 1) if text.lstrip().startswith("[") else None
-    except ValueError as error:
-        raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
-    if entries is None:
-        what, entries = "line", ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    for number, entry in entries:
+    text = lines.read()
+    what, entries = "line", text.split("\n")
+    if text.lstrip().startswith("["):
+        try:
+            what, entries = "entry", json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
+    for number, entry in enumerate(entries, 1):
+        if what == "line" and not entry.strip():
+            continue
         try:
             entry = json.loads(entry) if what == "line" else entry
         except ValueError as error:
@@ -347,7 +349,8 @@ class ParquetRows(Rows):
     rows_at_once = 32
 
     def __init__(self, files: list[Path], wanted, given, image_dir):
-        self.files, self._groups, self._total, self.schema = files, [], 0, None
+        self.files, self._total, self.schema = files, 0, None
+        self._groups: list[tuple[int, int, int]] = []  # (first row, file, row group in it)
         for number, name in enumerate(files):
             try:
                 file = require("pyarrow.parquet").ParquetFile(name)

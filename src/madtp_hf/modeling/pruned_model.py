@@ -1,10 +1,12 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +25,13 @@ from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
 from .training_passes import TrainingPasses
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    _Host = PreTrainedModel  # what the mixin is mixed into
+else:
+    _Host = object
 
 logger = logging.get_logger("transformers.models.madtp")
 
@@ -94,7 +103,7 @@ class PruningPass:
         return "padded" if self.granularity == "frozen" else "varlen"
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(_Host):
     """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
 
     A family says `branch_specs`, `min_kept`, whether every layer has an alignment projection of its own, and the
@@ -102,8 +111,8 @@ class PrunedModelMixin:
     `make_method`. The alignment tokens are in `alignment`.
     """
 
-    task = None  # as `madtp_hf.count_flops` names it
-    _dense_classes = ()  # transformers' classes that this one converts from
+    task: str  # as `madtp_hf.count_flops` names it
+    _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
     _prepacked_classes = (nn.Linear,)
@@ -117,8 +126,8 @@ class PrunedModelMixin:
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
-    _task_auto_class = None
-    _task_pipeline = None
+    _task_auto_class: str | None = None
+    _task_pipeline: tuple[str, str] | None = None
     # False, because the loss is a mean over this batch: `Trainer` must divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
@@ -155,7 +164,7 @@ class PrunedModelMixin:
 
     # Pruning
 
-    def set_pruning(self, *args, reduction: float | None = None, **setting: float | None) -> None:
+    def set_pruning(self, *args: None, reduction: float | None = None, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
@@ -178,7 +187,13 @@ class PrunedModelMixin:
         self.config.pruning_setting = setting
 
     @contextmanager
-    def pruning(self, *args, method=None, reduction: float | None = None, **setting: float | None):
+    def pruning(
+        self,
+        *args: None,
+        method: str | type[PruningMethod] | None = None,
+        reduction: float | None = None,
+        **setting: float | None,
+    ) -> "Iterator[Self]":
         """Prune as in `set_pruning`, within a `with` block and in this thread alone.
 
             with model.pruning(reduction=0.5):
@@ -311,7 +326,7 @@ class PrunedModelMixin:
 
     # Saving
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save as transformers does, and with it the file of a pruning method of one's own."""
         carries = is_own(self.pruning_method)
         super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
@@ -361,7 +376,7 @@ class PrunedModelMixin:
 
     # Inference on a CPU
 
-    def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
+    def prepack_weights(self, prepacked: bool = True, min_size: int = 0) -> "Self":
         """Prepack the weights of linear maps for fast float32 inference on a CPU.
 
         Outputs are equal up to rounding, and saved checkpoints don't change. The prepacked copies take as much memory
@@ -395,7 +410,7 @@ class PrunedModelMixin:
         logger.info(f"Weights of linear maps are prepacked for this CPU, which takes {size / 2**20:.0f} MiB more.")
         return self
 
-    def prepack_for_inference(self):
+    def prepack_for_inference(self) -> "Self":
         """Prepack the weights that are large enough to gain from it, if the model runs in float32 on a CPU.
 
         Pipelines and commands call this. Returns the model itself.
@@ -406,7 +421,7 @@ class PrunedModelMixin:
     # From a dense model
 
     @classmethod
-    def from_dense(cls, source, **config_overrides):
+    def from_dense(cls, source: "PreTrainedModel | str | Path", **config_overrides) -> "Self":
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
         Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..families import BLIP, Family
+from ..modeling.pruned_model import PrunedModelMixin
 
 
 # Example code of a model card: {text} stands for a text.
@@ -12,6 +15,8 @@ text = {text}
 inputs = processor(images=image, text=text, return_tensors="pt")
 """
 
+Collator = Callable[[list[dict]], dict[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -19,11 +24,11 @@ class Task:
 
     name: str
     # The model.
-    model_class: type
+    model_class: type[PrunedModelMixin]
     flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, added) -> (B,), see `flop_formulas`
     graphs: Callable  # (model, sizes) -> the ONNX graphs by name, see `onnx_parts`
     # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
-    collator: type
+    collator: Callable[..., Collator]  # (processor, [start token,] max_length)
     metric: str
     headline: str
     headline_title: str
@@ -64,9 +69,10 @@ class Task:
     @property
     def pipeline(self) -> str | None:
         """The task name that `transformers.pipeline` takes for the checkpoints' pipeline; None without one."""
-        return self.model_class._task_pipeline and self.model_class._task_pipeline[0]
+        named = self.model_class._task_pipeline
+        return named[0] if named else None
 
-    def make_collator(self, model, processor):
+    def make_collator(self, model, processor) -> Collator:
         """Return the task's collator, which truncates texts at the model's maximum length."""
         text_config = model.config.text_config
         start = [text_config.bos_token_id] if self.decoder_inputs else []
