@@ -39,9 +39,7 @@ def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, method)
     return of_task.flops(config, vision_tokens, text_tokens, answer_tokens, added)
 
 
-def count_flops(
-    config, task: str, vision_tokens, text_tokens=None, answer_tokens=0, *, pruning=None
-) -> torch.Tensor:
+def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0, *, pruning=None) -> torch.Tensor:
     """Compute the multiply-accumulates of each sample's inference forward pass.
 
     Args:

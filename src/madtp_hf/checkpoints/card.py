@@ -70,10 +70,10 @@ def _as_results(content):
         content = {"results": content}
     elif isinstance(content, dict) and "results" not in content:
         # Facts, such as the data set's name, may accompany a row or the budgets.
-        budgets = {name: value for name, value in content.items() if _as_budget(name) is not None}
+        budgets = {name: budget for name in content if (budget := _as_budget(name)) is not None}
         facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and k not in budgets}
         if budgets and len(budgets) + len(facts) == len(content):
-            rows = [_as_row(_as_budget(name), value) for name, value in budgets.items()]
+            rows = [_as_row(budget, content[name]) for name, budget in budgets.items()]
         else:
             rows = [{k: v for k, v in content.items() if k not in facts}]
         content = {"results": rows, **facts}
@@ -134,7 +134,8 @@ def _columns(rows) -> list[str]:
 def _main_metric(results: dict) -> str:
     """Return the column of the main metric: the one that the results name, or their first metric."""
     metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
-    return results.get("metric") if results.get("metric") in metrics else metrics[0]
+    named = results.get("metric")
+    return named if named in metrics else metrics[0]
 
 
 def _show(name: str, value) -> str:
@@ -346,7 +347,7 @@ def create_model_card(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
         tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
-        base_model=(_hub_ids(base_model) or [None])[0],
+        base_model=next(iter(_hub_ids(base_model) or ()), None),
         datasets=_hub_ids(datasets),
         license=license,
         model_name=name.rpartition("/")[2] if results else None,
@@ -397,7 +398,7 @@ def draw_budgets(metrics, path) -> bool:
     results = _read_metrics(metrics)
     column = _main_metric(results) if results else None
     rows = [row for row in results.get("results", []) if {_BUDGET, "GFLOPs", column} <= set(row)]
-    if len(rows) < 2:
+    if column is None or len(rows) < 2:
         return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

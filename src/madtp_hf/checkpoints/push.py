@@ -482,9 +482,9 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     if revision not in (None, "main") and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
     before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
-    existing = [sibling.rfilename for sibling in before.siblings or ()]
+    existing = [sibling.rfilename for sibling in getattr(before, "siblings", None) or ()]
     stale = [name for name in existing if name not in files and is_stale(name)]
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in stale),
         *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
     ]

@@ -137,7 +137,7 @@ def _official_pairs(text: str, file: Path):
 def _blip_pairs(text: str, file: Path):
     """Yield the same as `_official_pairs` for each of BLIP's entries."""
     sentences: dict = defaultdict(dict)  # for each set, the index of each sentence
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple] = Counter()
     for where, entry in _entries(_parse(text, file), file):
         images = _texts(entry, "images", where)
         if len(images) != 2:

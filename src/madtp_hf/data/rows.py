@@ -7,7 +7,6 @@ counted from 1 in messages, without a table's header.
 import os
 import random
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..modeling.images import read_image
@@ -76,7 +75,7 @@ def load_rows(
             f"{rows.name} has no {text.removesuffix('s')}: {task.title} reads a text with each image; expected a table"
             f" with a column {' or '.join(ALIASES[text])}, or `texts` for images without one."
         )
-    indices: Sequence[int] = range(len(rows))
+    indices: list[int] | range = range(len(rows))
     if not rows.in_memory and not where and samples is not None and samples < len(rows):
         indices = sorted(random.Random(seed).sample(indices, samples))
     found = (row for index in indices for row in rows.rows(index, index + 1))

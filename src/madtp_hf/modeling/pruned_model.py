@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
@@ -111,6 +111,7 @@ class PrunedModelMixin(_Host):
     `make_method`. The alignment tokens are in `alignment`.
     """
 
+    config_class: type[PretrainedConfig]
     task: str  # as `madtp_hf.count_flops` names it
     _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
@@ -161,6 +162,10 @@ class PrunedModelMixin(_Host):
     def _init_weights(self, module):
         super()._init_weights(module)
         init_alignment(module)
+
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> "Self": ...  # transformers' decorator hides that this is a method
 
     # Pruning
 

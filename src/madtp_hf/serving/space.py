@@ -205,14 +205,14 @@ def _describe(files: dict[str, Path | bytes], url: str, private: bool) -> str:
     """Describe for a person what would be uploaded."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     package = [name for name in files if name.startswith("madtp_hf/")]
+    package_size = sum(sizes[name] for name in package)
     shown = sorted(set(files) - set(package))
     width = max(map(len, shown))
     rows = [f"  {name:<{width}}  {sizes[name] / 1000:>12,.1f} kB" for name in shown]
     if package:
-        rows.append(
-            f"  {'madtp_hf/':<{width}}  {sum(map(sizes.get, package)) / 1000:>12,.1f} kB, {len(package)} files"
-        )
-    card = files["README.md"].decode().splitlines()
+        rows.append(f"  {'madtp_hf/':<{width}}  {package_size / 1000:>12,.1f} kB, {len(package)} files")
+    readme = files["README.md"]
+    card = (readme if isinstance(readme, bytes) else readme.read_bytes()).decode().splitlines()
     return "\n".join(
         [
             f"Would publish a Space to {url}{', private' if private else ''}:",

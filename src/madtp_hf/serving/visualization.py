@@ -262,7 +262,7 @@ def surviving_words(model, processor, images, texts) -> list[Words]:
         ValueError: for a model without a text encoder, empty lists, or lists that don't match each other.
     """
     _check_has_words(model)
-    return [sample.words for sample in find_survivors(model, processor, images, texts)]
+    return [sample.words for sample in find_survivors(model, processor, images, texts) if sample.words is not None]
 
 
 def _table(words: Words, layers: list[int]) -> list[tuple[str, list[bool], str]]:

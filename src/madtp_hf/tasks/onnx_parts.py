@@ -76,9 +76,13 @@ def for_decoder(model, encoded, masked: bool):
     """Return what the decoder reads of an encoder: a mask, and all layers' cross-attention keys and values."""
     mask = real_tokens(encoded)
     cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
-    keys_and_values = [tensor for layer in cache.cross_attention_cache.layers for tensor in (layer.keys, layer.values)]
     # With pruning off, question answering's decoder attends to padding as well, as transformers' BLIP does.
-    return (mask if masked else torch.ones_like(mask)).long(), *keys_and_values
+    return (mask if masked else torch.ones_like(mask)).long(), *_keys_and_values(cache.cross_attention_cache)
+
+
+def _keys_and_values(cache) -> list[torch.Tensor]:
+    """Return the keys and values of a cache's layers as key, value, key, ..."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_values):
@@ -112,8 +116,7 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
         use_cache=True,
         **{CACHE_ARGUMENT: both},
     )
-    layers = both.self_attention_cache.layers
-    return output.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
+    return output.logits, *_keys_and_values(both.self_attention_cache)
 
 
 def images(model, sizes: Sizes) -> dict:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from ..families import BLIP, Family
 from ..modeling.pruned_model import PrunedModelMixin
 
@@ -14,8 +12,6 @@ INPUTS = """image = Image.open("image.jpg").convert("RGB")
 text = {text}
 inputs = processor(images=image, text=text, return_tensors="pt")
 """
-
-Collator = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Task:
     flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, added) -> (B,), see `flop_formulas`
     graphs: Callable  # (model, sizes) -> the ONNX graphs by name, see `onnx_parts`
     # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
-    collator: Callable[..., Collator]  # (processor, [start token,] max_length)
+    collator: type
     metric: str
     headline: str
     headline_title: str
@@ -72,7 +68,7 @@ class Task:
         named = self.model_class._task_pipeline
         return named[0] if named else None
 
-    def make_collator(self, model, processor) -> Collator:
+    def make_collator(self, model, processor):
         """Return the task's collator, which truncates texts at the model's maximum length."""
         text_config = model.config.text_config
         start = [text_config.bos_token_id] if self.decoder_inputs else []
