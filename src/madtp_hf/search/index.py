@@ -330,11 +330,13 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
     if differ("weights", "dtype") or (differ("alignment") and not differ(*settings)):
         raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
     if differ(*settings):
-        pruning = [
-            f"setting {info['pruning_setting']}" if info.get("reduction") is None else f"reduction {info['reduction']}"
+        their_pruning, our_pruning = (
+            f"at reduction {info['reduction']}"
+            if info.get("reduction") is not None
+            else f"with pruning {'off' if info['pruning_setting'] is None else info['pruning_setting']}"
             for info in (theirs, ours)
-        ]
-        raise ValueError(f"The index was made at {pruning[0]}, and this is {pruning[1]}. {_HINT}")
+        )
+        raise ValueError(f"The index was made {their_pruning}, and this model is {our_pruning}. {_HINT}")
 
 
 # Files
