@@ -110,6 +110,14 @@ MaxPixels = Annotated[
 
 # How to compute.
 Task = Annotated[str | None, typer.Option(metavar="TASK", help="The task, if it isn't the checkpoint's own.")]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="METHOD", help="madtp, tome, evit, class_attention or random; by default as saved."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METHOD ...", help="Compare methods, each calibrated here, without labels."),
+]
 Reduction = Annotated[
     float | None, typer.Option(metavar="R", help="FLOPs to save, such as 0.5; 0 is off; by default as saved.")
 ]

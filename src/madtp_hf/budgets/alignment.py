@@ -249,11 +249,10 @@ def init_alignment_from(model, dataloader) -> None:
     existing schedule is dropped, because it belongs to the old tokens, and pruning is switched off.
 
     Args:
-        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model. One that was trained with pruning loses its learned alignment tokens.
-        dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. A few hundred samples are enough: reading stops after
-            128 images, or as many as fit into half a gigabyte, and about 20,000 word states.
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`): The model. One that was trained with pruning loses its
+            learned alignment tokens.
+        dataloader (`Iterable`): Batches as `forward` takes them, dicts of tensors. A few hundred samples are enough:
+            reading stops after 128 images, or as many as fit into half a gigabyte, and about 20,000 word states.
 
     Raises:
         ValueError: if the data has no batch, or no words for a model with a text encoder.

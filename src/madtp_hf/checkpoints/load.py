@@ -53,20 +53,16 @@ def load(
     """Load the model for a checkpoint's task, and its processor.
 
     Args:
-        source (`str` or `Path`):
-            A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this package.
-        task (`str` or `tuple` of `str`, *optional*):
-            The task that is expected, or several, of `madtp_hf.tasks.TASKS`. By default any task.
-        revision (`str`, *optional*):
-            The branch, tag or commit on the Hub.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            The dtype to compute in.
-        device (`str` or `torch.device`, *optional*):
-            By default a GPU if there is one, else the CPU.
-        precision (`str`, *optional*):
-            What to prepare the model for, as in `model.prepare_for_inference`; by default it is left as it is.
-        config_overrides:
-            Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
+        source (`str` or `Path`): A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this
+            package.
+        task (`str` or `tuple` of `str`, *optional*): The task that is expected, or several, of `madtp_hf.tasks.TASKS`.
+            By default any task.
+        revision (`str`, *optional*): The branch, tag or commit on the Hub.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): The dtype to compute in.
+        device (`str` or `torch.device`, *optional*): By default a GPU if there is one, else the CPU.
+        precision (`str`, *optional*): What to prepare the model for, as in `model.prepare_for_inference`; by default
+            it is left as it is.
+        config_overrides: Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
             `num_alignment_tokens` and `alignment_dim` say; for another they are new, in that shape.
 
     Returns:
@@ -100,15 +96,9 @@ def load(
             f"{source} has no complete processor ({_first_line(error)}): save one with `processor.save_pretrained`."
         ) from error
     if precision is not None:
-        model = _prepare(model, precision)
+        model.prepare_for_inference(precision)
     is_trained = not class_name or task_of(SimpleNamespace(**content))[0] is found
     return Loaded(model, processor, found, is_dense, is_trained, source, hub.get("revision"))
-
-
-def _prepare(model, precision: str):
-    if hasattr(model, "prepare_for_inference"):
-        return model.prepare_for_inference(precision)
-    return model.prepack_for_inference()
 
 
 def _find(source, revision: str | None) -> tuple[str, dict]:

@@ -117,20 +117,17 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
     """Open a source of rows.
 
     Args:
-        source (`str`, `Path` or `list`):
-            A folder of images, of tars or of tables of one kind, or one saved by `datasets`; a table (`.csv`, `.tsv`,
-            `.jsonl`, `.json`, `.parquet`), or a `.txt` with a path, or a path, a tab and a text in each line; tars of
-            WebDataset's layout, uncompressed; several of them as a list or a pattern such as `train-{000..099}.tar` or
-            `data/*.parquet`; a list of images; else the id of a data set on the Hub. A folder's `metadata.csv` or
-            `metadata.jsonl` is read where texts are wanted.
-        columns (`dict[str, str]`, *optional*):
-            The source's names of columns, by ours, where they have none of the usual names (`columns.ALIASES`).
-        image_dir (`str` or `Path`, *optional*):
-            The folder that image paths start from and stay in, by default that of the table.
-        split (`str`, *optional*):
-            The split of a data set with several.
-        wanted (`tuple[str]`, *optional*):
-            The columns to read: names of `columns.ALIASES`, or a table's own.
+        source (`str`, `Path` or `list`): A folder of images, of tars or of tables of one kind, or one saved by
+            `datasets`; a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), or a `.txt` with a path, or a path, a
+            tab and a text in each line; tars of WebDataset's layout, uncompressed; several of them as a list or a
+            pattern such as `train-{000..099}.tar` or `data/*.parquet`; a list of images; else the id of a data set on
+            the Hub. A folder's `metadata.csv` or `metadata.jsonl` is read where texts are wanted.
+        columns (`dict[str, str]`, *optional*): The source's names of columns, by ours, where they have none of the
+            usual names (`columns.ALIASES`).
+        image_dir (`str` or `Path`, *optional*): The folder that image paths start from and stay in, by default that of
+            the table.
+        split (`str`, *optional*): The split of a data set with several.
+        wanted (`tuple[str]`, *optional*): The columns to read: names of `columns.ALIASES`, or a table's own.
 
     Returns:
         `Rows` with `len`, `rows(start, stop)`, `keys()`, `fingerprint`, `columns`, `name` and `folder`.

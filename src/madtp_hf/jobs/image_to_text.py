@@ -74,7 +74,7 @@ class ImageToText:
         if generation.reduction is not None:
             self.model.set_pruning(reduction=generation.reduction)
         self.fingerprint = _digest(self.model)
-        self.model.to(self.device).prepack_for_inference()
+        self.model.to(self.device).prepare_for_inference()
         image_processor = self.processor.image_processor
         self._scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
         normalises = image_processor.do_normalize

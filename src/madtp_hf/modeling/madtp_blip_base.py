@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import GenerationConfig, Pipeline, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -49,7 +48,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         "BlipTextEmbeddings",
         "BlipVisionEmbeddings",
     ]
-    _prepacked_classes = (nn.Linear, MergeLayer)
     _fused_activations = {
         BlipMLP: ("fc1", "activation_fn"),
         BlipTextIntermediate: ("dense", "intermediate_act_fn"),

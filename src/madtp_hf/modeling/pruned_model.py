@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -20,7 +19,7 @@ from .method_evit import EvitMethod  # noqa: F401
 from .method_madtp import AlignmentProjection, MadtpAlignment, init_alignment
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
-from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
+from .prepared_linear import PRECISIONS, can_prepack, check_kernels, prepare_linear_maps, restore_linear_maps
 from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
 from .training_passes import TrainingPasses
@@ -116,7 +115,7 @@ class PrunedModelMixin(_Host):
     _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
-    _prepacked_classes = (nn.Linear,)
+    inference_precision: str | None = None  # what `prepare_for_inference` has prepared
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
     # What each branch protects; the fewest removable tokens that a layer keeps; one alignment projection per layer?
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
@@ -379,49 +378,60 @@ class PrunedModelMixin(_Host):
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
 
-    # Inference on a CPU
+    # Inference
 
-    def prepack_weights(self, prepacked: bool = True, min_size: int = 0) -> "Self":
-        """Prepack the weights of linear maps for fast float32 inference on a CPU.
+    def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
+        """Prepare the model for fast inference; outputs are those of the weights as they are whenever it runs.
 
-        Outputs are equal up to rounding, and saved checkpoints don't change. The prepacked copies take as much memory
-        as the weights. Training, other devices and other dtypes use the original weights.
+        On a CPU, linear maps in a transformer's layers multiply by prepared weights: prepacked in float32 or bfloat16,
+        or quantized to int8 per channel, with states quantized per token. Everything else (embeddings, norms, the
+        choice of tokens, heads) stays float32, small weights stay as they are, and so do parameters and saved
+        checkpoints. Prepared weights take memory of their own; that of weights mapped from a checkpoint's file is
+        released. They are used in evaluation mode without gradients, and prepared anew when a weight has changed.
+
+        On a GPU, `"bfloat16"` casts the model itself, and `"float32"` casts it back.
 
         Args:
-            prepacked (`bool`, *optional*, defaults to `True`):
-                `False` drops the prepacked weights again.
-            min_size (`int`, *optional*, defaults to 0):
-                Weights with fewer elements are not prepacked.
+            precision (`str` or `None`, *optional*, defaults to `"auto"`):
+                `"float32"`, `"bfloat16"` or `"int8"`. `"auto"` is the model's own dtype on a CPU, and bfloat16 on a
+                GPU that has it. `None` undoes the preparation of a CPU.
 
         Returns:
             The model itself.
 
         Raises:
-            RuntimeError: if torch was built without oneDNN.
+            ValueError: for another precision, and for int8 on another device than a CPU.
+            RuntimeError: if torch was built without the kernels that the precision needs.
         """
-        if prepacked and not can_prepack():
-            raise RuntimeError(
-                "prepack_weights needs torch with oneDNN, and this one has none: expected a build where"
-                " torch.backends.mkldnn.is_available();"
-                " go on without, the model runs as it is."
+        if precision not in ("auto", None, *PRECISIONS):
+            raise ValueError(f"{precision=}: expected one of auto, {', '.join(PRECISIONS)}, or None to undo it.")
+        on_cpu = self.device.type == "cpu"
+        if precision == "auto":
+            precision = self._fast_precision()
+        if on_cpu and precision is not None:
+            check_kernels(precision)
+        elif precision == "int8":
+            raise ValueError(
+                f"precision='int8' on {self.device}: expected a CPU. For a GPU, quantize the model with"
+                " torchao, see `TorchAoConfig` of transformers."
             )
+        self.inference_precision = precision
         for module in self.modules():
             if isinstance(module, AlignmentProjection):
-                module.keep_folded(prepacked)
-        if not prepacked:
-            unpack_linear_maps(self)
-            return self
-        size = prepack_linear_maps(self, self._prepacked_classes, self._fused_activations, min_size)
-        logger.info(f"Weights of linear maps are prepacked for this CPU, which takes {size / 2**20:.0f} MiB more.")
+                module.keep_folded(on_cpu and precision is not None)
+        if not on_cpu or precision is None:
+            restore_linear_maps(self)
+            return self if precision is None else self.to(getattr(torch, precision))
+        prepare_linear_maps(self, precision, self._fused_activations)
         return self
 
-    def prepack_for_inference(self) -> "Self":
-        """Prepack the weights that are large enough to gain from it, if the model runs in float32 on a CPU.
-
-        Pipelines and commands call this. Returns the model itself.
-        """
-        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
-        return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
+    def _fast_precision(self) -> str | None:
+        """Return the fastest precision whose outputs this device's users expect; None if none is faster."""
+        if self.device.type == "cpu":
+            dtype = str(self.dtype).removeprefix("torch.")
+            return dtype if dtype in PRECISIONS and can_prepack() else None
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bfloat16" if has_bfloat16 else None
 
     # From a dense model
 

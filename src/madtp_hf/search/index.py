@@ -330,13 +330,14 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
     if differ("weights", "dtype") or (differ("alignment") and not differ(*settings)):
         raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
     if differ(*settings):
-        their_pruning, our_pruning = (
-            f"at reduction {info['reduction']}"
-            if info.get("reduction") is not None
-            else f"with pruning {'off' if info['pruning_setting'] is None else info['pruning_setting']}"
-            for info in (theirs, ours)
-        )
-        raise ValueError(f"The index was made {their_pruning}, and this model is {our_pruning}. {_HINT}")
+
+        def pruning(info):
+            if info.get("reduction") is not None:
+                return f"pruning to reduction {info['reduction']}"
+            setting = info["pruning_setting"]
+            return "pruning off" if setting is None else f"{info['pruning_method']} pruning, {setting}"
+
+        raise ValueError(f"The index was made with {pruning(theirs)}, and this is {pruning(ours)}. {_HINT}")
 
 
 # Files

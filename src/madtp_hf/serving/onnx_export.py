@@ -236,14 +236,14 @@ def _quiet():
 
 @contextmanager
 def _as_traced(model):
-    """Prepare a model for tracing: evaluation mode, weights not prepacked; on exit restore its mode."""
-    training = model.training
-    model.eval().prepack_weights(False)
+    """Prepare a model for tracing: evaluation mode, weights not prepared; on exit restore both."""
+    training, precision = model.training, model.inference_precision
+    model.eval().prepare_for_inference(None)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        model.train(training)
+        model.train(training).prepare_for_inference(precision)
 
 
 def _write_graphs(model, folder: Path, precision: str) -> dict[str, dict]:
