@@ -71,11 +71,11 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = function()
         synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
     try:

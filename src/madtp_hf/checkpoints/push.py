@@ -135,8 +135,8 @@ def push_checkpoint(
                 f"What this {type(model).__name__} saves does not load again ({reason.rstrip('.')}):"
                 " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
             ) from error
-        metadata = {"base_model": base_model, "license": license, "datasets": datasets}
-        options = {"token": token, "private": private, "revision": revision, "commit_message": commit_message}
+        metadata: dict = {"base_model": base_model, "license": license, "datasets": datasets}
+        options: dict = {"token": token, "private": private, "revision": revision, "commit_message": commit_message}
         return _push(Path(folder), files, repo_id, metrics, dry_run, handler, **options, **metadata)
 
 
@@ -393,7 +393,8 @@ def _find_modules(folder: Path) -> list[str]:
 
 def describe_upload(files: dict[str, Path | bytes], where: str, private: bool, stays=(), folder: str = "") -> str:
     """Describe for a person what would be uploaded; the files of `folder` share a line."""
-    rows, width = {}, max(map(len, files))
+    rows: dict[str, tuple[int, str]] = {}
+    width = max(map(len, files))
     for name, content in sorted(files.items()):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         # The Hub decides; by its rules these are weights, pictures and files above 10 MB.
