@@ -1,13 +1,15 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
@@ -22,6 +24,13 @@ from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
 from .training_passes import TrainingPasses
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    _Host = PreTrainedModel  # what the mixin is mixed into
+else:
+    _Host = object
 
 logger = logging.get_logger("transformers.models.madtp")
 
@@ -93,7 +102,7 @@ class PruningPass:
         return "padded" if self.granularity == "frozen" else "varlen"
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(_Host):
     """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
 
     A family says `branch_specs`, `min_kept`, whether every layer has an alignment projection of its own, and the
@@ -101,11 +110,12 @@ class PrunedModelMixin:
     `make_method`. The alignment tokens are in `alignment`.
     """
 
-    task = None  # as `madtp_hf.count_flops` names it
-    _dense_classes = ()  # transformers' classes that this one converts from
+    config_class: type[PretrainedConfig]
+    task: str  # as `madtp_hf.count_flops` names it
+    _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
-    inference_precision = None  # what `prepare_for_inference` has prepared
+    inference_precision: str | None = None  # what `prepare_for_inference` has prepared
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
     # What each branch protects; the fewest removable tokens that a layer keeps; one alignment projection per layer?
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
@@ -116,8 +126,8 @@ class PrunedModelMixin:
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
-    _task_auto_class = None
-    _task_pipeline = None
+    _task_auto_class: str | None = None
+    _task_pipeline: tuple[str, str] | None = None
     # False, because the loss is a mean over this batch: `Trainer` must divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
@@ -152,9 +162,13 @@ class PrunedModelMixin:
         super()._init_weights(module)
         init_alignment(module)
 
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> "Self": ...  # transformers' decorator hides that this is a method
+
     # Pruning
 
-    def set_pruning(self, *args, reduction: float | None = None, **setting: float | None) -> None:
+    def set_pruning(self, *args: None, reduction: float | None = None, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
@@ -177,7 +191,13 @@ class PrunedModelMixin:
         self.config.pruning_setting = setting
 
     @contextmanager
-    def pruning(self, *args, method=None, reduction: float | None = None, **setting: float | None):
+    def pruning(
+        self,
+        *args: None,
+        method: str | type[PruningMethod] | None = None,
+        reduction: float | None = None,
+        **setting: float | None,
+    ) -> "Iterator[Self]":
         """Prune as in `set_pruning`, within a `with` block and in this thread alone.
 
             with model.pruning(reduction=0.5):
@@ -310,7 +330,7 @@ class PrunedModelMixin:
 
     # Saving
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save as transformers does, and with it the file of a pruning method of one's own."""
         carries = is_own(self.pruning_method)
         super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
@@ -360,7 +380,7 @@ class PrunedModelMixin:
 
     # Inference
 
-    def prepare_for_inference(self, precision: str | None = "auto"):
+    def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
         """Prepare the model for fast inference; outputs are those of the weights as they are whenever it runs.
 
         On a CPU, linear maps in a transformer's layers multiply by prepared weights: prepacked in float32 or bfloat16,
@@ -416,7 +436,7 @@ class PrunedModelMixin:
     # From a dense model
 
     @classmethod
-    def from_dense(cls, source, **config_overrides):
+    def from_dense(cls, source: "PreTrainedModel | str | Path", **config_overrides) -> "Self":
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
         Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.
