@@ -301,7 +301,7 @@ def test_one_image_with_several_texts_and_several_with_one(task, temperature):
     one_text = {**inputs, **{name: inputs[name][:1] for name in text}}
     repeated = {**inputs, **{name: inputs[name][:1].expand(3, -1) for name in text}}
     torch.testing.assert_close(scores(model(**one_text)), scores(model(**repeated)), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="expected as many"):
+    with pytest.raises(ValueError, match="expected equal numbers"):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:2]})
 
 
