@@ -47,7 +47,7 @@ def save_models(folder: Path, args) -> None:
     images = photograph_crops(args.calibration_images, side, seed=1)
     start = torch.full((4, NEW_TOKENS), text.bos_token_id)
     batches = [{"pixel_values": part, "input_ids": start[: len(part)]} for part in images.split(4)]
-    model.prepack_for_inference()
+    model.prepare_for_inference()
     calibrate(model, batches, list(REDUCTIONS))
     model.generation_config.min_new_tokens = NEW_TOKENS
     for name, saved in (("dense", dense), ("pruned", model)):
@@ -65,7 +65,7 @@ def ask_all(ask, files: list[str], beams: int, batch_size: int) -> None:
 def make_job(folder: Path, reduction: float, beams: int, args) -> ImageToText:
     generation = Generation(float(reduction), max_new_tokens=NEW_TOKENS, num_beams=beams)
     writer = ImageToText(folder / "pruned", "captioning", generation, args.device, args.dtype)
-    # Weights are prepacked lazily, at a cost that doesn't depend on the number of images: exclude it.
+    # Weights are prepared lazily, at a cost that doesn't depend on the number of images: exclude it.
     side = writer.model.config.vision_config.image_size
     writer(np.zeros((1, 3, side, side), dtype=np.uint8))
     return writer

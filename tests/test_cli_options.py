@@ -21,6 +21,7 @@ OWN = {
     "ask": {"--text", "--question"},
     "benchmark": {"--reductions", "--out", "--data"},
     "evaluate": {"--out"},
+    "export": {"--data", "--precision", "--reduction", "--reductions", "--text", "--question"},
     "convert": {"--task"},
     "push": {"--revision"},
     "search": {"--model"},

@@ -120,7 +120,7 @@ def test_the_end_of_text_is_found_as_transformers_does(eos_token_id, temperature
 @pytest.mark.parametrize("activation", ("quick_gelu", "gelu", "relu"))
 def test_activations(activation):
     clip = make_clip(text_config={"hidden_act": activation}, vision_config={"hidden_act": activation})
-    model, inputs = MadtpClipModel.from_clip(clip).prepack_for_inference(), make_clip_inputs()
+    model, inputs = MadtpClipModel.from_clip(clip).prepare_for_inference(), make_clip_inputs()
     with torch.no_grad():
         close(model(**inputs).logits_per_image, clip(**inputs).logits_per_image)
 

@@ -261,7 +261,7 @@ def test_queries_prune_as_the_index_did(photos, tmp_path):
     index = index_images(model, processor, photos, tmp_path / "index", reduction=0.5)
     (hit,) = search(index, photos / "04.png", top_k=1, model=model, processor=processor)
     assert name_of(hit) == "04" and hit["similarity"] == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match=r"reduction 0\.5, and this is temperature 0"):
+    with pytest.raises(ValueError, match=r"reduction 0\.5, and this is pruning off"):
         index_images(model, processor, photos, tmp_path / "index")
     with pytest.raises(ValueError, match="no matching head"):
         search(index, "a dog", rerank=True, model=model, processor=processor)

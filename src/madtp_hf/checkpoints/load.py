@@ -8,8 +8,9 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
 
+from ..modeling.pruned_model import PrunedModelMixin
 from ..tasks import TASKS, Task, get_task, task_of
 
 
@@ -28,7 +29,7 @@ class Loaded:
     revision: the commit on the Hub, None for a folder.
     """
 
-    model: PreTrainedModel
+    model: PrunedModelMixin
     processor: ProcessorMixin
     task: Task
     is_dense: bool
@@ -52,20 +53,16 @@ def load(
     """Load the model for a checkpoint's task, and its processor.
 
     Args:
-        source (`str` or `Path`):
-            A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this package.
-        task (`str` or `tuple` of `str`, *optional*):
-            The task that is expected, or several, of `madtp_hf.tasks.TASKS`. By default any task.
-        revision (`str`, *optional*):
-            The branch, tag or commit on the Hub.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            The dtype to compute in.
-        device (`str` or `torch.device`, *optional*):
-            By default a GPU if there is one, else the CPU.
-        precision (`str`, *optional*):
-            What to prepare the model for, as in `model.prepare_for_inference`; by default it is left as it is.
-        config_overrides:
-            Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
+        source (`str` or `Path`): A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this
+            package.
+        task (`str` or `tuple` of `str`, *optional*): The task that is expected, or several, of `madtp_hf.tasks.TASKS`.
+            By default any task.
+        revision (`str`, *optional*): The branch, tag or commit on the Hub.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): The dtype to compute in.
+        device (`str` or `torch.device`, *optional*): By default a GPU if there is one, else the CPU.
+        precision (`str`, *optional*): What to prepare the model for, as in `model.prepare_for_inference`; by default
+            it is left as it is.
+        config_overrides: Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
             `num_alignment_tokens` and `alignment_dim` say; for another they are new, in that shape.
 
     Returns:
@@ -99,15 +96,9 @@ def load(
             f"{source} has no complete processor ({_first_line(error)}): save one with `processor.save_pretrained`."
         ) from error
     if precision is not None:
-        model = _prepare(model, precision)
+        model.prepare_for_inference(precision)
     is_trained = not class_name or task_of(SimpleNamespace(**content))[0] is found
     return Loaded(model, processor, found, is_dense, is_trained, source, hub.get("revision"))
-
-
-def _prepare(model, precision: str):
-    if hasattr(model, "prepare_for_inference"):
-        return model.prepare_for_inference(precision)
-    return model.prepack_for_inference()
 
 
 def _find(source, revision: str | None) -> tuple[str, dict]:
@@ -140,7 +131,8 @@ def _find(source, revision: str | None) -> tuple[str, dict]:
 
 def _find_task(source: str, hub: dict, wanted: list[Task]) -> tuple[Task, str, dict]:
     """Return the task to load a checkpoint for, the name of the checkpoint's class, and its configuration."""
-    content, reason = {}, "it has no config.json"
+    content: dict = {}
+    reason = "it has no config.json"
     try:
         content, _ = PretrainedConfig.get_config_dict(source, **hub)
     except OSError as error:

@@ -1,11 +1,12 @@
 """Base class of the four BLIP tasks: encoding, generation and loading from transformers' BLIP."""
 
 import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Pipeline, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.blip.modeling_blip import BlipMLP, BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import (
@@ -21,6 +22,10 @@ from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
 from .pruned_model import PrunedModelMixin
 from .sequences import Sequences, unpad
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
@@ -42,7 +47,6 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         "BlipTextEmbeddings",
         "BlipVisionEmbeddings",
     ]
-    _prepacked_classes = (nn.Linear, MergeLayer)
     _fused_activations = {
         BlipMLP: ("fc1", "activation_fn"),
         BlipTextIntermediate: ("dense", "intermediate_act_fn"),
@@ -61,7 +65,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             init.copy_(module.position_ids, positions.expand((1, -1)))
 
     @classmethod
-    def from_pretrained(cls, *args, config=None, **kwargs):
+    def from_pretrained(cls, *args, config=None, **kwargs) -> "Self":
         # `AutoModel` keeps one model class per configuration class. After a local checkpoint of one task, it would
         # load another task's checkpoint from a folder of the same name with the first task's class.
         named = (getattr(config, "architectures", None) or [None])[0]
@@ -71,7 +75,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         return super().from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
-    def from_blip(cls, source, **config_overrides):
+    def from_blip(cls, source: PreTrainedModel | str | Path, **config_overrides) -> "Self":
         """Create a model of this class from transformers' BLIP for the same task. Only alignment parameters are new.
 
         transformers has no BLIP for NLVR2. Its source is a BLIP for retrieval or question answering, and the
@@ -91,7 +95,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         """
         return cls.from_dense(source, **config_overrides)
 
-    def as_pipeline(self, processor, **kwargs):
+    def as_pipeline(self, processor, **kwargs) -> Pipeline:
         """Wrap this model in the pipeline that its checkpoints ship.
 
         For example: `model.as_pipeline(processor)(image=..., question=...)`.

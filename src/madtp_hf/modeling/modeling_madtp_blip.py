@@ -41,7 +41,7 @@ from .method_madtp import MadtpMethod  # noqa: F401
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
 from .padding import check_same_number, check_same_shape, read_prompts, text_lengths
-from .prepacked_linear import PrepackedLinear  # noqa: F401
+from .prepared_linear import PreparedForward  # noqa: F401
 from .pruned_model import PrunedModelMixin  # noqa: F401
 from .pruning_method import Decision  # noqa: F401
 from .repack import repack  # noqa: F401

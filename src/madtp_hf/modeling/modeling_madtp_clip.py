@@ -4,10 +4,12 @@ Parameter names equal those of transformers' CLIP and, with pruning off, so do t
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import (
@@ -32,7 +34,7 @@ from .method_madtp import MadtpMethod  # noqa: F401
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
 from .padding import check_same_number
-from .prepacked_linear import PrepackedLinear  # noqa: F401
+from .prepared_linear import PreparedForward  # noqa: F401
 from .pruned_model import PrunedModelMixin, PruningOutput
 from .pruning_method import PruningMethod  # noqa: F401
 from .repack import repack  # noqa: F401
@@ -42,6 +44,10 @@ from .token_pruning import AttentionStatistics  # noqa: F401
 from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -96,7 +102,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
                 init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
 
     @classmethod
-    def from_clip(cls, source, **config_overrides):
+    def from_clip(cls, source: PreTrainedModel | str | Path, **config_overrides) -> "Self":
         """Create a model of this class from transformers' CLIP. Only alignment parameters are new.
 
         Args:

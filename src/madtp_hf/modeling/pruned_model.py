@@ -1,14 +1,15 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
@@ -19,11 +20,18 @@ from .method_evit import EvitMethod  # noqa: F401
 from .method_madtp import AlignmentProjection, MadtpAlignment, init_alignment
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
-from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
+from .prepared_linear import PRECISIONS, can_prepack, check_kernels, prepare_linear_maps, restore_linear_maps
 from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
 from .training_passes import TrainingPasses
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    _Host = PreTrainedModel  # what the mixin is mixed into
+else:
+    _Host = object
 
 logger = logging.get_logger("transformers.models.madtp")
 
@@ -98,7 +106,7 @@ class PruningPass:
         return "padded" if self.granularity == "frozen" else "varlen"
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(_Host):
     """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
 
     A family says `branch_specs`, `min_kept`, whether every layer has an alignment projection of its own, and the
@@ -106,11 +114,12 @@ class PrunedModelMixin:
     `make_method`. The alignment tokens are in `alignment`.
     """
 
-    task = None  # as `madtp_hf.count_flops` names it
-    _dense_classes = ()  # transformers' classes that this one converts from
+    config_class: type[PretrainedConfig]
+    task: str  # as `madtp_hf.count_flops` names it
+    _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
-    _prepacked_classes = (nn.Linear,)
+    inference_precision: str | None = None  # what `prepare_for_inference` has prepared
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
     # What each branch protects; the fewest removable tokens that a layer keeps; one alignment projection per layer?
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
@@ -121,8 +130,8 @@ class PrunedModelMixin:
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
-    _task_auto_class = None
-    _task_pipeline = None
+    _task_auto_class: str | None = None
+    _task_pipeline: tuple[str, str] | None = None
     # False, because the loss is a mean over this batch: `Trainer` must divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
@@ -163,9 +172,13 @@ class PrunedModelMixin:
         super()._init_weights(module)
         init_alignment(module)
 
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> "Self": ...  # transformers' decorator hides that this is a method
+
     # Pruning
 
-    def set_pruning(self, *args, reduction: float | None = None, **setting: float | None) -> None:
+    def set_pruning(self, *args: None, reduction: float | None = None, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
@@ -188,7 +201,13 @@ class PrunedModelMixin:
         self.config.pruning_setting = setting
 
     @contextmanager
-    def pruning(self, *args, method=None, reduction: float | None = None, **setting: float | None):
+    def pruning(
+        self,
+        *args: None,
+        method: str | type[PruningMethod] | None = None,
+        reduction: float | None = None,
+        **setting: float | None,
+    ) -> "Iterator[Self]":
         """Prune as in `set_pruning`, within a `with` block and in this thread alone.
 
             with model.pruning(reduction=0.5):
@@ -321,7 +340,7 @@ class PrunedModelMixin:
 
     # Saving
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save as transformers does, and with it the file of a pruning method of one's own."""
         carries = is_own(self.pruning_method)
         super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
@@ -366,54 +385,65 @@ class PrunedModelMixin:
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
 
-    # Inference on a CPU
+    # Inference
 
-    def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
-        """Prepack the weights of linear maps for fast float32 inference on a CPU.
+    def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
+        """Prepare the model for fast inference; outputs are those of the weights as they are whenever it runs.
 
-        Outputs are equal up to rounding, and saved checkpoints don't change. The prepacked copies take as much memory
-        as the weights. Training, other devices and other dtypes use the original weights.
+        On a CPU, linear maps in a transformer's layers multiply by prepared weights: prepacked in float32 or bfloat16,
+        or quantized to int8 per channel, with states quantized per token. Everything else (embeddings, norms, the
+        choice of tokens, heads) stays float32, small weights stay as they are, and so do parameters and saved
+        checkpoints. Prepared weights take memory of their own; that of weights mapped from a checkpoint's file is
+        released. They are used in evaluation mode without gradients, and prepared again when a weight has changed.
+
+        On a GPU, `"bfloat16"` casts the model itself, and `"float32"` casts it back.
 
         Args:
-            prepacked (`bool`, *optional*, defaults to `True`):
-                `False` drops the prepacked weights again.
-            min_size (`int`, *optional*, defaults to 0):
-                Weights with fewer elements are not prepacked.
+            precision (`str` or `None`, *optional*, defaults to `"auto"`):
+                `"float32"`, `"bfloat16"` or `"int8"`. `"auto"` is the model's own dtype on a CPU, and bfloat16 on a
+                GPU that has it. `None` undoes the preparation of a CPU.
 
         Returns:
             The model itself.
 
         Raises:
-            RuntimeError: if torch was built without oneDNN.
+            ValueError: for another precision, and for int8 on another device than a CPU.
+            RuntimeError: if torch was built without the kernels that the precision needs.
         """
-        if prepacked and not can_prepack():
-            raise RuntimeError(
-                "prepack_weights needs torch with oneDNN, and this one has none: expected a build where"
-                " torch.backends.mkldnn.is_available();"
-                " go on without, the model runs as it is."
+        if precision not in ("auto", None, *PRECISIONS):
+            raise ValueError(f"{precision=}: expected one of auto, {', '.join(PRECISIONS)}, or None to undo it.")
+        on_cpu = self.device.type == "cpu"
+        if precision == "auto":
+            precision = self._fast_precision()
+        if on_cpu and precision is not None:
+            check_kernels(precision)
+        elif precision == "int8":
+            raise ValueError(
+                f"precision='int8' on {self.device}: expected a CPU. For a GPU, quantize the model with"
+                " torchao, see `TorchAoConfig` of transformers."
             )
+        self.inference_precision = precision
         for module in self.modules():
             if isinstance(module, AlignmentProjection):
-                module.keep_folded(prepacked)
-        if not prepacked:
-            unpack_linear_maps(self)
-            return self
-        size = prepack_linear_maps(self, self._prepacked_classes, self._fused_activations, min_size)
-        logger.info(f"Weights of linear maps are prepacked for this CPU, which takes {size / 2**20:.0f} MiB more.")
+                module.keep_folded(on_cpu and precision is not None)
+        if not on_cpu or precision is None:
+            restore_linear_maps(self)
+            return self if precision is None else self.to(getattr(torch, precision))
+        prepare_linear_maps(self, precision, self._fused_activations)
         return self
 
-    def prepack_for_inference(self):
-        """Prepack the weights that are large enough to gain from it, if the model runs in float32 on a CPU.
-
-        Pipelines and commands call this. Returns the model itself.
-        """
-        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
-        return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
+    def _fast_precision(self) -> str | None:
+        """Return the fastest precision whose outputs this device's users expect; None if none is faster."""
+        if self.device.type == "cpu":
+            dtype = str(self.dtype).removeprefix("torch.")
+            return dtype if dtype in PRECISIONS and can_prepack() else None
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bfloat16" if has_bfloat16 else None
 
     # From a dense model
 
     @classmethod
-    def from_dense(cls, source, **config_overrides):
+    def from_dense(cls, source: "PreTrainedModel | str | Path", **config_overrides) -> "Self":
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
         Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..budgets.evaluation import prepacked
+from ..budgets.evaluation import prepared
 from ..budgets.passes import restored
 from ..modeling.images import read_image
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
@@ -52,7 +52,7 @@ def embed_images(model, processor, images, batch_size: int = 64, num_workers: in
     loader = DataLoader(
         _Pixels(images, processor.image_processor), batch_size, num_workers=num_workers, collate_fn=list
     )
-    with restored(model), prepacked(model):
+    with restored(model), prepared(model):
         for batch in loader:
             readable = [(index, value) for index, value in batch if not isinstance(value, str)]
             unreadable = {index: value for index, value in batch if isinstance(value, str)}
