@@ -10,8 +10,6 @@ from PIL import Image
 from transformers import pipeline
 from transformers.utils.logging import warning_once
 
-from madtp_hf.modeling import pipeline_madtp_blip
-
 from .conftest import make_processor, make_task_model
 
 
