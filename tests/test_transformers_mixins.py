@@ -1,8 +1,8 @@
-"""Runs transformers' own model and configuration tests on the four tasks, pruning off (`Dense`) and on (`Pruned`).
+"""Runs transformers' own model and configuration tests on all models, pruning off (`Dense`) and on (`Pruned`).
 
 `make test-mixins` fetches those tests and runs this module; without them it is skipped. A summary by class follows.
 One class: `pytest tests/test_transformers_mixins.py -k "vqa and pruned"`.
-MADTP_HF_STOCK=1 adds transformers' BLIP (`Stock`), the yardstick.
+MADTP_HF_STOCK=1 adds transformers' BLIP and CLIP (`Stock`), the yardstick.
 """
 
 import contextlib
@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import BlipConfig
+from transformers import BlipConfig, CLIPConfig, CLIPModel
+from torch.utils._pytree import tree_map
 from transformers.testing_utils import torch_device
 
-from madtp_hf import MadtpBlipConfig
+from madtp_hf import MadtpBlipConfig, MadtpClipConfig, MadtpClipModel
 
-from .conftest import TASKS, blip_config
+from . import conftest
+from .conftest import Task, blip_config
 from .helpers import transformers_tests
+from .helpers.clip import clip_config, make_clip_inputs
 
 
 if not transformers_tests.is_fetched():
@@ -35,6 +38,9 @@ pytestmark = pytest.mark.slow  # `make test-mixins` runs it, and `make test-all`
 MODES = ("dense", "pruned") + (("stock",) if os.environ.get("MADTP_HF_STOCK") == "1" else ())
 TEMPERATURE = 1.0  # both branches of these models drop tokens
 LENGTHS = (9, 5, 7, 9, 6, 8, 4)
+CLIP = Task(MadtpClipModel, CLIPModel, make_clip_inputs, "logits_per_image", {"return_loss": True})
+TASKS = {**conftest.TASKS, "clip": CLIP}
+BLIP_TASKS = tuple(conftest.TASKS)
 
 
 class Entry(NamedTuple):
@@ -68,27 +74,26 @@ SKIPPED = (
     Entry("BlipForImageTextRetrieval has no loss", ("test_training*",), ("retrieval",), ("stock",)),
 )
 
-WRITERS = ("vqa", "captioning")
-ATTENTIONS = "output_attentions=True is refused: no attention maps are kept"
-MASKS = "output masks are bool tensors, which the test subtracts"
-KNOWN_FAILURES = (
-    Entry(ATTENTIONS, ("test_eager_matches_sdpa_inference_*_output_attentions",)),
-    Entry(ATTENTIONS, ("test_capture_outputs_decorator",), WRITERS),
-    Entry(MASKS, ("test_model_outputs_equivalence",)),
-    Entry(
-        "get_image_features and get_text_features return a tensor, the normalised feature, and no ModelOutput",
-        ("test_get_image_features_[aho]*", "test_get_text_features_[aho]*"),
-        ("retrieval",),
-    ),
-)
+KNOWN_FAILURES = ()
 
 
-def config_fields(mode: str) -> dict:
-    """Fields of conftest's small configuration and, for our models, of pruning."""
-    fields = {name: value for name, value in blip_config().to_dict().items() if name != "model_type"}
+def config_class(task: str, mode: str) -> type:
+    if task == "clip":
+        return CLIPConfig if mode == "stock" else MadtpClipConfig
+    return BlipConfig if mode == "stock" else MadtpBlipConfig
+
+
+def config_fields(task: str, mode: str) -> dict:
+    """Fields of a small configuration and, for our models, of pruning."""
+    small = clip_config() if task == "clip" else blip_config()
+    fields = {name: value for name, value in small.to_dict().items() if name != "model_type"}
     if mode != "stock":
         fields |= {"num_alignment_tokens": 12, "pruning_temperature": TEMPERATURE if mode == "pruned" else 0.0}
     return fields
+
+
+def is_mask(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 class ModelTester:
@@ -102,7 +107,7 @@ class ModelTester:
         self.task, self.mode = task, mode
 
     def get_config(self):
-        return (BlipConfig if self.mode == "stock" else MadtpBlipConfig)(**config_fields(self.mode))
+        return config_class(self.task, self.mode)(**config_fields(self.task, self.mode))
 
     def make_inputs(self) -> dict[str, torch.Tensor]:
         return {name: value.to(torch_device) for name, value in TASKS[self.task].make_inputs(LENGTHS).items()}
@@ -126,6 +131,15 @@ def make_model_test_class(task: str, mode: str) -> type:
         additional_model_inputs = ["input_ids", "pixel_values", "decoder_input_ids"]
         # Models from before 2023, by their file's copyright line, don't take this test.
         test_can_init_all_missing_weights_before_2023 = mode != "stock"
+
+        def test_model_outputs_equivalence(self):
+            # The test subtracts outputs, which bool masks don't allow.
+            def masks_as_numbers(module, args, output):
+                if isinstance(module, self.all_model_classes):
+                    return tree_map(lambda value: value.long() if is_mask(value) else value, output)
+
+            with torch.nn.modules.module.register_module_forward_hook(masks_as_numbers):
+                super().test_model_outputs_equivalence()
 
         def setUp(self):
             self.model_tester = ModelTester(task, mode)
@@ -159,17 +173,18 @@ def make_model_test_class(task: str, mode: str) -> type:
     return ModelTest
 
 
-def make_configuration_test_class(mode: str) -> type:
+def make_configuration_test_class(task: str, mode: str) -> type:
     """transformers' `ConfigTester`, one test for each of its checks."""
-    fields = {"image_text_hidden_size": 64, "label_smoothing": 0.1}
-    fields |= {name: value for name, value in config_fields(mode).items() if not hasattr(BlipConfig(), name)}
+    fields = {"projection_dim": 64} if task == "clip" else {"image_text_hidden_size": 64, "label_smoothing": 0.1}
+    dense = config_class(task, "stock")()
+    fields |= {name: value for name, value in config_fields(task, mode).items() if not hasattr(dense, name)}
 
     class ConfigurationTest(unittest.TestCase):
         def setUp(self):
-            self.model_tester = ModelTester("vqa", mode)
+            self.model_tester = ModelTester(task, mode)
             self.config_tester = configuration.ConfigTester(
                 self,
-                config_class=BlipConfig if mode == "stock" else MadtpBlipConfig,
+                config_class=config_class(task, mode),
                 has_text_modality=False,
                 common_properties=list(fields),
                 **fields,
@@ -188,7 +203,8 @@ def make_configuration_test_class(mode: str) -> type:
 def make_test_classes() -> dict[str, type]:
     classes = {}
     for mode in MODES:
-        classes[f"TestConfiguration{mode.capitalize()}"] = make_configuration_test_class(mode)
+        for name, task in (("", "vqa"), ("Clip", "clip")):
+            classes[f"Test{name}Configuration{mode.capitalize()}"] = make_configuration_test_class(task, mode)
         for task in TASKS:
             if (task, mode) != ("nlvr2", "stock"):  # transformers has no BLIP for NLVR2
                 classes[f"Test{task.capitalize()}{mode.capitalize()}"] = make_model_test_class(task, mode)

@@ -446,15 +446,15 @@ class PrunedModelMixin(_Host):
     # Loading
 
     @classmethod
-    def from_pretrained(cls, source, *args, **kwargs) -> "Self":
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "Self":
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(
-                f"{source} has tensors of other shapes than a {cls.__name__}: expected a checkpoint of this class. A"
-                f" dense model becomes one by {cls.__name__}.{cls._from_dense_name}(source)."
+                f"{pretrained_model_name_or_path} has tensors of other shapes than a {cls.__name__}: expected a checkpoint"
+                f" of this class. A dense model becomes one by {cls.__name__}.{cls._from_dense_name}(source)."
             ) from error
 
     # From a dense model
