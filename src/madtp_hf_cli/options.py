@@ -128,6 +128,9 @@ Memory = Annotated[
 Workers = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Processes that decode images; by default up to 8.")
 ]
+Ray = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Models to run on a Ray cluster (RAY_ADDRESS, else local).")
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", callback=_check_device, help="Such as cpu or cuda:1; a GPU if there is one."),
@@ -152,6 +155,7 @@ TopP = Annotated[
 
 # What to write.
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")]
-OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet or .jsonl file; with --suffix, a folder.")]
+OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet, .jsonl or .csv; with --suffix, a folder.")]
 Suffix = Annotated[str | None, typer.Option(metavar=".txt", help="Write a file per image: OUT/a/b.txt for a/b.jpg.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Try rows again that have failed before.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, and replace existing output.")]
