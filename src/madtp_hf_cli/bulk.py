@@ -55,7 +55,7 @@ def _run(kind: str, model: str, images: str, out: Path, options: dict, text: str
         text = None
     if needed is not None and text is None and needed not in source.columns:
         raise ValueError(
-            f"{images} has no {needed}: pass --question TEXT to ask one about every image, or a table with {needed}s."
+            f"{images} has no questions: pass --question TEXT to ask one about every image, or a table with questions."
             if kind == "Answerer"
             else f"{images} has no texts: pass a table with a column text or caption."
         )
@@ -85,7 +85,7 @@ def load_worker(worker_class, model: str, options: dict, *extra):
     transformers.utils.logging.disable_progress_bar()
     dtype = options["dtype"] and options["dtype"].value
     return worker_class.load(
-        model, options["reduction"], *extra, device=options["device"], dtype=dtype, revision=options["revision"]
+        model, options["reduction"], *extra, device=options["device"], dtype=dtype, revision=options.get("revision")
     )
 
 

@@ -22,7 +22,6 @@ def caption(
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.AutoDtype = None,
-    revision: options.Revision = None,
     memory: options.Memory = None,
     batch_size: options.AutoBatchSize = None,
     workers: options.Workers = None,

@@ -113,7 +113,8 @@ class Worker:
     def pruning_note(self) -> str:
         """Return in words how the model prunes, and why."""
         pruning = self.model.start_pass()
-        numbers = "".join(f", {name} {value:.4g}" for name, value in (pruning.setting or {}).items())
+        setting = pruning.setting or {}
+        numbers = "".join(f", {name} {setting[name]:.4g}" for name in pruning.method.fields if name in setting)
         how = f"{pruning.method.name}{numbers}" if pruning.is_on else "off"
         return f"as saved ({how})" if self.reduction is None else f"reduction {self.reduction:g} ({how})"
 

@@ -58,7 +58,7 @@ class ImageIndex:
         return os.path.join(self.info["root"] or "", self.names[row])
 
 
-class _IndexOutput(FileOutput):
+class IndexOutput(FileOutput):
     """The index of a job's embeddings."""
 
     def __init__(self, folder, kind: str, info: dict):
@@ -82,7 +82,8 @@ class _IndexOutput(FileOutput):
         if not names:
             reason = next(iter(unreadable.values()))
             raise ValueError(f"None of the {len(unreadable)} images can be read ({reason}): no index was written.")
-        self.made = self.build(names, np.concatenate(vectors), unreadable)
+        once = {name: row for row, name in enumerate(names)}  # a list may name an image twice
+        self.made = self.build([*once], np.concatenate(vectors)[[*once.values()]], unreadable)
 
     def build(self, names: list[str], vectors: np.ndarray, unreadable: dict[str, str]) -> ImageIndex:
         import pyarrow
@@ -177,7 +178,7 @@ def build_index(worker: ImageEmbedder, images, folder, kind: str = "flat", *, im
     }
     made_of = _read_embeddings(images, worker)
     source = made_of or open_rows(images, image_dir=image_dir, wanted=ImageEmbedder.wanted())
-    output = _IndexOutput(folder, kind, {**info, "root": source[0] if made_of else source.folder})
+    output = IndexOutput(folder, kind, {**info, "root": source[0] if made_of else source.folder})
     try:
         before = load_index(output.out).names
     except (OSError, ValueError):
@@ -225,7 +226,11 @@ def _read_embeddings(images, worker: ImageEmbedder) -> tuple[str | None, list[st
 
 
 def _vectors(column) -> np.ndarray:
-    return np.stack(column.to_numpy()) if len(column) else np.empty((0, 0), np.float32)
+    """Return an Arrow column of lists of one length as (N, E)."""
+    size = column.type.list_size
+    return np.concatenate(
+        [np.empty((0, size), np.float32)] + [c.flatten().to_numpy().reshape(-1, size) for c in column.chunks]
+    )
 
 
 def load_index(folder) -> ImageIndex:
