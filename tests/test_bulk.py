@@ -389,7 +389,7 @@ def test_stopped_it_goes_on_and_with_other_processes_too(models, many, tmp_path)
     assert process.returncode == 130 and kept and 0 < int(kept[1]) < 700, errors
     assert not out.exists()
     other = caption(models, images, out, "--num-beams", 2)
-    assert other.exit_code == 1 and "started with other settings: num_beams was 1, now 2" in other.stderr
+    assert other.exit_code == 1 and "started with other settings: --num-beams was 1, now 2" in other.stderr
 
     # The launcher fails, for one of its processes has said that some rows have no result.
     printed = finish(start([*COMMAND, models["captioning"], images, out, *OPTIONS], processes=2), 1)

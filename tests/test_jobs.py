@@ -329,6 +329,14 @@ def test_names_that_are_not_utf8_lose_nothing(models, photos, tmp_path):
     assert [row["key"] for row in read_rows(tmp_path / "c.errors.jsonl")] == ["\\xfe.png"]
 
 
+def test_half_of_a_surrogate_pair_in_an_id_loses_nothing(models, photos, tmp_path):
+    (photos / "list.jsonl").write_text('{"id": "a\\ud800", "image": "1.png"}\n{"id": "b", "image": "\\ud800.png"}\n')
+    for name in ("c.parquet", "c.jsonl"):
+        assert "1 images" in caption(models, photos / "list.jsonl", tmp_path / name, code=3).stdout
+        assert [*captions_of(tmp_path / name)] == ["a\ufffd"]
+        assert "no such file" in read_rows(tmp_path / "c.errors.jsonl")[0]["error"]
+
+
 # Stops
 
 

@@ -110,7 +110,8 @@ def says_what_is_kept():
         yield
     except KeyboardInterrupt as stop:
         kept = str(stop) or "finished rows are kept"
-        typer.echo(f"\nStopped: {kept}. Run the same command again to resume.", err=True)
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"\nStopped: {kept}. Run the same command again to resume.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if before is not None:

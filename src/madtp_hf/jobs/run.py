@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ def run_job(
         ValueError: if the job was started with other settings, or there is output that isn't the job's.
         KeyboardInterrupt: as raised; its message says how many rows are kept.
     """
-    began, processes = time.perf_counter(), _process_state()
+    began, (processes, tell) = time.perf_counter(), _processes()
     state = State(output.folder, output.out, worker.column, worker.value_type())
     try:
         plan = problem = None
@@ -90,7 +91,7 @@ def run_job(
                 plan = _plan(reader, worker, output, state, batch_size, force, retry_errors)
             except (OSError, ValueError) as error:
                 problem = error
-        problem, told = processes.tell([problem, plan and plan._replace(keys=[])])
+        problem, told = tell([problem, plan and plan._replace(keys=[])])
         plan = plan or told
         if problem is not None:
             raise problem
@@ -98,9 +99,9 @@ def run_job(
             state.join(processes.process_index)
         batches = [plan.todo[start : start + batch_size] for start in range(0, len(plan.todo), batch_size)]
         mine = batches[processes.process_index :: processes.num_processes]
-        title = f"{output.out.name}" + f", process 1 of {processes.num_processes}" * processes.several
+        share = f", process 1 of {processes.num_processes}" * (processes.num_processes > 1)
         show_progress = show_progress if processes.is_main_process and mine else False
-        bar = progress(sum(map(len, mine)), "row", show_progress, desc=title, dynamic_ncols=True)
+        bar = progress(sum(map(len, mine)), "row", show_progress, desc=output.out.name + share)
         done = (
             run_on_ray(reader, worker, mine, ray) if ray is not None else run_here(reader, worker, mine, num_workers)
         )
@@ -125,8 +126,11 @@ def _plan(reader, worker, output, state: State, batch_size: int, force: bool, re
     if not force:
         output.check(state.read_manifest())
     name = os.path.abspath(source.name) if os.path.exists(source.name) else source.name
-    notes = {"model": worker.model.config.name_or_path, "reduction": worker.reduction}
-    notes["pruning"] = worker.pruning_note()
+    notes = {
+        "model": worker.model.config.name_or_path,
+        "reduction": worker.reduction,
+        "pruning": worker.pruning_note(),
+    }
     state.begin(settings, name, notes, force)
     ids, keys = source.identities(), [row.key for row in read_rows(source.without_images(), 0, len(source))]
     results = state.results()
@@ -138,7 +142,7 @@ def _plan(reader, worker, output, state: State, batch_size: int, force: bool, re
         )
     state.manifest["source"] = name
     state.write_manifest()
-    todo = (places < 0) | ((places >= 0) & ~good if retry_errors else False)
+    todo = ~good if retry_errors else places < 0
     todo[list(output.refused(keys, state.manifest["replaces"]))] = False
     todo = np.flatnonzero(todo)
     _, first = np.unique(ids[todo], return_index=True)  # equal rows have equal results
@@ -169,7 +173,15 @@ def _as_it_is(batch):
 def progress(total: int, unit: str, show: bool | None, **options) -> tqdm:
     """Return a progress bar; with `show=None` it appears after a few seconds, if it takes that long."""
     delay = 0.0 if show else BAR_DELAY
-    return tqdm(total=total, unit=f" {unit}s", disable=show is False, delay=delay, leave=bool(show), **options)
+    return tqdm(
+        total=total,
+        unit=f" {unit}s",
+        disable=show is False,
+        delay=delay,
+        leave=bool(show),
+        dynamic_ncols=True,
+        **options,
+    )
 
 
 def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval: float, bar) -> None:
@@ -253,34 +265,14 @@ def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tup
 # Processes
 
 
-def _process_state():
-    """Return accelerate's process state, or a stand-in for a single process."""
+def _processes():
+    """Return accelerate's process state, or a stand-in for a single process, and a function that tells all processes
+    the first one's values.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return _OneProcess()
+        one = {"process_index": 0, "num_processes": 1, "is_main_process": True, "wait_for_everyone": lambda: None}
+        return SimpleNamespace(**one), lambda values: values
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
-    return _SeveralProcesses(PartialState(cpu=True, timeout=_PATIENCE))
-
-
-class _OneProcess:
-    process_index, num_processes, is_main_process, several = 0, 1, True, False
-
-    def wait_for_everyone(self) -> None:
-        pass
-
-    def tell(self, values: list) -> list:
-        return values
-
-
-class _SeveralProcesses:
-    several = True
-
-    def __init__(self, state):
-        self.wait_for_everyone, self.is_main_process = state.wait_for_everyone, state.is_main_process
-        self.process_index, self.num_processes = state.process_index, state.num_processes
-
-    def tell(self, values: list) -> list:
-        """Broadcast the first process's values to all processes."""
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list(values)
+    return PartialState(cpu=True, timeout=_PATIENCE), broadcast_object_list

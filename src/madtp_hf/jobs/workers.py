@@ -93,7 +93,8 @@ class Worker:
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
         dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-        loaded = load(source, cls.tasks, revision=revision, dtype=dtype, device=device, precision="auto")
+        precision = "auto" if device.type == "cpu" else None
+        loaded = load(source, cls.tasks, revision=revision, dtype=dtype, device=device, precision=precision)
         worker = cls(loaded.model, loaded.processor, *options, **named)
         worker.load_again = functools.partial(cls.load, source, *options, dtype=dtype, revision=revision, **named)
         return worker

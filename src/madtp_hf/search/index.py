@@ -100,7 +100,7 @@ class IndexOutput(FileOutput):
             pyarrow.parquet.write_table(pyarrow.table(columns), self.out / files["images"])
             for name in files.values():
                 sync(self.out / name)
-            write_atomically(self.out / _DESCRIPTION, json.dumps(info, indent=1, ensure_ascii=False).encode())
+            write_atomically(self.out / _DESCRIPTION, json.dumps(info, indent=1).encode())
         except BaseException:
             for name in files.values():
                 (self.out / name).unlink(missing_ok=True)
