@@ -85,7 +85,9 @@ def prepared(model, precision: str | None = None):
         if precision is not None or before is None:
             model.prepare_for_inference(precision or "auto")
     elif precision not in (None, "auto"):
-        raise ValueError(f"{precision=} on {model.device}: expected a model that was loaded with the dtype to evaluate.")
+        raise ValueError(
+            f"{precision=} on {model.device}: expected a model that was loaded with the dtype to evaluate."
+        )
     try:
         yield
     finally:

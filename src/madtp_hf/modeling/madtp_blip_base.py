@@ -4,7 +4,6 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling

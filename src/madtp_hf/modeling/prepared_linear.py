@@ -70,7 +70,7 @@ def _is_stamped(tensor: torch.Tensor, stamp: tuple) -> bool:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of some elements of a matrix, or of a whole bias, which reads the tensor's memory when compared."""
+    """Return a view of some elements of a matrix, or of a whole bias; comparing it reads the memory."""
     tensor = tensor.detach()
     return tensor[:: -(-len(tensor) // SAMPLED_ROWS), :SAMPLED_COLUMNS] if tensor.ndim == 2 else tensor
 
@@ -140,12 +140,7 @@ class PreparedForward:
         )
         if not can_use:
             self.prepared = None
-        if (
-            not can_use
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled("cpu")
-        ):
+        if not can_use or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             states = type(linear).forward(linear, states)
             return F.gelu(states) if gelu else states
         prepared = self.prepared
