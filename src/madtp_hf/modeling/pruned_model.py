@@ -1,6 +1,7 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -384,6 +385,23 @@ class PrunedModelMixin(_Host):
                 " dtype=torch.float32 and let"
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
+
+    # Adapters
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # peft saves no configuration: the schedule goes with its copy of the alignment tokens.
+        schedule = self.config.pruning_schedule
+        content = torch.tensor(list(json.dumps(schedule).encode()), dtype=torch.uint8) if schedule else None
+        for name, module in self.named_modules():
+            if isinstance(module, MadtpAlignment):
+                module.schedule = content if "modules_to_save." in name else None
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if name.startswith(prefix + "alignment.")]:
+            if name.endswith(".schedule"):
+                self.config.pruning_schedule = json.loads(bytes(state_dict.pop(name).tolist()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Inference
 
