@@ -496,7 +496,7 @@ def test_bad_input(model):
             model.set_pruning(r=r)
     model.set_pruning_method("evit")
     with pytest.raises(
-        ValueError, match=r"keep_rate=1.5: expected a finite number of at least 0 and at most 1; keep_rate=1 is off"
+        ValueError, match=r"keep_rate=1.5: expected .* at least 0 and at most 1; keep_rate=1 is off"
     ):
         model.set_pruning(keep_rate=1.5)
     assert not model.is_pruning
