@@ -48,8 +48,8 @@ def parse_memory(text: str | int) -> int:
     """Parse `"2GB"`, `"500 MiB"` or `"2e9"` as a number of bytes; units are powers of 1024."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?\s*", str(text), re.IGNORECASE)
     try:
-        size = int(float(match[1]) * _UNITS[match[2].lower()])
-    except (TypeError, ValueError):
+        size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    except ValueError:
         size = 0
     if size <= 0:
         raise typer.BadParameter(f"{text!r} is not a size: expected a number with a unit, such as 2GB or 500MB.")
