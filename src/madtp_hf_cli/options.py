@@ -14,6 +14,13 @@ class Dtypes(str, Enum):
     float16 = "float16"
 
 
+class Precisions(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -144,6 +151,9 @@ Dtype = Annotated[Dtypes, typer.Option(metavar="TYPE", help="float32, bfloat16 o
 AutoDtype = Annotated[
     Dtypes | None,
     typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU"),
+]
+Precision = Annotated[
+    Precisions, typer.Option(metavar="TYPE", help="auto, float32, bfloat16 or int8 (CPU): how linear maps multiply.")
 ]
 Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Of MODEL on the Hub.")]
 

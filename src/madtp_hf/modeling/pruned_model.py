@@ -1,6 +1,7 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
+from .encoder import Tower
 from .method_class_attention import ClassAttentionMethod  # noqa: F401 (importing a method registers it)
 from .method_code import carry_code, is_own
 from .method_evit import EvitMethod  # noqa: F401
@@ -63,6 +65,9 @@ class PruningOutput:
     image_mask: torch.Tensor | None = None
     vision_positions: tuple[torch.Tensor, ...] | None = None
 
+
+# What transformers' processors and callers also pass to BLIP and CLIP, where it changes nothing.
+IGNORED_ARGUMENTS = {"token_type_ids", "use_cache"}
 
 # By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
 _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
@@ -156,6 +161,12 @@ class PrunedModelMixin(_Host):
             }
         get_method(config.pruning_method)  # an unknown one is an error now, not in the first pass
         self.alignment = MadtpAlignment(config, per_layer=self.has_layer_projections)
+
+    def post_init(self):
+        super().post_init()
+        for tower in self.children():
+            if isinstance(tower, Tower):
+                tower.belong_to(self)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -343,29 +354,26 @@ class PrunedModelMixin(_Host):
 
     # Arguments of `forward`
 
-    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """Return which outputs the vision encoder computes: `forward`'s arguments, else the configuration's."""
+    def _outputs(self, output_hidden_states, output_attentions) -> dict:
+        """Return which outputs an encoder computes: `forward`'s arguments, else the configuration's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions:
-            self._check_keeps_maps()
-        return {
-            "output_hidden_states": output_hidden_states,
-            "output_positions": output_positions,
-            "output_attentions": bool(output_attentions),
-        }
+            self._warn_of_maps()
+        return {"output_hidden_states": output_hidden_states, "output_attentions": bool(output_attentions)}
 
-    def _check_keeps_maps(self) -> None:
-        used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
-        if used != {"eager"}:
-            raise ValueError(
-                f"output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by"
-                ' "eager" attention alone. Call model.set_attn_implementation("eager") first.'
+    def _warn_of_maps(self) -> None:
+        used = self.config._attn_implementation
+        if used != "eager":
+            logger.warning_once(
+                f"output_attentions=True with attn_implementation={used!r}: attention is computed eagerly, in this"
+                " call alone, since other implementations keep no maps."
             )
 
     def _check_arguments(self, unknown: dict) -> None:
+        unknown = unknown.keys() - IGNORED_ARGUMENTS
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists;"
@@ -378,6 +386,23 @@ class PrunedModelMixin(_Host):
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
 
+    # Adapters
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # peft saves no configuration: the schedule goes with its copy of the alignment tokens.
+        schedule = self.config.pruning_schedule
+        content = torch.tensor(list(json.dumps(schedule).encode()), dtype=torch.uint8) if schedule else None
+        for name, module in self.named_modules():
+            if isinstance(module, MadtpAlignment):
+                module.schedule = content if "modules_to_save." in name else None
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if name.startswith(prefix + "alignment.")]:
+            if name.endswith(".schedule"):
+                self.config.pruning_schedule = json.loads(bytes(state_dict.pop(name).tolist()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # Inference
 
     def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
@@ -387,7 +412,7 @@ class PrunedModelMixin(_Host):
         or quantized to int8 per channel, with states quantized per token. Everything else (embeddings, norms, the
         choice of tokens, heads) stays float32, small weights stay as they are, and so do parameters and saved
         checkpoints. Prepared weights take memory of their own; that of weights mapped from a checkpoint's file is
-        released. They are used in evaluation mode without gradients, and prepared anew when a weight has changed.
+        released. They are used in evaluation mode without gradients, and prepared again when a weight has changed.
 
         On a GPU, `"bfloat16"` casts the model itself, and `"float32"` casts it back.
 

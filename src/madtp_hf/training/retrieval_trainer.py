@@ -100,8 +100,11 @@ class ContrastiveMemory(nn.Module):
                 self.temperature.clamp_(0.001, 0.5)
             temperature = self.temperature if self.has_temperature else (-self.momentum_encoder.logit_scale).exp()
             encoder = self.momentum_encoder
-            image = _normalised(encoder.get_image_features(inputs["pixel_values"]))
-            text = _normalised(encoder.get_text_features(inputs["input_ids"], inputs.get("attention_mask")))
+            outputs = (
+                encoder.get_image_features(inputs["pixel_values"]),
+                encoder.get_text_features(inputs["input_ids"], inputs.get("attention_mask")),
+            )
+            image, text = (F.normalize(output.pooler_output, dim=-1) for output in outputs)
             ids = inputs["image_ids"]
             everyone = [gather_rows(rows) for rows in (image, text, ids)]
             filled = self.id_queue >= 0
@@ -118,11 +121,6 @@ class ContrastiveMemory(nn.Module):
             self._enqueue(*everyone)
         learned = self.temperature if self.has_temperature else None
         return ContrastiveKeys(image_keys, text_keys, image_targets, text_targets, learned)
-
-
-def _normalised(features) -> torch.Tensor:
-    """Return L2-normalised features (B, E) from what BLIP's and CLIP's methods return."""
-    return features if isinstance(features, torch.Tensor) else F.normalize(features.pooler_output, dim=-1)
 
 
 class RetrievalTrainer(Trainer):
