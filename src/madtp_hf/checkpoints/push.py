@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..modeling.versions import VERSION as __version__
@@ -64,11 +65,11 @@ _SAVE_AGAIN = "save model and processor there with `save_pretrained`"
 
 
 def push_checkpoint(
-    model,
-    processor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     repo_id: str,
     *,
-    metrics=None,
+    metrics: str | os.PathLike | dict | list | None = None,
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -144,10 +145,10 @@ def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    metrics=None,
+    metrics: str | os.PathLike | dict | list | None = None,
     token: str | None = None,
-    dry_run=False,
-    handler=False,
+    dry_run: bool = False,
+    handler: bool = False,
     **options,
 ) -> str:
     """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it.

@@ -185,9 +185,9 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
@@ -337,8 +337,8 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
