@@ -372,18 +372,18 @@ def _follow(client: httpx.Client, url: str, deadline: float, limits: Limits) -> 
 
 def _connect(client: httpx.Client, url: httpx.URL) -> httpx.Response:
     """Request a URL from an address of its host, whose name is resolved once and whose addresses are all public."""
-    addresses = []
+    host, addresses = url.raw_host.decode("ascii"), []
     with contextlib.suppress(OSError, UnicodeError):
         port = url.port or (443 if url.scheme == "https" else 80)
-        addresses = [entry[4][0] for entry in socket.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)]
+        addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(is_public, addresses)):
-        raise ValueError(f"{_shown(url.host)} has no public address")
+        raise ValueError(f"{_shown(host)} has no public address")
     headers = {"Host": url.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
-    options = {"headers": headers, "extensions": {"sni_hostname": url.host}}  # the certificate is the name's
+    options = {"headers": headers, "extensions": {"sni_hostname": host}}  # the certificate is the name's
     for address in addresses:
         with contextlib.suppress(httpx.ConnectError):
             return client.send(client.build_request("GET", url.copy_with(host=address), **options), stream=True)
-    raise ValueError(f"{_shown(url.host)} doesn't accept the connection")
+    raise ValueError(f"{_shown(host)} doesn't accept the connection")
 
 
 class EndpointHandler:
