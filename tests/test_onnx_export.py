@@ -295,7 +295,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("kept")
     for arguments, message in (
-        (("model", "out"), "depends on its input, which a graph can't: pass --images to calibrate and freeze it"),
+        (("model", "out"), "depends on its input, which a graph can't: pass --data to calibrate and freeze it"),
         (("model", "full"), "is not empty"),
         (("missing", "out"), "missing does not exist"),
         (("model", "out", "--reduction", "0.5"), "needs a calibrated schedule"),
