@@ -21,7 +21,7 @@ OWN = {
     "ask": {"--text", "--question"},
     "benchmark": {"--reductions", "--out", "--data"},
     "evaluate": {"--out"},
-    "export": {"--data", "--reduction", "--reductions", "--text", "--question"},
+    "export": {"--data", "--precision", "--reduction", "--reductions", "--text", "--question"},
     "convert": {"--task"},
     "push": {"--revision"},
     "search": {"--model"},

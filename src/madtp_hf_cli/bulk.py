@@ -55,7 +55,7 @@ def _run(task: str, model: str, images: str, out, options: dict, question: str |
     Output(out, {}, len(source), column, options["suffix"])  # report a bad name before loading the model
     generation = Generation(**{name: options[name] for name in Generation.__dataclass_fields__ if name in options})
     dtype = options["dtype"] and options["dtype"].value
-    writer = ImageToText(model, task, generation, options["device"], dtype)
+    writer = ImageToText(model, task, generation, options["device"], dtype, options["precision"].value)
     batch_size = options["batch_size"] or writer.batch_size(options["memory"])
     settings = {
         "command": "caption" if task == "captioning" else "ask",
@@ -64,6 +64,7 @@ def _run(task: str, model: str, images: str, out, options: dict, question: str |
         **vars(generation),
         "question": question,
         "dtype": str(writer.dtype).removeprefix("torch."),
+        "precision": writer.model.inference_precision,
         "max_pixels": options["max_pixels"] or MAX_PIXELS,
     }
     if generation.do_sample:

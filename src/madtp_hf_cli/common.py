@@ -48,7 +48,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx, args):
         metavars = {name: option.metavar or "" for option in self.params for name in option.opts}
-        expanded, current, metavar = [], None, ""
+        expanded: list[str] = []
+        current = metavar = ""
         for argument in args:
             if argument.startswith("--"):
                 current, metavar = argument, metavars.get(with_hyphens(argument), "")
@@ -118,7 +119,7 @@ def warnings_as_messages():
 
     Yields a list, which holds the messages afterwards.
     """
-    messages = []
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out")

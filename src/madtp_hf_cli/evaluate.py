@@ -9,7 +9,7 @@ from . import options
 from .common import check_new_file, exit_if_rows_were_left_out, warnings_as_messages
 
 
-def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[float] | None, batch_size: int):
+def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[float] | None, **how):
     """Evaluate pruning methods at equal budgets -> the rows of a table, each with its method.
 
     Each method is calibrated on the rows, without their labels.
@@ -24,14 +24,14 @@ def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[floa
         0.5,
         0.7,
     ]
-    batches = make_batches(model, processor, rows, batch_size)
+    batches = make_batches(model, processor, rows, how["batch_size"])
     if loaded.is_dense and "madtp" in methods:
         init_alignment_from(model, batches)
     for method in methods:
         model.set_pruning_method(method)
         with warnings_as_messages():
             reached = [entry["reduction"] for entry in calibrate(model, batches, wanted)]
-        found = evaluate_task(model, processor, rows, [0.0, *reached], batch_size)
+        found = evaluate_task(model, processor, rows, [0.0, *reached], **how)
         table += [{"method": "off" if row["reduction asked"] == 0 else method, **row} for row in found]
     return table[:1] + [row for row in table if row["method"] != "off"]
 
@@ -50,6 +50,7 @@ def evaluate(
     batch_size: options.BatchSize = 16,
     task: options.Task = None,
     device: options.Device = None,
+    precision: options.Precision = options.Precisions.auto,
     force: options.Force = False,
 ) -> None:
     """Evaluate a checkpoint with its task's metric, at each budget: a table, and results.json.
@@ -72,10 +73,11 @@ def evaluate(
     how = options.how_to_read(image_dir, columns, skip_unreadable)
     with warnings_as_messages() as messages:
         rows = load_rows(entry, data, split="test", samples=samples, seed=seed, **how)
+    how = {"batch_size": batch_size, "precision": None if precision == "auto" else precision.value}
     if methods:
-        results = _compare(loaded, rows, methods, reductions, batch_size)
+        results = _compare(loaded, rows, methods, reductions, **how)
     else:
-        results = evaluate_task(loaded.model, loaded.processor, rows, reductions, batch_size)
+        results = evaluate_task(loaded.model, loaded.processor, rows, reductions, **how)
     name = "digit scenes" if data == "digits" and not Path(data).exists() else public_name(data)
     facts = {"dataset": {"name": name}, "source": f"`madtp-hf evaluate` on {len(rows)} samples"}
     report(f"{len(rows)} samples of {name}", results, out, metric=entry.headline, **facts)

@@ -28,6 +28,7 @@ def index(
     batch_size: options.BatchSize = 64,
     workers: options.Workers = None,
     dtype: options.Dtype = options.Dtypes.float32,
+    precision: options.Precision = options.Precisions.auto,
     device: options.Device = None,
     revision: options.Revision = None,
     force: options.Force = False,
@@ -47,7 +48,8 @@ def index(
     from madtp_hf.search.embedding import EMBEDDING_TASKS
 
     logging.disable_progress_bar()  # of loading
-    loaded = load(model, EMBEDDING_TASKS, revision=revision, dtype=dtype.value, device=device, precision="auto")
+    how = {"dtype": dtype.value, "precision": precision.value, "device": device, "revision": revision}
+    loaded = load(model, EMBEDDING_TASKS, **how)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         made = index_images(

@@ -87,30 +87,29 @@ def prune(
     from madtp_hf.modeling.pruning_method import get_method
 
     wanted = reductions or [0.5, 0.3, 0.7]
-    source = model
     read_reductions(wanted)  # fail before minutes of reading
     if method is not None:
         get_method(method)
-    loaded = load(source, task, device=device).require_trained()
-    model, processor, entry = loaded.model, loaded.processor, loaded.task
+    loaded = load(model, task, device=device).require_trained()
+    pruned, processor, entry = loaded.model, loaded.processor, loaded.task
     if method is not None:
-        model.set_pruning_method(method)
-    method = model.config.pruning_method
+        pruned.set_pruning_method(method)
+    method = pruned.config.pruning_method
     how = options.how_to_read(image_dir, columns, skip_unreadable)
     how |= {"samples": samples, "seed": seed, "batch_size": batch_size, "alignment": alignment, "freeze": freeze}
     rows, batches, fitted, messages = calibrate_on(loaded, data, text, wanted, **how)
-    reached = [row["reduction"] for row in model.config.pruning_schedule]
-    results = evaluate_budgets(model, batches, [0.0, *reached])
+    reached = [row["reduction"] for row in pruned.config.pruning_schedule]
+    results = evaluate_budgets(pruned, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results
     ]
-    model.set_pruning(reduction=next((r for r in wanted if r in reached), reached[0]))
+    pruned.set_pruning(reduction=next((r for r in wanted if r in reached), reached[0]))
     with written_in_one_step(out) as folder:
-        model.save_pretrained(folder)
+        pruned.save_pretrained(folder)
         processor.save_pretrained(folder)
-        notes = _notes(public_name(source), table, len(rows), method, fitted)
-        write_model_card(folder, out.name, base_model=source, notes=notes)
-    print_table(f"{type(model).__name__}, calibrated on {len(rows)} samples", table)
+        notes = _notes(public_name(model), table, len(rows), method, fitted)
+        write_model_card(folder, out.name, base_model=model, notes=notes)
+    print_table(f"{type(pruned).__name__}, calibrated on {len(rows)} samples", table)
     typer.echo(
         f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
         f" examples/{entry.script} --model {out.name}."

@@ -71,11 +71,11 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = function()
         synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
     try:
@@ -88,7 +88,7 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
 
 
 def _resident(name: str) -> float:
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
 @torch.no_grad()
@@ -141,7 +141,8 @@ def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, roun
         if run.reduction is not None:
             run.model.set_pruning(reduction=run.reduction)
 
-    device, results, seconds = inputs["pixel_values"].device, [], [[] for _ in runs]
+    device, results = inputs["pixel_values"].device, []
+    seconds: list[list[float]] = [[] for _ in runs]
     with tqdm(total=len(runs) * (rounds + 1), desc=f"batches of {batch_size}", unit=" runs", leave=False) as progress:
         for run in runs:
             set_up(run)

@@ -7,6 +7,7 @@ import warnings
 import torch
 from tqdm.auto import tqdm
 
+from ..modeling.configuration_pruning import MODALITIES
 from ..modeling.pruning_method import Path
 from .flops import reduction_of_flops
 from .passes import complete, decoder_tokens, encode, restored
@@ -28,7 +29,7 @@ def measure_reduction(model, batches, **setting: float) -> float:
 
 
 @torch.no_grad()
-def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     """Run one pass over the data.
 
     Returns each sample's reduction, and each branch's token counts of all samples in the layout of the model's
@@ -44,10 +45,9 @@ def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.T
             tokens = torch.as_tensor(decoder_tokens(batch, model.task, model.config))
             answers.append(tokens.expand(vision[-1].shape[-1]))
         pruning = model.start_pass()
-    counts = (None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers))
-    vision, text, answers = counts
-    reductions = reduction_of_flops(model.config, model.task, vision, text, answers, pruning=pruning)
-    return reductions, {"vision": vision, "text": text}
+    counts = [None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers)]
+    reductions = reduction_of_flops(model.config, model.task, *counts, pruning=pruning)
+    return reductions, dict(zip(MODALITIES, counts))
 
 
 class _Curve:
@@ -58,7 +58,7 @@ class _Curve:
         self.reductions: dict[float, float] = {}
         self.spreads: dict[float, float] = {}  # the standard deviation over samples
         self.num_samples = 0
-        self.tokens: dict[float, dict[str, torch.Tensor]] = {}
+        self.tokens: dict[float, dict[str, torch.Tensor | None]] = {}
 
     def at(self, point: float) -> float:
         if point not in self.reductions:
@@ -137,7 +137,7 @@ def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
     return counts.cummin(0).values.tolist()
 
 
-def _freeze(model, batches, entry: dict, tokens: dict[str, torch.Tensor], progress) -> dict:
+def _freeze(model, batches, entry: dict, tokens: dict[str, torch.Tensor | None], progress) -> dict:
     """Return the entry of `pruning_token_counts` that saves an entry of the schedule's reduction.
 
     It holds the counts of the entry's setting, scaled until they save it.

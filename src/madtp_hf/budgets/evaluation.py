@@ -126,7 +126,8 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
     def gather(values):
         return values if accelerator is None else accelerator.gather_for_metrics(values, use_gather_object=True)
 
-    rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
+    columns = ("predictions", "flops", "saved", "seconds")
+    rows: dict[float, dict[str, list]] = {reduction: {name: [] for name in columns} for reduction in reductions}
     names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
     with restored(model), prepared(model, precision), record_branches(model) as outputs:
         for batch in tqdm(loader, desc="evaluating", leave=False):
@@ -139,7 +140,7 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
                 started = time.perf_counter()
                 predictions = predict(batch) if predict else []
                 synchronize(model.device)
-                row["seconds"] += time.perf_counter() - started
+                row["seconds"].append(time.perf_counter() - started)
                 tokens = _token_counts(model, outputs)
                 if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
                     encode(model, batch)
@@ -154,7 +155,7 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
             reduction,
             sum(row["saved"]) / len(row["saved"]),
             sum(row["flops"]) / len(row["flops"]) / 1e9,
-            row["seconds"],
+            sum(row["seconds"]),
             row["predictions"],
         )
         for reduction, row in rows.items()

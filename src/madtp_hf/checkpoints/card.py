@@ -113,7 +113,8 @@ def _columns(rows) -> list[str]:
 def _main_metric(results: dict) -> str:
     """Return the column of the main metric: the one that the results name, or their first metric."""
     metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
-    return results.get("metric") if results.get("metric") in metrics else metrics[0]
+    named = results.get("metric")
+    return named if named in metrics else metrics[0]
 
 
 def _bare(name: str) -> str:
@@ -310,7 +311,7 @@ def create_model_card(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
         tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
-        base_model=(_hub_ids(base_model) or [None])[0],
+        base_model=next(iter(_hub_ids(base_model) or ()), None),
         datasets=_hub_ids(datasets),
         license=license,
         model_name=name.rpartition("/")[2] if results else None,
@@ -357,7 +358,7 @@ def draw_budgets(metrics, path) -> bool:
     results = _read_metrics(metrics)
     column = _main_metric(results) if results else None
     rows = [row for row in results.get("results", []) if {_BUDGET, "GFLOPs", column} <= set(row)]
-    if len(rows) < 2:
+    if column is None or len(rows) < 2:
         return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -98,7 +98,8 @@ def _rename(state_dict: dict[str, torch.Tensor], renames) -> tuple[dict[str, tor
 
     CLIP's fused query, key and value tensors are split in three.
     """
-    renamed, original_names = {}, {}
+    renamed: dict[str, torch.Tensor] = {}
+    original_names: dict[str, str] = {}
     for original_name, tensor in state_dict.items():
         name = original_name
         for pattern, replacement in renames:

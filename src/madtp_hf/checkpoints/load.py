@@ -8,8 +8,9 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
 
+from ..modeling.pruned_model import PrunedModelMixin
 from ..tasks import TASKS, Task, get_task, task_of
 
 
@@ -28,7 +29,7 @@ class Loaded:
     revision: the commit on the Hub, None for a folder.
     """
 
-    model: PreTrainedModel
+    model: PrunedModelMixin
     processor: ProcessorMixin
     task: Task
     is_dense: bool
@@ -130,7 +131,8 @@ def _find(source, revision: str | None) -> tuple[str, dict]:
 
 def _find_task(source: str, hub: dict, wanted: list[Task]) -> tuple[Task, str, dict]:
     """Return the task to load a checkpoint for, the name of the checkpoint's class, and its configuration."""
-    content, reason = {}, "it has no config.json"
+    content: dict = {}
+    reason = "it has no config.json"
     try:
         content, _ = PretrainedConfig.get_config_dict(source, **hub)
     except OSError as error:

@@ -135,7 +135,7 @@ def push_checkpoint(
                 f"What this {type(model).__name__} saves does not load again ({reason.rstrip('.')}):"
                 " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
             ) from error
-        options = {"private": private, "revision": revision, "commit_message": commit_message}
+        options: dict = {"private": private, "revision": revision, "commit_message": commit_message}
         options |= {"base_model": base_model, "license": license, "datasets": datasets}
         return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
@@ -308,7 +308,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
     name, index_name = "model.safetensors", "model.safetensors.index.json"
     index = folder / index_name
     if (folder / name).is_file():  # loaders prefer it to shards
-        tensors_of = {name: set()}
+        tensors_of: dict[str, set[str]] = {name: set()}
     elif index.is_file():
         tensors_of = {}
         for tensor, shard in _read_json(index).get("weight_map", {}).items():
@@ -320,7 +320,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
             f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes"
             " safetensors."
         )
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard, tensors in tensors_of.items():
         _require(folder, shard, "weights that the index names")
         try:
@@ -364,7 +364,7 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
 
 def _find_modules(folder: Path) -> list[str]:
     """Return the code files that the configurations name, and those that these import relatively."""
-    wanted = {}  # file -> the file that refers to it
+    wanted: dict[str, str] = {}  # file -> the file that refers to it
     for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -396,7 +396,8 @@ def _find_modules(folder: Path) -> list[str]:
 
 def describe_upload(files: dict[str, Path | bytes], where: str, private: bool, stays=(), folder: str = "") -> str:
     """Describe for a person what would be uploaded; the files of `folder` share a line."""
-    rows, width = {}, max(map(len, files))
+    rows: dict[str, tuple[int, str]] = {}
+    width = max(map(len, files))
     for name, content in sorted(files.items()):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         # The Hub decides; by its rules these are weights, pictures and files above 10 MB.
@@ -405,14 +406,14 @@ def describe_upload(files: dict[str, Path | bytes], where: str, private: bool, s
         key = folder if folder and name.startswith(folder) else name
         rows[key] = rows[key][0] + size if key in rows else size, "" if key == folder else kinds
     card = files["README.md"]
-    card = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    head = (card if isinstance(card, bytes) else card.read_bytes()).decode().splitlines()[:24]
     return "\n".join(
         [
             f"Would publish to {where}{', private' if private else ''}:",
             *(f"  {name:<{width}}  {size / 1000:>12,.1f} kB{kinds}" for name, (size, kinds) in rows.items()),
             *([f"Would stay here: {', '.join(stays)}"] if stays else []),
             "The card begins:",
-            *(f"  {line}".rstrip() for line in card.splitlines()[:24]),
+            *(f"  {line}".rstrip() for line in head),
         ]
     )
 
@@ -456,10 +457,12 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     if revision not in (None, "main") and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
     before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
-    existing = [sibling.rfilename for sibling in before.siblings or ()]
+    existing = [sibling.rfilename for sibling in getattr(before, "siblings", None) or ()]
     stale = [name for name in existing if name not in files and is_stale(name)]
-    operations = [CommitOperationDelete(name) for name in stale]
-    operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
+    ]
     try:
         # Not `upload_folder`: it may commit in several steps, and a load in between would get half a checkpoint.
         api.create_commit(

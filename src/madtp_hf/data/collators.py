@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.utils.data
+from transformers import ProcessorMixin
 
 from ..modeling.images import read_image
 
@@ -73,17 +74,19 @@ def _answers(rows: list[dict]) -> list[list[str]] | None:
 
 def _labels(rows: list[dict]) -> torch.Tensor | None:
     """Return the labels (B,); None if no row has one, as in prediction."""
-    labels = [row.get("label") for row in rows]
-    if all(label is None for label in labels):
+    if all(row.get("label") is None for row in rows):
         return None
-    for index, (row, label) in enumerate(zip(rows, labels)):
+    labels = []
+    for index, row in enumerate(rows):
+        label = row.get("label")
         # Test splits on the Hub use -1 for "unknown"; the model would reject it without naming the row.
         if isinstance(label, str) or label not in (0, 1):
             raise ValueError(
                 f"Row {index} of the batch, sentence {row['sentence']!r}, has the label {label!r}: expected 1"
                 " where the sentence is true and 0 where it is false; to predict, leave the label out of all rows."
             )
-    return torch.tensor([int(label) for label in labels])
+        labels.append(int(label))
+    return torch.tensor(labels)
 
 
 def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
@@ -144,7 +147,7 @@ class QuestionAnsweringCollator:
     drawing answers.
     """
 
-    processor: object
+    processor: ProcessorMixin
     decoder_start_token_id: int
     max_length: int | None = None
     seed: int = 0
@@ -170,7 +173,7 @@ class VisualReasoningCollator:
     one.
     """
 
-    processor: object
+    processor: ProcessorMixin
     max_length: int | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -192,7 +195,7 @@ class CaptioningCollator:
     truncated to this many tokens. seed: for drawing captions.
     """
 
-    processor: object
+    processor: ProcessorMixin
     decoder_start_token_id: int
     prompt: str = "a picture of"
     max_length: int | None = None
@@ -221,16 +224,15 @@ class RetrievalCollator:
     `image_id` are not negatives of each other.
     """
 
-    processor: object
+    processor: ProcessorMixin
     max_length: int | None = None
     seed: int = 0
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | bool]:
         image_ids, captions = _texts(rows, "image_id"), _captions(rows)
         draw = _generator(self.seed, self._seen, list(zip(image_ids, captions)))
         batch = _tokens(self.processor, [draw.choice(of_image) for of_image in captions], self.max_length)
         batch["pixel_values"] = _pixels(self.processor, rows, "image")
         batch["image_ids"] = torch.tensor([_hash(image_id) for image_id in image_ids])
-        batch["return_loss"] = True
-        return batch
+        return {**batch, "return_loss": True}

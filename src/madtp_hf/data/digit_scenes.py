@@ -10,6 +10,7 @@ Splits are made by scan: no scan of the test split appears in any training scene
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -344,7 +345,7 @@ def _captions(scenes: Scenes, index: int, number: int, rng) -> dict:
 
 
 # By kind of row: what is appended to the seed, how scenes are drawn, and how a row is made of them.
-_KINDS = {
+_KINDS: dict[str, tuple[tuple[int, ...], Callable, Callable]] = {
     "questions": ((), draw_scenes, _question),
     "statements": ((1,), draw_pairs, _statement),
     "images": ((2,), draw_scenes, _captions),
@@ -429,7 +430,7 @@ def question_only_accuracy(train, test, question: str = "question", answer: str 
 
     `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
     """
-    answers = defaultdict(Counter)
+    answers: dict = defaultdict(Counter)
     for asked, answered in zip(train[question], train[answer]):
         answers[asked][answered] += 1
     likeliest = {asked: counter.most_common(1)[0][0] for asked, counter in answers.items()}

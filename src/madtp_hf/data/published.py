@@ -126,8 +126,8 @@ def _official_pairs(text: str, file: Path):
 
 def _blip_pairs(text: str, file: Path):
     """Yield the same as `_official_pairs` for each of BLIP's entries."""
-    sentences = defaultdict(dict)  # for each set, the index of each sentence
-    seen = Counter()
+    sentences: dict = defaultdict(dict)  # for each set, the index of each sentence
+    seen: Counter[tuple] = Counter()
     for where, entry in _entries(_parse(text, file), file):
         images = _texts(entry, "images", where)
         if len(images) != 2:
@@ -369,8 +369,8 @@ def _coco_entries(document: dict, file: Path, split: str):
     for where, entry in _entries(_field(document, "images", file, list), f"{file}, images"):
         name = _field(entry, "file_name", where, str)
         # The names in the 2017 files don't tell the image folder, but the images' URLs do.
-        folder = re.search(r"(?:train|val)20\d\d(?=[/_])", f"{name}/{entry.get('coco_url', '')}")
-        folder = folder[0] if folder else file.stem.removeprefix("captions_")
+        found = re.search(r"(?:train|val)20\d\d(?=[/_])", f"{name}/{entry.get('coco_url', '')}")
+        folder = found[0] if found else file.stem.removeprefix("captions_")
         images[_field(entry, "id", where, int)] = (where, f"{folder}/{PurePosixPath(name).name}")
     captioned = set()
     for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):

@@ -70,7 +70,7 @@ def load_rows(
             f"{rows.name} has no {text.removesuffix('s')}: {task.title} reads a text with each image; expected a table"
             f" with a column {' or '.join(ALIASES[text])}, or `texts` for images without one."
         )
-    indices = range(len(rows))
+    indices: list[int] | range = range(len(rows))
     if not rows.in_memory and not where and samples is not None and samples < len(rows):
         indices = sorted(random.Random(seed).sample(indices, samples))
     found = (row for index in indices for row in rows.rows(index, index + 1))
@@ -186,7 +186,9 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
-    good, problems, others = {}, [], {name: set() for name in where or ()}
+    good: dict[int, dict] = {}
+    problems: list[str] = []
+    others: dict[str, set[str]] = {name: set() for name in where or ()}
     for row in found:
         if row.error is None and where and not all(_is(row.values.get(name), value) for name, value in where.items()):
             for name in where:
@@ -239,7 +241,8 @@ def _sample(row: Row, wanted, needed, decode: bool) -> dict:
 
 def _one_sample_an_image(good: dict[int, dict]) -> dict[int, dict]:
     """Gather the captions of rows with the same image path; each question about an image is its own sample."""
-    merged, first = {}, {}
+    merged: dict[int, dict] = {}
+    first: dict[str, int] = {}
     for index, row in good.items():
         key = row.get("image") if "captions" in row and isinstance(row.get("image"), str) else None
         kept = index if key is None else first.setdefault(key, index)

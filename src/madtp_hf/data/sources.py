@@ -14,17 +14,22 @@ import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .columns import ALIASES, IMAGES, TEXTS, clean, match_columns, read_value
 from .image_files import is_image, path_inside, walk_images
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from typing_extensions import Self
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _EXPECTED = f"a folder of images, a table ({', '.join(TABLES)}), a .txt list, .tar files or the id of a data set"
@@ -53,6 +58,7 @@ class Rows:
     """
 
     in_memory = False
+    dataset: "Dataset"  # of rows whose images are bytes: the same rows in `datasets`' form
 
     def __init__(self, name, columns: dict[str, str], found: Iterable[str], folder):
         self.name, self.columns, self.found = str(name), columns, [*found]
@@ -65,7 +71,17 @@ class Rows:
             digest.update(str(part).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()[:16]
 
-    def without_images(self) -> "Rows":
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Yield the rows from `start` up to `stop`."""
+        raise NotImplementedError
+
+    def _parts(self) -> Iterable:
+        raise NotImplementedError
+
+    def without_images(self) -> "Self":
         """Return the same rows without the images' columns, for reading the others alone."""
         rows = copy.copy(self)
         rows.columns = {name: theirs for name, theirs in self.columns.items() if name not in IMAGES}
@@ -126,7 +142,7 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
     return rows
 
 
-def _open(source, options: tuple, split) -> Rows:
+def _open(source, options: tuple[tuple[str, ...], dict[str, str] | None, Path | None], split) -> Rows:
     if isinstance(source, (list, tuple)):
         files = [Path(one).expanduser() for one in source]
         if any(file.suffix.lower() in (*TABLES, ".tar") for file in files):
@@ -149,7 +165,7 @@ def _open(source, options: tuple, split) -> Rows:
     return DatasetRows(text, *options, split)
 
 
-def _open_folder(path: Path, options: tuple, split) -> Rows:
+def _open_folder(path: Path, options: tuple[tuple[str, ...], dict[str, str] | None, Path | None], split) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return DatasetRows(path, *options, split)
     for table in (path / "metadata.csv", path / "metadata.jsonl"):
@@ -242,7 +258,8 @@ def _images(name, names: list[str], folder, problems: dict[int, str] | None = No
 
 def _read_table(files: list[Path], wanted, given, image_dir) -> TableRows:
     """Read text tables with the same columns; a row that can't be read is kept as a problem."""
-    name, entries, header = _shown(files), [], None
+    name, header = _shown(files), None
+    entries: list[dict | str] = []
     for file in files:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             try:
@@ -306,14 +323,16 @@ def _csv_entries(lines, delimiter: str = ",") -> Iterator[list | dict | str]:
 
 def _json_entries(lines) -> Iterator[dict | str]:
     """Yield the objects of a JSON list or of JSON lines, or what is wrong with one."""
-    text, what = lines.read(), "entry"
-    try:
-        entries = enumerate(json.loads(text), 1) if text.lstrip().startswith("[") else None
-    except ValueError as error:
-        raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
-    if entries is None:
-        what, entries = "line", ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    for number, entry in entries:
+    text = lines.read()
+    what, entries = "line", text.split("\n")
+    if text.lstrip().startswith("["):
+        try:
+            what, entries = "entry", json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
+    for number, entry in enumerate(entries, 1):
+        if what == "line" and not entry.strip():
+            continue
         try:
             entry = json.loads(entry) if what == "line" else entry
         except ValueError as error:
@@ -329,7 +348,7 @@ def _list_entries(lines) -> Iterator[dict]:
             yield {"image": image.strip(), **({"text": text} if tab else {})}
 
 
-_ENTRIES = {
+_ENTRIES: dict[str, Callable[..., Iterator]] = {
     ".txt": _list_entries,
     ".csv": _csv_entries,
     ".tsv": lambda lines: _csv_entries(lines, "\t"),
@@ -344,13 +363,15 @@ class ParquetRows(Rows):
     rows_at_once = 32
 
     def __init__(self, files: list[Path], wanted, given, image_dir):
-        self.files, self._groups, self._total, self.schema = files, [], 0, None
+        self.files, self._total = files, 0
+        self._groups: list[tuple[int, int, int]] = []  # (first row, file, row group in it)
         for number, name in enumerate(files):
             try:
                 file = require("pyarrow.parquet").ParquetFile(name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} can't be read as Parquet ({str(error).partition(chr(10))[0]}).") from error
-            self.schema = self.schema or file.schema_arrow
+            if number == 0:
+                self.schema = file.schema_arrow
             if file.schema_arrow.names != self.schema.names:
                 raise ValueError(f"{name} has other columns than {files[0]}: expected files of one table.")
             for group in range(file.metadata.num_row_groups):
@@ -358,7 +379,7 @@ class ParquetRows(Rows):
                 self._total += file.metadata.row_group(group).num_rows
         columns = match_columns(self.schema.names, wanted, given, _shown(files))
         super().__init__(_shown(files), columns, self.schema.names, _folder(files, image_dir))
-        self._reader = None, None
+        self._reader: tuple[int, Iterator[Row]] | tuple[None, None] = None, None
 
     def __len__(self) -> int:
         return self._total
@@ -370,7 +391,7 @@ class ParquetRows(Rows):
         yield from (file.name for file in self.files)
         yield from _stamps(self.files)
 
-    @property
+    @cached_property
     def dataset(self):
         """The same rows as a `datasets.Dataset`, which keeps a copy of them in its cache."""
         return require("datasets").load_dataset("parquet", data_files=[*map(str, self.files)], split="train")
@@ -379,7 +400,7 @@ class ParquetRows(Rows):
         stop = min(stop, self._total)
         position, reader = self._reader
         self._reader = None, None  # while it is in use here
-        if position != start:
+        if reader is None or position != start:
             reader = self._rows_from(start)
         for row in itertools.islice(reader, max(0, stop - start)):
             start = row.index + 1
@@ -422,7 +443,10 @@ class TarRows(Rows):
 
     def __init__(self, files: list[Path], wanted, given=None, image_dir=None):
         self._base_plus_ext = require("webdataset.tariterators").base_plus_ext
-        self.files, self._keys, places, self._texts, self._problems = files, [], [], {}, {}
+        self.files, places = files, []
+        self._keys: list[str] = []
+        self._texts: dict[tuple, tuple] = {}
+        self._problems: dict[int, str] = {}
         for number, name in enumerate(files):
             for key, suffix, *place in self._members(name):
                 if suffix in (".txt", ".json"):
@@ -447,7 +471,7 @@ class TarRows(Rows):
                     suffix = "." + (extension or "").lower().rpartition(".")[2]
                     if key is not None and (is_image(suffix) or suffix in (".txt", ".json")):
                         yield key, suffix, member.offset_data, member.size
-                    tar.members = []  # otherwise tarfile keeps every member in memory
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every member in memory
                 # tarfile takes a damaged header for the end, which is blocks of zeros and nothing after them.
                 tar.fileobj.seek(tar.offset)
                 end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
@@ -518,7 +542,7 @@ class DatasetRows(Rows):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self.dataset = dataset.select_columns(sorted({*self.columns.values()}))
 
-    def without_images(self) -> Rows:
+    def without_images(self) -> "Self":
         rows = super().without_images()
         rows.dataset = self.dataset.select_columns(sorted({*rows.columns.values()}))
         return rows

@@ -58,12 +58,13 @@ class ImageToText:
         generation (`Generation`): how texts are generated.
         device, dtype: the device to run on and the dtype; by default a GPU in bfloat16 if there is one, else the CPU
             in float32.
+        precision (`str`): how the model is prepared, see `prepare_for_inference`.
 
     Raises: `ValueError` for a model of another task, a reduction that the model isn't calibrated for, or a prompt that
         is too long; `OSError` if there is no such model.
     """
 
-    def __init__(self, source, task: str, generation: Generation = Generation(), device=None, dtype=None):
+    def __init__(self, source, task: str, generation=Generation(), device=None, dtype=None, precision="auto"):
         self.task, self.generation = task, generation
         # With several processes on one machine, each uses its own GPU.
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -74,7 +75,7 @@ class ImageToText:
         if generation.reduction is not None:
             self.model.set_pruning(reduction=generation.reduction)
         self.fingerprint = _digest(self.model)
-        self.model.to(self.device).prepare_for_inference()
+        self.dtype = self.model.to(self.device).prepare_for_inference(precision).dtype
         image_processor = self.processor.image_processor
         self._scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
         normalises = image_processor.do_normalize

@@ -102,7 +102,11 @@ class MadtpAlignment(nn.Module):
 
     per_layer: whether every layer of both branches has a projection of its own; `forward` then returns a list with one
     entry per layer.
+    schedule: in an adapter's copy, the configuration's calibrated schedule as the bytes of its JSON, since adapters
+        are saved without a configuration. It goes with the tokens that it was calibrated for.
     """
+
+    schedule: torch.Tensor | None = None
 
     def __init__(self, config, per_layer: bool = False):
         super().__init__()
@@ -141,6 +145,13 @@ class MadtpAlignment(nn.Module):
         if isinstance(branch, nn.ModuleList):
             return [self._for_layer(projection, folded) for projection in branch]
         return self._for_layer(branch, folded)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.schedule is not None:
+            destination[prefix + "schedule"] = self.schedule
+            if not prefix:  # peft, which asks what to save, after the whole model; when loading, it must not be listed
+                self.schedule = None
 
     def _for_layer(self, projection: nn.Module | None, folded: bool) -> AlignmentTokens:
         if not folded:

@@ -463,7 +463,8 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         for chosen, *text in zip(*(tensor.split(_PAIRS_AT_ONCE) for tensor in (image_of, *flat))):
             logits = self.model.match(*text, states[chosen], None if mask is None else mask[chosen])
             scores.append(logits.float().softmax(dim=-1)[:, 1])
-            similarities.append((features[chosen] * self.model.get_text_features(*text)).sum(dim=-1).float())
+            of_texts = self.model.get_text_features(*text).pooler_output
+            similarities.append((features[chosen] * of_texts).sum(dim=-1).float())
         scores, similarities = torch.cat(scores).split(counts), torch.cat(similarities).split(counts)
         return {"scores": list(scores), "similarities": list(similarities), "texts": texts}
 

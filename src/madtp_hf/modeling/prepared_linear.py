@@ -118,7 +118,7 @@ class PreparedForward:
     """The `forward` of a prepared linear map: without gradients on a CPU, it multiplies by the prepared weight.
 
     The weight is prepared when first used, and again when it has changed. Training, other devices, autocast and
-    compilation use the map's own weight, as does a map whose weight was cast or is no plain parameter any more.
+    compilation use the map's own weight, as does a map whose weight was cast or is not a plain parameter any more.
 
     mapped_at: the address of the weight if it is mapped from a file: its memory is released once it is prepared.
     """

@@ -20,6 +20,7 @@ from ..budgets.passes import restored
 from ..checkpoints.load import Loaded, load
 from ..data.sources import open_rows
 from ..modeling.images import read_image
+from ..modeling.prepared_linear import PRECISIONS
 from ..modeling.versions import VERSION as __version__
 from .embedding import (
     EMBEDDING_TASKS,
@@ -269,7 +270,7 @@ def load_of_index(info: dict, source=None, device=None) -> Loaded:
             revision=revision,
             dtype=info["dtype"],
             device=device,
-            precision="auto",
+            precision=info["precision"] if info["precision"] in PRECISIONS else "auto",
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{error} The index was made by {info['model']}.") from error
@@ -304,13 +305,15 @@ def _describe(model) -> dict:
         digest = alignment if name.startswith("alignment.") else host
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "model": config.name_or_path or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "weights": host.hexdigest(),
         # With pruning off, alignment tokens have no effect, and those of a dense model are random.
         "alignment": alignment.hexdigest() if model.is_pruning else None,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "precision": model.inference_precision or dtype,
         "pruning_method": config.pruning_method,
         "pruning_setting": config.pruning_setting,
     }
@@ -321,13 +324,13 @@ def _check_same_model(theirs: dict, ours: dict) -> None:
 
     def shown(info):
         revision = f" at {info['revision'][:8]}" if info["revision"] else ""
-        return f"{info['model']}{revision} ({info['dtype']}, weights {info['weights'][:8]})"
+        return f"{info['model']}{revision} ({info['dtype']}, {info['precision']}, weights {info['weights'][:8]})"
 
     def differ(*names):
         return any(theirs[name] != ours[name] for name in names)
 
     settings = ("pruning_method", "pruning_setting")
-    if differ("weights", "dtype") or (differ("alignment") and not differ(*settings)):
+    if differ("weights", "dtype", "precision") or (differ("alignment") and not differ(*settings)):
         raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
     if differ(*settings):
 

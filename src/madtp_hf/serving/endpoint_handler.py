@@ -40,6 +40,7 @@ import reprlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -91,12 +92,12 @@ class Limits:
     @classmethod
     def from_environment(cls) -> "Limits":
         """Read the limits that environment variables set; the others have their defaults."""
-        found = {}
+        found: dict = {}
         for field in dataclasses.fields(cls):
             name = f"MADTP_{field.name.upper()}"
             if name in os.environ:
                 try:
-                    found[field.name] = field.type(os.environ[name])
+                    found[field.name] = (float if isinstance(field.default, float) else int)(os.environ[name])
                 except ValueError:
                     found[field.name] = -1
                 if not 0 <= found[field.name] < float("inf"):
@@ -320,13 +321,14 @@ def fetch(url: str, limits: Limits) -> bytes:
         ValueError: for an address that isn't public, a response without an image's bytes, one that is too large, or
             one that takes too long, however slowly its bytes come.
     """
-    found, seconds = [], limits.fetch_seconds
+    found: list[bytes | Exception] = []
+    seconds = limits.fetch_seconds
     # The environment's proxies are not used: they would connect to another address than the one that was checked.
     with httpx.Client(trust_env=False, timeout=seconds) as client:
 
         def run():
             try:
-                found.append(_follow(client, url, time.monotonic() + seconds, limits))
+                found.append(_follow(client, httpx.URL(url), time.monotonic() + seconds, limits))
             except Exception as error:
                 found.append(error)
 
@@ -346,9 +348,8 @@ def fetch(url: str, limits: Limits) -> bytes:
     raise ValueError(f"The image at {_shown(url)} can't be fetched ({reason}): {expected}.") from content
 
 
-def _follow(client: httpx.Client, url: str, deadline: float, limits: Limits) -> bytes:
+def _follow(client: httpx.Client, url: httpx.URL, deadline: float, limits: Limits) -> bytes:
     """Send GET requests, to public addresses alone, until one is not redirected; return the body of the response."""
-    url = httpx.URL(url)
     for _ in range(_REDIRECTS + 1):
         if url.scheme not in ("http", "https") or not url.host or url.userinfo or (url.port or 0) > 65535:
             raise ValueError(f"{_shown(str(url))} is not an http(s) URL of a server, without a user")
@@ -375,14 +376,15 @@ def _connect(client: httpx.Client, url: httpx.URL) -> httpx.Response:
     host, addresses = url.raw_host.decode("ascii"), []
     with contextlib.suppress(OSError, UnicodeError):
         port = url.port or (443 if url.scheme == "https" else 80)
-        addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(is_public, addresses)):
         raise ValueError(f"{_shown(host)} has no public address")
     headers = {"Host": url.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
-    options = {"headers": headers, "extensions": {"sni_hostname": host}}  # the certificate is the name's
+    extensions = {"sni_hostname": host}  # the certificate is the name's
     for address in addresses:
         with contextlib.suppress(httpx.ConnectError):
-            return client.send(client.build_request("GET", url.copy_with(host=address), **options), stream=True)
+            there = url.copy_with(host=address)
+            return client.send(client.build_request("GET", there, headers=headers, extensions=extensions), stream=True)
     raise ValueError(f"{_shown(host)} doesn't accept the connection")
 
 
@@ -411,11 +413,11 @@ class EndpointHandler:
             input_checks(self.task, self.limits),
             _options(parameter_checks(self.task, self.limits)),
         )
-        self.read_image, self.unreadable = (
-            get_class_from_dynamic_module(f"images.{name}", str(folder)) for name in ("read_image", "UnreadableImage")
-        )
+        self.read_image: Callable = get_class_from_dynamic_module("images.read_image", str(folder))
+        self.unreadable: type[Exception] = get_class_from_dynamic_module("images.UnreadableImage", str(folder))
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.pipeline = pipeline(self.task, model=str(folder), trust_remote_code=True, device=device)
+        options: dict = {"task": self.task}  # not one of those that transformers' hints know
+        self.pipeline = pipeline(**options, model=str(folder), trust_remote_code=True, device=device)
         # The first call prepares the weights and the tokenizer, which several threads mustn't do at once.
         image = Image.new("RGB", (32, 32))
         example = {**dict.fromkeys(self.parts, "a"), "image": image, "images": [image, image]}
@@ -446,7 +448,7 @@ class EndpointHandler:
             self._each(lambda item: self._check_input(item, parameters), inputs, skip)
         return self._each(lambda item: self._answer(item, parameters, reduction), inputs, skip)
 
-    def _each(self, function, inputs: list, skip: bool) -> list:
+    def _each(self, function, inputs: list | tuple, skip: bool) -> list:
         """Call a function with each input; a `ValueError` names the input, or takes the place of its answer."""
         answers = []
         for index, item in enumerate(inputs):

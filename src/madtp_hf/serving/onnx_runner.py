@@ -19,7 +19,7 @@ import numpy as np
 try:
     from ..modeling.images import read_image
 except ImportError:  # beside the graphs
-    from images import read_image
+    from images import read_image  # type: ignore[no-redef]
 
 DESCRIPTION = "onnx.json"
 _CLASSES = {"clip": "CLIPProcessor"}  # processor classes by task; BlipProcessor for all others

@@ -65,7 +65,7 @@ def check_shown(task: str | None, config, source) -> None:
 
 def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
     """Return the median seconds of `write` at each reduction; they take turns, after a warm-up run each."""
-    seconds = [[] for _ in reductions]
+    seconds: list[list[float]] = [[] for _ in reductions]
     begun = time.perf_counter()
     for number in range(TIMED_ROUNDS + 1):
         for index, reduction in enumerate(reductions):

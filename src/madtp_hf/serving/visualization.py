@@ -218,7 +218,8 @@ def surviving_words(model, processor, images, texts) -> list[Words]:
             f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another"
             " task; draw_surviving_patches draws its patches."
         )
-    return [sample.words for sample in find_survivors(model, processor, images, texts)]
+    found = (sample.words for sample in find_survivors(model, processor, images, texts))
+    return [words for words in found if words is not None]
 
 
 def _table(words: Words, layers: list[int]) -> list[tuple[str, list[bool], str]]:

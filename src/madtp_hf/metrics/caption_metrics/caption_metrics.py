@@ -213,7 +213,7 @@ class CaptionMetrics(evaluate.Metric):
         if not any(caption for captions in references.values() for caption in captions):
             raise ValueError("none of the reference captions has a word in it")
 
-        result = {}
+        result: dict[str, float] = {}
         for metric in sorted(set(metrics), key=METRICS.index):
             if metric in _JAVA_METRICS:
                 scores, problem = _attempt(_score, metric, references, predictions)

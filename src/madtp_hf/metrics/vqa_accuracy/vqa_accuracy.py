@@ -126,7 +126,7 @@ class VqaAccuracy(evaluate.Metric):
                     " ...]"
                 )
         accuracies = [_question_accuracy(prediction, answers) for prediction, answers in zip(predictions, references)]
-        result = {"accuracy": sum(accuracies) / len(accuracies)}
+        result: dict[str, float | list[float]] = {"accuracy": sum(accuracies) / len(accuracies)}
         if per_question:
             result["per_question"] = accuracies
         return result
