@@ -136,9 +136,9 @@ def push_checkpoint(
                 f"What this {type(model).__name__} saves does not load again ({reason.rstrip('.')}):"
                 " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
             ) from error
-        metadata: dict = {"base_model": base_model, "license": license, "datasets": datasets}
-        options: dict = {"token": token, "private": private, "revision": revision, "commit_message": commit_message}
-        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, **options, **metadata)
+        options: dict = {"private": private, "revision": revision, "commit_message": commit_message}
+        options |= {"base_model": base_model, "license": license, "datasets": datasets}
+        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
 
 def push_folder(
@@ -169,7 +169,7 @@ def push_folder(
     with one_sentence_errors(repo_id, token):
         files = find_checkpoint_files(folder)
         repo_id = check_name(repo_id, token, dry_run)
-        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token=token, **options)
+        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
 
 def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
@@ -205,8 +205,11 @@ def _push(
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
-    **metadata,
+    base_model=None,
+    license=None,
+    datasets=None,
 ) -> str:
+    metadata = {"base_model": base_model, "license": license, "datasets": datasets}
     files: dict[str, Path | bytes] = {name: content() for name, content in _HANDLER.items()} if handler else {}
     files |= {name: folder / name for name in names}
     if "README.md" not in files:

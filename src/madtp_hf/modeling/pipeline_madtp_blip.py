@@ -368,10 +368,7 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
     sentence, the likeliest first; defaults to all).
     """
 
-    parts = {
-        "images": (_is_two_images, "a pair [left, right] of images"),
-        "text": (_is_string, _STRING),
-    }
+    parts = {"images": (_is_two_images, "a pair [left, right] of images"), "text": (_is_string, _STRING)}
     parameters = (("padding", "truncation", "timeout"), ("reduction",), ("top_k",))
 
     def __call__(self, images=None, text=None, **kwargs):
