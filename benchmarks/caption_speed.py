@@ -65,7 +65,7 @@ def ask_all(ask, files: list[str], beams: int, batch_size: int) -> None:
 def make_job(folder: Path, reduction: float, beams: int, args) -> Writer:
     generation = Generation(max_new_tokens=NEW_TOKENS, num_beams=beams)
     writer = Writer.load(folder / "pruned", float(reduction), generation, device=args.device, dtype=args.dtype)
-    # Weights are prepacked lazily, at a cost that doesn't depend on the number of images: exclude it.
+    # Weights are prepared lazily, at a cost that doesn't depend on the number of images: exclude it.
     side = writer.model.config.vision_config.image_size
     writer(Batch([0], np.zeros((1, 3, side, side), dtype=np.uint8), [None]))
     return writer

@@ -131,7 +131,7 @@ def make_models(task: str, setup: Setup, attention: str | None = None) -> tuple[
         model = TASKS[task.removesuffix("-large")].model_class.from_dense(dense)
     dense, model = (found.to(device=setup.device, dtype=setup.dtype).eval() for found in (dense, model))
     if setup.prepack:
-        model.prepack_weights()
+        model.prepare_for_inference("float32")
     if task == "nlvr2":
         from nlvr2_reference import BlipForImagesAndText
 

@@ -249,7 +249,7 @@ def test_one_question_for_all_images(models, folder, tmp_path):
     result = invoke("ask", models["vqa"], tmp_path / "list.jsonl", tmp_path / "b.jsonl", "--image-dir", folder)
     assert result.exit_code == 3 and len(read_rows(tmp_path / "b.jsonl")) == 2
     (error,) = read_rows(tmp_path / "b.errors.jsonl")
-    assert error["row"] == 0 and error["error"] == "there is no question in this row"
+    assert error["row"] == 0 and error["error"] == "the row has no question"
     result = invoke("ask", models["vqa"], folder, tmp_path / "c.jsonl", "--workers", 0)
     assert result.exit_code == 1 and "has no questions: pass --question" in result.stderr
     assert not list(tmp_path.glob("c.*"))
@@ -311,7 +311,7 @@ def test_bad_requests_are_one_line_and_write_nothing(models, folder, tmp_path):
         ((folder, out, "--temperature", 2.0), "--temperature has no effect without --do-sample"),
         ((folder, tmp_path / "kept.jsonl" / "o.jsonl"), "o.jsonl can't be written .* is not a directory.*: choose"),
         ((folder, out, "--reduction", 0.9), "--reduction 0.9 is outside"),
-        ((folder, out, "--prompt", "the image " * 20), "leaves the decoder no room"),
+        ((folder, out, "--prompt", "the image " * 20), "fills the decoder's length"),
         ((folder, tmp_path / "t", "--suffix", "txt"), "--suffix txt: expected a suffix with its dot"),
     ):
         result = invoke("caption", models["captioning"], *arguments, "--workers", 0)

@@ -66,7 +66,7 @@ def test_what_cannot_be_is_named_and_the_old_schedule_kept(model, batches):
             calibrate(model, batches, strings)
     with pytest.raises(ValueError, match="only once"):
         calibrate(model, iter(batches), [0.5])
-    with pytest.raises(ValueError, match="gave no batch"):
+    with pytest.raises(ValueError, match="yields no batch"):
         calibrate(model, [], [0.5])
     assert model.config.pruning_schedule == [{"reduction": 0.5, "temperature": 1.0, "factor": 1.0}]
     assert model.config.pruning_temperature == 0.0 and not model.training
@@ -162,12 +162,12 @@ def test_small_reductions_are_reached_whatever_the_draw(task, draw):
 
 def test_too_few_samples_to_trust_get_a_warning_with_their_number(model, batches):
     with pytest.warns(
-        UserWarning, match=r"rests on 2 samples, too few .* Give at least (\d+) samples for 0\.01"
+        UserWarning, match=r"rests on 2 samples, too few .* Pass at least (\d+) samples for 0\.01"
     ) as told:
         calibrate(model, [make_inputs(lengths=(3, 16))], [0.4])
-    needed = int(re.search(r"Give at least (\d+)", str(told[-1].message))[1])
+    needed = int(re.search(r"Pass at least (\d+)", str(told[-1].message))[1])
     assert 2 < needed < 10_000
-    with pytest.warns(UserWarning, match="rests on 1 sample, which doesn't tell"):
+    with pytest.warns(UserWarning, match="rests on 1 sample, which doesn't show"):
         calibrate(model, [make_inputs(lengths=(9,))], [0.4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

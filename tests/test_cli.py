@@ -32,7 +32,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-TASKS = {name: task for name, task in ALL_TASKS.items() if task.family == "BLIP"}
+TASKS = {name: task for name, task in ALL_TASKS.items() if task.family.name == "BLIP"}
 
 
 def make_checkpoint(task, folder):

@@ -40,7 +40,7 @@ def test_kernels_give_the_same_output(temperature):
 def test_folded_maps_are_kept_until_a_parameter_changes():
     model, inputs = pruned(), make_clip_inputs()
     plain = pruned()
-    model.prepack_weights()
+    model.prepare_for_inference("float32")
     for change in (
         lambda _: None,
         lambda model: model.alignment.tokens.mul_(0.3),
@@ -60,7 +60,7 @@ def test_folded_maps_are_kept_until_a_parameter_changes():
     projection = model.alignment.vision_projection[0]
     first = projection(alignment_tokens=model.alignment.tokens)
     assert projection(alignment_tokens=model.alignment.tokens)[0] is first[0]
-    model.prepack_weights(False)
+    model.prepare_for_inference(None)
     assert projection(alignment_tokens=model.alignment.tokens)[0] is not first[0]
 
 

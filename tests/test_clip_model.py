@@ -73,7 +73,7 @@ def test_features_are_those_of_transformers_clip():
             clip.get_text_features(**inputs, position_ids=positions),
         ),
     ):
-        assert type(mine) is type(theirs)
+        assert isinstance(mine, type(theirs)) and list(mine.keys()) == list(theirs.keys())
         close(mine.pooler_output, theirs.pooler_output)
     for one, other in zip(
         model.get_image_features(pixels, return_dict=False),
@@ -120,7 +120,7 @@ def test_the_end_of_text_is_found_as_transformers_does(eos_token_id, temperature
 @pytest.mark.parametrize("activation", ("quick_gelu", "gelu", "relu"))
 def test_activations(activation):
     clip = make_clip(text_config={"hidden_act": activation}, vision_config={"hidden_act": activation})
-    model, inputs = MadtpClipModel.from_clip(clip).prepack_for_inference(), make_clip_inputs()
+    model, inputs = MadtpClipModel.from_clip(clip).prepare_for_inference(), make_clip_inputs()
     with torch.no_grad():
         close(model(**inputs).logits_per_image, clip(**inputs).logits_per_image)
 
@@ -246,8 +246,7 @@ def test_bad_input_is_named():
         ({"input_ids": torch.ones(3, 30).long(), "attention_mask": None}, ValueError, "reads at most 24"),
         ({"attention_mask": torch.ones(3, 2)}, ValueError, "attention_mask has shape"),
         ({"pixel_values": inputs["pixel_values"][:2], "return_loss": True}, ValueError, "3 texts and pixel_values 2"),
-        ({"output_attentions": True}, ValueError, "eager"),
-        ({"token_type_ids": inputs["input_ids"]}, TypeError, "got token_type_ids"),
+        ({"inputs_embeds": inputs["input_ids"]}, TypeError, "got inputs_embeds"),
     ):
         with pytest.raises(error, match=message):
             model(**{**inputs, **change})

@@ -89,7 +89,7 @@ def test_a_model_that_the_hub_lacks_is_asked_for_once(hub):
     with pytest.raises(FileNotFoundError, match="org/none is not a directory, and can't be read from the Hub"):
         load("org/none")
     assert [request for request in hub.requests if "none" in request] == ["GET /api/models/org/none"]
-    with pytest.raises(FileNotFoundError, match="cannot be a model's id"):
+    with pytest.raises(FileNotFoundError, match="not a model's id"):
         load("no such model")
     hub.stop()
     with pytest.raises(FileNotFoundError, match="org/none"):

@@ -52,11 +52,11 @@ def test_coco_official(coco):
 
 def test_coco_official_errors(coco):
     file = coco / "annotations" / "captions_val2014.json"
-    with refused(ValueError, file, "is of 'val': expected 'train'"):
+    with refused(ValueError, file, "is for the split 'val': expected 'train'"):
         load_coco_captions(file, "train")
     good = json.loads(file.read_text())
     for key, fields, pieces in (
-        ("annotations", {"image_id": 3}, ["annotations, entry 1", "image_id 3", "none of the file's images"]),
+        ("annotations", {"image_id": 3}, ["annotations, entry 1", "image_id 3", "not one of the file's images"]),
         ("annotations", {"caption": None}, ["annotations, entry 1", "'caption'", "expected a string"]),
         ("images", {"id": "9"}, ["images, entry 1", "'id'", "a whole number"]),
     ):
@@ -88,7 +88,7 @@ def test_flickr30k_kaggle(kaggle):
     assert dataset["captions"][:] == [["Two men , outside .", "Men ."], ["A dog | runs ."]]
     assert dataset["image_id"][:] == ["10", "21"]
     assert stored(dataset)[1] == kaggle.parent / "flickr30k_images" / "21.jpg"
-    with refused(ValueError, kaggle, "knows no splits", "split='all'"):
+    with refused(ValueError, kaggle, "has no splits", "split='all'"):
         load_flickr30k(kaggle, "train")
     with refused(ValueError, "on_error='ignore'", "'raise' or 'skip'"):
         load_flickr30k(kaggle, "all", on_error="ignore")
@@ -143,5 +143,5 @@ def test_a_hub_data_set_with_a_caption_a_row(hub):
 
 
 def test_where_is_for_the_hub(kaggle):
-    with refused(ValueError, "where= is for data sets on the Hub"):
+    with refused(ValueError, "`where` is for data sets on the Hub"):
         load_flickr30k(kaggle, "all", where={"split": "train"})

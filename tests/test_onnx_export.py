@@ -1,8 +1,11 @@
 """Exported graphs answer as the model does: with onnxruntime, any batch and length, and without torch."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +18,21 @@ from typer.testing import CliRunner
 
 from madtp_hf import calibrate
 from madtp_hf.data import load_digit_captions, load_digit_questions
+from madtp_hf.modeling import images
 from madtp_hf.serving.onnx_export import export_onnx
 from madtp_hf.serving.onnx_runner import OnnxModel
 from madtp_hf.tasks import TASKS
 from madtp_hf_cli import app
 
-from .conftest import make_processor, make_task_model
+from .conftest import make_processor, make_task_blip, make_task_model
 from .helpers.clip import make_clip_model, make_clip_processor
 
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"{library}, of the extra `export`, is not installed")
+
+onnx = pytest.importorskip("onnx")
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNTS = [[1.0, [13], [7, 5]]]
@@ -205,6 +212,82 @@ def test_what_cannot_be_exported_or_run_is_named(exported, tmp_path):
         graphs(IMAGES[:3], TEXTS[:2])
 
 
+@pytest.mark.parametrize("task", ("vqa", "captioning", "retrieval"))
+def test_texts_too_long_are_refused_or_truncated_when_asked(exported, task):
+    """An answer to another question than the one asked, without a word, is the worst of all."""
+    if task == "retrieval":
+        model, processor = make_small(task)
+        graphs = FakeGraphs(processor, 24)
+    else:
+        _, _, graphs = exported(task)
+    longest = 24 - (task == "captioning")  # a caption adds at least a token to its prompt
+    long = "a " * longest + "seven"
+    with pytest.raises(
+        ValueError, match=rf"A text is {longest + 3} tokens long: this model takes at most {longest}\. "
+    ):
+        graphs(IMAGES[:2], [long, "a"])
+    with pytest.warns(UserWarning, match=f"more than {longest} tokens") as caught:
+        truncated = graphs(IMAGES[:2], [long, "a"], truncation=True)
+        graphs(IMAGES[:2], [long, "a"], truncation=True)
+    assert len(caught) == 1
+    if task == "vqa":
+        assert truncated == graphs(IMAGES[:2], ["a " * (longest - 2), "a"])
+
+
+class FakeGraphs(OnnxModel):
+    """A runner without graphs, of which only the reading of texts is asked."""
+
+    def __init__(self, processor, longest: int):
+        self.processor, self.task, self._has_warned = processor, "retrieval", False
+        self.description = {"max_text_length": longest}
+
+    def read_images(self, images):
+        return None
+
+    def _match(self, pixel_values, texts):
+        return texts["input_ids"]
+
+
+def test_images_are_decoded_as_everywhere(exported, tmp_path):
+    _, processor, graphs = exported("vqa")
+    assert (graphs.folder / "images.py").read_text() == Path(images.__file__).read_text()
+    levels = np.linspace(0, 65535, 40 * 70).reshape(40, 70).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "16 bits.png")
+    clear = picture(1).convert("RGBA")
+    clear.putalpha(Image.fromarray((levels // 257).astype(np.uint8)))
+    clear.save(tmp_path / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture(2).save(tmp_path / "turned.jpg", exif=turned)
+    for file in tmp_path.iterdir():
+        expected = processor.image_processor(images.read_image(file), return_tensors="np")["pixel_values"]
+        assert np.array_equal(graphs.read_images([file]), expected), file
+
+
+def test_int8_is_unknown_to_the_runner_and_near(exported, tmp_path):
+    """The weights take a quarter, those that decide which tokens stay and the heads are in float32."""
+    model, processor = make_small("captioning")
+    folder = export_onnx(model, processor, tmp_path / "int8", precision="int8")
+    graphs, floats = OnnxModel(folder), exported("captioning")[2]
+    assert graphs.description["precision"] == "int8" and floats.description["precision"] == "float32"
+    for name, facts in graphs.description["graphs"].items():
+        assert 0 < facts["int8_error"] < 0.1, (name, facts["int8_error"])
+        kinds = Counter(node.op_type for node in onnx.load(folder / facts["file"]).graph.node)
+        assert kinds["MatMulInteger"] > 5, kinds
+    vision = onnx.load(folder / "vision_encoder.onnx").graph
+    floats = {tensor.name for tensor in vision.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert any("alignment" in name for name in floats), floats
+    words = next(
+        tensor
+        for tensor in onnx.load(folder / "decoder.onnx").graph.initializer
+        if "word_embeddings" in tensor.name or "predictions" in tensor.name
+    )
+    assert words.data_type == onnx.TensorProto.FLOAT
+    assert len(graphs(IMAGES, max_new_tokens=4)) == len(IMAGES)
+    with pytest.raises(ValueError, match=r"precision='int4': expected one of float32, int8"):
+        export_onnx(model, processor, tmp_path / "other", precision="int4")
+
+
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     model = make_task_model("vqa")
     model.set_pruning(temperature=1.0)
@@ -213,15 +296,48 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("kept")
     for arguments, message in (
-        (("model", "out"), "depends on its input"),
+        (("model", "out"), "depends on its input, which a graph can't: pass --data to calibrate and freeze it"),
         (("model", "full"), "is not empty"),
-        (("missing", "out"), "missing is not a directory"),
+        (("missing", "out"), "missing does not exist"),
         (("model", "out", "--reduction", "0.5"), "needs a calibrated schedule"),
+        (("model", "out", "--images", str(tmp_path / "nowhere")), "nowhere"),
     ):
         paths = [str(tmp_path / name) for name in arguments[:2]]
         result = CliRunner().invoke(app, ["export", *paths, *arguments[2:]])
         assert result.exit_code == 1 and message in result.stderr, result.output
         assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+EXPORT = """
+import logging, sys
+for name in ("torchao", "torch.utils._pytree"):  # the command does so, but it is not running yet
+    logging.getLogger(name).setLevel("ERROR")
+from madtp_hf.budgets import alignment
+alignment.FIT_STEPS = 3
+from madtp_hf_cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_one_command_takes_a_dense_model_to_graphs(tmp_path):
+    """It calibrates, freezes and exports, shows progress, and prints nothing that nobody can act on."""
+    make_task_blip("captioning").save_pretrained(tmp_path / "dense")
+    make_processor().save_pretrained(tmp_path / "dense")
+    (tmp_path / "photos").mkdir()
+    for index, image in enumerate(IMAGES):
+        image.save(tmp_path / "photos" / f"{index}.png")
+    options = ["--images", str(tmp_path / "photos"), "--reductions", "0.4", "--precision", "int8"]
+    command = [sys.executable, "-c", EXPORT, "export", str(tmp_path / "dense"), str(tmp_path / "out"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small operations wait for each other's threads
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"image tokens left, int8; run it with", result.stdout), result.stdout
+    shown = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]
+    bars = [line for line in shown if re.search(r"^\S[\w ]*: .*(it|graphs|batches|passes|steps|s)[/\]]", line)]
+    rest = [line for line in shown if line not in bars and not line.startswith("madtp-hf: The schedule rests on")]
+    assert not rest and any(line.startswith("exporting: ") for line in bars), rest
+    graphs = OnnxModel(tmp_path / "out")
+    assert graphs.description["token_counts"] and len(graphs(IMAGES[:2], max_new_tokens=3)) == 2
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ def ask(
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.AutoDtype = None,
+    precision: options.Precision = options.Precisions.auto,
     memory: options.Memory = None,
     batch_size: options.AutoBatchSize = None,
     workers: options.Workers = None,

@@ -83,10 +83,9 @@ def load_worker(worker_class, model: str, options: dict, *extra):
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    dtype = options["dtype"] and options["dtype"].value
-    return worker_class.load(
-        model, options["reduction"], *extra, device=options["device"], dtype=dtype, revision=options.get("revision")
-    )
+    how = {name: options[name] and options[name].value for name in ("dtype", "precision")}
+    how |= {"device": options["device"], "revision": options.get("revision")}
+    return worker_class.load(model, options["reduction"], *extra, **how)
 
 
 def running(worker, options: dict) -> dict:

@@ -21,6 +21,7 @@ def embed(
     reduction: options.Reduction = None,
     device: options.Device = None,
     dtype: options.AutoDtype = None,
+    precision: options.Precision = options.Precisions.auto,
     revision: options.Revision = None,
     memory: options.Memory = None,
     batch_size: options.AutoBatchSize = None,

@@ -29,6 +29,7 @@ def index(
     workers: options.Workers = None,
     ray: options.Ray = None,
     dtype: options.AutoDtype = None,
+    precision: options.Precision = options.Precisions.auto,
     device: options.Device = None,
     revision: options.Revision = None,
     image_dir: options.ImageDir = None,

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,6 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from ..modeling.prepacked_linear import PrepackedLinear
 from ..modeling.versions import VERSION as __version__
 from ..tasks import TASKS, make_batches
 from .flops import count_flops, dense_flops
@@ -37,98 +37,125 @@ class BudgetResult:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work; on a CPU, return at once."""
-    if device.type == "cpu":
-        return
-    if hasattr(torch, "accelerator"):  # since torch 2.6
-        torch.accelerator.synchronize(device)
-    elif device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-    else:
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 @contextmanager
-def record_tokens(model):
-    """Record the token counts of a model's encoders, whichever method runs them: `forward`, `generate` or another.
+def record_branches(model, positions: bool = False):
+    """Record the outputs of a model's encoders, whichever method runs them: `forward`, `generate` or another.
 
-    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in the outputs
-    of `forward`.
+    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
+    each a `BranchOutput`, with its `positions` if asked for.
     """
-    task, tokens = TASKS[model.task], {}
-
-    def record_vision(encoder, inputs, output):
-        counts = output.num_tokens
-        # The images of a sample are adjacent in the batch.
-        tokens["vision_tokens"] = counts.unflatten(1, (-1, task.num_images)).mT if task.num_images > 1 else counts
-
-    def record_text(encoder, inputs, output):
-        tokens["text_tokens"] = output.num_tokens
-
-    hooks = [model.vision_model.register_forward_hook(record_vision)]
+    task, outputs = TASKS[model.task], {}
+    encoders = {"vision": model.vision_model}
     if task.text_encoder:
-        hooks.append(getattr(model, task.text_encoder).register_forward_hook(record_text))
+        encoders["text"] = getattr(model, task.text_encoder)
+
+    def ask_for_positions(encoder, args, kwargs):
+        return args, {**kwargs, "output_positions": True}
+
+    hooks = []
+    for name, encoder in encoders.items():
+
+        def record(encoder, args, output, name=name):
+            outputs[name] = output
+
+        hooks.append(encoder.register_forward_hook(record))
+        if positions:
+            hooks.append(encoder.register_forward_pre_hook(ask_for_positions, with_kwargs=True))
     try:
-        yield tokens
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def _token_counts(model, outputs: dict) -> dict[str, torch.Tensor]:
+    """Return the token counts of recorded branches, as in the outputs of `forward`."""
+    tokens = {f"{name}_tokens": output.num_tokens for name, output in outputs.items()}
+    number = TASKS[model.task].num_images
+    if "vision_tokens" in tokens and number > 1:  # the images of a sample are adjacent in the batch
+        tokens["vision_tokens"] = tokens["vision_tokens"].unflatten(1, (-1, number)).mT
+    return tokens
+
+
 @contextmanager
-def prepacked(model):
-    """On a CPU, prepack a model's large weights for inference; on exit, undo it unless they were prepacked before."""
-    before = any(isinstance(module, PrepackedLinear) for module in model.modules())
-    if not before:
-        model.prepack_for_inference()
+def prepared(model, precision: str | None = None):
+    """On a CPU, prepare a model for inference, unless it is; with a precision, in that one. Undo it on exit.
+
+    Raises a `ValueError` for a precision on another device, whose weights would have to be cast for good.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    before = model.inference_precision
+    if model.device.type == "cpu":
+        if precision is not None or before is None:
+            model.prepare_for_inference(precision or "auto")
+    elif precision not in (None, "auto"):
+        raise ValueError(f"{precision=} on {model.device}: expected a model loaded with the dtype to evaluate.")
     try:
         yield
     finally:
-        if not before:
-            model.prepack_weights(False)
+        if model.device.type == "cpu":
+            model.prepare_for_inference(before)
 
 
 @torch.no_grad()
-def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None) -> list[BudgetResult]:
+def evaluate_budgets(
+    model,
+    loader: Iterable[Mapping],
+    reductions: Iterable[float],
+    predict: Callable[[dict[str, torch.Tensor]], list] | None = None,
+    accelerator=None,
+    precision: str | None = None,
+) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
-            The calibrated model; its mode and temperature are restored afterwards.
-        loader (`Iterable`):
-            Batches as `forward` takes them; with `accelerator`, prepared by it.
-        reductions (`list[float]`):
-            The shares of FLOPs to save; 0 is off.
-        predict (`Callable`, *optional*):
-            `predict(batch)` returns a list of predictions, one per sample. Tokens are counted while it runs the
-            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them. By default
-            nothing is predicted or timed, and the encoders alone run.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            If given, results are gathered from all processes, and every process gets all of them.
+        model (`MadtpBlipPreTrainedModel`): The calibrated model; its mode and temperature are restored afterwards.
+        loader (`Iterable`): Batches as `forward` takes them; with `accelerator`, prepared by it.
+        reductions (`list[float]`): The shares of FLOPs to save; 0 is off.
+        predict (`Callable`, *optional*): `predict(batch)` returns a list of predictions, one per sample. Tokens are
+            counted while it runs the encoders. If it doesn't run them on the whole batch at once, an extra, untimed
+            pass counts them. By default nothing is predicted or timed, and the encoders alone run.
+        accelerator (`accelerate.Accelerator`, *optional*): If given, results are gathered from all processes, and
+            every process gets all of them.
+        precision (`str`, *optional*): On a CPU, the precision of inference, see `prepare_for_inference`; by default,
+        as
+            the model is prepared, or `"auto"`.
 
     Returns:
         `list[BudgetResult]`, one per reduction.
     """
-    gather = (
-        (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
-    )
-    rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
+
+    def gather(values):
+        return values if accelerator is None else accelerator.gather_for_metrics(values, use_gather_object=True)
+
+    columns = ("predictions", "flops", "saved", "seconds")
+    rows: dict[float, dict[str, list]] = {reduction: {name: [] for name in columns} for reduction in reductions}
     names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
-    with restored(model), prepacked(model), record_tokens(model) as tokens:
+    with restored(model), prepared(model, precision), record_branches(model) as outputs:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             batch = complete(model, batch)
             answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])
             for reduction, row in rows.items():
                 model.set_pruning(reduction=reduction)
-                tokens.clear()
+                outputs.clear()
                 synchronize(model.device)
                 started = time.perf_counter()
                 predictions = predict(batch) if predict else []
                 synchronize(model.device)
-                row["seconds"] += time.perf_counter() - started
+                row["seconds"].append(time.perf_counter() - started)
+                tokens = _token_counts(model, outputs)
                 if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
                     encode(model, batch)
-                flops = count_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
-                dense = dense_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
+                    tokens = _token_counts(model, outputs)
+                counts = (tokens["vision_tokens"], tokens.get("text_tokens"), answer_tokens)
+                flops = count_flops(model.config, model.task, *counts)
+                dense = dense_flops(model.config, model.task, *counts)
                 row["predictions"] += gather(predictions)
                 row["flops"] += gather(flops.tolist())
                 row["saved"] += gather((1 - flops / dense).tolist())
@@ -137,14 +164,16 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None) 
             reduction,
             sum(row["saved"]) / len(row["saved"]),
             sum(row["flops"]) / len(row["flops"]) / 1e9,
-            row["seconds"],
+            sum(row["seconds"]),
             row["predictions"],
         )
         for reduction, row in rows.items()
     ]
 
 
-def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_size: int = 16) -> list[dict]:
+def evaluate_task(
+    model, processor, rows: list[dict], reductions=None, batch_size: int = 16, precision: str | None = None
+) -> list[dict]:
     """Evaluate a model with its task's metric at several FLOPs reductions.
 
     Args:
@@ -153,10 +182,11 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
         rows (`list[dict]`): As `madtp_hf.data.rows.load_rows` returns them, with the targets that the metric needs.
         reductions (`list[float]`, *optional*): By default 0 and those of the model's schedule.
         batch_size (`int`, *optional*, defaults to 16): Samples per batch.
+        precision (`str`, *optional*): As in [`evaluate_budgets`].
 
     Returns:
-        `list[dict]`: one row per budget: `reduction asked`, `reached`, the metric's scores (shares where the name ends
-        in "%"), `GFLOPs` of a sample and `time / dense`.
+        `list[dict]`: one row per budget: `precision` if one was given, `reduction asked`, `reached`, the metric's
+        scores (shares where the name ends in "%"), `GFLOPs` of a sample and `time / dense`.
 
     Raises:
         ValueError: if a row has no target, or a reduction is not in the schedule.
@@ -173,15 +203,17 @@ def evaluate_task(model, processor, rows: list[dict], reductions=None, batch_siz
     for reduction in reductions:  # fail before minutes of prediction
         model.setting_for(reduction)
     predict = task.predict and partial(task.predict, model, processor)
-    results = evaluate_budgets(model, make_batches(model, processor, rows, batch_size), list(reductions), predict)
+    batches = make_batches(model, processor, rows, batch_size)
+    results = evaluate_budgets(model, batches, list(reductions), predict, precision=precision)
     if task.predict_all is not None:  # a sample's cost is that of one pass, the time that of comparing all
-        with restored(model), prepacked(model):
+        with restored(model), prepared(model, precision):
             for result in results:
                 model.set_pruning(reduction=result.reduction_asked)
                 started = time.perf_counter()
                 result.predictions = task.predict_all(model, processor, rows, batch_size)
                 result.seconds = time.perf_counter() - started
-    return budget_rows(results, [task.score(result.predictions, rows) for result in results])
+    table = budget_rows(results, [task.score(result.predictions, rows) for result in results])
+    return [{"precision": precision, **row} for row in table] if precision else table
 
 
 def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[float] | None = None) -> list[dict]:
@@ -241,8 +273,10 @@ def public_name(source) -> str:
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
-def show_number(name: str, value: float) -> str:
+def show_number(name: str, value: float | str) -> str:
     """Format a number of a results table: as a percentage if its column's name says that it is a share."""
+    if isinstance(value, str):
+        return value
     return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
 
 

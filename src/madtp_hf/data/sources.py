@@ -15,16 +15,22 @@ import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .columns import ALIASES, IMAGES, TEXTS, clean, match_columns, read_value
 from .image_files import is_image, path_inside, walk_images
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from typing_extensions import Self
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _EXPECTED = f"a folder of images, a table ({', '.join(TABLES)}), a .txt list, .tar files or the id of a data set"
@@ -53,6 +59,7 @@ class Rows:
     """
 
     in_memory = False
+    dataset: "Dataset"  # of rows whose images are bytes: the same rows in `datasets`' form
 
     def __init__(self, name, columns: dict[str, str], found: Iterable[str], folder):
         self.name, self.columns, self.found = str(name), columns, [*found]
@@ -71,7 +78,18 @@ class Rows:
         )
         return np.frombuffer(b"".join(digests), np.int64)
 
-    def without_images(self) -> "Rows":
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Yield the rows from `start` up to `stop`."""
+        raise NotImplementedError
+
+    def _origins(self) -> Iterable[tuple]:
+        """Yield, for each row, what its result depends on."""
+        raise NotImplementedError
+
+    def without_images(self) -> "Self":
         """Return the same rows without the images' columns, for reading the others alone."""
         rows = copy.copy(self)
         rows.columns = {name: theirs for name, theirs in self.columns.items() if name not in IMAGES}
@@ -92,7 +110,7 @@ class Rows:
             try:
                 if isinstance(image, str) and image:
                     if self.folder is None:
-                        raise ValueError(f"image path {image!r} in tables of several folders: name the images' folder")
+                        raise ValueError(f"image path {image!r} in tables of several folders: pass `image_dir`")
                     key = _as_key(image) if key is None and self.in_memory else key
                     image = path_inside(image, self.folder)
                 elif image and not isinstance(image, bytes):
@@ -107,27 +125,24 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
     """Open a source of rows.
 
     Args:
-        source (`str`, `Path` or `list`):
-            A folder of images, of tars or of tables of one kind, or one saved by `datasets`; a table (`.csv`, `.tsv`,
-            `.jsonl`, `.json`, `.parquet`), or a `.txt` with a path, or a path, a tab and a text in each line; tars of
-            WebDataset's layout, uncompressed; several of them as a list or a pattern such as `train-{000..099}.tar` or
-            `data/*.parquet`; a list of images; else the id of a data set on the Hub. A folder's `metadata.csv` or
-            `metadata.jsonl` is read where texts are wanted.
-        columns (`dict[str, str]`, *optional*):
-            The source's names of columns, by ours, where they have none of the usual names (`columns.ALIASES`).
-        image_dir (`str` or `Path`, *optional*):
-            The folder that image paths start from and stay in, by default that of the table.
-        split (`str`, *optional*):
-            The split of a data set with several.
-        wanted (`tuple[str]`, *optional*):
-            The columns to read: names of `columns.ALIASES`, or a table's own.
+        source (`str`, `Path` or `list`): A folder of images, of tars or of tables of one kind, or one saved by
+            `datasets`; a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), or a `.txt` with a path, or a path, a
+            tab and a text in each line; tars of WebDataset's layout, uncompressed; several of them as a list or a
+            pattern such as `train-{000..099}.tar` or `data/*.parquet`; a list of images; else the id of a data set on
+            the Hub. A folder's `metadata.csv` or `metadata.jsonl` is read where texts are wanted.
+        columns (`dict[str, str]`, *optional*): The source's names of columns, by ours, where they have none of the
+            usual names (`columns.ALIASES`).
+        image_dir (`str` or `Path`, *optional*): The folder that image paths start from and stay in, by default that of
+            the table.
+        split (`str`, *optional*): The split of a data set with several.
+        wanted (`tuple[str]`, *optional*): The columns to read: names of `columns.ALIASES`, or a table's own.
 
     Returns:
         `Rows` with `len`, `rows(start, stop)`, `keys()`, `identities()`, `columns`, `name` and `folder`.
 
     Raises:
-        ValueError, FileNotFoundError: if the source is none of these, can't be read, has no row, or lacks a column of
-            images or one of `columns`.
+        ValueError, FileNotFoundError: if the source is not one of these, can't be read, has no row, or lacks a column
+            of images or one of `columns`.
     """
     rows = _open(source, (wanted, columns, image_dir and Path(image_dir).expanduser()), split)
     if not len(rows):
@@ -135,7 +150,7 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
     return rows
 
 
-def _open(source, options: tuple, split) -> Rows:
+def _open(source, options: tuple[tuple[str, ...], dict[str, str] | None, Path | None], split) -> Rows:
     if isinstance(source, (list, tuple)):
         files = [Path(one).expanduser() for one in source]
         if any(file.suffix.lower() in (*TABLES, ".tar") for file in files):
@@ -158,7 +173,7 @@ def _open(source, options: tuple, split) -> Rows:
     return DatasetRows(text, *options, split)
 
 
-def _open_folder(path: Path, options: tuple, split) -> Rows:
+def _open_folder(path: Path, options: tuple[tuple[str, ...], dict[str, str] | None, Path | None], split) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return DatasetRows(path, *options, split)
     for table in (path / "metadata.csv", path / "metadata.jsonl"):
@@ -250,7 +265,8 @@ def _images(name, names: list[str], folder, problems: dict[int, str] | None = No
 
 def _read_table(files: list[Path], wanted, given, image_dir) -> TableRows:
     """Read text tables with the same columns; a row that can't be read is kept as a problem."""
-    name, entries, header = _shown(files), [], None
+    name, header = _shown(files), None
+    entries: list[dict | str] = []
     for file in files:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             try:
@@ -314,14 +330,16 @@ def _csv_entries(lines, delimiter: str = ",") -> Iterator[list | dict | str]:
 
 def _json_entries(lines) -> Iterator[dict | str]:
     """Yield the objects of a JSON list or of JSON lines, or what is wrong with one."""
-    text, what = lines.read(), "entry"
-    try:
-        entries = enumerate(json.loads(text), 1) if text.lstrip().startswith("[") else None
-    except ValueError as error:
-        raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
-    if entries is None:
-        what, entries = "line", ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    for number, entry in entries:
+    text = lines.read()
+    what, entries = "line", text.split("\n")
+    if text.lstrip().startswith("["):
+        try:
+            what, entries = "entry", json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
+    for number, entry in enumerate(entries, 1):
+        if what == "line" and not entry.strip():
+            continue
         try:
             entry = json.loads(entry) if what == "line" else entry
         except ValueError as error:
@@ -337,7 +355,7 @@ def _list_entries(lines) -> Iterator[dict]:
             yield {"image": image.strip(), **({"text": text} if tab else {})}
 
 
-_ENTRIES = {
+_ENTRIES: dict[str, Callable[..., Iterator]] = {
     ".txt": _list_entries,
     ".csv": _csv_entries,
     ".tsv": lambda lines: _csv_entries(lines, "\t"),
@@ -352,13 +370,15 @@ class ParquetRows(Rows):
     rows_at_once = 32
 
     def __init__(self, files: list[Path], wanted, given, image_dir):
-        self.files, self._groups, self._total, self.schema = files, [], 0, None
+        self.files, self._total = files, 0
+        self._groups: list[tuple[int, int, int]] = []  # (first row, file, row group in it)
         for number, name in enumerate(files):
             try:
                 file = require("pyarrow.parquet").ParquetFile(name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} can't be read as Parquet ({str(error).partition(chr(10))[0]}).") from error
-            self.schema = self.schema or file.schema_arrow
+            if number == 0:
+                self.schema = file.schema_arrow
             if file.schema_arrow.names != self.schema.names:
                 raise ValueError(f"{name} has other columns than {files[0]}: expected files of one table.")
             for group in range(file.metadata.num_row_groups):
@@ -366,7 +386,7 @@ class ParquetRows(Rows):
                 self._total += file.metadata.row_group(group).num_rows
         columns = match_columns(self.schema.names, wanted, given, _shown(files))
         super().__init__(_shown(files), columns, self.schema.names, _folder(files, image_dir))
-        self._reader = None, None
+        self._reader: tuple[int, Iterator[Row]] | tuple[None, None] = None, None
 
     def __len__(self) -> int:
         return self._total
@@ -380,7 +400,7 @@ class ParquetRows(Rows):
         for (first, number, of_file), stop in zip(self._groups, stops):
             yield from ((stamps[number], of_file, place) for place in range(stop - first))
 
-    @property
+    @cached_property
     def dataset(self):
         """The same rows as a `datasets.Dataset`, which keeps a copy of them in its cache."""
         return require("datasets").load_dataset("parquet", data_files=[*map(str, self.files)], split="train")
@@ -389,13 +409,13 @@ class ParquetRows(Rows):
         stop = min(stop, self._total)
         position, reader = self._reader
         self._reader = None, None  # while it is in use here
-        if position != start:
+        if reader is None or position != start:
             reader = self._rows_from(start)
         for row in itertools.islice(reader, max(0, stop - start)):
             start = row.index + 1
             yield row
         if start < stop:
-            raise ValueError(f"{self.name} has fewer rows than it says: write it again.")
+            raise ValueError(f"{self.name} has fewer rows than its metadata says: write it again.")
         self._reader = start, reader
 
     def _rows_from(self, start: int) -> Iterator[Row]:
@@ -432,7 +452,10 @@ class TarRows(Rows):
 
     def __init__(self, files: list[Path], wanted, given=None, image_dir=None):
         self._base_plus_ext = require("webdataset.tariterators").base_plus_ext
-        self.files, self._keys, places, self._texts, self._problems = files, [], [], {}, {}
+        self.files, places = files, []
+        self._keys: list[str] = []
+        self._texts: dict[tuple, tuple] = {}
+        self._problems: dict[int, str] = {}
         for number, name in enumerate(files):
             for key, suffix, *place in self._members(name):
                 if suffix in (".txt", ".json"):
@@ -457,12 +480,12 @@ class TarRows(Rows):
                     suffix = "." + (extension or "").lower().rpartition(".")[2]
                     if key is not None and (is_image(suffix) or suffix in (".txt", ".json")):
                         yield key, suffix, member.offset_data, member.size
-                    tar.members = []  # otherwise tarfile keeps every member in memory
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every member in memory
                 # tarfile takes a damaged header for the end, which is blocks of zeros and nothing after them.
                 tar.fileobj.seek(tar.offset)
                 end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
                 if len(end) < tarfile.BLOCKSIZE or end.strip(tarfile.NUL):
-                    raise tarfile.ReadError(f"it breaks off or is damaged at byte {tar.offset}")
+                    raise tarfile.ReadError(f"it is truncated or damaged at byte {tar.offset}")
         except (tarfile.TarError, OSError) as error:
             yield f"can't be read to its end ({error})", None, 0, 0
 
@@ -529,7 +552,7 @@ class DatasetRows(Rows):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self.dataset = dataset.select_columns(sorted({*self.columns.values()}))
 
-    def without_images(self) -> Rows:
+    def without_images(self) -> "Self":
         rows = super().without_images()
         rows.dataset = self.dataset.select_columns(sorted({*rows.columns.values()}))
         return rows

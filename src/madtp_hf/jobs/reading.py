@@ -65,12 +65,12 @@ class Reader(Dataset):
         if isinstance(text, list) and len(text) == 1:
             text = text[0]
         if not (isinstance(text, str) and text.strip()):
-            raise UnreadableImage(f"there is no {self.text_column.removesuffix('s')} in this row")
+            raise UnreadableImage(f"the row has no {self.text_column.removesuffix('s')}")
         return text
 
     def _read(self, row: Row) -> np.ndarray:
         if row.values.get("image") is None:
-            raise UnreadableImage("there is no image in this row")
+            raise UnreadableImage("the row has no image")
         image = read_image(row.values["image"], self.max_pixels)
         try:
             return prepare(image, self.image_processor)

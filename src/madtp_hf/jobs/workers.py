@@ -77,13 +77,14 @@ class Worker:
         )
 
     @classmethod
-    def load(cls, source, *options, device=None, dtype=None, revision=None, **named) -> "Worker":
+    def load(cls, source, *options, device=None, dtype=None, precision="auto", revision=None) -> "Worker":
         """Load a model for this kind of result: a checkpoint of this package or of transformers, a folder or Hub id.
 
         Args:
             device, dtype: the device to run on and the dtype; by default a GPU in bfloat16 if there is one, else the
                 CPU in float32.
-            options, named: further arguments of the class.
+            precision (`str`): how the model is prepared, see `prepare_for_inference`.
+            options: further arguments of the class.
 
         Raises:
             ValueError: for a model of another task, or a reduction that it isn't calibrated for.
@@ -93,10 +94,10 @@ class Worker:
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(device or (gpu if torch.cuda.is_available() else "cpu"))
         dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-        precision = "auto" if device.type == "cpu" else None
-        loaded = load(source, cls.tasks, revision=revision, dtype=dtype, device=device, precision=precision)
-        worker = cls(loaded.model, loaded.processor, *options, **named)
-        worker.load_again = functools.partial(cls.load, source, *options, dtype=dtype, revision=revision, **named)
+        how = {"dtype": dtype, "precision": precision, "revision": revision}
+        loaded = load(source, cls.tasks, device=device, **how)
+        worker = cls(loaded.model, loaded.processor, *options)
+        worker.load_again = functools.partial(cls.load, source, *options, **how)
         return worker
 
     @classmethod
@@ -192,7 +193,7 @@ class Writer(Worker):
             self._prompt = processor.tokenizer(generation.prompt, return_tensors="pt").input_ids.to(model.device)
             room -= self._prompt.shape[1] - 2
         if room < 1:
-            raise ValueError(f"The prompt {generation.prompt!r} leaves the decoder no room: expected a shorter one.")
+            raise ValueError(f"The prompt {generation.prompt!r} fills the decoder's length: expected a shorter one.")
         self.max_new_tokens = min(generation.max_new_tokens, room)
 
     def settings(self) -> dict:
@@ -319,7 +320,8 @@ def describe_model(model) -> dict:
         if not name.startswith(("pruning_", "alignment_", "num_alignment"))
     }
     host.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    described = {"weights": host.hexdigest(), "dtype": str(model.dtype).removeprefix("torch.")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    described = {"weights": host.hexdigest(), "dtype": dtype, "precision": model.inference_precision or dtype}
     described |= dict.fromkeys(("alignment", "pruning_method", "pruning_setting", "pruning_modalities"))
     if pruning.is_on:
         described |= {"alignment": alignment.hexdigest(), "pruning_method": pruning.method.name}

@@ -18,6 +18,9 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             to it.
         alignment_loss_weight (`float`, *optional*, defaults to 0.1):
             The weight of the alignment loss relative to the task loss.
+        distillation_weight (`float`, *optional*, defaults to 1.0):
+            In training with a dense pass or a teacher (see `madtp_hf.ReductionCallback`), the weight of what pruned
+            passes learn from its outputs, relative to the task loss.
         pruning_method (`str`, *optional*, defaults to `"madtp"`):
             How tokens are chosen: `"madtp"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or the name of a
             class of your own. Set it with `model.set_pruning_method`.
@@ -71,7 +74,7 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
     # Saving a configuration saves its code along with it, see `PreTrainedConfig.register_for_auto_class`.
     _auto_class = "AutoConfig"
 
-    def __init__(self, encoder_token_id=None, **kwargs):
+    def __init__(self, encoder_token_id: int | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
         self.encoder_token_id = encoder_token_id
 

@@ -14,6 +14,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
         num_alignment_tokens (`int`, *optional*, defaults to 100): The number of shared alignment tokens.
         alignment_dim (`int`, *optional*): Their width, to which each layer projects; defaults to the text tower's.
         alignment_loss_weight (`float`, *optional*, defaults to 0.1): The weight of the alignment loss.
+        distillation_weight (`float`, *optional*, defaults to 1.0): As in [`MadtpBlipConfig`].
         pruning_method (`str`, *optional*, defaults to `"madtp"`): How tokens are chosen, see [`MadtpBlipConfig`].
         pruning_setting (`dict[str, float]`, *optional*): How much the method prunes; `None` is off.
         pruning_temperature (`float`, *optional*, defaults to 0.0): The temperature in `pruning_setting`.
@@ -35,7 +36,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
     _least_token_counts = (4, 5)  # more than one token stays, in texts also the end of text
     _auto_class = "AutoConfig"  # saves the code with a configuration, see `register_for_auto_class`
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from .versions import VERSION, warn_if_untested
 
@@ -88,6 +89,7 @@ _CHECKS = {
         lambda value: value is None or _is_setting(value),
         "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0, 0 < factor <= 1",
     ),
+    "distillation_weight": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "pruning_temperature": (
         lambda value: is_number(value) and value >= 0,
         "a finite number, 0 to switch pruning off or larger to prune more",
@@ -119,17 +121,18 @@ class PruningConfigMixin:
 
     def __init__(
         self,
-        num_alignment_tokens=100,
-        alignment_dim=None,
-        alignment_loss_weight=0.1,
-        pruning_method="madtp",
-        pruning_setting=None,
-        pruning_temperature=None,
-        pruning_modalities=MODALITIES,
-        pruning_granularity="instance",
-        pruning_schedule=None,
-        pruning_token_counts=None,
-        madtp_version=None,
+        num_alignment_tokens: int = 100,
+        alignment_dim: int | None = None,
+        alignment_loss_weight: float = 0.1,
+        distillation_weight: float = 1.0,
+        pruning_method: str = "madtp",
+        pruning_setting: dict[str, float] | None = None,
+        pruning_temperature: float | None = None,
+        pruning_modalities: Sequence[str] = MODALITIES,
+        pruning_granularity: str = "instance",
+        pruning_schedule: list[dict[str, float]] | None = None,
+        pruning_token_counts: list[dict] | None = None,
+        madtp_version: str | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -138,6 +141,7 @@ class PruningConfigMixin:
         self.num_alignment_tokens = num_alignment_tokens
         self.alignment_dim = alignment_dim
         self.alignment_loss_weight = alignment_loss_weight
+        self.distillation_weight = distillation_weight
         self.pruning_method = pruning_method
         self.pruning_modalities = pruning_modalities
         self.pruning_schedule = pruning_schedule

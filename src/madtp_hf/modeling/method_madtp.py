@@ -14,6 +14,7 @@ from transformers import initialization as init
 
 from .attention import BranchSpec
 from .chunks import divide, whole
+from .prepared_linear import Source
 from .pruning_method import Attended, Decision, Field, Path, PruningMethod
 from .sequences import Sequences
 from .token_pruning import (
@@ -29,22 +30,23 @@ from .token_pruning import (
 from .triton_kernels import gate, scored_varlen_attention
 
 
-class AlignmentProjection(nn.Linear):
-    """The linear map from a branch's width to the alignment tokens', folded into the alignment tokens for inference.
+class AlignmentProjection(nn.Module):
+    """The linear map from a branch's width D to the alignment tokens' E, folded into them for inference.
+
+    It is no `nn.Linear`, so that adapters and quantization, which look for those, leave the choice of tokens alone.
 
     of_layer: whether it belongs to a single layer. Its initialisation then preserves the scale of the tokens; else it
         is the family's own of linear maps.
-    keeps_folded: whether the folded weight is kept until a parameter changes, as a prepacked weight is. A change that
-        bypasses autograd, through `weight.data`, goes unnoticed until the model is moved, set to training or prepacked
-        again.
+    keeps_folded: whether the folded weight is kept until a parameter changes, as a prepared weight is.
     """
 
     keeps_folded = False
     _folded = None
 
     def __init__(self, in_features: int, out_features: int, of_layer: bool = False):
-        super().__init__(in_features, out_features)
-        self.of_layer = of_layer
+        super().__init__()
+        self.in_features, self.out_features, self.of_layer = in_features, out_features, of_layer
+        self.weight, self.bias = nn.Linear(in_features, out_features).parameters()
 
     def forward(self, states: torch.Tensor | None = None, alignment_tokens: torch.Tensor | None = None):
         """Project states (..., D) -> (..., E), or fold the projection into alignment tokens (T, E).
@@ -53,26 +55,31 @@ class AlignmentProjection(nn.Linear):
         (x W^T + b) S^T = x (S W)^T + b S^T.
         """
         if alignment_tokens is None:
-            return super().forward(states)
-        keeps = self.keeps_folded and not self.training
+            return F.linear(states, self.weight, self.bias)
+        parts = alignment_tokens, self.weight, self.bias
+        keeps = self.keeps_folded and not self.training and self.weight.device.type == "cpu"
         if not keeps or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._folded = None if not keeps else self._folded
             return alignment_tokens @ self.weight, alignment_tokens @ self.bias
-        parts = (alignment_tokens, self.weight, self.bias)
-        now = [(id(part), part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
-        if self._folded is None or self._folded[0] != now:
-            self._folded = now, (alignment_tokens @ self.weight, alignment_tokens @ self.bias)
+        if self._folded is None or not self._folded[0].is_current(*parts):
+            self._folded = Source(*parts), (alignment_tokens @ self.weight, alignment_tokens @ self.bias)
         return self._folded[1]
 
     def keep_folded(self, keeps: bool) -> None:
         self.keeps_folded, self._folded = keeps, None
 
-    def train(self, mode: bool = True):
-        self._folded = None if mode else self._folded
-        return super().train(mode)
+    def __getstate__(self):
+        return {**self.__dict__, "_folded": None}
 
-    def _apply(self, *args, **kwargs):
-        self._folded = None
-        return super()._apply(*args, **kwargs)
+
+class LayerProjections(nn.ModuleList):
+    """One projection per layer."""
+
+    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+        """List the projections alone: peft would take a list named `text_projection` for CLIP's own projection."""
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is not self:
+                yield name, module
 
 
 class AlignmentTokens(NamedTuple):
@@ -95,7 +102,11 @@ class MadtpAlignment(nn.Module):
 
     per_layer: whether every layer of both branches has a projection of its own; `forward` then returns a list with one
     entry per layer.
+    schedule: in an adapter's copy, the configuration's calibrated schedule as the bytes of its JSON, since adapters
+        are saved without a configuration. It goes with the tokens that it was calibrated for.
     """
+
+    schedule: torch.Tensor | None = None
 
     def __init__(self, config, per_layer: bool = False):
         super().__init__()
@@ -105,7 +116,9 @@ class MadtpAlignment(nn.Module):
         def projection(branch):
             if per_layer:
                 layers = range(branch.num_hidden_layers)
-                return nn.ModuleList([AlignmentProjection(branch.hidden_size, width, of_layer=True) for _ in layers])
+                return LayerProjections(
+                    [AlignmentProjection(branch.hidden_size, width, of_layer=True) for _ in layers]
+                )
             return None if branch.hidden_size == width else AlignmentProjection(branch.hidden_size, width)
 
         self.vision_projection = projection(config.vision_config)
@@ -133,13 +146,18 @@ class MadtpAlignment(nn.Module):
             return [self._for_layer(projection, folded) for projection in branch]
         return self._for_layer(branch, folded)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.schedule is not None:
+            destination[prefix + "schedule"] = self.schedule
+            if not prefix:  # peft, which asks what to save, after the whole model; when loading, it must not be listed
+                self.schedule = None
+
     def _for_layer(self, projection: nn.Module | None, folded: bool) -> AlignmentTokens:
         if not folded:
             return AlignmentTokens(self.tokens, projection)
         if projection is None:
             return AlignmentTokens(self.tokens, weight=self.tokens)
-        if type(projection) is not AlignmentProjection:  # an adapter has replaced it
-            return AlignmentTokens(self.tokens, projection)
         return AlignmentTokens(self.tokens, projection, *projection(alignment_tokens=self.tokens))
 
 
@@ -162,7 +180,7 @@ def init_alignment(module: nn.Module) -> None:
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan
 FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
 ALMOST_1 = 1 - 1e-5
-STEADY = 0.003  # a smaller difference of two reductions is none
+STEADY = 0.003  # a smaller difference of two reductions counts as none
 
 
 class MadtpMethod(PruningMethod):

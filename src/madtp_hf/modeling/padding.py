@@ -13,11 +13,9 @@ def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -
         )
 
 
-def check_same_number(images: torch.Tensor, texts: torch.Tensor, kind: str) -> None:
-    if images.shape[0] != texts.shape[0]:
-        raise ValueError(
-            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected equal numbers."
-        )
+def check_same_number(images: int, texts: int, kind: str) -> None:
+    if images != texts:
+        raise ValueError(f"input_ids holds {texts} {kind} and pixel_values {images} images: expected equal numbers.")
 
 
 def check_images(pixel_values: torch.Tensor, size: int, any_size: bool) -> None:

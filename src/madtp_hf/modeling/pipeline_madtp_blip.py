@@ -65,6 +65,12 @@ def _load_image(image, timeout: float | None = None) -> Image.Image:
 class MadtpBlipPipeline(Pipeline):
     """Base class of the pipelines, which handles calls and reports invalid inputs.
 
+    An image is a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. All pipelines take,
+    in a call or in `pipeline(...)` for all calls, `reduction` (the share of FLOPs to save in this call, 0 for none;
+    other threads' calls don't see it), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in
+    other pipelines. A call raises a `TypeError` for an image or a text of another type, and a `ValueError` for one
+    that is missing, for an empty list, for lists of unequal lengths in a dict, and for an input that holds no image.
+
     parts: for each of the two parts of an input, the image first: a function that tells whether a value is a single
     one, and a description of what is expected, for error messages.
     """
@@ -79,9 +85,9 @@ class MadtpBlipPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # Prepacked weights are faster on a CPU; they take as much memory again as the large weights.
-        if self.device.type == "cpu":
-            self.model.eval().prepack_for_inference()
+        self.model.eval()
+        if self.device.type == "cpu" and self.model.inference_precision is None:
+            self.model.prepare_for_inference()
 
     def _sanitize_parameters(self, **given):
         unknown = given.keys() - {name for names in self.parameters for name in names}
@@ -131,40 +137,36 @@ class MadtpBlipPipeline(Pipeline):
                 raise TypeError(f"{name}[{index}] is a {type(item).__name__}: expected {expected}.")
         return values
 
-    def _check_keys(self, pair, where: str) -> None:
-        """Raise an error unless `pair` is a dict with both parts; other keys, such as a data set's, are allowed."""
-        if not isinstance(pair, dict):
-            raise TypeError(f"{where} is a {type(pair).__name__}: expected a dict, {self._shape}.")
-        for name in self.parts:
-            if name not in pair:
-                raise ValueError(f"{where} has the keys {list(pair)} and no {name}: expected {self._shape}.")
-
     def _check_pair(self, pair, where: str) -> dict:
-        """Return the two parts of a dict with one of each; raise an error that names `where` for other values."""
-        self._check_keys(pair, where)
+        """Return the two parts of a dict with one of each; raise an error that names `where` for other values.
+
+        Other keys, such as a data set's, are left out.
+        """
+        if not isinstance(pair, dict):
+            raise TypeError(f"In the input, {where} is a {type(pair).__name__}: expected a dict, {self._shape}.")
         for name, (is_one, expected) in self.parts.items():
+            if name not in pair:
+                keys = f"the keys {list(pair)} and no {name}"
+                raise ValueError(f"In the input, {where} has {keys}: expected {self._shape}.")
             if not is_one(pair[name]):
                 raise TypeError(f"The {name} of {where} is a {type(pair[name]).__name__}: expected {expected}.")
         return {name: pair[name] for name in self.parts}
 
     def _read_dict(self, inputs: dict):
         """Return a dict as one pair or, if both of its values are lists, as a list of pairs."""
-        self._check_keys(inputs, "The dict")
-        several = [name for name in self.parts if self._is_several(name, inputs[name])]
-        if not several or all(self._is_one(name, inputs[name]) for name in self.parts):
+        image, text = self.parts
+        images, texts = inputs.get(image), inputs.get(text)
+        is_one_pair = self._is_one(image, images) and self._is_one(text, texts)
+        if is_one_pair or not (self._is_several(image, images) and self._is_several(text, texts)):
             return self._check_pair(inputs, "the dict")
-        lengths = {name: len(inputs[name]) if name in several else "one" for name in self.parts}
-        if len(set(lengths.values())) > 1:
-            image, text = self.parts
+        if len(images) != len(texts) or not images:
             raise ValueError(
-                f"The dict has {lengths[image]} {image}(s) and {lengths[text]} {text}(s): expected one of each or"
-                " lists of"
+                f"The dict has {len(images)} {image}(s) and {len(texts)} {text}(s): expected one of each, or lists of"
                 f" one length, paired in order; for every {text} with every {image}, pass {image}=[...] and"
                 f" {text}=[...]."
             )
-        for name in self.parts:
-            self._as_list(name, inputs[name])
-        return [dict(zip(self.parts, pair)) for pair in zip(*(inputs[name] for name in self.parts))]
+        pairs = zip(self._as_list(image, images), self._as_list(text, texts))
+        return [dict(zip(self.parts, pair)) for pair in pairs]
 
     def _is_several(self, name: str, value) -> bool:
         """Whether a value is, or can be read as, a list of several values.
@@ -186,14 +188,11 @@ class MadtpBlipPipeline(Pipeline):
             if not inputs:
                 raise ValueError(f"The list is empty: expected at least one {self._shape}.")
             return [self._check_pair(pair, f"item {index} of the list") for index, pair in enumerate(inputs)]
-        if isinstance(inputs, Dataset) or isinstance(inputs, types.GeneratorType):
+        if isinstance(inputs, (Dataset, types.GeneratorType)):
             return inputs
         if not (hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")):
-            raise TypeError(
-                f"The pipeline got a {type(inputs).__name__}: expected {image}=... and {text}=..., or {self._shape} or"
-                " a list"
-                " of such."
-            )
+            expected = f"{image}=... and {text}=..., or {self._shape} or a list of such"
+            raise TypeError(f"The pipeline got a {type(inputs).__name__}: expected {expected}.")
         return (pair for pair in inputs)  # such as `datasets.Dataset`, which is not a torch dataset
 
     # Model inputs
@@ -236,11 +235,9 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     [{"answer": "two", "score": 0.93}]
     ```
 
-    A call, or `pipeline(...)` for all calls, takes these parameters: `reduction` (the share of FLOPs to save in this
-    call, 0 for none; other threads' calls don't see it), `top_k` (the number of answers to each question, the
-    likeliest first; defaults to 1), `max_new_tokens` (defaults to 10, limited to the decoder's length),
-    `generate_kwargs` (further arguments of the model's `generate`), and `padding`, `truncation` and `timeout` (seconds
-    to fetch an image) as in other pipelines. The score of an answer is the product of its tokens' probabilities.
+    A call also takes `top_k` (the number of answers to each question, the likeliest first; defaults to 1),
+    `max_new_tokens` (defaults to 10, limited to the decoder's length) and `generate_kwargs` (further arguments of the
+    model's `generate`). The score of an answer is the product of its tokens' probabilities.
     """
 
     parts = {"image": (_is_image, _IMAGE), "question": (_is_string, _STRING)}
@@ -253,10 +250,9 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
     def __call__(self, image=None, question=None, **kwargs):
         r"""
         Args:
-            image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                One image or several: each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
-                string. Without `question`, pairs: a dict `{"image": ..., "question": ...}`, or a list, generator or
-                dataset of them.
+            image (an image, `dict` or a list of them):
+                One image or several. Without `question`, pairs: a dict `{"image": ..., "question": ...}`, or a list,
+                generator or dataset of them.
             question (`str` or `list[str]`, *optional*):
                 One question or several. With two lists, every question is asked about every image, as in transformers
                 4: the first question about each image, then the second. To ask a separate question about each image,
@@ -265,11 +261,6 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
         Returns:
             A list of `{"answer": str, "score": float}`, the likeliest first. For several questions or images, a list
             of such lists.
-
-        Raises:
-            TypeError: if an image, a question or a pair has another type.
-            ValueError: if image or question is missing or an empty list, the lists of a dict have unequal lengths, or
-                an input holds no image.
         """
         return self._ask(image, question, **kwargs)
 
@@ -308,11 +299,8 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
     ```
 
     The call equals that of the pipeline of this name in transformers 4. transformers 5's `"image-text-to-text"` works
-    with these checkpoints too, but requires a text for each image. A call, or `pipeline(...)` for all calls, takes
-    these parameters: `reduction` (the share of FLOPs to save in this call, 0 for none; other threads' calls don't see
-    it), `max_new_tokens` (defaults to 20, limited to the decoder's length), `generate_kwargs` (further
-    arguments of the model's `generate`), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in
-    other pipelines.
+    with these checkpoints too, but requires a text for each image. A call also takes `max_new_tokens` (defaults to 20,
+    limited to the decoder's length) and `generate_kwargs` (further arguments of the model's `generate`).
     """
 
     parts = {"image": (_is_image, _IMAGE), "prompt": (_is_string, _STRING)}
@@ -321,27 +309,23 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
     def __call__(self, image=None, prompt=None, **kwargs):
         r"""
         Args:
-            image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                One image or several: each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
-                string. Or pairs: a dict `{"image": ..., "prompt": ...}`, or a list, generator or dataset of them.
+            image (an image, `dict` or a list of them):
+                One image or several. Or pairs: a dict `{"image": ..., "prompt": ...}`, or a list, generator or dataset
+                of them.
             prompt (`str` or `list[str]`, *optional*):
                 The beginning of every caption, or a list with the beginning of each image's caption.
 
         Returns:
             A list of `{"generated_text": str}`, prompt included, one for each sequence that `generate_kwargs` asks
             for. For several images, a list of such lists.
-
-        Raises:
-            TypeError: if an image or a prompt has another type.
-            ValueError: if image is missing or an empty list, the number of prompts differs from that of images, or an
-                input holds no image.
         """
         if image is None:
             raise ValueError("image is missing: expected an image or a list of images.")
         if isinstance(image, dict) and "image" in image:
             no_prompt = [""] * len(image["image"]) if self._is_several("image", image["image"]) else ""
             image = {"prompt": no_prompt, **image}
-        if prompt is None and not _is_image(image) and not self._begins_with_image(image):
+        begins_with_image = isinstance(image, (list, tuple)) and len(image) > 0 and _is_image(image[0])
+        if prompt is None and not _is_image(image) and not begins_with_image:
             return self._ask(image, None, **kwargs)
         if prompt is None or _is_string(prompt):
             return self._ask(image, prompt or "", **kwargs)
@@ -352,10 +336,6 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
                 " image."
             )
         return self._ask([{"image": i, "prompt": p} for i, p in zip(images, prompts)], None, **kwargs)
-
-    @staticmethod
-    def _begins_with_image(value) -> bool:
-        return isinstance(value, (list, tuple)) and len(value) > 0 and _is_image(value[0])
 
     def _check_pair(self, pair, where: str) -> dict:
         """Check a pair as the other pipelines do; an image alone or a dict without a prompt gets an empty prompt."""
@@ -384,25 +364,19 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
     [{"label": "True", "score": 0.97}, {"label": "False", "score": 0.03}]
     ```
 
-    Label names come from the configuration's `id2label`. A call, or `pipeline(...)` for all calls, takes these
-    parameters: `reduction` (the share of FLOPs to save in this call, 0 for none; other threads' calls don't see it),
-    `top_k` (the number of labels for each sentence, the likeliest first; defaults to all), and `padding`,
-    `truncation` and `timeout` (seconds to fetch an image) as in other pipelines.
+    Label names come from the configuration's `id2label`. A call also takes `top_k` (the number of labels for each
+    sentence, the likeliest first; defaults to all).
     """
 
-    parts = {
-        "images": (_is_two_images, "a pair [left, right] of images"),
-        "text": (_is_string, _STRING),
-    }
+    parts = {"images": (_is_two_images, "a pair [left, right] of images"), "text": (_is_string, _STRING)}
     parameters = (("padding", "truncation", "timeout"), ("reduction",), ("top_k",))
 
     def __call__(self, images=None, text=None, **kwargs):
         r"""
         Args:
             images (a pair of images, `dict` or a list of them):
-                One pair `[left, right]` or several; each image is a PIL image, an array (height, width, 3) of uint8,
-                or a path, URL or base64 string. Without `text`, a dict `{"images": [left, right], "text": ...}`, or a
-                list, generator or dataset of them.
+                One pair `[left, right]` or several. Without `text`, a dict `{"images": [left, right], "text": ...}`,
+                or a list, generator or dataset of them.
             text (`str` or `list[str]`, *optional*):
                 One sentence or several. With two lists, every sentence is classified for every pair: the first
                 sentence for each pair, then the second. For a separate sentence with each pair, pass a list of dicts.
@@ -410,11 +384,6 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         Returns:
             A list of `{"label": str, "score": float}`, the likeliest first. For several sentences or pairs, a list of
             such lists.
-
-        Raises:
-            TypeError: if an image, a sentence or a dict has another type.
-            ValueError: if images or text is missing or an empty list, the lists of a dict have unequal lengths, or an
-                input holds no image.
         """
         return self._ask(images, text, **kwargs)
 
@@ -447,8 +416,7 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
 
     `score` is the probability of a match by the matching head, with cross-attention of the text to image states.
     `similarity` is the cosine similarity of the two features, which are computed separately, as for a search index.
-    A call, or `pipeline(...)` for all calls, takes these parameters: `reduction` (the share of FLOPs to save in this
-    call, 0 for none; other threads' calls don't see it), `truncation` and `timeout` (seconds to fetch an image).
+    There is no `padding`.
     """
 
     parts = {
@@ -460,19 +428,15 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
     def __call__(self, image=None, text=None, **kwargs):
         r"""
         Args:
-            image (`str`, `os.PathLike`, `numpy.ndarray`, `PIL.Image.Image`, `dict` or a list of them):
-                One image or several: each a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64
-                string. Without `text`, a dict `{"image": ..., "text": ...}`, or a list, generator or dataset of them.
+            image (an image, `dict` or a list of them):
+                One image or several. Without `text`, a dict `{"image": ..., "text": ...}`, or a list, generator or
+                dataset of them.
             text (`str` or `list[str]`, *optional*):
                 One text or several, all of which are compared with each image. Each image is encoded only once.
 
         Returns:
             A list of `{"text": str, "score": float, "similarity": float}`, one for each text, in the order of the
             texts. For several images, a list of such lists.
-
-        Raises:
-            TypeError: if an image, a text or a dict has another type.
-            ValueError: if image or text is missing or an empty list, or an input holds no image.
         """
         if text is not None and not self._is_one("text", text):
             text = self._as_list("text", text)  # such as an array of strings
@@ -489,32 +453,25 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
         pixel_values, texts, ids = (model_inputs[name] for name in ("pixel_values", "texts", "input_ids"))
         if _is_string(texts[0]):
             texts, ids = [texts], [ids]
-        images = self.model._encode_images(pixel_values)
+        images, device = self.model._encode_images(pixel_values), pixel_values.device
         counts = [len(of_image) for of_image in texts]
-        image_of = torch.arange(len(texts), device=pixel_values.device).repeat_interleave(
-            torch.tensor(counts, device=pixel_values.device)
-        )
+        image_of = torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)).to(device)
         flat = self.tokenizer.pad({"input_ids": [row for of_image in ids for row in of_image]}, return_tensors="pt")
-        flat = {name: flat[name].to(pixel_values.device) for name in ("input_ids", "attention_mask")}
+        flat = [flat[name].to(device) for name in ("input_ids", "attention_mask")]
         states, mask, features = images.hidden_states, images.mask, self.model._image_feature(images)
         scores, similarities = [], []
-        for chosen, *text in zip(*(tensor.split(_PAIRS_AT_ONCE) for tensor in (image_of, *flat.values()))):
+        for chosen, *text in zip(*(tensor.split(_PAIRS_AT_ONCE) for tensor in (image_of, *flat))):
             logits = self.model.match(*text, states[chosen], None if mask is None else mask[chosen])
             scores.append(logits.float().softmax(dim=-1)[:, 1])
-            similarities.append((features[chosen] * self.model.get_text_features(*text)).sum(dim=-1).float())
-        return {
-            "scores": list(torch.cat(scores).split(counts)),
-            "similarities": list(torch.cat(similarities).split(counts)),
-            "texts": texts,
-        }
+            of_texts = self.model.get_text_features(*text).pooler_output
+            similarities.append((features[chosen] * of_texts).sum(dim=-1).float())
+        scores, similarities = torch.cat(scores).split(counts), torch.cat(similarities).split(counts)
+        return {"scores": list(scores), "similarities": list(similarities), "texts": texts}
 
     def postprocess(self, model_outputs):
         texts = model_outputs["texts"]
-        rows = zip(
-            texts if _is_string(texts[0]) else texts[0],
-            model_outputs["scores"][0].tolist(),
-            model_outputs["similarities"][0].tolist(),
-        )
+        scores, similarities = (model_outputs[name][0].tolist() for name in ("scores", "similarities"))
+        rows = zip(texts if _is_string(texts[0]) else texts[0], scores, similarities)
         return [{"text": text, "score": score, "similarity": similarity} for text, score, similarity in rows]
 
 

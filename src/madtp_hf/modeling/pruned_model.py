@@ -1,27 +1,38 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
+from .encoder import Tower
 from .method_class_attention import ClassAttentionMethod  # noqa: F401 (importing a method registers it)
 from .method_code import carry_code, is_own
 from .method_evit import EvitMethod  # noqa: F401
 from .method_madtp import AlignmentProjection, MadtpAlignment, init_alignment
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
-from .prepacked_linear import LARGE, can_prepack, prepack_linear_maps, unpack_linear_maps
+from .prepared_linear import PRECISIONS, can_prepack, check_kernels, prepare_linear_maps, restore_linear_maps
 from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
+from .training_passes import TrainingPasses
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    _Host = PreTrainedModel  # what the mixin is mixed into
+else:
+    _Host = object
 
 logger = logging.get_logger("transformers.models.madtp")
 
@@ -55,6 +66,9 @@ class PruningOutput:
     vision_positions: tuple[torch.Tensor, ...] | None = None
 
 
+# What transformers' processors and callers also pass to BLIP and CLIP, where it changes nothing.
+IGNORED_ARGUMENTS = {"token_type_ids", "use_cache"}
+
 # By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
 _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
 
@@ -69,7 +83,7 @@ class PruningPass:
     def __init__(self, config, method: type[PruningMethod], setting: dict | None):
         if setting is not None and not all(name in method.fields for name in setting):
             raise ValueError(
-                f"The setting {setting} is none of the pruning method {method.name!r}, which expects"
+                f"The setting {setting} does not fit the pruning method {method.name!r}, which expects"
                 f" {', '.join(method.fields)}."
             )
         self.method, self.setting, self.granularity = method, setting, config.pruning_granularity
@@ -93,7 +107,7 @@ class PruningPass:
         return "padded" if self.granularity == "frozen" else "varlen"
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(_Host):
     """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
 
     A family says `branch_specs`, `min_kept`, whether every layer has an alignment projection of its own, and the
@@ -101,21 +115,24 @@ class PrunedModelMixin:
     `make_method`. The alignment tokens are in `alignment`.
     """
 
-    task = None  # as `madtp_hf.count_flops` names it
-    _dense_classes = ()  # transformers' classes that this one converts from
+    config_class: type[PretrainedConfig]
+    task: str  # as `madtp_hf.count_flops` names it
+    _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
-    _prepacked_classes = (nn.Linear,)
+    inference_precision: str | None = None  # what `prepare_for_inference` has prepared
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
     # What each branch protects; the fewest removable tokens that a layer keeps; one alignment projection per layer?
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
     min_kept = 1
     has_layer_projections = False
+    distilled: dict[str, str] = {}  # the outputs that pruned passes learn, see `training_passes.distillation_loss`
+    _training_passes: TrainingPasses | None = None
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
-    _task_auto_class = None
-    _task_pipeline = None
+    _task_auto_class: str | None = None
+    _task_pipeline: tuple[str, str] | None = None
     # False, because the loss is a mean over this batch: `Trainer` must divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
@@ -145,14 +162,24 @@ class PrunedModelMixin:
         get_method(config.pruning_method)  # an unknown one is an error now, not in the first pass
         self.alignment = MadtpAlignment(config, per_layer=self.has_layer_projections)
 
+    def post_init(self):
+        super().post_init()
+        for tower in self.children():
+            if isinstance(tower, Tower):
+                tower.belong_to(self)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         init_alignment(module)
 
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> "Self": ...  # transformers' decorator hides that this is a method
+
     # Pruning
 
-    def set_pruning(self, *args, reduction: float | None = None, **setting: float | None) -> None:
+    def set_pruning(self, *args: None, reduction: float | None = None, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
@@ -175,7 +202,13 @@ class PrunedModelMixin:
         self.config.pruning_setting = setting
 
     @contextmanager
-    def pruning(self, *args, method=None, reduction: float | None = None, **setting: float | None):
+    def pruning(
+        self,
+        *args: None,
+        method: str | type[PruningMethod] | None = None,
+        reduction: float | None = None,
+        **setting: float | None,
+    ) -> "Iterator[Self]":
         """Prune as in `set_pruning`, within a `with` block and in this thread alone.
 
             with model.pruning(reduction=0.5):
@@ -230,6 +263,13 @@ class PrunedModelMixin:
             return None
         low, high, share = self.config.schedule_entries(reduction)
         return self.pruning_method.between(low, high, share)
+
+    def set_training_passes(self, settings: list[dict | None] | None, observe=None, teacher=None) -> None:
+        """Set the forward passes of the next training steps, see `TrainingPasses`; None trains as the model is set.
+
+        `madtp_hf.ReductionCallback` calls this before each step.
+        """
+        self._training_passes = None if settings is None else TrainingPasses(settings, observe, teacher)
 
     @property
     def pruning_method(self) -> type[PruningMethod]:
@@ -301,7 +341,7 @@ class PrunedModelMixin:
 
     # Saving
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save as transformers does, and with it the file of a pruning method of one's own."""
         carries = is_own(self.pruning_method)
         super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
@@ -314,29 +354,26 @@ class PrunedModelMixin:
 
     # Arguments of `forward`
 
-    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """Return which outputs the vision encoder computes: `forward`'s arguments, else the configuration's."""
+    def _outputs(self, output_hidden_states, output_attentions) -> dict:
+        """Return which outputs an encoder computes: `forward`'s arguments, else the configuration's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions:
-            self._check_keeps_maps()
-        return {
-            "output_hidden_states": output_hidden_states,
-            "output_positions": output_positions,
-            "output_attentions": bool(output_attentions),
-        }
+            self._warn_of_maps()
+        return {"output_hidden_states": output_hidden_states, "output_attentions": bool(output_attentions)}
 
-    def _check_keeps_maps(self) -> None:
-        used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
-        if used != {"eager"}:
-            raise ValueError(
-                f"output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by"
-                ' "eager" attention alone. Call model.set_attn_implementation("eager") first.'
+    def _warn_of_maps(self) -> None:
+        used = self.config._attn_implementation
+        if used != "eager":
+            logger.warning_once(
+                f"output_attentions=True with attn_implementation={used!r}: attention is computed eagerly, in this"
+                " call alone, since other implementations keep no maps."
             )
 
     def _check_arguments(self, unknown: dict) -> None:
+        unknown = unknown.keys() - IGNORED_ARGUMENTS
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists;"
@@ -349,54 +386,82 @@ class PrunedModelMixin:
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
 
-    # Inference on a CPU
+    # Adapters
 
-    def prepack_weights(self, prepacked: bool = True, min_size: int = 0):
-        """Prepack the weights of linear maps for fast float32 inference on a CPU.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # peft saves no configuration: the schedule goes with its copy of the alignment tokens.
+        schedule = self.config.pruning_schedule
+        content = torch.tensor(list(json.dumps(schedule).encode()), dtype=torch.uint8) if schedule else None
+        for name, module in self.named_modules():
+            if isinstance(module, MadtpAlignment):
+                module.schedule = content if "modules_to_save." in name else None
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-        Outputs are equal up to rounding, and saved checkpoints don't change. The prepacked copies take as much memory
-        as the weights. Training, other devices and other dtypes use the original weights.
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if name.startswith(prefix + "alignment.")]:
+            if name.endswith(".schedule"):
+                self.config.pruning_schedule = json.loads(bytes(state_dict.pop(name).tolist()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # Inference
+
+    def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
+        """Prepare the model for fast inference; outputs are those of the weights as they are whenever it runs.
+
+        On a CPU, linear maps in a transformer's layers multiply by prepared weights: prepacked in float32 or bfloat16,
+        or quantized to int8 per channel, with states quantized per token. Everything else (embeddings, norms, the
+        choice of tokens, heads) stays float32, small weights stay as they are, and so do parameters and saved
+        checkpoints. Prepared weights take memory of their own; that of weights mapped from a checkpoint's file is
+        released. They are used in evaluation mode without gradients, and prepared again when a weight has changed.
+
+        On a GPU, `"bfloat16"` casts the model itself, and `"float32"` casts it back.
 
         Args:
-            prepacked (`bool`, *optional*, defaults to `True`):
-                `False` drops the prepacked weights again.
-            min_size (`int`, *optional*, defaults to 0):
-                Weights with fewer elements are not prepacked.
+            precision (`str` or `None`, *optional*, defaults to `"auto"`):
+                `"float32"`, `"bfloat16"` or `"int8"`. `"auto"` is the model's own dtype on a CPU, and bfloat16 on a
+                GPU that has it. `None` undoes the preparation of a CPU.
 
         Returns:
             The model itself.
 
         Raises:
-            RuntimeError: if torch was built without oneDNN.
+            ValueError: for another precision, and for int8 on another device than a CPU.
+            RuntimeError: if torch was built without the kernels that the precision needs.
         """
-        if prepacked and not can_prepack():
-            raise RuntimeError(
-                "prepack_weights needs torch with oneDNN, and this one has none: expected a build where"
-                " torch.backends.mkldnn.is_available();"
-                " go on without, the model runs as it is."
+        if precision not in ("auto", None, *PRECISIONS):
+            raise ValueError(f"{precision=}: expected one of auto, {', '.join(PRECISIONS)}, or None to undo it.")
+        on_cpu = self.device.type == "cpu"
+        if precision == "auto":
+            precision = self._fast_precision()
+        if on_cpu and precision is not None:
+            check_kernels(precision)
+        elif precision == "int8":
+            raise ValueError(
+                f"precision='int8' on {self.device}: expected a CPU. For a GPU, quantize the model with"
+                " torchao, see `TorchAoConfig` of transformers."
             )
+        self.inference_precision = precision
         for module in self.modules():
             if isinstance(module, AlignmentProjection):
-                module.keep_folded(prepacked)
-        if not prepacked:
-            unpack_linear_maps(self)
-            return self
-        size = prepack_linear_maps(self, self._prepacked_classes, self._fused_activations, min_size)
-        logger.info(f"Weights of linear maps are prepacked for this CPU, which takes {size / 2**20:.0f} MiB more.")
+                module.keep_folded(on_cpu and precision is not None)
+        if not on_cpu or precision is None:
+            restore_linear_maps(self)
+            return self if precision is None else self.to(getattr(torch, precision))
+        prepare_linear_maps(self, precision, self._fused_activations)
         return self
 
-    def prepack_for_inference(self):
-        """Prepack the weights that are large enough to gain from it, if the model runs in float32 on a CPU.
-
-        Pipelines and commands call this. Returns the model itself.
-        """
-        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and not self.training
-        return self.prepack_weights(min_size=LARGE) if on_cpu and can_prepack() else self
+    def _fast_precision(self) -> str | None:
+        """Return the fastest precision whose outputs this device's users expect; None if none is faster."""
+        if self.device.type == "cpu":
+            dtype = str(self.dtype).removeprefix("torch.")
+            return dtype if dtype in PRECISIONS and can_prepack() else None
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bfloat16" if has_bfloat16 else None
 
     # From a dense model
 
     @classmethod
-    def from_dense(cls, source, **config_overrides):
+    def from_dense(cls, source: "PreTrainedModel | str | Path", **config_overrides) -> "Self":
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
         Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.

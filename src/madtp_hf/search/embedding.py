@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from ..budgets.evaluation import prepacked
+from ..budgets.evaluation import prepared
 from ..budgets.passes import restored
 from ..data.sources import Row
 from ..jobs.reading import Reader
@@ -62,7 +62,7 @@ def encode_images(
         return encode_images(model, processor, [images], 1, reduction)[0]
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1.")
-    with restored(model), prepacked(model), progress(len(images), "image", show_progress_bar) as bar:
+    with restored(model), prepared(model), progress(len(images), "image", show_progress_bar) as bar:
         worker = ImageEmbedder(model, processor, reduction)
         found = np.empty((len(images), worker.size), np.float32)
         rows = np.arange(len(images))

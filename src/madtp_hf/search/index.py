@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..budgets.evaluation import prepacked
+from ..budgets.evaluation import prepared
 from ..budgets.passes import restored
 from ..checkpoints.load import Loaded, load
 from ..data.sources import open_rows
@@ -24,6 +24,7 @@ from ..jobs.run import run_job
 from ..jobs.state import State, sync, write_atomically
 from ..jobs.workers import ImageEmbedder, Matcher, describe_model
 from ..modeling.images import read_image
+from ..modeling.prepared_linear import PRECISIONS
 from ..modeling.versions import VERSION as __version__
 from .embedding import encode_images, encode_texts
 
@@ -155,7 +156,7 @@ def index_images(
         ValueError: if there is no image, if the index is of another model or of other images, or if the folder holds
             something else.
     """
-    with restored(model), prepacked(model):
+    with restored(model), prepared(model):
         worker = ImageEmbedder(model, processor, reduction)
         options = {"batch_size": batch_size, "num_workers": num_workers, "force": force}
         return build_index(worker, images, folder, kind, show_progress=show_progress_bar, **options)
@@ -355,7 +356,8 @@ def load_of_index(info: dict, source=None, device=None) -> Loaded:
     info: the index's; source: a folder or Hub id, by default the index's own.
     """
     revision = info["revision"] if source in (None, info["model"]) else None
-    options = {"revision": revision, "dtype": info["dtype"], "device": device, "precision": "auto"}
+    precision = info["precision"] if info["precision"] in PRECISIONS else "auto"
+    options = {"revision": revision, "dtype": info["dtype"], "device": device, "precision": precision}
     try:
         return load(source or info["model"], ImageEmbedder.tasks, **options)
     except (OSError, ValueError) as error:

@@ -36,7 +36,7 @@ def _classify_pairs(model, input_ids, attention_mask, left_states, right_states)
 
 def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
     return {
-        "vision_encoder": parts.vision_encoder(model, sizes),
+        "vision_encoder": parts.vision_encoder_graph(model, sizes),
         "classifier": parts.Graph(
             "Sentences about pairs of images: scores of false and true.",
             _classify_pairs,

@@ -41,7 +41,7 @@ def _encode_questions(model, input_ids, attention_mask, image_states):
 
 def _graphs(model, sizes: parts.Sizes) -> dict[str, parts.Graph]:
     return {
-        "vision_encoder": parts.vision_encoder(model, sizes),
+        "vision_encoder": parts.vision_encoder_graph(model, sizes),
         "question_encoder": parts.Graph(
             "Questions about images: what the decoder reads, a mask and the keys and values of its cross-attention.",
             _encode_questions,

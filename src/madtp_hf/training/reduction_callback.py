@@ -1,10 +1,11 @@
 """Control how much a model prunes during training, so that it holds a target reduction of FLOPs."""
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..budgets.passes import measure
+from ..modeling.configuration_pruning import is_number
 
 
 NOISE = 0.02  # how much the reduction varies between batches: the gain does not adapt to smaller errors
@@ -26,6 +27,10 @@ class ReductionCallback(TrainerCallback, ExportableState):
     evaluations are comparable and a checkpoint's configuration holds it. Resumed training continues with the
     settings of its checkpoint. The model may be a peft model.
 
+    A model that only learns pruned forgets how to run dense. Therefore each step has a dense pass as well, and the
+    pruned passes also learn from its outputs (`config.distillation_weight`): one checkpoint then keeps every budget,
+    `set_pruning(None)` included. It costs a dense pass a step; `dense_pass=False` saves that.
+
     Args:
         target_reduction (`float` or `tuple[float, float]`):
             The share of FLOPs to save, in (0, 1). With a pair, each step draws one of `num_targets` evenly spaced
@@ -37,9 +42,33 @@ class ReductionCallback(TrainerCallback, ExportableState):
             schedule gives the starting point, else to 1.5.
         seed (`int`, *optional*, defaults to 0):
             Seed for drawing targets.
+        dense_pass (`bool`, *optional*, defaults to `True`):
+            Whether each step also trains the dense model, from whose outputs the pruned passes learn.
+        largest_pass (`bool`, *optional*, defaults to `False`):
+            Whether each step also has a pass at the largest target, as in the sandwich rule of slimmable networks.
+        teacher (`PreTrainedModel`, *optional*):
+            A frozen dense model whose outputs all passes learn from, such as the dense checkpoint.
+
+    Raises:
+        ValueError: if a target is out of bounds.
+        TypeError: if the target is not a number or a pair of numbers.
     """
 
-    def __init__(self, target_reduction, num_targets: int = 5, gain: float | None = None, seed: int = 0):
+    def __init__(
+        self,
+        target_reduction: float | tuple[float, float],
+        num_targets: int = 5,
+        gain: float | None = None,
+        seed: int = 0,
+        dense_pass: bool = True,
+        largest_pass: bool = False,
+        teacher: PreTrainedModel | None = None,
+    ):
+        given = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,)
+        if len(given) not in (1, 2) or not all(is_number(target) for target in given):
+            raise TypeError(
+                f"target_reduction={target_reduction!r}: expected a number in (0, 1), such as 0.5, or a pair of them."
+            )
         low, high = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,) * 2
         if not 0 < low <= high < 1:
             raise ValueError(
@@ -52,13 +81,14 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.num_targets = num_targets
         self.gain = gain
         self.seed = seed
+        self.dense_pass, self.largest_pass = dense_pass, largest_pass
+        self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
-        self.start = None  # of the path, see `PruningMethod.path`
-        self.points = None  # one per target, on the path
-        self.gains = None  # one per target
+        self.start: float | None = None  # of the path, see `PruningMethod.path`
+        self.points: list[float] = []  # one per target, on the path; none until training begins
+        self.gains: list[float] = []  # one per target
         self.errors = [0.0] * len(self.targets)
-        self._measured = []
-        self._hook = None
+        self._measured: dict[int, list[torch.Tensor]] = {}  # for each target of the step, the reductions of its passes
 
     def state(self) -> dict:
         """Return what a checkpoint keeps so that training can resume (see `ExportableState`)."""
@@ -68,6 +98,8 @@ class ReductionCallback(TrainerCallback, ExportableState):
                 "num_targets": self.num_targets,
                 "gain": self.gain,
                 "seed": self.seed,
+                "dense_pass": self.dense_pass,
+                "largest_pass": self.largest_pass,
             },
             "attributes": {
                 "start": self.start,
@@ -82,9 +114,11 @@ class ReductionCallback(TrainerCallback, ExportableState):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return int(torch.randint(len(self.targets), (), generator=generator))
 
-    def _measure(self, model, args, kwargs, output) -> None:
-        if model.training:
-            self._measured.append(measure(model, kwargs, output).mean())
+    def _targets(self, step: int) -> list[int]:
+        """Return the indices of the targets that a step's passes have; the drawn one comes last."""
+        drawn = self._current(step)
+        largest = len(self.targets) - 1
+        return [largest, drawn] if self.largest_pass and drawn != largest else [drawn]
 
     def _begin(self, model) -> None:
         """Choose the path and the starting point of each target on it.
@@ -100,12 +134,12 @@ class ReductionCallback(TrainerCallback, ExportableState):
         present = self._path.point(settings[-1]) if config.pruning_setting else self._path.moderate
         calibrated = config.calibrated_reductions or [2.0]
         are_calibrated = [calibrated[0] <= target <= calibrated[-1] for target in self.targets]
-        if self.points is None:
+        if not self.points:
             self.points = [
                 self._path.point(model.setting_for(target)) if is_calibrated else present
                 for target, is_calibrated in zip(self.targets, are_calibrated)
             ]
-        if self.gains is None:
+        if not self.gains:
             self.gains = [self.gain or (0.3 if is_calibrated else 1.5) for is_calibrated in are_calibrated]
 
     def _set(self, model, index: int) -> dict[str, float]:
@@ -122,36 +156,48 @@ class ReductionCallback(TrainerCallback, ExportableState):
             )
         # A resumed training's state contains the callback's, whether or not `Trainer` restores callbacks itself.
         saved = state.stateful_callbacks.get(type(self).__name__)
-        begins = self.points is None or state.global_step > 0  # or the callback has trained before
+        begins = not self.points or state.global_step > 0  # or the callback has trained before
         if begins and isinstance(saved, dict) and type(self)(**saved["args"]).targets == self.targets:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
         self._begin(model)
-        if self._hook is not None:  # left by an interrupted run
-            self._hook.remove()
-        self._hook = model.register_forward_hook(self._measure, with_kwargs=True)
+        if self.teacher is not None:
+            self.teacher.to(model.device)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._measured.clear()
-        self.setting = self._set(model, self._current(state.global_step))
+        targets = self._targets(state.global_step)
+        self._measured = {index: [] for index in targets}
+        settings = [self._path.setting(self.points[index]) for index in targets]
+        self.setting = self._set(model, targets[-1])
+        dense = [None] * self.dense_pass
+
+        def observe(index, batch, output):
+            self._measured[targets[index - len(dense)]].append(measure(model, batch, output).mean())
+
+        model.set_training_passes([*dense, *settings], observe, self.teacher)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        reduction = torch.stack(self._measured).mean()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(reduction)
-            reduction = reduction / torch.distributed.get_world_size()
         # `Trainer` has incremented `global_step` since the step began.
-        current = self._current(state.global_step - 1)
-        self.reduction = reduction.item()
-        error, before = self.targets[current] - self.reduction, self.errors[current]
-        if min(abs(error), abs(before)) > NOISE:
-            adapted = self.gains[current] * (1.3 if error * before > 0 else 0.5)
-            self.gains[current] = min(max(adapted, GAINS[0]), GAINS[1])
-        self.errors[current] = error
-        moved = self.points[current] + min(max(self.gains[current] * error, -0.5), 0.5)
-        # Clamp: an unreachable target must not move the setting without end.
-        self.points[current] = min(max(moved, self._path.points[0]), self._path.points[-1])
+        for index in self._targets(state.global_step - 1):
+            reduction = torch.stack(self._measured[index]).mean()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(reduction)
+                reduction = reduction / torch.distributed.get_world_size()
+            self.reduction = reduction.item()
+            self._move(index)
+        model.set_training_passes(None)
         self._set(model, -1)
+
+    def _move(self, index: int) -> None:
+        """Move a target's point on the path, after a step that has reached `self.reduction`."""
+        error, before = self.targets[index] - self.reduction, self.errors[index]
+        if min(abs(error), abs(before)) > NOISE:
+            adapted = self.gains[index] * (1.3 if error * before > 0 else 0.5)
+            self.gains[index] = min(max(adapted, GAINS[0]), GAINS[1])
+        self.errors[index] = error
+        moved = self.points[index] + min(max(self.gains[index] * error, -0.5), 0.5)
+        # Clamp: an unreachable target must not move the setting without end.
+        self.points[index] = min(max(moved, self._path.points[0]), self._path.points[-1])
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if logs is not None and "loss" in logs:
@@ -161,5 +207,5 @@ class ReductionCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(measured)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self._hook.remove()
+        model.set_training_passes(None)
         self._set(model, -1)

@@ -1,7 +1,8 @@
-"""Weights prepacked for inference on a CPU: nothing that a user sees changes but the time it takes."""
+"""Weights prepared for inference on a CPU: nothing that a user sees changes but the time it takes, and rounding."""
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from madtp_hf import MadtpBlipForQuestionAnswering
-from madtp_hf.modeling.madtp_blip_encoders import MergeLayer
-from madtp_hf.modeling.prepacked_linear import (
-    FusedFeedForward,
-    PrepackedLinear,
+from madtp_hf.modeling import prepared_linear
+from madtp_hf.modeling.prepared_linear import (
+    FusedForward,
+    PreparedForward,
     can_prepack,
-    prepack_linear_maps,
-    unpack_linear_maps,
+    prepare_linear_maps,
+    restore_linear_maps,
 )
 
 from .conftest import TASKS, make_inputs, make_task_model
@@ -26,27 +27,31 @@ LENGTHS = (9, 3, 7, 16, 5)
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.0, 3.0])
 
 
+@pytest.fixture(autouse=True)
+def small_maps_are_prepared(monkeypatch):
+    monkeypatch.setattr(prepared_linear, "LARGE", 1)
+
+
 def make_models(task, temperature=3.0):
-    """The same model twice, the second with its weights prepacked."""
+    """The same model twice, the second with its weights prepared."""
     layers = (
         {"text_config": {"num_hidden_layers": 7}} if task == "nlvr2" else {}
     )  # the last of seven has a merge layer
-    models = make_task_model(task, **layers), make_task_model(task, **layers).prepack_weights()
+    models = make_task_model(task, **layers), make_task_model(task, **layers).prepare_for_inference("float32")
     for model in models:
         model.set_pruning(temperature=temperature)
     return models
 
 
-def kinds_of_linear_maps(model):
-    return {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+def is_prepared(model):
+    """Whether all linear maps are prepared, or none is."""
+    forwards = {type(m.__dict__.get("forward")) for m in model.modules() if isinstance(m, nn.Linear)}
+    assert len(forwards) == 1
+    return forwards == {PreparedForward}
 
 
-def plain_kinds(task):
-    return {nn.Linear, MergeLayer} if task == "nlvr2" else {nn.Linear}
-
-
-def holds_prepacked_weights(model):
-    return any(name.startswith("_packed") for module in model.modules() for name in vars(module))
+def holds_prepared_weights(model):
+    return any(getattr(module.__dict__.get("forward"), "prepared", None) for module in model.modules())
 
 
 def check_same_outputs(mine, theirs, atol=1e-5):
@@ -59,19 +64,19 @@ def check_same_outputs(mine, theirs, atol=1e-5):
 @TEMPERATURES
 @pytest.mark.parametrize("task", TASKS)
 @torch.no_grad()
-def test_prepacked_weights_give_the_same_outputs(task, temperature):
+def test_prepared_weights_give_the_same_outputs(task, temperature):
     plain, packed = make_models(task, temperature)
-    assert kinds_of_linear_maps(packed) == {PrepackedLinear} and kinds_of_linear_maps(plain) == plain_kinds(task)
+    assert is_prepared(packed) and not is_prepared(plain)
     inputs = TASKS[task].make_inputs(LENGTHS)
     check_same_outputs(packed(**inputs), plain(**inputs))
-    assert holds_prepacked_weights(packed)  # they were used
+    assert holds_prepared_weights(packed)  # they were used
     single = TASKS[task].make_inputs((5,))
     check_same_outputs(packed(**single), plain(**single))
 
 
 @TEMPERATURES
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
-def test_prepacked_weights_generate_the_same(task, temperature):
+def test_prepared_weights_generate_the_same(task, temperature):
     plain, packed = make_models(task, temperature)
     inputs = TASKS[task].make_inputs(LENGTHS)
     names = ("pixel_values",) if task == "captioning" else ("pixel_values", "input_ids", "attention_mask")
@@ -84,108 +89,16 @@ def test_prepacked_weights_generate_the_same(task, temperature):
         assert torch.equal(results[0].sequences, results[1].sequences)
         for mine, theirs in zip(results[0].scores, results[1].scores, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
-    assert holds_prepacked_weights(packed)
+    assert holds_prepared_weights(packed)
 
 
-def test_prepacked_weights_rank_the_same():
+def test_prepared_weights_rank_the_same():
     plain, packed = make_models("vqa")
     inputs = make_inputs(LENGTHS)
     inputs.pop("labels")
     answers = torch.randint(4, 38, (20, 5))
     ranked = [model.rank_answers(**inputs, answer_input_ids=answers, k=10) for model in (packed, plain)]
     assert torch.equal(*ranked)
-
-
-# Weights that change
-
-
-def take_a_step(model):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    model(**make_inputs(LENGTHS)).loss.backward()
-    optimizer.step()
-
-
-def take_a_plain_step(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
-    model(**make_inputs(LENGTHS)).loss.backward()
-    optimizer.step()
-
-
-def load_other_weights(model):
-    generator = torch.Generator().manual_seed(7)
-    weights = {
-        name: tensor + torch.randn(tensor.shape, generator=generator) * 0.02
-        for name, tensor in model.state_dict().items()
-    }
-    model.load_state_dict(weights)
-
-
-def assign_other_weights(model):
-    model.load_state_dict({name: tensor * 0.9 for name, tensor in model.state_dict().items()}, assign=True)
-    model.tie_weights()
-
-
-@torch.no_grad()
-def scale_in_place(model):
-    for parameter in model.parameters():
-        parameter.mul_(0.9)
-
-
-@torch.inference_mode()
-def scale_in_inference_mode(model):
-    for parameter in model.parameters():
-        parameter.mul_(0.9)
-
-
-def replace_behind_autograd(model):
-    for parameter in model.parameters():
-        parameter.data = parameter.data * 0.9
-
-
-def initialize(model):
-    torch.manual_seed(3)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        take_a_step,
-        take_a_plain_step,
-        load_other_weights,
-        assign_other_weights,
-        scale_in_place,
-        scale_in_inference_mode,
-        replace_behind_autograd,
-        initialize,
-    ],
-)
-def test_weights_that_have_changed_are_repacked(change):
-    plain, packed = make_models("vqa")
-    inputs = make_inputs(LENGTHS)
-    with torch.no_grad():
-        before = plain(**inputs)
-        check_same_outputs(packed(**inputs), before)
-    for model in (plain, packed):
-        change(model)
-    with torch.no_grad():
-        expected = plain(**inputs)
-        assert (expected.logits - before.logits).abs().max() > 0.01
-        check_same_outputs(packed(**inputs), expected, atol=1e-4)
-
-
-@torch.no_grad()
-def test_weights_that_changed_behind_autograds_back_are_repacked_on_request():
-    plain, packed = make_models("vqa")
-    inputs = make_inputs(LENGTHS)
-    packed(**inputs)
-    for model in (plain, packed):
-        for parameter in model.parameters():
-            parameter.data.mul_(0.9)  # leaves no trace
-    packed.prepack_weights(False).prepack_weights()
-    check_same_outputs(packed(**inputs), plain(**inputs))
 
 
 @TEMPERATURES
@@ -208,6 +121,11 @@ def test_training_a_packed_model_gives_the_same_gradients(task, temperature):
 # Copies and files
 
 
+def scale(model):
+    for parameter in model.parameters():
+        parameter.mul_(0.9)
+
+
 def pickled(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -222,12 +140,12 @@ def test_a_copy_has_weights_of_its_own(copy_of):
     inputs = make_inputs(LENGTHS)
     expected = packed(**inputs)
     twin = copy_of(packed)
-    assert not holds_prepacked_weights(twin) and kinds_of_linear_maps(twin) == {PrepackedLinear}
+    assert not holds_prepared_weights(twin) and is_prepared(twin)
     check_same_outputs(twin(**inputs), expected)
-    scale_in_place(twin)
+    scale(twin)
     assert (twin(**inputs).logits - expected.logits).abs().max() > 0.01
     check_same_outputs(packed(**inputs), expected, atol=0)
-    scale_in_place(packed)
+    scale(packed)
     check_same_outputs(twin(**inputs), packed(**inputs), atol=0)
 
 
@@ -257,9 +175,9 @@ def test_a_checkpoint_of_a_packed_model_is_that_of_the_model(task, tmp_path):
         assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     loaded, info = type(packed).from_pretrained(tmp_path / "packed", output_loading_info=True)
     assert not any(info.values())
-    assert kinds_of_linear_maps(loaded) == plain_kinds(task)
+    assert not is_prepared(loaded)
     check_same_outputs(loaded(**inputs), expected)
-    check_same_outputs(loaded.prepack_weights()(**inputs), expected)
+    check_same_outputs(loaded.prepare_for_inference("float32")(**inputs), expected)
 
 
 # Other types, and back
@@ -299,13 +217,13 @@ def test_packing_twice_and_back_leaves_plain_linear_maps():
     plain, packed = make_models("nlvr2")
     inputs = TASKS["nlvr2"].make_inputs(LENGTHS)
     expected = plain(**inputs)
-    assert packed.prepack_weights() is packed
+    assert packed.prepare_for_inference("float32") is packed
     check_same_outputs(packed(**inputs), expected)
-    assert packed.prepack_weights(False) is packed
-    assert kinds_of_linear_maps(packed) == plain_kinds("nlvr2") and not holds_prepacked_weights(packed)
+    assert packed.prepare_for_inference(None) is packed
+    assert not is_prepared(packed) and not holds_prepared_weights(packed)
     check_same_outputs(packed(**inputs), expected, atol=0)
-    assert packed.prepack_weights(False) is packed  # nothing to undo
-    check_same_outputs(packed.prepack_weights()(**inputs), expected)
+    assert packed.prepare_for_inference(None) is packed  # nothing to undo
+    check_same_outputs(packed.prepare_for_inference("float32")(**inputs), expected)
 
 
 @torch.no_grad()
@@ -342,16 +260,14 @@ class Feed(nn.Module):
 def test_a_linear_map_takes_states_of_any_shape(bias, fused):
     plain = Feed(nn.GELU(), bias)
     packed = nn.Sequential(copy.deepcopy(plain))
-    size = prepack_linear_maps(packed, (nn.Linear,), {Feed: ("fc", "act")} if fused else {})
-    assert type(packed[0].fc) is PrepackedLinear and (type(packed[0]) is FusedFeedForward) == fused
-    assert size == plain.fc.weight.numel() * 4  # bytes of a weight in float32
+    prepare_linear_maps(packed, "float32", {Feed: ("fc", "act")} if fused else {})
+    assert is_prepared(packed) and (type(packed[0].__dict__.get("forward")) is FusedForward) == fused
     strided = torch.randn(6, 5).T
     for states in (torch.randn(6), torch.randn(1, 6), torch.randn(2, 3, 6), torch.randn(0, 6), strided):
         torch.testing.assert_close(packed(states), plain(states))
         torch.testing.assert_close(packed[0].fc(states), plain.fc(states))
-        torch.testing.assert_close(packed[0].fc(states, packed[0].act), plain(states))
-    unpack_linear_maps(packed)
-    assert type(packed[0]) is Feed and type(packed[0].fc) is nn.Linear and type(packed[0].act) is nn.GELU
+    restore_linear_maps(packed)
+    assert not is_prepared(packed) and "forward" not in packed[0].__dict__
     assert torch.equal(packed(strided), plain(strided))
 
 
@@ -360,22 +276,10 @@ def test_a_linear_map_takes_states_of_any_shape(bias, fused):
 def test_only_the_exact_gelu_is_applied_by_the_map(activation):
     plain = Feed(activation)
     packed = nn.Sequential(copy.deepcopy(plain))
-    prepack_linear_maps(packed, (nn.Linear,), {Feed: ("fc", "act")})
-    assert type(packed[0]) is Feed and type(packed[0].fc) is PrepackedLinear
+    prepare_linear_maps(packed, "float32", {Feed: ("fc", "act")})
+    assert is_prepared(packed)
     states = torch.randn(2, 3, 6)
     torch.testing.assert_close(packed(states), plain(states))
-
-
-def test_maps_are_replaced_and_share_their_parameters():
-    model = make_task_model("vqa")
-    layer = model.vision_model.encoder.layers[0]
-    mlp, before = layer.mlp, layer.mlp.fc1
-    model.prepack_weights()
-    assert type(before) is nn.Linear and layer.mlp.fc1 is not before and layer.mlp is not mlp
-    assert layer.mlp.fc1.weight is before.weight and layer.mlp.fc1.bias is before.bias
-    model.train().prepack_weights(False)
-    assert layer.mlp is mlp and mlp.training
-    assert type(mlp.fc1) is nn.Linear and mlp.fc1.weight is before.weight
 
 
 def hooked_before(linear):
@@ -394,16 +298,14 @@ def hooked_by_accelerate(linear):
 
 @pytest.mark.parametrize("hook", [hooked_before, hooked_after, hooked_by_accelerate])
 @torch.no_grad()
-def test_maps_with_hooks_stay_as_they_are(hook):
+def test_hooks_of_maps_run(hook):
     models = make_task_model("vqa"), make_task_model("vqa")
     unhooked = models[0](**make_inputs(LENGTHS))
     for model in models:
         for layer in model.vision_model.encoder.layers:
             hook(layer.mlp.fc1)
             hook(layer.self_attn.qkv)
-    plain, packed = models[0], models[1].prepack_weights()
-    layer = packed.vision_model.encoder.layers[0]
-    assert type(layer.mlp.fc1) is type(layer.self_attn.qkv) is nn.Linear and type(layer.mlp.fc2) is PrepackedLinear
+    plain, packed = models[0], models[1].prepare_for_inference("float32")
     expected = plain(**make_inputs(LENGTHS))
     assert (expected.logits - unhooked.logits).abs().max() > 0.01
     check_same_outputs(packed(**make_inputs(LENGTHS)), expected)
@@ -411,14 +313,14 @@ def test_maps_with_hooks_stay_as_they_are(hook):
 
 @torch.no_grad()
 def test_who_listens_to_an_activation_hears_it():
-    """Whenever the hook came: before the weights were prepacked or after."""
+    """Whenever the hook came: before the weights were prepared or after."""
     plain, packed = make_task_model("vqa"), make_task_model("vqa")
     inputs, heard = make_inputs(LENGTHS), []
     for model in (plain, packed):
         mlp = model.vision_model.encoder.layers[0].mlp
         mlp.activation_fn.register_forward_hook(lambda module, inputs, output: heard.append(output))
         if model is packed:
-            model.prepack_weights()
+            model.prepare_for_inference("float32")
         fc1 = model.vision_model.encoder.layers[1].mlp.fc1
         fc1.register_forward_hook(lambda module, inputs, output: heard.append(output))
     check_same_outputs(packed(**inputs), plain(**inputs))
@@ -428,21 +330,96 @@ def test_who_listens_to_an_activation_hears_it():
 
 
 @torch.no_grad()
-def test_the_former_name_does_the_same():
+def test_small_weights_stay_as_they_are(monkeypatch):
+    monkeypatch.undo()  # they stay in cache
+    assert not is_prepared(make_task_model("vqa").prepare_for_inference())
+
+
+@torch.no_grad()
+def test_auto_is_the_models_own_dtype():
+    for dtype, precision in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, None)):
+        plain, model = make_task_model("vqa").to(dtype), make_task_model("vqa").to(dtype)
+        assert model.prepare_for_inference() is model and model.inference_precision == precision
+        assert is_prepared(model) == (precision is not None)
+        atol = 0.15 if dtype == torch.bfloat16 else 1e-5
+        check_same_outputs(model(**make_inputs(LENGTHS)), plain(**make_inputs(LENGTHS)), atol=atol)
+
+
+def test_another_precision_is_refused():
+    model = make_task_model("vqa").prepare_for_inference("int8")
+    with pytest.raises(ValueError, match=r"precision='int4': expected one of auto, float32, bfloat16, int8, or None"):
+        model.prepare_for_inference("int4")
+    assert model.inference_precision == "int8"
+    with pytest.raises(ValueError, match=r"precision='int8' on meta: expected a CPU.*torchao"):
+        make_task_model("vqa").to("meta").prepare_for_inference("int8")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_other_precisions_are_close_and_undone(task, precision):
+    plain, model = make_models(task, 0.0)
+    inputs, name = TASKS[task].make_inputs(LENGTHS), TASKS[task].scores
+    expected = plain(**inputs)[name]
+    model.prepare_for_inference(precision)
+    got = model(**inputs)[name]
+    assert got.dtype == torch.float32
+    error = (got - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.05
+    check_same_outputs(model.prepare_for_inference("float32")(**inputs), plain(**inputs))
+    check_same_outputs(model.prepare_for_inference(None)(**inputs), plain(**inputs), atol=0)
+
+
+@pytest.mark.parametrize("precision", prepared_linear.PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_inputs_of_any_floating_dtype(precision, dtype):
+    _, model = make_models("vqa")
+    model.prepare_for_inference(precision)
+    inputs = make_inputs(LENGTHS)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    got = model(**inputs)
+    assert got.logits.dtype == torch.float32
+    check_same_outputs(got, model(**{**inputs, "pixel_values": inputs["pixel_values"].float()}))
+    linear = model.vision_model.encoder.layers[0].mlp.fc1
+    assert linear(torch.randn(3, 32, dtype=dtype)).dtype == dtype
+
+
+@torch.no_grad()
+def test_int8_quantizes_each_token_by_itself():
+    linear = nn.Linear(64, 48)
+    states = torch.randn(200, 64) * torch.logspace(-2, 2, 200).unsqueeze(1)
+    expected = linear(states)
+    layer = nn.Sequential(linear)
+    prepare_linear_maps(layer, "float32", {})
+    linear.forward = PreparedForward(linear, "int8")
+    error = (linear(states) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 0.05
+
+
+@torch.no_grad()
+def test_only_the_maps_of_layers_get_another_precision():
+    for model in (make_task_model("vqa"), make_task_model("retrieval"), make_task_model("captioning")):
+        model.prepare_for_inference("int8")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                expected = torch.ops.quantized if ".layer" in name else None
+                assert (module.forward.make is prepared_linear._quantize) == (expected is not None), name
+
+
+@torch.no_grad()
+def test_memory_of_weights_in_a_file_is_released(tmp_path):
     model = make_task_model("vqa")
-    assert model.pack_weights() is model and kinds_of_linear_maps(model) == {PrepackedLinear}
-    assert model.pack_weights(False) is model and kinds_of_linear_maps(model) == {nn.Linear}
-    assert kinds_of_linear_maps(model.pack_weights(packed=True)) == {PrepackedLinear}
-    assert kinds_of_linear_maps(model.prepack_weights(prepacked=False)) == {nn.Linear}
-
-
-def test_what_prepares_for_inference_prepacks_where_that_helps(monkeypatch):
-    # Small weights stay in cache as they are.
-    assert kinds_of_linear_maps(make_task_model("vqa").prepack_for_inference()) == {nn.Linear}
-    monkeypatch.setattr("madtp_hf.modeling.pruned_model.LARGE", 1)
-    assert kinds_of_linear_maps(make_task_model("vqa").prepack_for_inference()) == {PrepackedLinear}
-    for model in (make_task_model("vqa").train(), make_task_model("vqa").to(torch.bfloat16)):
-        assert model.prepack_for_inference() is model and kinds_of_linear_maps(model) == {nn.Linear}
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).prepare_for_inference("int8")
+    mapped = [m.forward.mapped_at for m in loaded.modules() if isinstance(m.__dict__.get("forward"), PreparedForward)]
+    assert sys.platform != "linux" or all(mapped)
+    inputs = make_inputs(LENGTHS)
+    check_same_outputs(loaded(**inputs), model.prepare_for_inference("int8")(**inputs))
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu_new"])
@@ -452,7 +429,7 @@ def test_other_activations_stay_what_they_are(activation):
     config.vision_config.hidden_act = activation
     plain = MadtpBlipForQuestionAnswering(config).eval()
     expected = plain(**make_inputs(LENGTHS))
-    check_same_outputs(plain.prepack_weights()(**make_inputs(LENGTHS)), expected)
+    check_same_outputs(plain.prepare_for_inference("float32")(**make_inputs(LENGTHS)), expected)
 
 
 @torch.no_grad()
@@ -465,10 +442,10 @@ def test_an_adapter_on_a_packed_model_comes_before_the_activation():
     check_same_outputs(*results)
 
 
-def test_without_onednn_the_error_says_what_is_missing(monkeypatch):
+def test_without_kernels_the_error_says_what_is_missing(monkeypatch):
     model = make_task_model("vqa")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"prepack_weights needs torch with oneDNN.*go on without"):
-        model.prepack_weights()
-    assert kinds_of_linear_maps(model) == {nn.Linear}
-    assert model.prepack_weights(False) is model
+    with pytest.raises(RuntimeError, match=r"precision='float32' needs torch with oneDNN.*the model still runs"):
+        model.prepare_for_inference("float32")
+    assert model.prepare_for_inference() is model and model.prepare_for_inference(None) is model
+    assert not is_prepared(model)
