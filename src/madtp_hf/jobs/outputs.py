@@ -118,7 +118,7 @@ class SideFiles(FileOutput):
             if first != row:
                 refused[row] = f"its text file is that of {keys[first]}"
             elif os.path.lexists(path) and not replaces and self._mark(path, _content(path)) not in mine:
-                refused[row] = f"{path.name} is there already, and this job has not written it"
+                refused[row] = f"{path.name} exists, and this job has not written it"
         return refused
 
     def _mine(self) -> set[int]:

@@ -1,4 +1,4 @@
-"""A job's state on disk: its settings and its results so far, from which a stopped job goes on.
+"""A job's state on disk: its settings and its results so far, from which a stopped job resumes.
 
 The folder beside the output, such as `captions.parquet.job`, holds `manifest.json` and parts,
 `part-<time>-<digest>.arrow`: results, each by its row's identity (`Rows.identities`). A part is written in one step,
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 2**14  # of tables in memory
 
 
 class Results:
-    """The results in a job's parts, read in place. Of several of one row, the latest that is no error counts."""
+    """The results in a job's parts, read in place. Of several of one row, the latest that is not an error counts."""
 
     def __init__(self, table):
         self.table = table
