@@ -3,12 +3,12 @@ sentence."""
 
 import pytest
 import torch
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, BlipProcessor, GenerationConfig
 from transformers.utils.logging import warning_once
 
 from madtp_hf import MadtpBlipForQuestionAnswering
 
-from .conftest import TASKS, make_inputs, make_task_blip, make_task_model
+from .conftest import TASKS, make_inputs, make_processor, make_task_blip, make_task_model
 from .test_static_shapes import frozen, question, scores, without_labels
 
 
@@ -254,6 +254,24 @@ def test_auto_model_needs_no_trust_remote_code_with_the_package(task, tmp_path):
     model = make_task_model(task)
     model.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == type(model).__name__
+    for config in (model.config, AutoConfig.from_pretrained(tmp_path)):
+        made = AutoModel.from_config(config)
+        assert type(made) is type(model)
+        assert [name for name, _ in made.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+    class OfOnesOwn(type(model)):
+        pass
+
+    assert type(OfOnesOwn.from_pretrained(tmp_path)) is OfOnesOwn
+
+
+@TASK
+def test_a_processor_loads_without_our_code(task, tmp_path, monkeypatch, caplog):
+    make_task_model(task).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), BlipProcessor)
+    assert "custom code" not in caplog.text
 
 
 def test_from_blip_hands_on_what_from_pretrained_takes(tmp_path, recwarn):

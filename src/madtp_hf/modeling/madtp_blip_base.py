@@ -66,13 +66,25 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, config=None, **kwargs) -> "Self":
-        # `AutoModel` keeps one model class per configuration class. After a local checkpoint of one task, it would
-        # load another task's checkpoint from a folder of the same name with the first task's class.
-        named = (getattr(config, "architectures", None) or [None])[0]
-        for other in MadtpBlipPreTrainedModel.__subclasses__():
-            if other.__name__ == named and other is not cls:
-                return other.from_pretrained(*args, config=config, **kwargs)
+        named = cls._named_by(config)
+        if named is not cls:
+            return named.from_pretrained(*args, config=config, **kwargs)
         return super().from_pretrained(*args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return super(MadtpBlipPreTrainedModel, cls._named_by(config))._from_config(config, **kwargs)
+
+    @classmethod
+    def _named_by(cls, config) -> type["MadtpBlipPreTrainedModel"]:
+        """Return the class that a configuration names, or this one.
+
+        `AutoModel` keeps one model class per configuration class, and asks it for models of all tasks.
+        """
+        names = {*(getattr(config, "architectures", None) or ())}
+        names.add((getattr(config, "auto_map", None) or {}).get("AutoModel", "").rpartition(".")[2])
+        tasks = [task for task in MadtpBlipPreTrainedModel.__subclasses__() if task.__name__ in names]
+        return cls if not tasks or issubclass(cls, tasks[0]) else tasks[0]
 
     @classmethod
     def from_blip(cls, source: PreTrainedModel | str | Path, **config_overrides) -> "Self":

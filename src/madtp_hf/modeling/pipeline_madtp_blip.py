@@ -12,11 +12,13 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.image_utils import httpx  # the client that transformers itself fetches images with
 
 from .images import UnreadableImage, read_image
+from .padding import tokenize
 
 
 _IMAGE = "a PIL image, a uint8 array (height, width, 3), or a path, URL or base64 string of an image"
@@ -67,9 +69,10 @@ class MadtpBlipPipeline(Pipeline):
 
     An image is a PIL image, an array (height, width, 3) of uint8, or a path, URL or base64 string. All pipelines take,
     in a call or in `pipeline(...)` for all calls, `reduction` (the share of FLOPs to save in this call, 0 for none;
-    other threads' calls don't see it), and `padding`, `truncation` and `timeout` (seconds to fetch an image) as in
-    other pipelines. A call raises a `TypeError` for an image or a text of another type, and a `ValueError` for one
-    that is missing, for an empty list, for lists of unequal lengths in a dict, and for an input that holds no image.
+    other threads' calls don't see it), and `padding`, `truncation` (of texts that are too long, which are an error
+    otherwise) and `timeout` (seconds to fetch an image) as in other pipelines. A call raises a `TypeError` for an
+    image or a text of another type, and a `ValueError` for one that is missing, for an empty list, for lists of
+    unequal lengths in a dict, for an input that holds no image, and for a text that is too long.
 
     parts: for each of the two parts of an input, the image first: a function that tells whether a value is a single
     one, and a description of what is expected, for error messages.
@@ -97,7 +100,11 @@ class MadtpBlipPipeline(Pipeline):
         top_k = given.get("top_k")
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise ValueError(f"top_k={top_k!r}: expected a whole number of at least 1.")
-        return tuple({n: given[n] for n in names if given.get(n) is not None} for names in self.parameters)
+        found = tuple({n: given[n] for n in names if given.get(n) is not None} for names in self.parameters)
+        found[0]["last"] = {}  # the last image that this call has read
+        if "generate_kwargs" in self.parameters[1]:
+            found[1]["last"] = {}  # and encoded
+        return found
 
     # Call arguments
 
@@ -117,7 +124,9 @@ class MadtpBlipPipeline(Pipeline):
         images, texts = self._as_list(image_name, image), self._as_list(text_name, text)
         if self._is_one(image_name, image) and self._is_one(text_name, text):
             return super().__call__({image_name: image, text_name: text}, **kwargs)
-        return super().__call__([{image_name: i, text_name: t} for t in texts for i in images], **kwargs)
+        # An image's texts come one after the other, so that it is read and encoded once.
+        results = super().__call__([{image_name: i, text_name: t} for i in images for t in texts], **kwargs)
+        return [result for start in range(len(texts)) for result in results[start :: len(texts)]]
 
     def _is_one(self, name: str, value) -> bool:
         return self.parts[name][0](value)
@@ -165,8 +174,9 @@ class MadtpBlipPipeline(Pipeline):
                 f" one length, paired in order; for every {text} with every {image}, pass {image}=[...] and"
                 f" {text}=[...]."
             )
-        pairs = zip(self._as_list(image, images), self._as_list(text, texts))
-        return [dict(zip(self.parts, pair)) for pair in pairs]
+        for name in self.parts:
+            self._as_list(name, inputs[name])  # checks each
+        return [{image: one, text: other} for one, other in zip(images, texts)]
 
     def _is_several(self, name: str, value) -> bool:
         """Whether a value is, or can be read as, a list of several values.
@@ -197,16 +207,38 @@ class MadtpBlipPipeline(Pipeline):
 
     # Model inputs
 
-    def _read_images(self, images: list, timeout: float | None) -> torch.Tensor:
-        """Read images into pixel_values (len(images), 3, H, W)."""
-        images = [_load_image(image, timeout) for image in images]
-        return self.image_processor(images=images, return_tensors="pt").pixel_values.to(self.model.dtype)
+    def _read_images(self, images: list, timeout: float | None, last: dict) -> torch.Tensor:
+        """Read images into pixel_values (len(images), 3, H, W); the same paths or URLs as last are not read again."""
+        are_named = all(isinstance(image, (str, os.PathLike)) for image in images)
+        if are_named and last.get("names") == images:
+            return last["pixels"]
+        read = [_load_image(image, timeout) for image in images]
+        pixels = self.image_processor(images=read, return_tensors="pt").pixel_values.to(self.model.dtype)
+        last.update(names=images if are_named else None, pixels=pixels)
+        return pixels
+
+    def _encode_images(self, pixel_values: torch.Tensor, last: dict) -> dict[str, torch.Tensor]:
+        """Encode images for `generate`; one that equals its predecessor, also in the batch before, is not encoded."""
+        predecessors = torch.cat([last.get("pixels", pixel_values[:1]), pixel_values[:-1]])
+        is_new = (pixel_values != predecessors).flatten(1).any(dim=1)
+        is_new[0] |= not last
+        states = [last["states"]] if last else []
+        if is_new.any():
+            output = self.model.vision_model(pixel_values[is_new])
+            embeds, mask = output.last_hidden_state, output.attention_mask
+            states += embeds if mask is None else [row[real] for row, real in zip(embeds, mask)]
+        index = (is_new.cumsum(0) - (0 if last else 1)).tolist()
+        chosen = [states[i] for i in index]
+        last.update(pixels=pixel_values[-1:], states=chosen[-1])
+        lengths = torch.tensor([len(row) for row in chosen], device=pixel_values.device)
+        padded = pad_sequence(chosen, batch_first=True)
+        mask = torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None]
+        return {"image_embeds": padded, "image_mask": mask}
 
     def _read_texts(self, texts, padding, truncation, return_tensors="pt"):
         """Return input_ids and attention_mask of a text, or of a list of texts."""
-        longest = self.model.config.text_config.max_position_embeddings if truncation else None
-        options = {"padding": padding, "truncation": truncation, "max_length": longest}
-        read = self.tokenizer(texts, return_tensors=return_tensors, **options)
+        longest, options = self.model.config.text_config.max_position_embeddings, {"return_tensors": return_tensors}
+        read = tokenize(self.tokenizer, texts, longest, truncation, padding=padding, **options)
         return {"input_ids": read.input_ids, "attention_mask": read.attention_mask}
 
     def forward(self, model_inputs, reduction: float | None = None, **forward_params):
@@ -218,10 +250,10 @@ class MadtpBlipPipeline(Pipeline):
         room = self.model.config.text_config.max_position_embeddings - prompt_length
         return {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
 
-    def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
+    def preprocess(self, inputs, padding=False, truncation=False, timeout=None, *, last):
         image, text = self._check_pair(inputs, "the pair").values()
         read = self._read_texts(text, padding, truncation)
-        return {**read, "pixel_values": self._read_images([image], timeout)}
+        return {**read, "pixel_values": self._read_images([image], timeout, last)}
 
 
 class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
@@ -264,11 +296,12 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
         """
         return self._ask(image, question, **kwargs)
 
-    def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None):
+    def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None, *, last):
+        images = self._encode_images(model_inputs.pop("pixel_values"), last)
         defaults = {"num_beams": top_k, "do_sample": False, "max_new_tokens": max_new_tokens}
         fixed = {"num_return_sequences": top_k, "return_dict_in_generate": True, "output_scores": True}
         options = self._generation_options(1, {**defaults, **(generate_kwargs or {}), **fixed})
-        output = self.model.generate(**model_inputs, **options)
+        output = self.model.generate(**model_inputs, **images, **options)
         beams = getattr(output, "beam_indices", None)
         log_probabilities = self.model.text_decoder.compute_transition_scores(
             output.sequences, output.scores, beams, normalize_logits=beams is None
@@ -342,11 +375,11 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
         pair = {"image": pair} if _is_image(pair) else pair
         return super()._check_pair({"prompt": "", **pair} if isinstance(pair, dict) else pair, where)
 
-    def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None):
-        number = len(model_inputs["pixel_values"])
+    def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None, *, last):
+        images, number = self._encode_images(model_inputs.pop("pixel_values"), last), len(model_inputs["input_ids"])
         options = {"max_new_tokens": max_new_tokens, **(generate_kwargs or {}), "return_dict_in_generate": False}
         options = self._generation_options(model_inputs["input_ids"].shape[1] - 1, options)  # the model drops [SEP]
-        return {"sequences": self.model.generate(**model_inputs, **options).unflatten(0, (number, -1))}
+        return {"sequences": self.model.generate(**model_inputs, **images, **options).unflatten(0, (number, -1))}
 
     def postprocess(self, model_outputs):
         texts = self.tokenizer.batch_decode(model_outputs["sequences"][0], skip_special_tokens=True)
@@ -387,10 +420,10 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         """
         return self._ask(images, text, **kwargs)
 
-    def preprocess(self, inputs, padding=False, truncation=True, timeout=None):
+    def preprocess(self, inputs, padding=False, truncation=False, timeout=None, *, last):
         images, text = self._check_pair(inputs, "the pair").values()
         read = self._read_texts(text, padding, truncation)
-        return {**read, "pixel_values": self._read_images(list(images), timeout).unsqueeze(0)}
+        return {**read, "pixel_values": self._read_images(list(images), timeout, last).unsqueeze(0)}
 
     def _forward(self, model_inputs):
         return {"scores": self.model(**model_inputs).logits.float().softmax(dim=-1)}
@@ -442,11 +475,11 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
             text = self._as_list("text", text)  # such as an array of strings
         return self._ask(image, text, **kwargs)
 
-    def preprocess(self, inputs, truncation=True, timeout=None):
+    def preprocess(self, inputs, truncation=False, timeout=None, *, last):
         image, text = self._check_pair(inputs, "the pair").values()
         texts = [text] if _is_string(text) else list(text)
         input_ids = self._read_texts(texts, False, truncation, return_tensors=None)["input_ids"]
-        return {"pixel_values": self._read_images([image], timeout), "texts": texts, "input_ids": input_ids}
+        return {"pixel_values": self._read_images([image], timeout, last), "texts": texts, "input_ids": input_ids}
 
     def _forward(self, model_inputs):
         # A batch holds a list of texts for each image; a single sample holds just its texts.
