@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.sources import require
+from ..modeling.images import UnreadableImage
 from .on_ray import run_on_ray
 from .outputs import FileOutput
 from .reading import Batch, Reader, default_readers, read_rows
@@ -29,11 +30,12 @@ _PATIENCE = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Summary:
-    """A job's result: rows with and without a result; how many this run computed, in how many seconds."""
+    """A job's result: rows with and without a result; how many this run did, in how many seconds, how many failed."""
 
     images: int
     errors: int
     done_now: int
+    failed_now: int
     seconds: float
 
 
@@ -110,8 +112,10 @@ def run_job(
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return None
-        images, errors = _finish(reader, output, state, plan)
-        return Summary(images, errors, len(plan.todo), time.perf_counter() - began)
+        good = _finish(reader, output, state, plan)
+        failed_now = int((~good[plan.todo]).sum())
+        images = int(good.sum())
+        return Summary(images, len(good) - images, len(plan.todo), failed_now, time.perf_counter() - began)
     finally:
         state.release()
 
@@ -186,19 +190,22 @@ def progress(total: int, unit: str, show: bool | None, **options) -> tqdm:
 
 def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval: float, bar) -> None:
     """Save results by time, and at the end, whatever ends it."""
-    rows, saved, num_errors = [], time.monotonic(), 0
+    rows: list[tuple[int, object, str | None]] = []
+    saved, num_errors = time.monotonic(), 0
 
     def save():
         nonlocal saved
         saving, rows[:] = [*rows], []
         if saving:
-            indices, values, errors = zip(*saving)
-            state.add(plan.ids[list(indices)].tolist(), values, errors)
+            indices, values, errors = map(list, zip(*saving))
+            state.add(plan.ids[indices].tolist(), values, errors)
         saved = time.monotonic()
 
     try:
         for batch, values in done:
-            failed = {row: value.reason for row, value in zip(batch.rows, values) if isinstance(value, Exception)}
+            failed = {
+                row: value.reason for row, value in zip(batch.rows, values) if isinstance(value, UnreadableImage)
+            }
             rows += [(row, value, None) for row, value in zip(batch.rows, values) if row not in failed]
             failed |= batch.errors
             rows += [(row, None, reason) for row, reason in failed.items()]
@@ -216,10 +223,10 @@ def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval
         save()
 
 
-def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tuple[int, int]:
+def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> np.ndarray:
     """Write the output from the results; called by one process only, once every row has one.
 
-    Returns the numbers of rows with and without a result.
+    Returns, for each row, whether its result is in the output.
     """
     results, pyarrow = state.results(), require("pyarrow")
     places, good = results.find(plan.ids)
@@ -228,7 +235,8 @@ def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tup
     missing = [row for row in np.flatnonzero(places < 0) if row not in refused]
     if missing:
         raise OSError(f"{len(missing)} rows have no result: run the same command again.")
-    column, texts, failed = state.schema.names[1], reader.source.without_images(), []
+    column, texts = state.schema.names[1], reader.source.without_images()
+    failed: list[dict] = []
     folder = reader.source.folder if reader.source.in_memory else None
     made_by = {name: state.manifest[name] for name in ("model", "pruning", "settings")} | {"folder": folder}
     made_by = {"madtp_hf": json.dumps(made_by)}
@@ -259,7 +267,7 @@ def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tup
     output.write(state, tables(), failed)
     state.compact(results, plan.ids)
     state.write_manifest()
-    return int(good.sum()), int((~good).sum())
+    return good
 
 
 # Processes

@@ -1,4 +1,4 @@
-"""A job's state on disk: its settings and its results so far, from which a stopped job goes on.
+"""A job's state on disk: its settings and its results so far, from which a stopped job resumes.
 
 The folder beside the output, such as `captions.parquet.job`, holds `manifest.json` and parts,
 `part-<time>-<digest>.arrow`: results, each by its row's identity (`Rows.identities`). A part is written in one step,
@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -22,13 +23,13 @@ from ..data.sources import require
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 ROWS_AT_ONCE = 2**14  # of tables in memory
 
 
 class Results:
-    """The results in a job's parts, read in place. Of several of one row, the latest that is no error counts."""
+    """The results in a job's parts, read in place. Of several of one row, the latest that is not an error counts."""
 
     def __init__(self, table):
         self.table = table
@@ -61,10 +62,11 @@ class State:
 
     def __init__(self, folder: Path, out: Path, column: str, kind):
         pyarrow = require("pyarrow")
-        self.folder, self.out, self.manifest = folder, out, {}
+        self.folder, self.out = folder, out
+        self.manifest: dict = {}
         fields = [("id", pyarrow.int64()), (column, kind), ("error", pyarrow.string())]
         self.schema = pyarrow.schema(fields)
-        self._lock_file = None
+        self._lock_file: IO | None = None
 
     def begin(self, settings: dict, source: str, notes: dict, force: bool) -> None:
         """Start or resume the job; called by one process only. The new manifest is not yet written.
@@ -128,7 +130,7 @@ class State:
         # Locking the whole file fails if another process holds any byte; then release all but the first byte, so that
         # others can join.
         self._take_lock(0, 0)
-        if fcntl is not None:
+        if self._lock_file is not None:
             fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 0, 1)
 
     def join(self, process_index: int) -> None:
