@@ -79,7 +79,7 @@ def generate(model, inputs):
 
 @torch.no_grad()
 def encode_texts(model, inputs):
-    return model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    return model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
 
 
 def training_step(model, inputs):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madtp_hf.serving.page import check_shown, cost_html, layers_to_draw, look, make_app, reduction_bounds
+from madtp_hf.serving.page import check_shown, cost_html, layers_to_draw, look, make_app
 
 from .conftest import make_processor, make_task_model
 
@@ -58,7 +58,6 @@ def test_a_look_is_what_the_model_says(task, processor, monkeypatch):
 def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
     monkeypatch.setattr("madtp_hf.serving.page.TIMED_SECONDS", 0.0)
     model = pruned_model()
-    assert reduction_bounds(model.config) == (0.2, 0.7)
     left = [
         look(model, processor, picture(), QUESTION, reduction).survivors.patches[0, -1].sum()
         for reduction in (0.2, 0.37, 0.7)
@@ -228,6 +227,6 @@ def test_the_example_makes_a_model_to_show(task):
     pytest.importorskip("sklearn", reason="the digit scenes need scikit-learn")
     model, processor = load_example().prune_digit_model(task, num_samples=64)
     row = next(iter(load_example().digit_examples(1)))
-    found = look(model, processor, *row, reduction_bounds(model.config)[1])
+    found = look(model, processor, *row, model.config.calibrated_reductions[-1])
     assert 1 - found.pruned.gflops / found.dense.gflops > 0.5
     assert found.pruned.text

@@ -310,3 +310,33 @@ def test_bad_input_is_one_line_and_leaves_nothing(dense, pruned, photos, tmp_pat
 def test_help_fits_a_screen(command):
     shown = invoke(command, "--help").stdout
     assert "Example: madtp-hf" in shown and len(shown.splitlines()) <= 40
+
+
+def test_other_methods_are_pruned_to_and_compared(dense, photos, tmp_path):
+    pytest.importorskip("evaluate", reason="metrics need evaluate: pip install 'madtp_hf[metrics]'")
+    data = "--data", photos, "--question", QUESTION, "--reductions", 0.3
+    result = invoke("prune", dense / "vqa", tmp_path / "out", *data, "--method", "tome")
+    assert result.exit_code == 0, result.stderr
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model.config.pruning_method == "tome" and model.is_pruning
+    assert "tokens are chosen by the method `tome`" in ModelCard.load(tmp_path / "out" / "README.md").text
+    rows = [{"image": f"{index}.png", "question": QUESTION, "answers": "seven"} for index in range(4)]
+    data = "--data", write_csv(tmp_path / "questions.csv", rows), "--image-dir", photos, "--reductions", 0.3
+    compared = invoke("evaluate", dense / "vqa", *data, "--methods", "madtp", "tome", "--out", tmp_path)
+    assert compared.exit_code == 0, compared.stderr
+    content = json.loads((tmp_path / "results.json").read_text())
+    found = [(row["method"], row["reduction asked"]) for row in content["results"]]
+    assert found == [("off", 0), ("madtp", 0.3), ("tome", 0.3)]
+    refused = invoke("evaluate", tmp_path / "nowhere", *data, "--methods", "magic", "--out", tmp_path, "--force")
+    assert refused.exit_code == 1 and "--methods magic: expected one of class_attention, evit" in refused.stderr
+
+
+def test_a_precision_is_that_of_the_figures(pruned, photos, tmp_path):
+    pytest.importorskip("evaluate", reason="metrics need evaluate: pip install 'madtp_hf[metrics]'")
+    rows = [{"image": f"{index}.png", "question": QUESTION, "answers": "seven"} for index in range(2)]
+    data = "--data", write_csv(tmp_path / "questions.csv", rows), "--image-dir", photos, "--reductions", 0
+    result = invoke("evaluate", pruned[0], *data, "--out", tmp_path, "--precision", "bfloat16")
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert row["precision"] == "bfloat16"
+    assert invoke("evaluate", pruned[0], *data, "--precision", "int3").exit_code == 2

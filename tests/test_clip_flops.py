@@ -5,7 +5,7 @@ import torch
 
 from madtp_hf import MadtpClipConfig, calibrate, count_flops
 from madtp_hf.budgets.calibration import measure_reduction
-from madtp_hf.budgets.evaluation import record_tokens
+from madtp_hf.budgets.evaluation import record_branches
 from madtp_hf.budgets.passes import measure
 from madtp_hf.tasks import flop_formulas
 
@@ -47,10 +47,10 @@ def test_reductions_are_reached_and_written_down():
     for reduction in (0.4, 0.5):
         assert measure_reduction(model, batches, **model.setting_for(reduction)) == pytest.approx(reduction, abs=0.01)
     model.set_pruning(reduction=0.5)
-    with torch.no_grad(), record_tokens(model) as tokens:
+    with torch.no_grad(), record_branches(model) as outputs:
         output = model(**batches[0])
-    assert torch.equal(tokens["vision_tokens"], output.vision_tokens)
-    assert torch.equal(tokens["text_tokens"], output.text_tokens)
+    assert torch.equal(outputs["vision"].num_tokens, output.vision_tokens)
+    assert torch.equal(outputs["text"].num_tokens, output.text_tokens)
 
 
 @pytest.fixture(scope="module")

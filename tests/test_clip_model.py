@@ -73,7 +73,7 @@ def test_features_are_those_of_transformers_clip():
             clip.get_text_features(**inputs, position_ids=positions),
         ),
     ):
-        assert type(mine) is type(theirs)
+        assert isinstance(mine, type(theirs)) and list(mine.keys()) == list(theirs.keys())
         close(mine.pooler_output, theirs.pooler_output)
     for one, other in zip(
         model.get_image_features(pixels, return_dict=False),
@@ -246,8 +246,7 @@ def test_bad_input_is_named():
         ({"input_ids": torch.ones(3, 30).long(), "attention_mask": None}, ValueError, "reads at most 24"),
         ({"attention_mask": torch.ones(3, 2)}, ValueError, "attention_mask has shape"),
         ({"pixel_values": inputs["pixel_values"][:2], "return_loss": True}, ValueError, "3 texts and pixel_values 2"),
-        ({"output_attentions": True}, ValueError, "eager"),
-        ({"token_type_ids": inputs["input_ids"]}, TypeError, "got token_type_ids"),
+        ({"inputs_embeds": inputs["input_ids"]}, TypeError, "got inputs_embeds"),
     ):
         with pytest.raises(error, match=message):
             model(**{**inputs, **change})

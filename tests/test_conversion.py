@@ -259,10 +259,9 @@ def test_images_of_another_size(task):
     torch.testing.assert_close(mine[:, 1:], expected)
     large = make_inputs(image_size=64)["pixel_values"]
     with torch.no_grad():
-        mine = model.vision_model(large).hidden_states
-        theirs = original.vision_model(
-            large, interpolate_pos_encoding=True
-        ).hidden_states  # transformers' own, bicubic as well
+        mine = model.vision_model(large).last_hidden_state
+        # transformers' own, bicubic as well
+        theirs = original.vision_model(large, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
     outputs(model, task, 3.0, image_size=64)
     same = convert_original_checkpoint(state_dict, task, config=HEADS, image_size=48)

@@ -102,8 +102,8 @@ def test_what_else_models_do(mode):
     retrieval = make_model("retrieval", mode)
     with torch.no_grad(), no_default_device():
         assert model.rank_answers(**inputs, answer_input_ids=answers, k=4).shape == (4,)
-        assert retrieval.get_image_features(inputs["pixel_values"]).shape[0] == 4
-        assert retrieval.get_text_features(inputs["input_ids"], inputs["attention_mask"]).shape[0] == 4
+        assert retrieval.get_image_features(inputs["pixel_values"]).pooler_output.shape[0] == 4
+        assert retrieval.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output.shape[0] == 4
         output = retrieval(**inputs)
         again = retrieval.match(inputs["input_ids"], inputs["attention_mask"], output.image_embeds, output.image_mask)
     torch.testing.assert_close(again, output.itm_score, atol=1e-5, rtol=0)

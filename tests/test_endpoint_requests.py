@@ -494,7 +494,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(monkeypatc
     answers, connected = iter(["93.184.216.34", "127.0.0.1"]), []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(2, 1, 6, "", (next(answers), port))])
 
-    def refuse(address, timeout):
+    def refuse(address, timeout, **_):
         connected.append(address)
         raise ConnectionRefusedError
 

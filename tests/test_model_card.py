@@ -168,7 +168,6 @@ def test_metrics_in_every_form_that_people_have():
         [{"reduction": 0, "accuracy": np.float64(0.5)}, {"reduction": 0.5, "accuracy": torch.tensor(0.25)}],
         {0.0: {"accuracy": np.float32(0.5)}, 0.5: {"accuracy": 0.25}},
         {"0": {"accuracy": 0.5}, "0.5": {"accuracy": np.array(0.25)}},
-        {0: 0.5, "0.5": np.float32(0.25)},
         [{"reduction": 0.0, "accuracy": np.array([0.5])}, {"reduction": 0.5, "accuracy": torch.tensor([0.25])}],
         {"results": rows},
     ):

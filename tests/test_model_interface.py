@@ -3,11 +3,12 @@ sentence."""
 
 import pytest
 import torch
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, BlipProcessor, GenerationConfig
+from transformers.utils.logging import warning_once
 
 from madtp_hf import MadtpBlipForQuestionAnswering
 
-from .conftest import TASKS, make_inputs, make_task_blip, make_task_model
+from .conftest import TASKS, make_inputs, make_processor, make_task_blip, make_task_model
 from .test_static_shapes import frozen, question, scores, without_labels
 
 
@@ -148,22 +149,29 @@ def test_maps_equal_transformers():
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@TEMPERATURE
 @TASK
-def test_other_attention_names_the_switch(task):
-    model, inputs = model_and_inputs(task)
-    with pytest.raises(ValueError, match='set_attn_implementation\\("eager"\\)'):
-        model(**inputs, output_attentions=True)
+def test_with_other_attention_the_maps_are_computed_eagerly_in_that_call(task, temperature, caplog):
+    warning_once.cache_clear()
+    model, inputs = model_and_inputs(task, temperature)
+    output, _ = (model(**inputs, output_attentions=True) for _ in range(2))
+    assert caplog.text.count("computed eagerly, in this call alone") == 1
+    model.set_attn_implementation("eager")
+    for mine, eager in zip(output.attentions, model(**inputs, output_attentions=True).attentions, strict=True):
+        torch.testing.assert_close(mine, eager, atol=1e-5, rtol=1e-5)
 
 
 @GENERATING
-def test_generate_puts_out_maps_or_names_the_switch(task):
+def test_generate_puts_out_maps(task):
     model, inputs = model_and_inputs(task)
     options = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 2}
-    with pytest.raises(ValueError, match='set_attn_implementation\\("eager"\\)'):
-        model.generate(pixel_values=inputs["pixel_values"], **_prompt(task, inputs), **options)
-    model.set_attn_implementation("eager")
-    output = model.generate(pixel_values=inputs["pixel_values"], **_prompt(task, inputs), **options)
-    assert len(output.attentions) == output.sequences.shape[1] - 1
+    outputs = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        outputs.append(model.generate(pixel_values=inputs["pixel_values"], **_prompt(task, inputs), **options))
+    assert len(outputs[0].attentions) == outputs[0].sequences.shape[1] - 1
+    for mine, eager in zip(*(output.attentions for output in outputs), strict=True):
+        torch.testing.assert_close(mine[0], eager[0], atol=1e-5, rtol=1e-5)
 
 
 def _prompt(task, inputs):
@@ -246,6 +254,24 @@ def test_auto_model_needs_no_trust_remote_code_with_the_package(task, tmp_path):
     model = make_task_model(task)
     model.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == type(model).__name__
+    for config in (model.config, AutoConfig.from_pretrained(tmp_path)):
+        made = AutoModel.from_config(config)
+        assert type(made) is type(model)
+        assert [name for name, _ in made.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+    class OfOnesOwn(type(model)):
+        pass
+
+    assert type(OfOnesOwn.from_pretrained(tmp_path)) is OfOnesOwn
+
+
+@TASK
+def test_a_processor_loads_without_our_code(task, tmp_path, monkeypatch, caplog):
+    make_task_model(task).save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), BlipProcessor)
+    assert "custom code" not in caplog.text
 
 
 def test_from_blip_hands_on_what_from_pretrained_takes(tmp_path, recwarn):
@@ -301,7 +327,7 @@ def test_one_image_with_several_texts_and_several_with_one(task, temperature):
     one_text = {**inputs, **{name: inputs[name][:1] for name in text}}
     repeated = {**inputs, **{name: inputs[name][:1].expand(3, -1) for name in text}}
     torch.testing.assert_close(scores(model(**one_text)), scores(model(**repeated)), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="expected as many"):
+    with pytest.raises(ValueError, match="expected equal numbers"):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:2]})
 
 
@@ -322,12 +348,12 @@ def test_outputs_have_the_same_fields_whatever_the_batch(task, temperature):
 
 def test_features_come_with_their_states_on_request():
     model, inputs = model_and_inputs("retrieval", 3.0)
-    images = model.get_image_features(inputs["pixel_values"], return_dict=True, output_hidden_states=True)
-    torch.testing.assert_close(images.pooler_output, model.get_image_features(inputs["pixel_values"]))
+    images = model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
+    torch.testing.assert_close(images.pooler_output, model.get_image_features(inputs["pixel_values"]).pooler_output)
     assert len(images.hidden_states) == model.config.vision_config.num_hidden_layers + 1
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    texts = model.get_text_features(**text, token_type_ids=torch.zeros_like(text["input_ids"]), return_dict=True)
-    torch.testing.assert_close(texts.pooler_output, model.get_text_features(**text))
+    texts = model.get_text_features(**text, token_type_ids=torch.zeros_like(text["input_ids"]))
+    torch.testing.assert_close(texts.pooler_output, model.get_text_features(**text).pooler_output)
     assert texts.last_hidden_state.shape[0] == 3
 
 

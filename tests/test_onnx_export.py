@@ -1,6 +1,7 @@
 """Exported graphs answer as the model does: with onnxruntime, any batch and length, and without torch."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -295,7 +296,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("kept")
     for arguments, message in (
-        (("model", "out"), "depends on its input, which a graph can't: pass --images to calibrate and freeze it"),
+        (("model", "out"), "depends on its input, which a graph can't: pass --data to calibrate and freeze it"),
         (("model", "full"), "is not empty"),
         (("missing", "out"), "missing does not exist"),
         (("model", "out", "--reduction", "0.5"), "needs a calibrated schedule"),
@@ -327,7 +328,8 @@ def test_one_command_takes_a_dense_model_to_graphs(tmp_path):
         image.save(tmp_path / "photos" / f"{index}.png")
     options = ["--images", str(tmp_path / "photos"), "--reductions", "0.4", "--precision", "int8"]
     command = [sys.executable, "-c", EXPORT, "export", str(tmp_path / "dense"), str(tmp_path / "out"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small operations wait for each other's threads
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.search(r"image tokens left, int8; run it with", result.stdout), result.stdout
     shown = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip()]

@@ -82,7 +82,7 @@ IMAGE = picture()
         (([IMAGE],), TypeError, "item 0 of the list is a Image: expected a dict"),
         (({"image": 5, "question": "how many?"},), TypeError, "image of the dict is a int"),
         (({"image": [IMAGE, IMAGE], "question": ["how many?"]},), ValueError, r"2 image\(s\) and 1 question\(s\)"),
-        (({"image": IMAGE, "question": ["how many?"]},), ValueError, r"one image\(s\) and 1 question\(s\)"),
+        (({"image": IMAGE, "question": ["how many?"]},), TypeError, "question of the dict is a list: expected a str"),
         ((5,), TypeError, "got a int: expected image="),
         ((np.zeros((4, 4), dtype=np.uint8), "how many?"), ValueError, r"shape \(4, 4\).*\(height, width, 3\)"),
         ((np.zeros((4, 4, 3)), "how many?"), ValueError, "float64.*uint8"),

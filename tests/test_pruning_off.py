@@ -124,10 +124,11 @@ def test_retrieval_with_pruning_off_is_transformers_blip(widths):
         assert output.itm_score.shape == ((3, 2) if head else (3, 3)) and output.loss is None
     # The features, from transformers' parts.
     states = blip.vision_model(inputs["pixel_values"]).last_hidden_state[:, 0]
-    close(model.get_image_features(inputs["pixel_values"]), F.normalize(blip.vision_proj(states), dim=-1))
+    feature = model.get_image_features(inputs["pixel_values"]).pooler_output
+    close(feature, F.normalize(blip.vision_proj(states), dim=-1))
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     states = blip.text_encoder(**text).last_hidden_state[:, 0]
-    close(model.get_text_features(**text), F.normalize(blip.text_proj(states), dim=-1))
+    close(model.get_text_features(**text).pooler_output, F.normalize(blip.text_proj(states), dim=-1))
     # Similarities are of each image with each text, as many as there are.
     fewer = {**inputs, "pixel_values": inputs["pixel_values"][:2]}
     close(model(**fewer, use_itm_head=False).itm_score, blip(**fewer, use_itm_head=False).itm_score)

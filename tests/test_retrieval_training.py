@@ -167,10 +167,10 @@ def test_targets_and_loss_are_those_computed_by_hand(model, progress, temperatur
     output = model(**inputs, return_loss=True, contrastive_keys=keys)
 
     with torch.no_grad():
-        twin_images = halfway.get_image_features(inputs["pixel_values"]).numpy()
-        twin_texts = halfway.get_text_features(inputs["input_ids"], inputs["attention_mask"]).numpy()
-        images = model.get_image_features(inputs["pixel_values"]).numpy()
-        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).numpy()
+        twin_images = halfway.get_image_features(inputs["pixel_values"]).pooler_output.numpy()
+        twin_texts = halfway.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output.numpy()
+        images = model.get_image_features(inputs["pixel_values"]).pooler_output.numpy()
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output.numpy()
     image_keys = np.concatenate([twin_images, queued_images.numpy()])
     text_keys = np.concatenate([twin_texts, queued_texts.numpy()])
     hard = np.zeros((4, 7))
@@ -197,8 +197,8 @@ def test_targets_and_loss_are_those_computed_by_hand(model, progress, temperatur
 def test_without_a_memory_the_batch_is_contrasted_with_itself(model):
     inputs = pairs(4)
     inputs["image_ids"] = torch.tensor([5, 6, 5, 7])
-    images = model.get_image_features(inputs["pixel_values"])
-    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    images = model.get_image_features(inputs["pixel_values"]).pooler_output
+    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
     similarity = (images @ texts.T).detach().numpy() / 0.07
     targets = np.array([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]])
     loss = -np.mean([(targets * np.log(softmax(s))).sum(axis=1) for s in (similarity, similarity.T)])
@@ -211,9 +211,9 @@ def test_the_twin_prunes_as_the_model_does(model):
     memory.follow(model)
     inputs = pairs(4)
     keys = memory(inputs, 0.0)
-    torch.testing.assert_close(keys.image, model.get_image_features(inputs["pixel_values"]).detach())
+    torch.testing.assert_close(keys.image, model.get_image_features(inputs["pixel_values"]).pooler_output.detach())
     model.set_pruning(None)
-    assert not torch.allclose(keys.image, model.get_image_features(inputs["pixel_values"]), atol=1e-3)
+    assert not torch.allclose(keys.image, model.get_image_features(inputs["pixel_values"]).pooler_output, atol=1e-3)
     assert len(memory.id_queue) == 0 and keys.image_targets.shape == (4, 4)
 
 
@@ -428,10 +428,10 @@ def test_evaluation_leaves_the_memory_alone(model, tmp_path):
 
 def score_all(model, inputs):
     """Every image with every text, one pair at a time."""
-    images = [model.get_image_features(image[None]) for image in inputs["pixel_values"]]
+    images = [model.get_image_features(image[None]).pooler_output for image in inputs["pixel_values"]]
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     texts = [ids[:length][None] for ids, length in zip(inputs["input_ids"], lengths)]
-    text_features = [model.get_text_features(text) for text in texts]
+    text_features = [model.get_text_features(text).pooler_output for text in texts]
     similarity = torch.cat(images) @ torch.cat(text_features).T
     matching = [
         [model(input_ids=text, pixel_values=image[None]).itm_score[0, 1] for text in texts]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
+from transformers.utils.logging import warning_once
 
 from .conftest import make_processor, make_task_model
 
@@ -254,3 +255,62 @@ def test_a_reduction_of_one_call_is_seen_by_no_other_thread(task):
     assert model.config.to_dict() == before
     with pytest.raises(ValueError, match=r"0\.9.* outside"):
         asks(inputs, reduction=0.9)
+
+
+# Images that are encoded once, texts that are too long
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_image_is_encoded_once_for_all_its_questions(batch_size, tmp_path, monkeypatch):
+    ask = as_pipeline("vqa")
+    questions = [f"how many {word} are there" for word in ("sevens", "three", "two", "one", "red")]
+    IMAGES[0].save(tmp_path / "image.png")
+    expected = [[ask(image, question)[0]["answer"] for image in IMAGES] for question in questions]
+    encoded = []
+    ask.model.vision_model.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
+    alone = ask(IMAGES[0], questions, batch_size=batch_size)
+    assert sum(encoded) == 1
+    assert [answer[0]["answer"] for answer in alone] == [of_question[0] for of_question in expected]
+    encoded.clear()
+    # Every question about every image: the first question about each image, then the second.
+    every = ask(IMAGES, questions, batch_size=batch_size)
+    assert sum(encoded) == len(IMAGES)
+    assert [answer[0]["answer"] for answer in every] == [answer for of_question in expected for answer in of_question]
+    encoded.clear()
+    read = []
+    monkeypatch.setattr(
+        "madtp_hf.modeling.pipeline_madtp_blip.read_image", lambda path: read.append(path) or IMAGES[0]
+    )
+    ask(
+        [{"image": str(tmp_path / "image.png"), "question": question} for question in questions], batch_size=batch_size
+    )
+    assert sum(encoded) == len(read) == 1
+    # The next call, which may prune otherwise, encodes it anew.
+    with_more = ask(IMAGES[0], questions[0])
+    ask.model.set_pruning(None)
+    assert ask(IMAGES[0], questions[0])[0]["score"] != with_more[0]["score"]
+
+
+def test_an_image_is_encoded_once_for_all_its_prompts(caption):
+    encoded = []
+    handle = caption.model.vision_model.register_forward_hook(lambda module, args, output: encoded.append(1))
+    pairs = [{"image": IMAGES[0], "prompt": prompt} for prompt in PROMPTS]
+    together = caption(pairs)
+    handle.remove()
+    assert len(encoded) == 1 and together == [caption(IMAGES[0], prompt) for prompt in PROMPTS]
+
+
+TOO_LONG = " ".join(["seven"] * 90)
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning", "nlvr2", "retrieval"])
+def test_texts_that_are_too_long_are_an_error_or_truncated_on_request(task, caplog):
+    warning_once.cache_clear()
+    pipe, image = as_pipeline(task), IMAGES[:2] if task == "nlvr2" else IMAGES[0]
+    longest = pipe.model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"A text is 92 tokens long: this model reads at most {longest}.*truncation="):
+        pipe(image, TOO_LONG)
+    assert not caplog.text
+    for _ in range(2):
+        assert pipe(image, TOO_LONG, truncation=True)
+    assert caplog.text.count(f"more than {longest} tokens") == 1

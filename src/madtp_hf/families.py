@@ -6,7 +6,7 @@ How a dense model becomes one of ours is `from_dense` of the family's model clas
 
 from dataclasses import dataclass
 
-from transformers import BlipConfig, BlipProcessor, CLIPConfig, CLIPProcessor
+from transformers import BlipConfig, BlipProcessor, CLIPConfig, CLIPProcessor, PretrainedConfig, ProcessorMixin
 
 from .modeling.configuration_madtp_blip import MadtpBlipConfig
 from .modeling.configuration_madtp_clip import MadtpClipConfig
@@ -17,9 +17,9 @@ class Family:
     """What all tasks of a model family share."""
 
     name: str
-    config_class: type
-    dense_config_class: type  # transformers'
-    processor_class: type
+    config_class: type[PretrainedConfig]
+    dense_config_class: type[PretrainedConfig]  # transformers'
+    processor_class: type[ProcessorMixin]
     tokenizer: str  # the Hub id of the tokenizer that original checkpoints were trained with
 
 

@@ -29,6 +29,7 @@ def benchmark(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The JSON file to write.")] = Path("benchmark.json"),
     task: options.Task = None,
     device: options.Device = None,
+    precision: options.Precision = options.Precisions.auto,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default torch's choice.")
     ] = None,
@@ -48,7 +49,7 @@ def benchmark(
 
     if threads:
         torch.set_num_threads(threads)
-    loaded = load(model, task, device=device)
+    loaded = load(model, task, device=device, precision=precision.value)
     how = options.how_to_read(image_dir, columns, skip_unreadable)
     with warnings_as_messages() as messages:
         title, rows = run_benchmark(loaded, data, text, reductions, batch_sizes or BATCH_SIZES, rounds, out, **how)

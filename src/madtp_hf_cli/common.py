@@ -18,7 +18,13 @@ INTERRUPTED = 130
 EXIT_CODES = "Exit code: 0 all rows done, 3 some rows failed, 1 error, 2 wrong option, 130 stopped."
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # they tell on import of what they lack
 # Arguments of library functions whose option has another name.
-_OTHER_NAMES = {"num_workers": "workers", "texts": "text", "reduction": "reductions"}
+_OTHER_NAMES = (
+    ("num_workers", "workers"),
+    ("texts", "text"),
+    ("reduction", "reductions"),
+    ("pruning_method", "method"),
+    ("pruning_method", "methods"),
+)
 
 
 def with_hyphens(name: str) -> str:
@@ -27,9 +33,11 @@ def with_hyphens(name: str) -> str:
 
 
 def _is_value(metavar: str, argument: str) -> bool:
-    """Whether an argument can be another value of an option, `KIND=NAME ...` or one of numbers."""
-    number = r"[-+]?[\d.]+(e[-+]?\d+)?"
-    return "=" in argument if "=" in metavar else re.fullmatch(number, argument) is not None
+    """Whether an argument can be another value of an option: of `KIND=NAME ...`, of `METHOD ...` or of numbers."""
+    if "=" in metavar:
+        return "=" in argument
+    value = r"[a-z_]+" if metavar.startswith("METHOD") else r"[-+]?[\d.]+(e[-+]?\d+)?"
+    return re.fullmatch(value, argument) is not None
 
 
 class Command(TyperCommand):
@@ -40,7 +48,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx, args):
         metavars = {name: option.metavar or "" for option in self.params for name in option.opts}
-        expanded, current, metavar = [], None, ""
+        expanded: list[str] = []
+        current = metavar = ""
         for argument in args:
             if argument.startswith("--"):
                 current, metavar = argument, metavars.get(with_hyphens(argument), "")
@@ -60,7 +69,7 @@ class Command(TyperCommand):
 def as_options(message: str, params=()) -> str:
     """Replace a library's Python arguments in a message, such as `force=True`, by a command's options: `--force`."""
     names = {option.name: option.opts[0] for option in params if option.opts[0].startswith("--")}
-    names = {other: names[name] for other, name in _OTHER_NAMES.items() if name in names} | names
+    names = {other: names[name] for other, name in _OTHER_NAMES if name in names} | names
     message = message.replace("on_error='skip'", names.get("skip_unreadable", "on_error='skip'"))
     for name, option in names.items():
         argument = rf"(?<![\w/.(-])(?<!, ){name}"
@@ -69,7 +78,7 @@ def as_options(message: str, params=()) -> str:
         message = re.sub(rf"{argument}='([^']*)'", rf"{option} \1", message)
         message = re.sub(rf"{argument}=(?=\S)", f"{option} ", message)
         if "_" in name:
-            message = re.sub(rf"{argument}(?![\w/=-])", option, message)
+            message = re.sub(rf"(?<![\w/.-]){name}(?![\w/=-])", option, message)
     return message
 
 
@@ -110,7 +119,7 @@ def warnings_as_messages():
 
     Yields a list, which holds the messages afterwards.
     """
-    messages = []
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, message="The schedule|Left out")
@@ -188,12 +197,9 @@ def print_table(title: str, rows: list[dict]) -> None:
 
     from madtp_hf.budgets.evaluation import show_number
 
-    def show(name, value):
-        return (value or "-") if value is None or isinstance(value, str) else show_number(name, value)
-
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        table.add_row(*(show(name, value) for name, value in row.items()))
+        table.add_row(*("-" if value is None else show_number(name, value) for name, value in row.items()))
     Console(width=max(80, 14 * len(rows[0]))).print(table)

@@ -25,12 +25,12 @@ def export(
             "--reduction",
             "--reductions",
             metavar="R",
-            help="FLOPs to save; 0 is off. As saved if not given, 0.5 with --images.",
+            help="FLOPs to save; 0 is off. by default as saved, 0.5 with --data.",
         ),
     ] = None,
-    images: Annotated[
+    data: Annotated[
         str | None,
-        typer.Option("--images", "--data", metavar="PATH", help="Calibrate and freeze the model on these images."),
+        typer.Option("--data", "--images", metavar="PATH", help="Calibrate and freeze the model on these images."),
     ] = None,
     text: options.Texts = None,
     image_dir: options.ImageDir = None,
@@ -47,10 +47,10 @@ def export(
 ) -> None:
     """Write a checkpoint, pruned or dense, as ONNX graphs, with onnx.json, processor files and a runner.
 
-    A graph keeps a fixed number of tokens: --images calibrates and freezes the model first, as prune --freeze does.
+    A graph keeps a fixed number of tokens: --data calibrates and freezes the model first, as prune --freeze does.
     The runner answers with onnxruntime, without torch.
 
-    Example: madtp-hf export Salesforce/blip-vqa-base out --images photos --question "what is it?" --reduction 0.5
+    Example: madtp-hf export Salesforce/blip-vqa-base out --data photos --question "what is it?" --reduction 0.5
     """
     out = out.resolve()
     check_out(out, model, force)
@@ -62,16 +62,16 @@ def export(
     logging.disable_progress_bar()  # of loading
     loaded = load(model, task, device="cpu").require_trained()
     exported, messages = loaded.model, []
-    if images is not None:
+    if data is not None:
         reduction = 0.5 if reduction is None else reduction
         how = options.how_to_read(image_dir, columns, skip_unreadable)
         how |= {"samples": samples, "seed": seed, "batch_size": batch_size, "freeze": True}
-        *_, messages = calibrate_on(loaded, images, text, [reduction], **how)
+        *_, messages = calibrate_on(loaded, data, text, [reduction], **how)
     if reduction is not None:
         exported.set_pruning(reduction=reduction)
     if exported.is_pruning and exported.config.pruning_granularity != "frozen":
         raise ValueError(
-            f"{model} keeps a number of tokens that depends on its input, which a graph can't: pass --images to"
+            f"{model} keeps a number of tokens that depends on its input, which a graph can't: pass --data to"
             " calibrate and freeze it, or --reduction 0."
         )
     try:

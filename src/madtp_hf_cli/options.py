@@ -14,6 +14,13 @@ class Dtypes(str, Enum):
     float16 = "float16"
 
 
+class Precisions(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -41,8 +48,8 @@ def parse_memory(text: str | int) -> int:
     """Parse `"2GB"`, `"500 MiB"` or `"2e9"` as a number of bytes; units are powers of 1024."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)i?b?\s*", str(text), re.IGNORECASE)
     try:
-        size = int(float(match[1]) * _UNITS[match[2].lower()])
-    except (TypeError, ValueError):
+        size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    except ValueError:
         size = 0
     if size <= 0:
         raise typer.BadParameter(f"{text!r} is not a size: expected a number with a unit, such as 2GB or 500MB.")
@@ -110,6 +117,14 @@ MaxPixels = Annotated[
 
 # How to compute.
 Task = Annotated[str | None, typer.Option(metavar="TASK", help="The task, if it isn't the checkpoint's own.")]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="METHOD", help="madtp, tome, evit, class_attention or random; by default as saved."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METHOD ...", help="Compare methods, each calibrated here, without labels."),
+]
 Reduction = Annotated[
     float | None, typer.Option(metavar="R", help="FLOPs to save, such as 0.5; 0 is off; by default as saved.")
 ]
@@ -128,6 +143,9 @@ Memory = Annotated[
 Workers = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Processes that decode images; by default up to 8.")
 ]
+Ray = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Models to run on a Ray cluster (RAY_ADDRESS, else local).")
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", callback=_check_device, help="Such as cpu or cuda:1; a GPU if there is one."),
@@ -136,6 +154,9 @@ Dtype = Annotated[Dtypes, typer.Option(metavar="TYPE", help="float32, bfloat16 o
 AutoDtype = Annotated[
     Dtypes | None,
     typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU"),
+]
+Precision = Annotated[
+    Precisions, typer.Option(metavar="TYPE", help="auto, float32, bfloat16 or int8 (CPU): how linear maps multiply.")
 ]
 Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Of MODEL on the Hub.")]
 
@@ -152,6 +173,7 @@ TopP = Annotated[
 
 # What to write.
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")]
-OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet or .jsonl file; with --suffix, a folder.")]
+OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet, .jsonl or .csv; with --suffix, a folder.")]
 Suffix = Annotated[str | None, typer.Option(metavar=".txt", help="Write a file per image: OUT/a/b.txt for a/b.jpg.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Try rows again that have failed before.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, and replace existing output.")]

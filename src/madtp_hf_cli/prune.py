@@ -1,6 +1,5 @@
 """`madtp-hf prune`: turn a dense checkpoint into a calibrated, pruned one, without training."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,14 +8,15 @@ from . import options
 from .common import check_out, exit_if_rows_were_left_out, print_table, warnings_as_messages, written_in_one_step
 
 
-def _notes(source: str, rows: list[dict], samples: int, fitted: bool) -> str:
+def _notes(source: str, rows: list[dict], samples: int, method: str, fitted: bool) -> str:
     """Return what the model card says about pruning without training."""
-    start = "fitted to the same samples" if fitted else "the checkpoint's own, or random"
+    alignment = f"the alignment tokens are {'fitted to the same samples' if fitted else 'those of the checkpoint'}"
+    choice = alignment if method == "madtp" else f"tokens are chosen by the method `{method}`"
     lines = ["| reduction asked | reached | GFLOPs of a sample |", "|---:|---:|---:|"]
     lines += [f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['GFLOPs']:.4g} |" for row in rows]
     return f"""Pruned from `{source}` by `madtp-hf prune`, without training: the weights are the dense model's,
-thresholds were calibrated on {samples} samples without labels, and the alignment tokens are {start}. No accuracy
-was measured: measure it before you rely on a budget.
+budgets were calibrated on {samples} samples without labels, and {choice}.
+No accuracy was measured: measure it before you rely on a budget.
 
 """ + "\n".join(lines)
 
@@ -35,9 +35,11 @@ def calibrate_on(loaded, data, text, reductions, *, samples, seed, batch_size, a
         rows = load_rows(loaded.task, data, text or (), samples=samples, seed=seed, **how)
     batches = make_batches(loaded.model, loaded.processor, rows, batch_size)
     is_fitted = loaded.is_dense if alignment is None else alignment == "fit"
+    is_fitted &= loaded.model.config.pruning_method == "madtp"
     if is_fitted:
         init_alignment_from(loaded.model, batches)
-    calibrate(loaded.model, batches, reductions, freeze=freeze)
+    with warnings_as_messages():
+        calibrate(loaded.model, batches, reductions, freeze=freeze)
     return rows, batches, is_fitted, messages
 
 
@@ -56,6 +58,7 @@ def prune(
     samples: options.Samples = 200,
     seed: options.Seed = 0,
     task: options.Task = None,
+    method: options.Method = None,
     alignment: Annotated[
         str | None,
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
@@ -78,30 +81,35 @@ def prune(
     if alignment not in (None, "fit", "keep"):
         raise ValueError(f"--alignment {alignment}: expected fit or keep.")
     from madtp_hf.budgets.calibration import read_reductions
-    from madtp_hf.budgets.evaluation import evaluate_budgets
+    from madtp_hf.budgets.evaluation import evaluate_budgets, public_name
     from madtp_hf.checkpoints.card import write_model_card
     from madtp_hf.checkpoints.load import load
+    from madtp_hf.modeling.pruning_method import get_method
 
     wanted = reductions or [0.5, 0.3, 0.7]
-    source = model
     read_reductions(wanted)  # fail before minutes of reading
-    loaded = load(source, task, device=device).require_trained()
-    model, processor, entry = loaded.model, loaded.processor, loaded.task
+    if method is not None:
+        get_method(method)
+    loaded = load(model, task, device=device).require_trained()
+    pruned, processor, entry = loaded.model, loaded.processor, loaded.task
+    if method is not None:
+        pruned.set_pruning_method(method)
+    method = pruned.config.pruning_method
     how = options.how_to_read(image_dir, columns, skip_unreadable)
     how |= {"samples": samples, "seed": seed, "batch_size": batch_size, "alignment": alignment, "freeze": freeze}
     rows, batches, fitted, messages = calibrate_on(loaded, data, text, wanted, **how)
-    reached = [row["reduction"] for row in model.config.pruning_schedule]
-    results = evaluate_budgets(model, batches, [0.0, *reached])
+    reached = [row["reduction"] for row in pruned.config.pruning_schedule]
+    results = evaluate_budgets(pruned, batches, [0.0, *reached])
     table = [
         {"reduction asked": r.reduction_asked, "reached": r.reduction_reached, "GFLOPs": r.gflops} for r in results
     ]
-    model.set_pruning(reduction=next((r for r in wanted if r in reached), reached[0]))
+    pruned.set_pruning(reduction=next((r for r in wanted if r in reached), reached[0]))
     with written_in_one_step(out) as folder:
-        model.save_pretrained(folder)
+        pruned.save_pretrained(folder)
         processor.save_pretrained(folder)
-        notes = _notes(source if not Path(source).exists() else Path(source).resolve().name, table, len(rows), fitted)
-        write_model_card(folder, out.name, base_model=source, notes=notes)
-    print_table(f"{type(model).__name__}, calibrated on {len(rows)} samples", table)
+        notes = _notes(public_name(model), table, len(rows), method, fitted)
+        write_model_card(folder, out.name, base_model=model, notes=notes)
+    print_table(f"{type(pruned).__name__}, calibrated on {len(rows)} samples", table)
     typer.echo(
         f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
         f" examples/{entry.script} --model {out.name}."

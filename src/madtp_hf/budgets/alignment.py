@@ -11,6 +11,7 @@ small reductions. All words of a text should be equally important, s_tok = 1 / N
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -83,7 +84,8 @@ class _Recording:
         self.model, self.task = model, TASKS[model.task]
         self.patches, self.attention, self.cross, self.words = [], [], [], defaultdict(list)
         self.num_images = self.num_words = 0
-        self._recorders, self._shares, self._query = {"vision": [], "text": []}, defaultdict(list), None
+        self._recorders: dict[str, list[_Recorder]] = {"vision": [], "text": []}
+        self._shares, self._query = defaultdict(list), None
 
     def _hook_cross_attention(self) -> list:
         """Hook the query and key projections of the text's cross-attention to images, and return the hooks.
@@ -180,12 +182,12 @@ class _Recording:
 def _centres(states: torch.Tensor, number: int) -> torch.Tensor:
     """Compute cluster centres (number, D) of states (n, D): k-means with farthest-point initialisation."""
     first = (states - states.mean(dim=0)).norm(dim=1).argmax()
-    centres = [states[first]]
-    distance = (states - centres[0]).pow(2).sum(dim=1)
+    chosen = [states[first]]
+    distance = (states - chosen[0]).pow(2).sum(dim=1)
     for _ in range(number - 1):
-        centres.append(states[distance.argmax()])
-        distance = torch.minimum(distance, (states - centres[-1]).pow(2).sum(dim=1))
-    centres = torch.stack(centres)
+        chosen.append(states[distance.argmax()])
+        distance = torch.minimum(distance, (states - chosen[-1]).pow(2).sum(dim=1))
+    centres = torch.stack(chosen)
     for _ in range(CENTRE_ITERATIONS):
         nearest = torch.cdist(states, centres).argmin(dim=1)
         sizes = torch.bincount(nearest, minlength=number).to(states).unsqueeze(1)
@@ -239,7 +241,7 @@ def _fit(
 
 
 @torch.no_grad()
-def init_alignment_from(model, dataloader) -> None:
+def init_alignment_from(model, dataloader: Iterable[Mapping]) -> None:
     """Replace a model's alignment tokens by tokens fitted to data, in seconds; the same data gives the same tokens.
 
     The tokens start as cluster centres of the word states, or of the patch states for a model without a text encoder.
@@ -248,11 +250,10 @@ def init_alignment_from(model, dataloader) -> None:
     existing schedule is dropped, because it belongs to the old tokens, and pruning is switched off.
 
     Args:
-        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model. One that was trained with pruning loses its learned alignment tokens.
-        dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. A few hundred samples are enough: reading stops after
-            128 images, or as many as fit into half a gigabyte, and about 20,000 word states.
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`): The model. One that was trained with pruning loses its
+            learned alignment tokens.
+        dataloader (`Iterable`): Batches as `forward` takes them, dicts of tensors. A few hundred samples are enough:
+            reading stops after 128 images, or as many as fit into half a gigabyte, and about 20,000 word states.
 
     Raises:
         ValueError: if the data has no batch, or no words for a model with a text encoder.
@@ -272,11 +273,11 @@ def init_alignment_from(model, dataloader) -> None:
     alignment = model.alignment
     patches = torch.cat(recording.patches, dim=1)
     patches = torch.stack([_projected(alignment.vision_projection, layer, x) for layer, x in enumerate(patches)])
-    words = [
+    of_layers = [
         _projected(alignment.text_projection, layer, torch.cat(recording.words[layer]))
         for layer in sorted(recording.words)
     ]
-    words = _thinned(torch.cat(words)) if words else None
+    words = _thinned(torch.cat(of_layers)) if of_layers else None
     patches, target = patches.flatten(0, 1), recording.target().flatten(0, 1)
     start = _centres(_thinned(patches.flatten(0, 1)) if words is None else words, len(alignment.tokens))
     with torch.enable_grad():

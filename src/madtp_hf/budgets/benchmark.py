@@ -71,28 +71,24 @@ def peak_memory(device: torch.device, function: Callable) -> tuple[float | None,
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = function()
         synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 1e6, result
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed but resident memory would hide what the function takes
-    before = _resident("VmRSS") if _reset_peak() else None
-    result = function()
-    return (None if before is None else max(_resident("VmHWM") - before, 0.0)), result
-
-
-def _reset_peak() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _resident("VmRSS")
     except OSError:
-        return False
-    return True
+        return None, function()
+    result = function()
+    return max(_resident("VmHWM") - before, 0.0), result
 
 
 def _resident(name: str) -> float:
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
 @torch.no_grad()
@@ -126,12 +122,8 @@ def benchmark(model, processor, rows: list[dict], reductions=None, batch_sizes=B
     for reduction in reductions:
         model.setting_for(reduction)
     dense = stock_model(model)
-    runs = [
-        TimedRun("pruning off", model, 0.0),
-        *(TimedRun(f"{reduction:g}", model, reduction) for reduction in reductions),
-    ]
-    if dense is not None:
-        runs.insert(0, TimedRun("transformers", dense, None))
+    runs = [TimedRun("transformers", dense, None)] if dense is not None else []
+    runs += [TimedRun("pruning off", model, 0.0), *(TimedRun(f"{r:g}", model, r) for r in reductions)]
     results = []
     with restored(model), prepared(model):
         for batch_size in batch_sizes:
@@ -149,7 +141,8 @@ def _time(runs: list[TimedRun], inputs: dict, batch: dict, batch_size: int, roun
         if run.reduction is not None:
             run.model.set_pruning(reduction=run.reduction)
 
-    device, results, seconds = inputs["pixel_values"].device, [], [[] for _ in runs]
+    device, results = inputs["pixel_values"].device, []
+    seconds: list[list[float]] = [[] for _ in runs]
     with tqdm(total=len(runs) * (rounds + 1), desc=f"batches of {batch_size}", unit=" runs", leave=False) as progress:
         for run in runs:
             set_up(run)
@@ -196,9 +189,7 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
     if images is None:
         pictures = iter(synthetic_images(number * entry.num_images, model.config.vision_config.image_size))
         column = (
-            {}
-            if entry.text_column is None
-            else {entry.text_column: texts if entry.text_column == "captions" else texts[0]}
+            {entry.text_column: texts if entry.text_column == "captions" else texts[0]} if entry.text_column else {}
         )
         rows = [
             {**{name: next(pictures) for name in entry.image_columns}, **column, "image_id": str(index)}
@@ -206,22 +197,16 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
         ]
     else:
         rows = load_rows(entry, images, texts, samples=number, **reading)
-    known = model.config.calibrated_reductions
-    calibrated_here = not known
+    calibrated_here = not model.config.calibrated_reductions
     if calibrated_here:
         batches = make_batches(model, processor, rows, 4)
         if loaded.is_dense:
             init_alignment_from(model, batches)
         calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)
-        known = model.config.calibrated_reductions
-        reductions = known
+        reductions = model.config.calibrated_reductions
     results = benchmark(model, processor, rows, reductions, batch_sizes, rounds)
-    device, threads = model.device, torch.get_num_threads()
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {threads} threads"
-    )
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else machine
     facts = {
         "model": public_name(loaded.source),
         "task": model.task,

@@ -3,10 +3,12 @@
 import itertools
 import math
 import warnings
+from collections.abc import Iterable, Mapping
 
 import torch
 from tqdm.auto import tqdm
 
+from ..modeling.configuration_pruning import MODALITIES
 from ..modeling.pruning_method import Path
 from .flops import reduction_of_flops
 from .passes import complete, decoder_tokens, encode, restored
@@ -28,7 +30,7 @@ def measure_reduction(model, batches, **setting: float) -> float:
 
 
 @torch.no_grad()
-def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     """Run one pass over the data.
 
     Returns each sample's reduction, and each branch's token counts of all samples in the layout of the model's
@@ -44,10 +46,9 @@ def _run(model, batches, setting: dict) -> tuple[torch.Tensor, dict[str, torch.T
             tokens = torch.as_tensor(decoder_tokens(batch, model.task, model.config))
             answers.append(tokens.expand(vision[-1].shape[-1]))
         pruning = model.start_pass()
-    counts = (None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers))
-    vision, text, answers = counts
-    reductions = reduction_of_flops(model.config, model.task, vision, text, answers, pruning=pruning)
-    return reductions, {"vision": vision, "text": text}
+    counts = [None if parts[0] is None else torch.cat(parts, dim=-1).cpu() for parts in (vision, text, answers)]
+    reductions = reduction_of_flops(model.config, model.task, *counts, pruning=pruning)
+    return reductions, dict(zip(MODALITIES, counts))
 
 
 class _Curve:
@@ -58,7 +59,7 @@ class _Curve:
         self.reductions: dict[float, float] = {}
         self.spreads: dict[float, float] = {}  # the standard deviation over samples
         self.num_samples = 0
-        self.tokens: dict[float, dict[str, torch.Tensor]] = {}
+        self.tokens: dict[float, dict[str, torch.Tensor | None]] = {}
 
     def at(self, point: float) -> float:
         if point not in self.reductions:
@@ -67,14 +68,6 @@ class _Curve:
             self.spreads[point] = of_samples.std().item() if len(of_samples) > 1 else math.nan
             self.progress.update()
         return self.reductions[point]
-
-    def largest(self, scan) -> float:
-        point, of_few = scan[-1]
-        return max(self.reductions.get(point, of_few), *self.reductions.values())
-
-    def smallest(self, scan) -> float:
-        point, of_few = scan[0]
-        return min(self.reductions.get(point, of_few), *self.reductions.values())
 
     def nearest(self, target: float) -> float:
         return min(self.reductions, key=lambda point: abs(self.reductions[point] - target))
@@ -145,7 +138,7 @@ def _fixed_counts(tokens: torch.Tensor, scale: float, least: int) -> list[int]:
     return counts.cummin(0).values.tolist()
 
 
-def _freeze(model, batches, entry: dict, tokens: dict[str, torch.Tensor], progress) -> dict:
+def _freeze(model, batches, entry: dict, tokens: dict[str, torch.Tensor | None], progress) -> dict:
     """Return the entry of `pruning_token_counts` that saves an entry of the schedule's reduction.
 
     It holds the counts of the entry's setting, scaled until they save it.
@@ -181,17 +174,12 @@ def read_reductions(reductions) -> list[float]:
         ValueError: if a reduction is outside [0, 1), or none but 0 is given.
     """
     try:
-        given = None if isinstance(reductions, str) else list(reductions)
-    except TypeError:  # a single number
-        given = None
-    if given is None:
-        raise TypeError(f"reductions={reductions!r}: expected a list of numbers between 0 and 1, such as [0.3].")
-    for reduction in given:
-        if isinstance(reduction, str) or not hasattr(reduction, "__float__"):
-            raise TypeError(
-                f"reductions={given!r}: expected numbers between 0 and 1, such as [0.3], and {reduction!r} is a"
-                f" {type(reduction).__name__}."
-            )
+        given = list(reductions)
+        if not all(hasattr(one, "__float__") for one in given):
+            raise TypeError
+    except TypeError:  # also of `list`, for a single number
+        expected = "a list of numbers between 0 and 1, such as [0.3]"
+        raise TypeError(f"reductions={reductions!r}: expected {expected}.") from None
     targets = sorted({float(reduction) for reduction in given} - {0.0})
     if not targets or not all(0 < target < 1 for target in targets):
         raise ValueError(f"reductions={given!r}: expected numbers between 0 and 1, shares of FLOPs to save.")
@@ -201,11 +189,12 @@ def read_reductions(reductions) -> list[float]:
 def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reached: bool) -> None:
     """Warn about reductions that the model can't reach; raise a `ValueError` if it reaches none."""
     named = ", ".join(f"{target} (nearest {curve.reductions[curve.nearest(target)]:.3f})" for target in unreached)
+    # What was measured on all of the data goes before the few samples of the scan.
+    known = {**dict((scan[0], scan[-1])), **curve.reductions}.values()
     finding = (
         f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
-        f" {curve.largest(scan):.3f}, the smallest about {curve.smallest(scan):.3f}."
-        " Pass more samples if it is in between, or first fine-tune with"
-        f" `madtp_hf.ReductionCallback({unreached[-1]})`."
+        f" {max(known):.3f}, the smallest about {min(known):.3f}. Pass more samples if it is in between, or first"
+        f" fine-tune with `madtp_hf.ReductionCallback({unreached[-1]})`."
     )
     if nothing_reached:
         raise ValueError(f"reductions={unreached}: {finding}")
@@ -215,27 +204,22 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
 def _report_spread(curve: _Curve, found: list[float]) -> None:
     """Warn if the samples' reductions at the points found vary too much for so few samples to estimate the mean."""
     number = curve.num_samples
-    if not found:
-        return
-    if number < 2:
-        warnings.warn(
-            "The schedule rests on 1 sample, which doesn't show how much samples differ: pass a few hundred.",
-            stacklevel=3,
+    spread = max((curve.spreads[point] for point in found), default=0.0)
+    finding = "1 sample, which doesn't show how much samples differ: pass a few hundred."
+    if number > 1:
+        error = spread / math.sqrt(number)
+        finding = (
+            f"{number} samples, too few to trust: their reductions have a standard deviation of {spread:.3f}, and the"
+            f" mean's standard error is {error:.3f}. Pass at least {math.ceil((spread / ACCEPTED) ** 2)} samples for"
+            f" {ACCEPTED}."
         )
-        return
-    spread = max(curve.spreads[point] for point in found)
-    error = spread / math.sqrt(number)
-    if error > ACCEPTED:
-        warnings.warn(
-            f"The schedule rests on {number} samples, too few to trust: their reductions have a standard deviation of"
-            f" {spread:.3f}, and"
-            f" the mean's standard error is {error:.3f}. Pass at least {math.ceil((spread / ACCEPTED) ** 2)} samples"
-            f" for {ACCEPTED}.",
-            stacklevel=3,
-        )
+    if found and (number < 2 or error > ACCEPTED):
+        warnings.warn(f"The schedule rests on {finding}", stacklevel=3)
 
 
-def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[dict[str, float]]:
+def calibrate(
+    model, dataloader: Iterable[Mapping], reductions: Iterable[float], freeze: bool = False
+) -> list[dict[str, float]]:
     """Find the settings that save given shares of a model's FLOPs, and write them into its configuration.
 
     This needs no training, no gradients and no labels. The reduction is measured at a few points of the pruning
@@ -249,22 +233,19 @@ def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[dict[
     them.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
-            The model. Afterwards it has a schedule and `model.set_pruning(reduction=...)` works; its setting is
-            unchanged.
-        dataloader (`Iterable`):
-            Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them, FLOPs count only the
-            decoder's start token. It is read once per pass; a few hundred samples are enough. If the standard error of
-            the mean reduction is above 0.01, a warning says how many samples are needed.
-        reductions (`list[float]`):
-            The shares of FLOPs to save, each in [0, 1); 0 is off and needs no setting. A reduction that this model
-            can't reach on this data is left out, with a warning that names the largest reachable one; the others are
-            kept.
-        freeze (`bool`, *optional*, defaults to `False`):
-            Whether to fix how many tokens each layer leaves as well, to the mean over the samples. Shapes then depend
-            on the input's shape alone, as CUDA graphs, `torch.export` and ONNX need. The model's granularity becomes
-            `"frozen"` (a frozen model stays frozen), and pruning is off until a reduction is set. Set the granularity
-            to `"instance"` to give every sample its own number of tokens again.
+        model (`MadtpBlipPreTrainedModel`): The model. Afterwards it has a schedule and
+            `model.set_pruning(reduction=...)` works; its setting is unchanged.
+        dataloader (`Iterable`): Batches as `forward` takes them, dicts of tensors. Labels aren't needed: without them,
+            FLOPs count only the decoder's start token. It is read once per pass; a few hundred samples are enough. If
+            the standard error of the mean reduction is above 0.01, a warning says how many samples are needed.
+        reductions (`list[float]`): The shares of FLOPs to save, each in [0, 1); 0 is off and needs no setting. A
+            reduction that this model can't reach on this data is left out, with a warning that names the largest
+            reachable one; the others are kept.
+        freeze (`bool`, *optional*, defaults to `False`): Whether to fix how many tokens each layer leaves as well, to
+            the mean over the samples. Shapes then depend on the input's shape alone, as CUDA graphs, `torch.export`
+            and ONNX need. The model's granularity becomes `"frozen"` (a frozen model stays frozen), and pruning is off
+            until a reduction is set. Set the granularity to `"instance"` to give every sample its own number of tokens
+            again.
 
     Returns:
         `list[dict]`: the schedule, `{"reduction": ..., "temperature": ..., "factor": ...}`, or the setting of the

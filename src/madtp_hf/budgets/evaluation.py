@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,41 +37,50 @@ class BudgetResult:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work; on a CPU, return at once."""
-    if device.type == "cpu":
-        return
-    if hasattr(torch, "accelerator"):  # since torch 2.6
-        torch.accelerator.synchronize(device)
-    elif device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-    else:
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 @contextmanager
-def record_tokens(model):
-    """Record the token counts of a model's encoders, whichever method runs them: `forward`, `generate` or another.
+def record_branches(model, positions: bool = False):
+    """Record the outputs of a model's encoders, whichever method runs them: `forward`, `generate` or another.
 
-    Yields a dictionary that every run of an encoder updates: `"vision_tokens"` and `"text_tokens"`, as in the outputs
-    of `forward`.
+    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
+    each a `BranchOutput`, with its `positions` if asked for.
     """
-    task, tokens = TASKS[model.task], {}
-
-    def record_vision(encoder, inputs, output):
-        counts = output.num_tokens
-        # The images of a sample are adjacent in the batch.
-        tokens["vision_tokens"] = counts.unflatten(1, (-1, task.num_images)).mT if task.num_images > 1 else counts
-
-    def record_text(encoder, inputs, output):
-        tokens["text_tokens"] = output.num_tokens
-
-    hooks = [model.vision_model.register_forward_hook(record_vision)]
+    task, outputs = TASKS[model.task], {}
+    encoders = {"vision": model.vision_model}
     if task.text_encoder:
-        hooks.append(getattr(model, task.text_encoder).register_forward_hook(record_text))
+        encoders["text"] = getattr(model, task.text_encoder)
+
+    def ask_for_positions(encoder, args, kwargs):
+        return args, {**kwargs, "output_positions": True}
+
+    hooks = []
+    for name, encoder in encoders.items():
+
+        def record(encoder, args, output, name=name):
+            outputs[name] = output
+
+        hooks.append(encoder.register_forward_hook(record))
+        if positions:
+            hooks.append(encoder.register_forward_pre_hook(ask_for_positions, with_kwargs=True))
     try:
-        yield tokens
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _token_counts(model, outputs: dict) -> dict[str, torch.Tensor]:
+    """Return the token counts of recorded branches, as in the outputs of `forward`."""
+    tokens = {f"{name}_tokens": output.num_tokens for name, output in outputs.items()}
+    number = TASKS[model.task].num_images
+    if "vision_tokens" in tokens and number > 1:  # the images of a sample are adjacent in the batch
+        tokens["vision_tokens"] = tokens["vision_tokens"].unflatten(1, (-1, number)).mT
+    return tokens
 
 
 @contextmanager
@@ -85,9 +95,7 @@ def prepared(model, precision: str | None = None):
         if precision is not None or before is None:
             model.prepare_for_inference(precision or "auto")
     elif precision not in (None, "auto"):
-        raise ValueError(
-            f"{precision=} on {model.device}: expected a model that was loaded with the dtype to evaluate."
-        )
+        raise ValueError(f"{precision=} on {model.device}: expected a model loaded with the dtype to evaluate.")
     try:
         yield
     finally:
@@ -96,50 +104,58 @@ def prepared(model, precision: str | None = None):
 
 
 @torch.no_grad()
-def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, precision=None) -> list[BudgetResult]:
+def evaluate_budgets(
+    model,
+    loader: Iterable[Mapping],
+    reductions: Iterable[float],
+    predict: Callable[[dict[str, torch.Tensor]], list] | None = None,
+    accelerator=None,
+    precision: str | None = None,
+) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
-        model (`MadtpBlipPreTrainedModel`):
-            The calibrated model; its mode and temperature are restored afterwards.
-        loader (`Iterable`):
-            Batches as `forward` takes them; with `accelerator`, prepared by it.
-        reductions (`list[float]`):
-            The shares of FLOPs to save; 0 is off.
-        predict (`Callable`, *optional*):
-            `predict(batch)` returns a list of predictions, one per sample. Tokens are counted while it runs the
-            encoders. If it doesn't run them on the whole batch at once, an extra, untimed pass counts them. By default
-            nothing is predicted or timed, and the encoders alone run.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            If given, results are gathered from all processes, and every process gets all of them.
-        precision (`str`, *optional*):
-            On a CPU, the precision of inference, see `prepare_for_inference`; by default, as the model is prepared, or
-            `"auto"`.
+        model (`MadtpBlipPreTrainedModel`): The calibrated model; its mode and temperature are restored afterwards.
+        loader (`Iterable`): Batches as `forward` takes them; with `accelerator`, prepared by it.
+        reductions (`list[float]`): The shares of FLOPs to save; 0 is off.
+        predict (`Callable`, *optional*): `predict(batch)` returns a list of predictions, one per sample. Tokens are
+            counted while it runs the encoders. If it doesn't run them on the whole batch at once, an extra, untimed
+            pass counts them. By default nothing is predicted or timed, and the encoders alone run.
+        accelerator (`accelerate.Accelerator`, *optional*): If given, results are gathered from all processes, and
+            every process gets all of them.
+        precision (`str`, *optional*): On a CPU, the precision of inference, see `prepare_for_inference`; by default,
+        as
+            the model is prepared, or `"auto"`.
 
     Returns:
         `list[BudgetResult]`, one per reduction.
     """
-    gather = (
-        (lambda x: x) if accelerator is None else (lambda x: accelerator.gather_for_metrics(x, use_gather_object=True))
-    )
-    rows = {reduction: {"predictions": [], "flops": [], "saved": [], "seconds": 0.0} for reduction in reductions}
+
+    def gather(values):
+        return values if accelerator is None else accelerator.gather_for_metrics(values, use_gather_object=True)
+
+    columns = ("predictions", "flops", "saved", "seconds")
+    rows: dict[float, dict[str, list]] = {reduction: {name: [] for name in columns} for reduction in reductions}
     names = ["vision_tokens", "text_tokens"] if TASKS[model.task].text_encoder else ["vision_tokens"]
-    with restored(model), prepared(model, precision), record_tokens(model) as tokens:
+    with restored(model), prepared(model, precision), record_branches(model) as outputs:
         for batch in tqdm(loader, desc="evaluating", leave=False):
             batch = complete(model, batch)
             answer_tokens, batch_size = decoder_tokens(batch, model.task, model.config), len(batch["pixel_values"])
             for reduction, row in rows.items():
                 model.set_pruning(reduction=reduction)
-                tokens.clear()
+                outputs.clear()
                 synchronize(model.device)
                 started = time.perf_counter()
                 predictions = predict(batch) if predict else []
                 synchronize(model.device)
-                row["seconds"] += time.perf_counter() - started
+                row["seconds"].append(time.perf_counter() - started)
+                tokens = _token_counts(model, outputs)
                 if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
                     encode(model, batch)
-                flops = count_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
-                dense = dense_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
+                    tokens = _token_counts(model, outputs)
+                counts = (tokens["vision_tokens"], tokens.get("text_tokens"), answer_tokens)
+                flops = count_flops(model.config, model.task, *counts)
+                dense = dense_flops(model.config, model.task, *counts)
                 row["predictions"] += gather(predictions)
                 row["flops"] += gather(flops.tolist())
                 row["saved"] += gather((1 - flops / dense).tolist())
@@ -148,7 +164,7 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
             reduction,
             sum(row["saved"]) / len(row["saved"]),
             sum(row["flops"]) / len(row["flops"]) / 1e9,
-            row["seconds"],
+            sum(row["seconds"]),
             row["predictions"],
         )
         for reduction, row in rows.items()
@@ -257,8 +273,10 @@ def public_name(source) -> str:
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
-def show_number(name: str, value: float) -> str:
+def show_number(name: str, value: float | str) -> str:
     """Format a number of a results table: as a percentage if its column's name says that it is a share."""
+    if isinstance(value, str):
+        return value
     return f"{value:.1%}" if name == "reached" or name.endswith("%") else f"{value:.4g}"
 
 

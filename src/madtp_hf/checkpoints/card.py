@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import BlipConfig, CLIPConfig
+from transformers import AutoConfig
 
 from ..budgets.evaluation import public_name, show_number
-from ..modeling.configuration_madtp_blip import MadtpBlipConfig
-from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import Task, task_of
 
 
@@ -27,19 +25,6 @@ def _hub_ids(sources) -> list[str] | None:
     """Return the sources that are Hub ids; folders mean nothing in metadata."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources or []
     return [str(source) for source in sources if not os.path.exists(source)] or None
-
-
-def _plain(value):
-    """Convert numpy and torch numbers to Python's, also inside containers; leave other values unchanged."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        size = getattr(value, "size", 1)  # a method of torch tensors, an integer of numpy arrays
-        if (value.numel() if hasattr(value, "numel") else size) == 1:
-            return value.item()
-    return value
 
 
 def _is_number(value) -> bool:
@@ -69,25 +54,15 @@ def _as_results(content):
     if isinstance(content, list):
         content = {"results": content}
     elif isinstance(content, dict) and "results" not in content:
-        # Facts, such as the data set's name, may accompany a row or the budgets.
-        budgets = {name: value for name, value in content.items() if _as_budget(name) is not None}
-        facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and k not in budgets}
-        if budgets and len(budgets) + len(facts) == len(content):
-            rows = [_as_row(_as_budget(name), value) for name, value in budgets.items()]
-        else:
-            rows = [{k: v for k, v in content.items() if k not in facts}]
+        # Facts, such as the data set's name, may accompany a row, or rows by budget.
+        facts = {k: v for k, v in content.items() if isinstance(v, (str, dict)) and _as_budget(k) is None}
+        row = {k: v for k, v in content.items() if k not in facts}
+        by_budget = row and all(_as_budget(name) is not None and isinstance(v, dict) for name, v in row.items())
+        rows = [{_BUDGET: _as_budget(name), **value} for name, value in row.items()] if by_budget else [row]
         content = {"results": rows, **facts}
     if isinstance(content, dict) and isinstance(content.get("results"), list):
         content = {**content, "results": [_name_budget(row) for row in content["results"]]}
     return content
-
-
-def _as_row(budget: float, value):
-    """Return the row of a budget from its metrics by name, or from a single number: the accuracy, as a share."""
-    if isinstance(value, dict):
-        row = {_BUDGET: budget, **_name_budget(value)}
-        return row if row[_BUDGET] == budget else None  # the row's budget contradicts its key
-    return {_BUDGET: budget, "accuracy": value} if _is_number(value) and 0 <= value <= 1 else value
 
 
 def _name_budget(row):
@@ -108,22 +83,26 @@ def _read_metrics(metrics) -> dict:
     """
     if metrics is None or (isinstance(metrics, (dict, list)) and not metrics):
         return {}
-    given, content = repr(metrics), metrics
     if isinstance(metrics, (str, os.PathLike)):
         try:
             content = json.loads(Path(metrics).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"metrics={str(metrics)!r} can't be read ({error}): expected a results.json.") from error
-    content = _as_results(_plain(content))
+    else:
+        try:  # numbers of numpy and torch become Python's
+            content = json.loads(json.dumps(metrics, default=lambda value: value.item()))
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            content = None
+    content = _as_results(content)
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ValueError(
-            f"metrics={given[:200]}: expected the path of a results.json, its dictionary, a list of rows, one row per"
-            " budget such as {0.5: {'accuracy': 0.93}}, a single row {'accuracy': 0.93}, or None; a row maps names to"
-            " finite numbers, at least one of them a metric."
+            f"metrics={repr(metrics)[:200]}: expected the path of a results.json, its dictionary, a list of rows, one"
+            " row per budget such as {0.5: {'accuracy': 0.93}}, a single row {'accuracy': 0.93}, or None; a row maps"
+            " names to finite numbers, at least one of them a metric."
         )
     if len(rows) > 1 and len({row.get(_BUDGET) for row in rows}) < len(rows):
-        raise ValueError(f"metrics={given[:200]}: expected a different {_BUDGET!r} in each of several rows.")
+        raise ValueError(f"metrics={repr(metrics)[:200]}: expected a different {_BUDGET!r} in each of several rows.")
     return content
 
 
@@ -134,13 +113,8 @@ def _columns(rows) -> list[str]:
 def _main_metric(results: dict) -> str:
     """Return the column of the main metric: the one that the results name, or their first metric."""
     metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
-    return results.get("metric") if results.get("metric") in metrics else metrics[0]
-
-
-def _show(name: str, value) -> str:
-    if value is None:
-        return ""
-    return show_number(name, value)
+    named = results.get("metric")
+    return named if named in metrics else metrics[0]
 
 
 def _bare(name: str) -> str:
@@ -150,13 +124,16 @@ def _bare(name: str) -> str:
 def _table(rows: list[dict]) -> str:
     columns = _columns(rows)
     lines = ["| " + " | ".join(map(_bare, columns)) + " |", "|" + "---:|" * len(columns)]
-    lines += ["| " + " | ".join(_show(name, row.get(name)) for name in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(show_number(name, row[name]) if name in row else "" for name in columns) + " |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
 def _sentence(metrics: dict) -> str:
     return ", ".join(
-        f"{_bare(name)} {_show(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
+        f"{_bare(name)} {show_number(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
     )
 
 
@@ -254,30 +231,23 @@ def _pruning(config) -> dict:
         getattr(config, "pruning_schedule", None) or [],
         getattr(config, "calibrated_reductions", []),
     )
-    setting = getattr(config, "pruning_setting", None)
+    setting = getattr(config, "pruning_setting", None) or {}
+    original = getattr(config, "original_temperature", None)
+    budget = "temperature=1.0" if original is None else f"temperature={original:g}"
     if schedule:
         budget = f"reduction={min(reductions, key=lambda r: abs(r - 0.5)):g}"
-    else:
-        original = getattr(config, "original_temperature", None)
-        budget = "temperature=1.0" if original is None else f"temperature={original:g}"
     reached = [
-        entry["reduction"]
+        f"reduction {entry['reduction']:g}"
         for entry in schedule
-        if setting and all(math.isclose(entry.get(name, value), value) for name, value in setting.items())
+        if all(math.isclose(entry.get(name, value), value) for name, value in setting.items())
     ]
-    if not setting:
-        as_loaded = "pruning is off"
-    elif reached:
-        as_loaded = f"it prunes at reduction {reached[0]:g}"
-    else:
-        numbers = [f"{name} {value:g}" for name, value in setting.items() if (name, value) != ("factor", 1)]
-        as_loaded = f"it prunes at {' and '.join(numbers)}"
+    numbers = [f"{name} {value:g}" for name, value in setting.items() if (name, value) != ("factor", 1)]
     return {
         "budget": budget,
         "reductions": ", ".join(f"{reduction:g}" for reduction in reductions),
         "several": len(schedule) > 1,
         "frozen": getattr(config, "pruning_granularity", None) == "frozen",
-        "as_loaded": as_loaded,
+        "as_loaded": f"it prunes at {(reached or [' and '.join(numbers)])[0]}" if setting else "pruning is off",
     }
 
 
@@ -286,7 +256,8 @@ def _measured(results: dict, task) -> dict:
     dataset, settings = _dataset(results), results.get("settings") or {}
     where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
-    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {_value(v)} |" for k, v in settings.items())]
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
+    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
     return {
         "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
         "table": _table(results["results"]) if results else None,
@@ -304,29 +275,23 @@ def create_model_card(
     """Create the model card of a checkpoint, pruned or dense.
 
     Args:
-        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`):
-            The checkpoint's configuration. One of transformers' is dense. One of ours without `auto_map` is for a
-            checkpoint without code, which this package loads; it is dense unless it has a schedule or a temperature.
-        name (`str`):
-            The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins, or the
-            name of a folder.
-        metrics (*optional*):
-            What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`] writes it, its
-            dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose name ends in "%"
-            holds shares.
-            From the dictionary's facts, the card takes `metric` (the main column), `dataset` (a name, or a dictionary
-            of `name`, `type`, `split` and an `example` of a text), `settings`, `versions`, `before_fine_tuning`,
-            `dense_before_training`, `default_budget`, `baseline`, `seconds`, `machine` and `source`.
-        base_model (`str`, *optional*):
-            What the checkpoint was made from: a Hub id, or a folder, which the text names but the metadata does not.
-        license (`str`, *optional*):
-            As the Hub names it, such as `apache-2.0`.
-        datasets (`str` or `list[str]`, *optional*):
-            Hub ids of data sets; folders are left out.
-        notes (`str`, *optional*):
-            Markdown to put at the beginning.
-        plot (`str`, *optional*):
-            The file name of a picture by [`draw_budgets`] beside the card.
+        config (`MadtpBlipConfig`, `MadtpClipConfig`, `BlipConfig` or `CLIPConfig`): The checkpoint's configuration.
+            One of transformers' is dense. One of ours without `auto_map` is for a checkpoint without code, which this
+            package loads; it is dense unless it has a schedule or a temperature.
+        name (`str`): The title, and the name in the loading code: a Hub id `user/model`, whose revision the code pins,
+            or the name of a folder.
+        metrics (*optional*): What was measured: the path of a results.json as [`~madtp_hf.budgets.evaluation.report`]
+            writes it, its dictionary, a list of its rows, or one row, such as `{"accuracy": 0.93}`. A column whose
+            name ends in "%" holds shares. From the dictionary's facts, the card takes `metric` (the main column),
+            `dataset` (a name, or a dictionary of `name`, `type`, `split` and an `example` of a text), `settings`,
+            `versions`, `before_fine_tuning`, `dense_before_training`, `default_budget`, `baseline`, `seconds`,
+            `machine` and `source`.
+        base_model (`str`, *optional*): What the checkpoint was made from: a Hub id, or a folder, which the text names
+            but the metadata does not.
+        license (`str`, *optional*): As the Hub names it, such as `apache-2.0`.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of data sets; folders are left out.
+        notes (`str`, *optional*): Markdown to put at the beginning.
+        plot (`str`, *optional*): The file name of a picture by [`draw_budgets`] beside the card.
 
     Returns:
         `huggingface_hub.ModelCard`. All measurements in it come from `metrics`.
@@ -346,7 +311,7 @@ def create_model_card(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
         tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
-        base_model=(_hub_ids(base_model) or [None])[0],
+        base_model=next(iter(_hub_ids(base_model) or ()), None),
         datasets=_hub_ids(datasets),
         license=license,
         model_name=name.rpartition("/")[2] if results else None,
@@ -376,10 +341,6 @@ def create_model_card(
     )
 
 
-def _value(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
 def draw_budgets(metrics, path) -> bool:
     """Plot the metric against GFLOPs, one point per budget, to a PNG file.
 
@@ -397,7 +358,7 @@ def draw_budgets(metrics, path) -> bool:
     results = _read_metrics(metrics)
     column = _main_metric(results) if results else None
     rows = [row for row in results.get("results", []) if {_BUDGET, "GFLOPs", column} <= set(row)]
-    if len(rows) < 2:
+    if column is None or len(rows) < 2:
         return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -427,10 +388,7 @@ def make_card(folder: Path, name: str, metrics, picture: Path, **facts) -> Model
 
     If `metrics` is None, the folder's results.json is used, if there is one.
     """
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    classes = (MadtpBlipConfig, MadtpClipConfig, CLIPConfig)
-    config_class = {c.model_type: c for c in classes}.get(content.get("model_type"), BlipConfig)
-    config = config_class.from_dict(content)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not (folder / f"modeling_{config.model_type}.py").exists():
         config.auto_map = None
     if metrics is None and (folder / "results.json").exists():

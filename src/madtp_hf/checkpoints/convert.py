@@ -2,13 +2,16 @@
 
 import logging
 import math
+import os
 import re
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.activations import ACT2FN
 
+from ..modeling.configuration_madtp_blip import MadtpBlipConfig
+from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import TASKS, Task, get_task
 from .original import own_tensors, read_checkpoint, read_patches, resize_positions, shape_of
 
@@ -98,7 +101,8 @@ def _rename(state_dict: dict[str, torch.Tensor], renames) -> tuple[dict[str, tor
 
     CLIP's fused query, key and value tensors are split in three.
     """
-    renamed, original_names = {}, {}
+    renamed: dict[str, torch.Tensor] = {}
+    original_names: dict[str, str] = {}
     for original_name, tensor in state_dict.items():
         name = original_name
         for pattern, replacement in renames:
@@ -147,7 +151,14 @@ def _read_config(state_dict: dict[str, torch.Tensor], task: Task, config, heads,
     towers = fields["vision_config"], fields["text_config"]
     if config is None:
         if heads is None:
-            heads = [_count_heads(size["hidden_size"], tower) for tower, size in zip(("vision", "text"), sizes)]
+            for tower, size in zip(("vision", "text"), sizes):
+                if size["hidden_size"] % HEAD_WIDTH:
+                    raise ValueError(
+                        f"The checkpoint's {tower} tower is {size['hidden_size']} wide, not a multiple of"
+                        f" {HEAD_WIDTH}, the width of the original's attention heads: pass `heads`, or a config with"
+                        f" {tower}_config.num_attention_heads."
+                    )
+            heads = [size["hidden_size"] // HEAD_WIDTH for size in sizes]
             assumed.append(f"{heads[0]} attention heads in the vision and {heads[1]} in the text tower")
         if activation is None:
             activation = layout.activation
@@ -195,15 +206,6 @@ def _set_special_tokens(fields: dict, is_original: bool, is_clip: bool) -> None:
         fields["encoder_token_id"] = vocab_size - 1
 
 
-def _count_heads(width: int, tower: str) -> int:
-    if width % HEAD_WIDTH:
-        raise ValueError(
-            f"The checkpoint's {tower} tower is {width} wide, not a multiple of {HEAD_WIDTH}, the width of the"
-            f" original's attention heads: pass `heads`, or a config with {tower}_config.num_attention_heads."
-        )
-    return width // HEAD_WIDTH
-
-
 def _hint(names, task: str) -> str:
     """Return a sentence that guesses from tensor names what the checkpoint is instead, or an empty string."""
 
@@ -241,19 +243,6 @@ def _drop_idle_maps(state_dict: dict[str, torch.Tensor], expected, original_name
         del state_dict[name]
 
 
-def _check_options(config, config_class, family: str, heads, activation) -> None:
-    """Raise an error for a configuration, numbers of heads or an activation that can't be."""
-    if config is not None and not isinstance(config, config_class):
-        raise TypeError(
-            f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None for {family}'s."
-        )
-    numbers = heads if isinstance(heads, (list, tuple)) else ()
-    if heads is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n > 0 for n in numbers)):
-        raise ValueError(f"heads={heads!r}: expected two numbers, of the vision and the text tower's attention heads.")
-    if activation is not None and activation not in ACT2FN:
-        raise ValueError(f"activation={activation!r}: expected one of transformers, such as gelu or quick_gelu.")
-
-
 def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: dict[str, str]) -> str:
     """Return what is missing, unexpected or of another shape, an empty string if nothing is.
 
@@ -288,38 +277,35 @@ def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: d
 
 
 def convert_original_checkpoint(
-    path_or_state_dict,
+    path_or_state_dict: str | os.PathLike | dict,
     task: str,
     *,
-    config=None,
+    config: MadtpBlipConfig | MadtpClipConfig | None = None,
     heads: tuple[int, int] | None = None,
     activation: str | None = None,
     image_size: int | None = None,
-):
+) -> Any:  # a model of the task's class
     """Convert a checkpoint of the original BLIP, CLIP or MADTP code, or of open_clip, to a model of this package.
 
     Args:
-        path_or_state_dict (`str`, `os.PathLike` or `dict`):
-            A `.pth` or `.pt` file (read with `weights_only=True`), OpenAI's TorchScript archive of CLIP, a
-            `.safetensors` file, or the state dict itself, at the top level or under `"model"`, `"state_dict"` or
-            `"module"`. `module.` and `_orig_mod.` are removed from names. Training state (momentum encoders, feature
-            queues, the optimizer, ...) is dropped. Weights in half precision become float32.
-        task (`str`):
-            The task of the checkpoint: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` for BLIP, or `"clip"`.
-        config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*):
-            Provides what weights don't tell: attention heads, activation, the norms' eps, special tokens. Defaults to
-            the original's, for the base or the large vision tower, and a warning says what was assumed. Sizes,
-            including the image size, always come from the weights. For BLIP, label smoothing of 0 is replaced by the
-            original's 0.1, and a `bos_token_id` outside the vocabulary by `[DEC]`, the last token but one.
-        heads (`tuple[int, int]`, *optional*):
-            The numbers of attention heads of the vision and the text tower, whatever `config` says. By default, and
-            without `config`, heads are 64 wide.
-        activation (`str`, *optional*):
-            The activation of both towers, whatever `config` says: `"gelu"` for BLIP and for most models of open_clip,
-            `"quick_gelu"` for OpenAI's CLIP.
-        image_size (`int`, *optional*):
-            The image size in pixels that the model takes, a multiple of the patch size. Position embeddings are
-            interpolated to it, as BLIP does. Defaults to the checkpoint's own size.
+        path_or_state_dict (`str`, `os.PathLike` or `dict`): A `.pth` or `.pt` file (read with `weights_only=True`),
+            OpenAI's TorchScript archive of CLIP, a `.safetensors` file, or the state dict itself, at the top level or
+            under `"model"`, `"state_dict"` or `"module"`. `module.` and `_orig_mod.` are removed from names. Training
+            state (momentum encoders, feature queues, the optimizer, ...) is dropped. Weights in half precision become
+            float32.
+        task (`str`): The task of the checkpoint: `"vqa"`, `"captioning"`, `"nlvr2"` or `"retrieval"` for BLIP, or
+            `"clip"`.
+        config (`MadtpBlipConfig` or `MadtpClipConfig`, *optional*): Provides what weights don't tell: attention heads,
+            activation, the norms' eps, special tokens. Defaults to the original's, for the base or the large vision
+            tower, and a warning says what was assumed. Sizes, including the image size, always come from the weights.
+            For BLIP, label smoothing of 0 is replaced by the original's 0.1, and a `bos_token_id` outside the
+            vocabulary by `[DEC]`, the last token but one.
+        heads (`tuple[int, int]`, *optional*): The numbers of attention heads of the vision and the text tower,
+            whatever `config` says. By default, and without `config`, heads are 64 wide.
+        activation (`str`, *optional*): The activation of both towers, whatever `config` says: `"gelu"` for BLIP and
+            for most models of open_clip, `"quick_gelu"` for OpenAI's CLIP.
+        image_size (`int`, *optional*): The image size in pixels that the model takes, a multiple of the patch size.
+            Position embeddings are interpolated to it, as BLIP does. Defaults to the checkpoint's own size.
 
     Returns:
         The task's model in float32 and eval mode, with pruning as in `config` (off by default). From a BLIP or CLIP
@@ -334,7 +320,14 @@ def convert_original_checkpoint(
             is not a multiple of the patch size, or `heads` or `activation` can't be.
     """
     entry = get_task(task)
-    _check_options(config, entry.model_class.config_class, entry.family.name, heads, activation)
+    config_class = entry.model_class.config_class
+    if config is not None and not isinstance(config, config_class):
+        raise TypeError(f"config is a {type(config).__name__}: expected a {config_class.__name__}, or None.")
+    numbers = heads if isinstance(heads, (list, tuple)) else ()
+    if heads is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n > 0 for n in numbers)):
+        raise ValueError(f"heads={heads!r}: expected two numbers, of the vision and the text tower's attention heads.")
+    if activation is not None and activation not in ACT2FN:
+        raise ValueError(f"activation={activation!r}: expected one of transformers, such as gelu or quick_gelu.")
     content = path_or_state_dict if isinstance(path_or_state_dict, dict) else read_checkpoint(path_or_state_dict)
     original, layout = own_tensors(content, "The dictionary given"), _LAYOUTS[entry.family.name]
 

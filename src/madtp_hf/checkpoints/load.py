@@ -1,5 +1,6 @@
 """Load a model with its processor from any source: a folder or Hub id, of transformers' BLIP or CLIP or of ours."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,8 +9,9 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
 
+from ..modeling.pruned_model import PrunedModelMixin
 from ..tasks import TASKS, Task, get_task, task_of
 
 
@@ -28,7 +30,7 @@ class Loaded:
     revision: the commit on the Hub, None for a folder.
     """
 
-    model: PreTrainedModel
+    model: PrunedModelMixin
     processor: ProcessorMixin
     task: Task
     is_dense: bool
@@ -47,25 +49,28 @@ class Loaded:
 
 
 def load(
-    source, task=None, *, revision=None, dtype="float32", device=None, precision=None, **config_overrides
+    source: str | Path,
+    task: str | Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    **config_overrides,
 ) -> Loaded:
     """Load the model for a checkpoint's task, and its processor.
 
     Args:
-        source (`str` or `Path`):
-            A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this package.
-        task (`str` or `tuple` of `str`, *optional*):
-            The task that is expected, or several, of `madtp_hf.tasks.TASKS`. By default any task.
-        revision (`str`, *optional*):
-            The branch, tag or commit on the Hub.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            The dtype to compute in.
-        device (`str` or `torch.device`, *optional*):
-            By default a GPU if there is one, else the CPU.
-        precision (`str`, *optional*):
-            What to prepare the model for, as in `model.prepare_for_inference`; by default it is left as it is.
-        config_overrides:
-            Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
+        source (`str` or `Path`): A folder or a Hub id: a BLIP or CLIP of transformers, or a checkpoint of this
+            package.
+        task (`str` or `tuple` of `str`, *optional*): The task that is expected, or several, of `madtp_hf.tasks.TASKS`.
+            By default any task.
+        revision (`str`, *optional*): The branch, tag or commit on the Hub.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): The dtype to compute in.
+        device (`str` or `torch.device`, *optional*): By default a GPU if there is one, else the CPU.
+        precision (`str`, *optional*): What to prepare the model for, as in `model.prepare_for_inference`; by default
+            it is left as it is.
+        config_overrides: Fields of the configuration. A calibrated checkpoint keeps its alignment tokens, whatever
             `num_alignment_tokens` and `alignment_dim` say; for another they are new, in that shape.
 
     Returns:
@@ -76,8 +81,8 @@ def load(
         ValueError: if the checkpoint is of another model or task, or lacks a file, or the dtype is unknown.
     """
     wanted = [get_task(name) for name in ([task] if isinstance(task, str) else task or ())]
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    to_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(to_dtype, torch.dtype) or not to_dtype.is_floating_point:
         raise ValueError("The dtype is unknown: expected float32, bfloat16 or float16.")
     source, hub = _find(source, revision)
     found, class_name, content = _find_task(source, hub, wanted)
@@ -88,7 +93,7 @@ def load(
         shape = {}
     is_dense = not class_name.startswith("Madtp") or any(content.get(name) != shape[name] for name in shape)
     make = model_class.from_dense if is_dense else model_class.from_pretrained
-    model = make(source, dtype=dtype, **hub, **config_overrides)
+    model = make(source, dtype=to_dtype, **hub, **config_overrides)
     # A model made from a dense one does not record where it came from.
     model.config.name_or_path, model.config._commit_hash = source, hub.get("revision")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -134,7 +139,8 @@ def _find(source, revision: str | None) -> tuple[str, dict]:
 
 def _find_task(source: str, hub: dict, wanted: list[Task]) -> tuple[Task, str, dict]:
     """Return the task to load a checkpoint for, the name of the checkpoint's class, and its configuration."""
-    content, reason = {}, "it has no config.json"
+    content: dict = {}
+    reason = "it has no config.json"
     try:
         content, _ = PretrainedConfig.get_config_dict(source, **hub)
     except OSError as error:

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..modeling.versions import VERSION as __version__
@@ -30,30 +31,13 @@ _MODEL_TYPES = sorted({model_class.config_class.model_type for model_class in _M
 # A checkpoint is the files that its configuration refers to, and these. Other files of the folder, such as optimizer
 # state, aren't uploaded.
 _PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+    "processor_config.json preprocessor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
+    " added_tokens.json vocab.txt vocab.json merges.txt chat_template.json chat_template.jinja"
+).split()
 _ALONGSIDE = (
     *_PROCESSOR_FILES,
-    "generation_config.json",
-    "README.md",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "results.json",
-    "handler.py",
-    "images.py",
-    "requirements.txt",
+    *"generation_config.json README.md LICENSE LICENSE.md LICENSE.txt NOTICE results.json".split(),
+    *"handler.py images.py requirements.txt".split(),
 )
 # What an Inference Endpoint needs besides a checkpoint: a request handler, and a transformers that can load it.
 _HANDLER = {
@@ -81,11 +65,11 @@ _SAVE_AGAIN = "save model and processor there with `save_pretrained`"
 
 
 def push_checkpoint(
-    model,
-    processor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     repo_id: str,
     *,
-    metrics=None,
+    metrics: str | os.PathLike | dict | list | None = None,
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -134,12 +118,11 @@ def push_checkpoint(
             f"push_checkpoint got a {type(model).__name__}, a model with an adapter: push the result of its"
             " merge_and_unload(), or save the adapter and upload its folder."
         )
-    expected = "CLIPProcessor" if model.config.model_type == "madtp_clip" else "BlipProcessor"
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise TypeError(
                 f"push_checkpoint got a {type(processor).__name__} as processor, which has no {part}: expected the"
-                f" model's {expected}."
+                " model's BlipProcessor or CLIPProcessor."
             )
     with one_sentence_errors(repo_id, token), tempfile.TemporaryDirectory(prefix="madtp-hf-") as folder:
         repo_id = check_name(repo_id, token, dry_run)
@@ -148,39 +131,32 @@ def push_checkpoint(
         try:
             files = find_checkpoint_files(folder)
         except (FileNotFoundError, ValueError) as error:
-            reason = str(error).replace(f"{folder}{os.sep}", "")
-            for mark in ";:":
-                reason = reason.replace(f"{mark} {_SAVE_AGAIN}", "")
+            reason = re.sub(f"[;:] {re.escape(_SAVE_AGAIN)}", "", str(error).replace(f"{folder}{os.sep}", ""))
             raise ValueError(
                 f"What this {type(model).__name__} saves does not load again ({reason.rstrip('.')}):"
                 " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
             ) from error
-        metadata = {"base_model": base_model, "license": license, "datasets": datasets}
-        return _push(
-            Path(folder), files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run, handler
-        )
+        options: dict = {"private": private, "revision": revision, "commit_message": commit_message}
+        options |= {"base_model": base_model, "license": license, "datasets": datasets}
+        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
 
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    metrics=None,
+    metrics: str | os.PathLike | dict | list | None = None,
     token: str | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    commit_message: str | None = None,
     dry_run: bool = False,
-    base_model: str | None = None,
-    license: str | None = None,
-    datasets: str | list[str] | None = None,
     handler: bool = False,
+    **options,
 ) -> str:
     """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it.
 
-    See [`push_checkpoint`] for the arguments. The checkpoint is checked to be complete before anything is created on
-    the Hub. The folder is not changed, and files that aren't part of the checkpoint, such as optimizer state, aren't
-    uploaded. If the folder has no README.md, a model card is made from `metrics` or from the folder's results.json.
+    The arguments are those of [`push_checkpoint`]. The checkpoint is checked to be complete before anything is created
+    on the Hub. The folder is not changed, and files that aren't part of the checkpoint, such as optimizer state,
+    aren't uploaded. If the folder has no README.md, a model card is made from `metrics` or from the folder's
+    results.json.
 
     Returns:
         The repository's address.
@@ -190,14 +166,10 @@ def push_folder(
         ValueError: as [`push_checkpoint`], and if a file is damaged or lies outside the folder, or `metrics` is given
             although the folder has a README.md.
     """
-    folder = Path(folder)
     with one_sentence_errors(repo_id, token):
         files = find_checkpoint_files(folder)
         repo_id = check_name(repo_id, token, dry_run)
-        metadata = {"base_model": base_model, "license": license, "datasets": datasets}
-        return _push(
-            folder, files, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run, handler
-        )
+        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
 
 def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
@@ -223,13 +195,28 @@ def save_handler(folder: str | os.PathLike) -> None:
 
 
 def _push(
-    folder, names, repo_id, metrics, metadata, token, private, revision, commit_message, dry_run, handler
+    folder: Path,
+    names: list[str],
+    repo_id: str,
+    metrics,
+    dry_run: bool,
+    handler: bool,
+    token: str | None,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    base_model=None,
+    license=None,
+    datasets=None,
 ) -> str:
-    files = {name: folder / name for name in names}
-    if handler:
-        files = {**{name: content() for name, content in _HANDLER.items()}, **files}
+    metadata = {"base_model": base_model, "license": license, "datasets": datasets}
+    files: dict[str, Path | bytes] = {name: content() for name, content in _HANDLER.items()} if handler else {}
+    files |= {name: folder / name for name in names}
     if "README.md" not in files:
-        files |= _make_files(folder, repo_id, metrics, **metadata)
+        with tempfile.TemporaryDirectory(prefix="madtp-hf-") as scratch:
+            picture = Path(scratch, PICTURE)
+            files["README.md"] = str(make_card(folder, repo_id, metrics, picture, **metadata)).encode()
+            files |= {PICTURE: picture.read_bytes()} if picture.exists() else {}
     elif metrics is not None or any(value is not None for value in metadata.values()):
         raise ValueError(
             f"{folder} already has a model card, README.md: leave out what would be written into a new one (metrics,"
@@ -237,7 +224,8 @@ def _push(
         )
     if dry_run:
         url = f"{HfApi(token=False).endpoint}/{repo_id}"
-        print(_describe(folder, files, url, private, revision))
+        stays = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
+        print(describe_upload(files, f"{url}, {revision or 'main'}", private, stays))
         return url
     return upload(files, repo_id, check_token(token), private, revision, commit_message)
 
@@ -321,7 +309,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
     name, index_name = "model.safetensors", "model.safetensors.index.json"
     index = folder / index_name
     if (folder / name).is_file():  # loaders prefer it to shards
-        tensors_of = {name: set()}
+        tensors_of: dict[str, set[str]] = {name: set()}
     elif index.is_file():
         tensors_of = {}
         for tensor, shard in _read_json(index).get("weight_map", {}).items():
@@ -333,7 +321,7 @@ def _find_weights(folder: Path, config: dict, model_class) -> list[str]:
             f"{folder} has no {name} or {index_name}, the model's weights{but}: {_SAVE_AGAIN}, which writes"
             " safetensors."
         )
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard, tensors in tensors_of.items():
         _require(folder, shard, "weights that the index names")
         try:
@@ -377,7 +365,7 @@ def _check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], model_class
 
 def _find_modules(folder: Path) -> list[str]:
     """Return the code files that the configurations name, and those that these import relatively."""
-    wanted = {}  # file -> the file that refers to it
+    wanted: dict[str, str] = {}  # file -> the file that refers to it
     for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -407,36 +395,23 @@ def _find_modules(folder: Path) -> list[str]:
     return list(found)
 
 
-def _make_files(folder: Path, repo_id: str, metrics, **metadata) -> dict[str, bytes]:
-    """Create a model card, and a plot of its numbers if there are enough: name -> content."""
-    with tempfile.TemporaryDirectory(prefix="madtp-hf-") as scratch:
-        picture = Path(scratch, PICTURE)
-        card = make_card(folder, repo_id, metrics, picture, **metadata)
-        made = {PICTURE: picture.read_bytes()} if picture.exists() else {}
-    return {**made, "README.md": str(card).encode()}
-
-
-def _describe(folder: Path, files: dict[str, Path | bytes], url: str, private: bool, revision: str | None) -> str:
-    """Describe for a person what would be uploaded."""
-
-    def row(name, content):
+def describe_upload(files: dict[str, Path | bytes], where: str, private: bool, stays=(), folder: str = "") -> str:
+    """Describe for a person what would be uploaded; the files of `folder` share a line."""
+    rows: dict[str, tuple[int, str]] = {}
+    width = max(map(len, files))
+    for name, content in sorted(files.items()):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         # The Hub decides; by its rules these are weights, pictures and files above 10 MB.
         is_lfs = name.endswith((".safetensors", ".png", ".jpg")) or size > 10_000_000
-        return (
-            f"  {name:<{width}}  {size / 1000:>12,.1f}"
-            f" kB{'  LFS' if is_lfs else ''}{'  (made)' if isinstance(content, bytes) else ''}"
-        )
-
-    width = max(map(len, files))
-    stays = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in files)
+        kinds = f"{'  LFS' if is_lfs else ''}{'  (made)' if isinstance(content, bytes) else ''}"
+        key = folder if folder and name.startswith(folder) else name
+        rows[key] = rows[key][0] + size if key in rows else size, "" if key == folder else kinds
     card = files["README.md"]
-    card = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
-    head = card.splitlines()[:24]
+    head = (card if isinstance(card, bytes) else card.read_bytes()).decode().splitlines()[:24]
     return "\n".join(
         [
-            f"Would publish to {url}, {revision or 'main'}{', private' if private else ''}:",
-            *(row(name, content) for name, content in sorted(files.items())),
+            f"Would publish to {where}{', private' if private else ''}:",
+            *(f"  {name:<{width}}  {size / 1000:>12,.1f} kB{kinds}" for name, (size, kinds) in rows.items()),
             *([f"Would stay here: {', '.join(stays)}"] if stays else []),
             "The card begins:",
             *(f"  {line}".rstrip() for line in head),
@@ -483,10 +458,12 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     if revision not in (None, "main") and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
     before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
-    existing = [sibling.rfilename for sibling in before.siblings or ()]
+    existing = [sibling.rfilename for sibling in getattr(before, "siblings", None) or ()]
     stale = [name for name in existing if name not in files and is_stale(name)]
-    operations = [CommitOperationDelete(name) for name in stale]
-    operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(name, content) for name, content in sorted(files.items())),
+    ]
     try:
         # Not `upload_folder`: it may commit in several steps, and a load in between would get half a checkpoint.
         api.create_commit(
@@ -502,7 +479,7 @@ def upload(files, repo_id, token, private, revision, commit_message, repo_type=N
     except (RuntimeError, OSError) as error:  # raised by the Hub's client and Xet's if a file can't be sent
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
-            raise _explain_answer(cause, repo_id, api.endpoint) from error
+            raise _explain_answer(cause, repo_id) from error
         if getattr(error, "errno", None) is not None:  # an error of a local file
             raise
         reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
@@ -539,7 +516,7 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
     if isinstance(error, OfflineModeIsEnabled):
         return ConnectionError("HF_HUB_OFFLINE is set, and nothing can be published offline: unset it and try again.")
     if isinstance(error, HfHubHTTPError):
-        return _explain_answer(error, repo_id, endpoint)
+        return _explain_answer(error, repo_id)
     if isinstance(error, HTTPError):  # no response at all
         return ConnectionError(
             f"{endpoint} can't be reached ({type(error).__name__}), so nothing was published: check the connection and"
@@ -561,31 +538,32 @@ def _explain(error: Exception, repo_id: str) -> Exception | None:
     return None
 
 
-def _explain_answer(error: HfHubHTTPError, repo_id: str, endpoint: str) -> Exception:
+# By the status of the Hub's answer: the error, what it begins with, and what it ends with.
+_ANSWERS = {
+    400: (ValueError, "The Hub rejects the files of {}", "correct them"),
+    401: (
+        PermissionError,
+        "The Hub rejects the token for {}",
+        "create one with write access in your account's settings, and log in with `hf auth login`",
+    ),
+    403: (
+        PermissionError,
+        "The token may not write to {}",
+        "expected one with write access there; if the namespace is someone else's, choose your own",
+    ),
+    404: (
+        FileNotFoundError,
+        "The Hub has no {} that this token can see, or not that revision",
+        "check the name, the branch and the token",
+    ),
+    409: (OSError, "{} was changed by someone else in the meantime", "nothing was published, try again"),
+}
+_ANSWERS[412] = _ANSWERS[409]
+
+
+def _explain_answer(error: HfHubHTTPError, repo_id: str) -> Exception:
     status = error.response.status_code
     said = (error.server_message or "no reason given").strip().replace("\n", " ").rstrip(".")
-    if status == 401:
-        return PermissionError(
-            f"{endpoint} rejects the token for {repo_id} ({said}): create one with write access in your account's"
-            " settings, and log in with `hf auth login`."
-        )
-    if status == 403:
-        return PermissionError(
-            f"The token may not write to {repo_id} ({said}): expected one with write access there; if the"
-            " namespace is someone else's, choose your own."
-        )
-    if status == 404:
-        return FileNotFoundError(
-            f"{endpoint} has no {repo_id} that this token can see, or not that revision ({said}): check the name,"
-            " the branch and the token."
-        )
-    if status in (409, 412):
-        return OSError(
-            f"{repo_id} was changed by someone else in the meantime ({said}): nothing was published, try again."
-        )
-    if status == 400:
-        return ValueError(f"{endpoint} rejects the files of {repo_id}: {said}.")
-    return OSError(
-        f"{endpoint} answered {status} and nothing was published as {repo_id} ({said}): try again; files that are"
-        " already uploaded are not sent twice."
-    )
+    other = OSError, f"The Hub answered {status} and nothing was published as {{}}", "try again"
+    kind, problem, advice = _ANSWERS.get(status, other)
+    return kind(f"{problem.format(repo_id)} ({said}): {advice}.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.utils.data
+from transformers import ProcessorMixin
 
 from ..modeling.images import read_image
 
@@ -20,12 +21,11 @@ from ..modeling.images import read_image
 def _column(rows: list[dict], name: str) -> list:
     """Return the values of a column; raise a `ValueError` for a row that lacks it."""
     for index, row in enumerate(rows):
-        if name in row and row[name] is None:
-            raise ValueError(f"Row {index} of the batch has None as {name!r}: expected a value, or leave the row out.")
-        if name not in row:
+        if row.get(name) is None:
+            has = "None as" if name in row else f"only {list(row)} and no"
             raise ValueError(
-                f"Row {index} of the batch has no {name!r}, only {list(row)}: expected rows with that column. If the"
-                " data set has it, Trainer has removed it, because the model's forward has no such argument: pass"
+                f"Row {index} of the batch has {has} {name!r}: expected a value. If the data set has it, Trainer has"
+                " removed it, because the model's forward has no such argument: pass"
                 " TrainingArguments(remove_unused_columns=False)."
             )
     return [row[name] for row in rows]
@@ -54,16 +54,15 @@ def _captions(rows: list[dict]) -> list[list[str]]:
 
 def _answers(rows: list[dict]) -> list[list[str]] | None:
     """Return the non-blank answers of each row, at least one; None if no row has any, as in prediction."""
-    found = []
-    for row in rows:
-        given = row.get("answer") or row.get("answers") or []
-        given = given if isinstance(given, (list, tuple)) else [given]
-        found.append([answer for answer in given if isinstance(answer, str) and answer.strip()])
     # An empty string is a missing answer; no column, None or an empty list marks a question to be answered.
     if all(row.get(name) in (None, [], ()) for row in rows for name in ("answer", "answers")):
         return None
-    for index, (row, answers) in enumerate(zip(rows, found)):
-        if not answers:
+    found = []
+    for index, row in enumerate(rows):
+        given = row.get("answer") or row.get("answers") or []
+        given = given if isinstance(given, (list, tuple)) else [given]
+        found.append([answer for answer in given if isinstance(answer, str) and answer.strip()])
+        if not found[-1]:
             given = {name: row[name] for name in ("answer", "answers") if name in row}
             raise ValueError(
                 f"Row {index} of the batch, question {row['question']!r}, has no answer"
@@ -75,17 +74,19 @@ def _answers(rows: list[dict]) -> list[list[str]] | None:
 
 def _labels(rows: list[dict]) -> torch.Tensor | None:
     """Return the labels (B,); None if no row has one, as in prediction."""
-    labels = [row.get("label") for row in rows]
-    if all(label is None for label in labels):
+    if all(row.get("label") is None for row in rows):
         return None
-    for index, (row, label) in enumerate(zip(rows, labels)):
+    labels = []
+    for index, row in enumerate(rows):
+        label = row.get("label")
         # Test splits on the Hub use -1 for "unknown"; the model would reject it without naming the row.
         if isinstance(label, str) or label not in (0, 1):
             raise ValueError(
                 f"Row {index} of the batch, sentence {row['sentence']!r}, has the label {label!r}: expected 1"
                 " where the sentence is true and 0 where it is false; to predict, leave the label out of all rows."
             )
-    return torch.tensor([int(label) for label in labels])
+        labels.append(int(label))
+    return torch.tensor(labels)
 
 
 def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
@@ -141,18 +142,12 @@ class QuestionAnsweringCollator:
     Returns `pixel_values`, `input_ids`, `attention_mask` and `labels`. There are no labels if no row has an answer; if
     only some rows have one, a `ValueError` names the first row without.
 
-    Args:
-        processor (`BlipProcessor`):
-            The model's processor.
-        decoder_start_token_id (`int`):
-            The token that answers start with: `model.config.text_config.bos_token_id`.
-        max_length (`int`, *optional*):
-            Longer questions are truncated to this many tokens.
-        seed (`int`, *optional*, defaults to 0):
-            Seed for drawing answers.
+    processor: the model's. decoder_start_token_id: the token that answers start with,
+    `model.config.text_config.bos_token_id`. max_length: longer questions are truncated to this many tokens. seed: for
+    drawing answers.
     """
 
-    processor: object
+    processor: ProcessorMixin
     decoder_start_token_id: int
     max_length: int | None = None
     seed: int = 0
@@ -178,7 +173,7 @@ class VisualReasoningCollator:
     one.
     """
 
-    processor: object
+    processor: ProcessorMixin
     max_length: int | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -195,20 +190,12 @@ class CaptioningCollator:
     Returns `pixel_values`, `input_ids`, `attention_mask` and `labels`. Labels are -100 at the prompt's tokens: the
     prompt is given, not learned.
 
-    Args:
-        processor (`BlipProcessor`):
-            The model's processor.
-        decoder_start_token_id (`int`):
-            The token that captions start with: `model.config.text_config.bos_token_id`.
-        prompt (`str`, *optional*, defaults to `"a picture of"`):
-            The prompt that precedes each caption.
-        max_length (`int`, *optional*):
-            Longer captions are truncated to this many tokens.
-        seed (`int`, *optional*, defaults to 0):
-            Seed for drawing captions.
+    processor: the model's. decoder_start_token_id: the token that captions start with,
+    `model.config.text_config.bos_token_id`. prompt: what precedes each caption. max_length: longer captions are
+    truncated to this many tokens. seed: for drawing captions.
     """
 
-    processor: object
+    processor: ProcessorMixin
     decoder_start_token_id: int
     prompt: str = "a picture of"
     max_length: int | None = None
@@ -237,16 +224,15 @@ class RetrievalCollator:
     `image_id` are not negatives of each other.
     """
 
-    processor: object
+    processor: ProcessorMixin
     max_length: int | None = None
     seed: int = 0
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | bool]:
         image_ids, captions = _texts(rows, "image_id"), _captions(rows)
         draw = _generator(self.seed, self._seen, list(zip(image_ids, captions)))
         batch = _tokens(self.processor, [draw.choice(of_image) for of_image in captions], self.max_length)
         batch["pixel_values"] = _pixels(self.processor, rows, "image")
         batch["image_ids"] = torch.tensor([_hash(image_id) for image_id in image_ids])
-        batch["return_loss"] = True
-        return batch
+        return {**batch, "return_loss": True}

@@ -10,11 +10,13 @@ Splits are made by scan: no scan of the test split appears in any training scene
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 
 CANVAS_SIZE = 80
@@ -33,7 +35,15 @@ COLORS = {
     "white": (245, 245, 245),
 }
 COLOR_NAMES = tuple(COLORS)
-QUESTION_KINDS = ("exists", "count", "color", "extreme", "neighbor")
+# Two wordings of each kind of question.
+_QUESTIONS = {
+    "exists": ("is there a {}?", "does the image show a {}?"),
+    "count": ("how many {} are there?", "what is the number of {} in the image?"),
+    "color": ("what color is the {}?", "which color does the {} have?"),
+    "extreme": ("which digit is {}?", "what is the {} digit in the image?"),
+    "neighbor": ("which digit is next {}?", "what is the first digit {}?"),
+}
+QUESTION_KINDS = tuple(_QUESTIONS)
 STATEMENT_KINDS = ("more", "same", "both", "only", "neither", "total", "extreme", "color")
 ANSWERS = ("yes", "no", *DIGIT_NAMES, *COLOR_NAMES)
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -193,50 +203,33 @@ def ask(scenes: Scenes, index: int, kind: str, rng: np.random.Generator) -> tupl
     Answers are balanced so that the question's words don't give the answer away: "exists" is yes half of the time,
     "count" is each of zero to three a quarter of the time, colours and digits are uniform.
     """
+    if kind not in QUESTION_KINDS:
+        raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(QUESTION_KINDS)}")
     digits = scenes.digits[index]
     if kind == "exists":
-        answer = bool(rng.integers(2))
+        answer = ("no", "yes")[rng.integers(2)]
         present = np.unique(digits[digits >= 0])
-        digit = rng.choice(present if answer else np.setdiff1d(np.arange(10), present))
-        name = DIGIT_NAMES[digit]
-        question = (f"is there a {name}?", f"does the image show a {name}?")[rng.integers(2)]
-        return question, "yes" if answer else "no"
-    if kind == "count":
-        name = DIGIT_NAMES[scenes.targets[index]]
-        plural = name + ("es" if name == "six" else "s")
-        question = (f"how many {plural} are there?", f"what is the number of {plural} in the image?")[rng.integers(2)]
-        return question, DIGIT_NAMES[scenes.counts[index]]
-    direction = tuple(_DIRECTIONS)[rng.integers(4)]
-    _, _, superlative, preposition = _DIRECTIONS[direction]
-    slots = _in_order(scenes, index, direction)
-    if kind == "extreme":
-        question = (f"which digit is {superlative}?", f"what is the {superlative} digit in the image?")[
-            rng.integers(2)
-        ]
-        return question, DIGIT_NAMES[digits[slots[0]]]
-    unique = [slot for slot in slots if (digits == digits[slot]).sum() == 1]
-    if kind == "color":
-        slot = unique[rng.integers(len(unique))]
-        name = DIGIT_NAMES[digits[slot]]
-        question = (f"what color is the {name}?", f"which color does the {name} have?")[rng.integers(2)]
-        return question, COLOR_NAMES[scenes.colors[index, slot]]
-    if kind == "neighbor":
-        anchors = [slot for slot in unique if slot != slots[0]]
-        if (
-            not anchors
-        ):  # the only digit that occurs once is the outermost: look the other way, where it has a neighbour
-            opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[direction]
-            _, _, superlative, preposition = _DIRECTIONS[opposite]
-            slots, anchors = slots[::-1], unique
-        anchor = anchors[rng.integers(len(anchors))]
-        neighbor = slots[list(slots).index(anchor) - 1]
-        name = DIGIT_NAMES[digits[anchor]]
-        question = (
-            f"which digit is next {preposition} the {name}?",
-            f"what is the first digit {preposition} the {name}?",
-        )[rng.integers(2)]
-        return question, DIGIT_NAMES[digits[neighbor]]
-    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(QUESTION_KINDS)}")
+        about = DIGIT_NAMES[rng.choice(present if answer == "yes" else np.setdiff1d(np.arange(10), present))]
+    elif kind == "count":
+        about, answer = _plural(scenes.targets[index]), DIGIT_NAMES[scenes.counts[index]]
+    else:
+        direction = tuple(_DIRECTIONS)[rng.integers(4)]
+        slots = _in_order(scenes, index, direction)
+        unique = [slot for slot in slots if (digits == digits[slot]).sum() == 1]
+        if kind == "extreme":
+            about, answer = _DIRECTIONS[direction][2], DIGIT_NAMES[digits[slots[0]]]
+        elif kind == "color":
+            slot = unique[rng.integers(len(unique))]
+            about, answer = DIGIT_NAMES[digits[slot]], COLOR_NAMES[scenes.colors[index, slot]]
+        else:
+            anchors = [slot for slot in unique if slot != slots[0]]
+            if not anchors:  # the only digit that occurs once is the outermost: on its other side it has a neighbour
+                direction = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[direction]
+                slots, anchors = slots[::-1], unique
+            anchor = anchors[rng.integers(len(anchors))]
+            about = f"{_DIRECTIONS[direction][3]} the {DIGIT_NAMES[digits[anchor]]}"
+            answer = DIGIT_NAMES[digits[slots[list(slots).index(anchor) - 1]]]
+    return _QUESTIONS[kind][rng.integers(2)].format(about), answer
 
 
 def describe(scenes: Scenes, index: int, direction: str) -> str:
@@ -333,86 +326,72 @@ def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Gen
     }[kind], truth
 
 
-def _chunks(num_rows: int, chunk: int = 256):
-    """Yield (start, count) of chunks of scenes, small enough for the processor's cache."""
-    for start in range(0, num_rows, chunk):
-        yield start, min(chunk, num_rows - start)
+def _question(scenes: Scenes, index: int, number: int, rng) -> dict:
+    kind = QUESTION_KINDS[number % len(QUESTION_KINDS)]
+    question, answer = ask(scenes, index, kind, rng)
+    return {"image": Image.fromarray(scenes.images[index]), "question": question, "answer": answer, "kind": kind}
 
 
-def _question_rows(split: str, num_questions: int, seed: int, source: str):
-    from PIL import Image
-
-    rng = np.random.default_rng([seed, SPLITS[split]])
-    for start, count in _chunks(num_questions):
-        scenes = draw_scenes(count, split, rng)
-        for index in range(len(scenes)):
-            kind = QUESTION_KINDS[(start + index) % len(QUESTION_KINDS)]
-            question, answer = ask(scenes, index, kind, rng)
-            image = Image.fromarray(scenes.images[index])
-            yield {"image": image, "question": question, "answer": answer, "kind": kind}
+def _statement(pair: tuple[Scenes, Scenes], index: int, number: int, rng) -> dict:
+    kind = STATEMENT_KINDS[number % len(STATEMENT_KINDS)]
+    sentence, truth = state(*pair, index, kind, rng)
+    left, right = (Image.fromarray(scenes.images[index]) for scenes in pair)
+    return {"left_image": left, "right_image": right, "sentence": sentence, "label": int(truth), "kind": kind}
 
 
-def _statement_rows(split: str, num_statements: int, seed: int, source: str):
-    from PIL import Image
+def _captions(scenes: Scenes, index: int, number: int, rng) -> dict:
+    captions = describe_from_all_sides(scenes, index)
+    return {"image": Image.fromarray(scenes.images[index]), "captions": captions, "image_id": str(number)}
 
-    rng = np.random.default_rng([seed, SPLITS[split], 1])
-    for start, count in _chunks(num_statements):
-        pairs = draw_pairs(count, split, rng)
+
+# By kind of row: what is appended to the seed, how scenes are drawn, and how a row is made of them.
+_KINDS: dict[str, tuple[tuple[int, ...], Callable, Callable]] = {
+    "questions": ((), draw_scenes, _question),
+    "statements": ((1,), draw_pairs, _statement),
+    "images": ((2,), draw_scenes, _captions),
+}
+
+
+def _rows(kind: str, split: str, number: int, seed: int, source: str):
+    more, draw, make = _KINDS[kind]
+    rng = np.random.default_rng([seed, SPLITS[split], *more])
+    chunk = 256  # small enough for the processor's cache
+    for start in range(0, number, chunk):
+        count = min(chunk, number - start)
+        scenes = draw(count, split, rng)
         for index in range(count):
-            kind = STATEMENT_KINDS[(start + index) % len(STATEMENT_KINDS)]
-            sentence, truth = state(*pairs, index, kind, rng)
-            left, right = (Image.fromarray(scenes.images[index]) for scenes in pairs)
-            yield {"left_image": left, "right_image": right, "sentence": sentence, "label": int(truth), "kind": kind}
+            yield make(scenes, index, start + index, rng)
 
 
-def _caption_rows(split: str, num_images: int, seed: int, source: str):
-    from PIL import Image
-
-    rng = np.random.default_rng([seed, SPLITS[split], 2])
-    for start, count in _chunks(num_images):
-        scenes = draw_scenes(count, split, rng)
-        for index in range(count):
-            image = Image.fromarray(scenes.images[index])
-            captions = describe_from_all_sides(scenes, index)
-            yield {"image": image, "captions": captions, "image_id": str(start + index)}
-
-
-def _load(rows, features: dict, split: str, seed: int, **number):
-    """Return a `datasets.Dataset` of what the generator `rows` yields, cached by `datasets`."""
+def _load(kind: str, split: str, number: int, seed: int, features: dict):
+    """Return a `datasets.Dataset` of rows of a kind, cached by `datasets`."""
     from datasets import Dataset, Features
 
-    ((name, count),) = number.items()
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    if count < 1:
-        raise ValueError(f"{name}={count}: expected at least 1")
+    if number < 1:
+        raise ValueError(f"num_{kind}={number}: expected at least 1")
     # `datasets` identifies the generator by name and arguments only; the hash makes a changed module redraw scenes.
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return Dataset.from_generator(
-        rows,
-        features=Features(features),
-        gen_kwargs={"split": split, **number, "seed": seed, "source": source},
-    )
+    arguments = {"kind": kind, "split": split, "number": number, "seed": seed, "source": source}
+    return Dataset.from_generator(_rows, features=Features(features), gen_kwargs=arguments)
 
 
 def load_digit_questions(split: str, num_questions: int, seed: int = 0):
     """Return questions about digit scenes, one scene per question, as a `datasets.Dataset` that `datasets` caches.
 
     Args:
-        split (`str`):
-            `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
-        num_questions (`int`):
-            The number of rows; the kinds of question alternate.
-        seed (`int`, *optional*, defaults to 0):
-            Seed for drawing; the same split, number and seed give the same rows.
+        split (`str`): `"train"`, `"validation"` or `"test"`: the split of the scans that the scenes are made of.
+        num_questions (`int`): The number of rows; the kinds of question alternate.
+        seed (`int`, *optional*, defaults to 0): Seed for drawing; the same split, number and seed give the same rows.
 
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.
     """
     from datasets import Image, Value
 
-    features = {"image": Image(), "question": Value("string"), "answer": Value("string"), "kind": Value("string")}
-    return _load(_question_rows, features, split, seed, num_questions=num_questions)
+    columns = {"image": Image(), **dict.fromkeys(("question", "answer", "kind"), Value("string"))}
+    return _load("questions", split, num_questions, seed, columns)
 
 
 def load_digit_statements(split: str, num_statements: int, seed: int = 0):
@@ -426,14 +405,9 @@ def load_digit_statements(split: str, num_statements: int, seed: int = 0):
     """
     from datasets import ClassLabel, Image, Value
 
-    features = {
-        "left_image": Image(),
-        "right_image": Image(),
-        "sentence": Value("string"),
-        "label": ClassLabel(names=["False", "True"]),
-        "kind": Value("string"),
-    }
-    return _load(_statement_rows, features, split, seed, num_statements=num_statements)
+    columns = {"left_image": Image(), "right_image": Image(), "sentence": Value("string")}
+    columns |= {"label": ClassLabel(names=["False", "True"]), "kind": Value("string")}
+    return _load("statements", split, num_statements, seed, columns)
 
 
 def load_digit_captions(split: str, num_images: int, seed: int = 0):
@@ -444,8 +418,8 @@ def load_digit_captions(split: str, num_images: int, seed: int = 0):
     """
     from datasets import Image, Value
 
-    features = {"image": Image(), "captions": [Value("string")], "image_id": Value("string")}
-    return _load(_caption_rows, features, split, seed, num_images=num_images)
+    columns = {"image": Image(), "captions": [Value("string")], "image_id": Value("string")}
+    return _load("images", split, num_images, seed, columns)
 
 
 def question_only_accuracy(train, test, question: str = "question", answer: str = "answer") -> float:
@@ -456,7 +430,7 @@ def question_only_accuracy(train, test, question: str = "question", answer: str 
 
     `question` and `answer` name the columns; for statements they are `"sentence"` and `"label"`.
     """
-    answers = defaultdict(Counter)
+    answers: dict = defaultdict(Counter)
     for asked, answered in zip(train[question], train[answer]):
         answers[asked][answered] += 1
     likeliest = {asked: counter.most_common(1)[0][0] for asked, counter in answers.items()}

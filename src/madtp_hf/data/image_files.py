@@ -24,7 +24,7 @@ def walk_images(folder) -> Iterator[tuple[str, str | None]]:
     The order is fixed: folder by folder, by name. Hidden files and folders are left out, links to folders aren't
     followed. A folder or a broken symlink that is named like an image is included: reading it gives the reason.
     """
-    failed = []
+    failed: list[OSError] = []
     for parent, folders, files in os.walk(folder, onerror=failed.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = "" if parent == os.fspath(folder) else os.path.join(os.path.relpath(parent, folder), "")

@@ -37,13 +37,8 @@ _NLVR2_SPLITS = {
     "test1": "test1",
     "test2": "test2",
 }
-_VQAV2_SPLITS = {
-    "train": "train2014",
-    "validation": "val2014",
-    "val": "val2014",
-    "test": "test2015",
-    "test-dev": "test-dev2015",
-}
+_VQAV2_SPLITS = {"train": "train2014", "validation": "val2014", "val": "val2014"}
+_VQAV2_SPLITS |= {"test": "test2015", "test-dev": "test-dev2015"}
 _KARPATHY_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
 _AS_SHIPPED = "download the file again from its publisher, or fix that entry"
@@ -54,22 +49,17 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
     """Read NLVR2: is the sentence true of the two images?
 
     Args:
-        path (`str` or `Path`):
-            The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (one object per line), BLIP's
-            `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data set on the
-            Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, the data set's own name
-            of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder. The authors' images are in its `train/<directory>/`,
-            `dev/`, `test1/`, or in the same folders below `images/`.
-        columns (`dict[str, str]`, *optional*):
-            For the Hub, a mapping from the columns named below to the data set's names, where they differ:
-            `{"sentence": "text"}`.
-        where (`dict[str, str]`, *optional*):
-            For the Hub, keep only rows with these values, for data sets with a column for the split:
-            `{"split": "val"}`.
+        path (`str` or `Path`): The authors' `train.json`, `dev.json`, `test1.json` or `test2.json` (one object per
+            line), BLIP's `nlvr_train.json`, `nlvr_dev.json` or `nlvr_test.json`, a folder with one of them, or a data
+            set on the Hub.
+        split (`str`): `"train"`, `"validation"` (`"dev"`), `"test"` (`"test1"`) or `"test2"`; on the Hub, the data
+            set's own name of the split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder. The authors' images
+            are in its `train/<directory>/`, `dev/`, `test1/`, or in the same folders below `images/`.
+        columns (`dict[str, str]`, *optional*): For the Hub, a mapping from the columns named below to the data set's
+            names, where they differ: `{"sentence": "text"}`.
+        where (`dict[str, str]`, *optional*): For the Hub, keep only rows with these values, for data sets with a
+            column for the split: `{"split": "val"}`.
 
     Returns:
         `datasets.Dataset` with the columns `left_image`, `right_image` (images), `sentence` (string), `label` (class
@@ -126,7 +116,7 @@ def _official_pairs(text: str, file: Path):
     """Yield (place, entry, identifier, paths of the two images) for each of the authors' lines."""
     for number, line in _lines(text):
         where = f"{file}, line {number}"
-        entry = _checked_entry(_parse(line, file, number), where)
+        entry = _parse(line, file, number)
         identifier = _field(entry, "identifier", where, str)
         pair, folder = identifier.rpartition("-")[0], identifier.partition("-")[0]
         if folder == "train":
@@ -136,8 +126,8 @@ def _official_pairs(text: str, file: Path):
 
 def _blip_pairs(text: str, file: Path):
     """Yield the same as `_official_pairs` for each of BLIP's entries."""
-    sentences = defaultdict(dict)  # for each set, the index of each sentence
-    seen = Counter()
+    sentences: dict = defaultdict(dict)  # for each set, the index of each sentence
+    seen: Counter[tuple] = Counter()
     for where, entry in _entries(_parse(text, file), file):
         images = _texts(entry, "images", where)
         if len(images) != 2:
@@ -155,21 +145,16 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
     """Read VQAv2: questions about COCO's images, each with answers by ten people.
 
     Args:
-        path (`str` or `Path`):
-            The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`, `val2014`, `test2015` or
-            `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a folder with one of them, or
-            a data set on the Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"val"`), `"test"` or, for the authors' files, `"test-dev"`; on the Hub, the
-            data set's own name of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder. The authors' images are in its `train2014/`, `val2014/`,
-            `test2015/`.
-        annotations (`str` or `Path`, *optional*):
-            The authors' annotations, by default `v2_mscoco_<subset>_annotations.json` beside the questions. The test
-            splits have none.
-        columns, where (`dict[str, str]`, *optional*):
-            As in `load_nlvr2`.
+        path (`str` or `Path`): The authors' `v2_OpenEnded_mscoco_<subset>_questions.json` (subset `train2014`,
+            `val2014`, `test2015` or `test-dev2015`), BLIP's `vqa_train.json`, `vqa_val.json` or `vqa_test.json`, a
+            folder with one of them, or a data set on the Hub.
+        split (`str`): `"train"`, `"validation"` (`"val"`), `"test"` or, for the authors' files, `"test-dev"`; on the
+            Hub, the data set's own name of the split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder. The authors' images
+            are in its `train2014/`, `val2014/`, `test2015/`.
+        annotations (`str` or `Path`, *optional*): The authors' annotations, by default
+            `v2_mscoco_<subset>_annotations.json` beside the questions. The test splits have none.
+        columns, where (`dict[str, str]`, *optional*): As in `load_nlvr2`.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `question` (string), `question_id` (int64) and `answers` (list of
@@ -213,13 +198,13 @@ def _blip_questions(document: list, subset: str, file: Path, annotations):
     if annotations is not None:
         raise ValueError(f"{file} contains its answers: leave `annotations` out")
     for where, entry in _entries(document, file):
-        unanswered = subset.startswith("test") and "answer" not in entry
-        yield where, entry, _field(entry, "image", where, str), [] if unanswered else _texts(entry, "answer", where)
+        image, unanswered = _field(entry, "image", where, str), subset.startswith("test") and "answer" not in entry
+        yield where, entry, image, [] if unanswered else _texts(entry, "answer", where)
 
 
 def _official_questions(document, subset: str, file: Path, annotations):
     """Yield the same as `_blip_questions` for each of the authors' questions."""
-    questions = _field(_checked_entry(document, file), "questions", file, list)
+    questions = _field(document, "questions", file, list)
     if document.get("data_subtype", subset) != subset:
         raise ValueError(f"{file} is of {document['data_subtype']!r}: expected {subset!r}; choose the file's split")
     is_test = subset.startswith("test")
@@ -244,8 +229,7 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
         raise FileNotFoundError(
             f"no annotations of {questions}: expected {expected}; put them there or pass `annotations`, where they are"
         )
-    answers = {}
-    document = _checked_entry(_parse(_read_text(file), file), file)
+    answers, document = {}, _parse(_read_text(file), file)
     for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):
         given = _entries(_field(entry, "answers", where, list), f"{where}, answers")
         answers[_field(entry, "question_id", where, int)] = [_field(one, "answer", place, str) for place, one in given]
@@ -258,21 +242,18 @@ def load_coco_captions(
     """Read COCO captions, in Karpathy's splits or COCO's own, one row per image.
 
     Args:
-        path (`str` or `Path`):
-            Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (one caption per entry; the reader groups
-            them by image), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own `captions_train2014.json`
-            or `captions_val2014.json` or those of 2017 (with COCO's own splits, so none for `"test"`), a folder with
-            one of them or with COCO's `annotations/`, or a data set on the Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, the data set's own name of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder or, for a file in `annotations/`, the folder above. Images
-            are in its `train2014/` and `val2014/`, or `train2017/` and `val2017/`.
-        include_restval (`bool`, *optional*, defaults to `True`):
-            Whether `"train"` includes Karpathy's "restval", the rest of COCO's validation images. BLIP's file always
-            includes it.
-        columns, where (`dict[str, str]`, *optional*):
-            As in `load_nlvr2`.
+        path (`str` or `Path`): Karpathy's `dataset_coco.json`, BLIP's `coco_karpathy_train.json` (one caption per
+            entry; the reader groups them by image), `coco_karpathy_val.json` or `coco_karpathy_test.json`, COCO's own
+            `captions_train2014.json` or `captions_val2014.json` or those of 2017 (with COCO's own splits, so none for
+            `"test"`), a folder with one of them or with COCO's `annotations/`, or a data set on the Hub.
+        split (`str`): `"train"`, `"validation"` (`"val"`) or `"test"`; on the Hub, the data set's own name of the
+            split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder or, for a file in
+            `annotations/`, the folder above. Images are in its `train2014/` and `val2014/`, or `train2017/` and
+            `val2017/`.
+        include_restval (`bool`, *optional*, defaults to `True`): Whether `"train"` includes Karpathy's "restval", the
+            rest of COCO's validation images. BLIP's file always includes it.
+        columns, where (`dict[str, str]`, *optional*): As in `load_nlvr2`.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
@@ -308,21 +289,18 @@ def load_flickr30k(
     """Read Flickr30k captions, one row per image.
 
     Args:
-        path (`str` or `Path`):
-            Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`, `flickr30k_val.json` or
-            `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's `results.csv` (both without
-            splits), a folder with one of them (tried in this order), or a data set on the Hub.
-        split (`str`):
-            `"train"`, `"validation"` (`"val"`) or `"test"`; also `"all"` for Karpathy's file, and only `"all"` for the
-            files without splits. On the Hub, the data set's own name of the split.
-        image_dir (`str` or `Path`, *optional*):
-            The image folder, by default the file's folder. Images are in it or in its `flickr30k-images/` or
-            `flickr30k_images/`.
-        columns, where (`dict[str, str]`, *optional*):
-            As in `load_nlvr2`.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with a malformed line of `results_20130124.token` or `results.csv`: `"skip"` leaves it out, with
-            a warning that names it. Kaggle's file has one such line.
+        path (`str` or `Path`): Karpathy's `dataset_flickr30k.json`, BLIP's `flickr30k_train.json`,
+            `flickr30k_val.json` or `flickr30k_test.json`, the authors' `results_20130124.token` or Kaggle's
+            `results.csv` (both without splits), a folder with one of them (tried in this order), or a data set on the
+            Hub.
+        split (`str`): `"train"`, `"validation"` (`"val"`) or `"test"`; also `"all"` for Karpathy's file, and only
+            `"all"` for the files without splits. On the Hub, the data set's own name of the split.
+        image_dir (`str` or `Path`, *optional*): The image folder, by default the file's folder. Images are in it or in
+            its `flickr30k-images/` or `flickr30k_images/`.
+        columns, where (`dict[str, str]`, *optional*): As in `load_nlvr2`.
+        on_error (`str`, *optional*, defaults to `"raise"`): What to do with a malformed line of
+            `results_20130124.token` or `results.csv`: `"skip"` leaves it out, with a warning that names it. Kaggle's
+            file has one such line.
 
     Returns:
         `datasets.Dataset` with the columns `image`, `captions` (list of strings, in their order) and `image_id`
@@ -391,8 +369,8 @@ def _coco_entries(document: dict, file: Path, split: str):
     for where, entry in _entries(_field(document, "images", file, list), f"{file}, images"):
         name = _field(entry, "file_name", where, str)
         # The names in the 2017 files don't tell the image folder, but the images' URLs do.
-        folder = re.search(r"(?:train|val)20\d\d(?=[/_])", f"{name}/{entry.get('coco_url', '')}")
-        folder = folder[0] if folder else file.stem.removeprefix("captions_")
+        found = re.search(r"(?:train|val)20\d\d(?=[/_])", f"{name}/{entry.get('coco_url', '')}")
+        folder = found[0] if found else file.stem.removeprefix("captions_")
         images[_field(entry, "id", where, int)] = (where, f"{folder}/{PurePosixPath(name).name}")
     captioned = set()
     for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):
@@ -457,26 +435,21 @@ def _split_name(split: str, names: dict[str, str]) -> str:
 
 def _is_local(path, columns, where=None, **local_options) -> bool:
     """Return whether `path` exists locally and so is not a data set on the Hub; reject options of the other kind."""
-    if Path(path).expanduser().exists():
-        for name, value in (("columns", columns), ("where", where)):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` is for data sets on the Hub, and {path} is a local file or folder: leave it out"
-                )
-        return True
+    is_local = Path(path).expanduser().exists()
     hub_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
-    if not hub_id or path.endswith((".json", ".jsonl", ".token", ".csv")):
+    if not is_local and (not hub_id or path.endswith((".json", ".jsonl", ".token", ".csv"))):
         raise FileNotFoundError(
             f"no file or folder {path}: expected a split's file, a folder that holds it, or a data set on the Hub"
             " (owner/name)"
         )
-    given = [f"{name}=" for name, value in local_options.items() if value is not None]
-    if given:
+    others = {"columns": columns, "where": where} if is_local else local_options
+    if given := [name for name, value in others.items() if value is not None]:
+        kinds = ("data sets on the Hub", "is") if is_local else ("files", "is not")
         raise ValueError(
-            f"{', '.join(given)} is for files, and {path} is not a local file or folder; correct the path, or leave it"
-            " out to load from the Hub"
+            f"`{'`, `'.join(given)}` is for {kinds[0]}, and {path} {kinds[1]} a local file or folder: leave it out, or"
+            " correct the path"
         )
-    return False
+    return is_local
 
 
 def _find_file(path, names: list[str]) -> Path:
@@ -520,28 +493,21 @@ def _parse(text: str, file: Path, line: int = 1):
 
 
 def _entries(items, where):
-    """Yield (place, entry) for each object of a JSON list."""
+    """Yield (place, entry) for each entry of a JSON list; `_field` checks that it is an object."""
     if not isinstance(items, list) or not items:
         got = "an empty one" if items == [] else type(items).__name__
         raise ValueError(f"{where}: expected a JSON list of objects, got {got}; {_AS_SHIPPED}")
-    many = len(items) > 10_000
-    for number, entry in enumerate(tqdm(items, desc=Path(where).name, leave=False) if many else items, 1):
-        place = f"{where}, entry {number}"
-        yield place, _checked_entry(entry, place)
-
-
-def _checked_entry(entry, where) -> dict:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {repr(entry)[:60]}; {_AS_SHIPPED}")
-    return entry
+    shown = tqdm(items, desc=Path(where).name, leave=False, disable=len(items) <= 10_000)
+    return ((f"{where}, entry {number}", entry) for number, entry in enumerate(shown, 1))
 
 
 def _field(entry: dict, name: str, where, *kinds: type):
     """Return a field of an entry, which must have one of the types `kinds` (`str`, `int`, `list`)."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {repr(entry)[:60]}; {_AS_SHIPPED}")
     if type(entry.get(name)) not in kinds:  # not isinstance: JSON's true is no number
-        got = (
-            repr(entry[name])[:60] if name in entry else f"an entry without it (fields: {', '.join(entry) or 'none'})"
-        )
+        got = f"an entry without it (fields: {', '.join(entry) or 'none'})"
+        got = repr(entry[name])[:60] if name in entry else got
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         raise ValueError(f"{where}: field {name!r}: expected {expected}, got {got}; {_AS_SHIPPED}")
     return entry[name]
@@ -606,7 +572,7 @@ def _rows_where(dataset, where: dict, name: str):
 
 def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | None, where: dict | None = None):
     """Load a split of a data set on the Hub, filtered by `where`, with our columns, names and types."""
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     theirs = {ours: ours for ours in features} | (columns or {})
     if len(theirs) > len(features) or len(set(theirs.values())) < len(features):
@@ -632,19 +598,27 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
     for column, feature in features.items():
         given = dataset.features[column]
         try:
-            if isinstance(given, ClassLabel) and given.names != getattr(feature, "names", None):
-                # A cast would keep the numbers but change their meaning.
-                raise TypeError(f"its classes are {given.names}")
-            if getattr(feature, "feature", None) == given:  # one value per row, where we have a list
-                values = [[value] for value in dataset[column]]
-                dataset = dataset.remove_columns(column).add_column(column, values).select_columns(list(features))
-            if dataset.features[column] != feature:
-                dataset = dataset.cast_column(column, feature)
-            if isinstance(feature, ClassLabel) and not {0, 1}.issuperset(labels := dataset.unique(column)):
-                raise TypeError(f"its labels are {labels}")
+            dataset = _cast(dataset, column, feature)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(
                 f"{name}: column {theirs[column]!r} is {given}: expected {feature} for {column!r} ({error}); "
                 "load it with datasets.load_dataset and convert that column"
             ) from error
+    return dataset
+
+
+def _cast(dataset, column: str, feature):
+    """Return the data set with a column of this type; raise an error if its values would change their meaning."""
+    from datasets import ClassLabel
+
+    given, order = dataset.features[column], dataset.column_names
+    if isinstance(given, ClassLabel) and given.names != getattr(feature, "names", None):
+        raise TypeError(f"its classes are {given.names}")
+    if getattr(feature, "feature", None) == given:  # one value per row, where we have a list
+        values = [[value] for value in dataset[column]]
+        dataset = dataset.remove_columns(column).add_column(column, values).select_columns(order)
+    if dataset.features[column] != feature:
+        dataset = dataset.cast_column(column, feature)
+    if isinstance(feature, ClassLabel) and not {0, 1}.issuperset(labels := dataset.unique(column)):
+        raise TypeError(f"its labels are {labels}")
     return dataset

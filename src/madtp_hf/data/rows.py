@@ -7,12 +7,17 @@ counted from 1 in messages, without a table's header.
 import os
 import random
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..modeling.images import read_image
 from .columns import ALIASES, IMAGES, TASK_COLUMNS, missing_column, read_value
 from .sources import TABLES, Row, Rows, TarRows, find_files, open_rows
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["Row", "Rows", "load_rows", "load_table", "open_rows"]
 
@@ -36,26 +41,21 @@ def load_rows(
     """Read rows for a task's collator.
 
     Args:
-        task (`Task`):
-            One of `madtp_hf.tasks.TASKS`; it determines the columns.
-        source (`str`, `Path` or `list`):
-            What `open_rows` takes, or `"digits"`, the embedded digit scenes. Captions of one image may be in several
-            rows of a table. Images of a folder, two by two, are the pairs of a task with two images.
-        texts (`list[str]`, *optional*):
-            Questions, sentences or captions for images that have none; they are assigned to the images in turn.
-        image_dir, columns (*optional*):
-            As in `open_rows`.
-        where (`dict`, *optional*):
-            Keep only rows with these values, for tables with a column for the split: `{"split": "train"}`.
-        split (`str`, *optional*, defaults to `"validation"`):
-            The split of a data set, or of the digit scenes.
-        samples (`int`, *optional*):
-            How many rows to draw at random; by default all rows, and 200 for the digit scenes.
-        seed (`int`, *optional*, defaults to 0):
-            Seed for drawing rows.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with rows that can't be used: `"skip"` leaves them out, with a warning that names them, and
-            decodes each image to find out.
+        task (`Task`): One of `madtp_hf.tasks.TASKS`; it determines the columns.
+        source (`str`, `Path` or `list`): What `open_rows` takes, or `"digits"`, the embedded digit scenes. Captions of
+            one image may be in several rows of a table. Images of a folder, two by two, are the pairs of a task with
+            two images.
+        texts (`list[str]`, *optional*): Questions, sentences or captions for images that have none; they are assigned
+            to the images in turn.
+        image_dir, columns (*optional*): As in `open_rows`.
+        where (`dict`, *optional*): Keep only rows with these values, for tables with a column for the split:
+            `{"split": "train"}`.
+        split (`str`, *optional*, defaults to `"validation"`): The split of a data set, or of the digit scenes.
+        samples (`int`, *optional*): How many rows to draw at random; by default all rows, and 200 for the digit
+            scenes.
+        seed (`int`, *optional*, defaults to 0): Seed for drawing rows.
+        on_error (`str`, *optional*, defaults to `"raise"`): What to do with rows that can't be used: `"skip"` leaves
+            them out, with a warning that names them, and decodes each image to find out.
 
     Returns:
         `list[dict]`: rows whose images are paths or the bytes of image files, or PIL images for digit scenes. A row
@@ -75,7 +75,7 @@ def load_rows(
             f"{rows.name} has no {text.removesuffix('s')}: {task.title} reads a text with each image; expected a table"
             f" with a column {' or '.join(ALIASES[text])}, or `texts` for images without one."
         )
-    indices = range(len(rows))
+    indices: list[int] | range = range(len(rows))
     if not rows.in_memory and not where and samples is not None and samples < len(rows):
         indices = sorted(random.Random(seed).sample(indices, samples))
     found = (row for index in indices for row in rows.rows(index, index + 1))
@@ -94,31 +94,29 @@ def load_rows(
 
 
 def load_table(
-    path,
+    path: str | Path | Sequence[str | Path],
     task: str,
-    image_dir=None,
+    image_dir: str | Path | None = None,
     columns: dict[str, str] | None = None,
     where: dict | None = None,
     on_error: str = "raise",
-):
+) -> "Dataset":
     """Read a table of your own as a `datasets.Dataset` for a task's collator.
 
     Args:
-        path (`str`, `Path` or `list` of them):
-            What `open_rows` takes: a `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, several files of one kind
-            (shards), a folder of files of one kind, a data set that `datasets` saved, or one on the Hub.
-        task (`str`):
-            `"vqa"`: `image`, `question` and, except for prediction, `answers` (a string or a list). `"captioning"`:
-            `image` and `captions` (a string or a list). `"retrieval"`, `"clip"`: the same and, optionally, `image_id`.
-            `"nlvr2"`: `left_image`, `right_image`, `sentence` and, except for prediction, `label` (0 or 1, true or
-            false). An image is a path, or the bytes of an image file (Parquet).
-        image_dir, columns (*optional*):
-            As in `open_rows`; the usual other names, such as `answer` or `file_name`, are known.
-        where (`dict`, *optional*):
-            Keep only rows with these values, for tables with a column for the split: `{"split": "train"}`.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with rows that lack a value or whose image file doesn't exist: `"skip"` leaves them out, with a
-            warning that names them.
+        path (`str`, `Path` or `list` of them): What `open_rows` takes: a `.csv`, `.tsv`, `.json`, `.jsonl` or
+            `.parquet` file, several files of one kind (shards), a folder of files of one kind, a data set that
+            `datasets` saved, or one on the Hub.
+        task (`str`): `"vqa"`: `image`, `question` and, except for prediction, `answers` (a string or a list).
+            `"captioning"`: `image` and `captions` (a string or a list). `"retrieval"`, `"clip"`: the same and,
+            optionally, `image_id`. `"nlvr2"`: `left_image`, `right_image`, `sentence` and, except for prediction,
+            `label` (0 or 1, true or false). An image is a path, or the bytes of an image file (Parquet).
+        image_dir, columns (*optional*): As in `open_rows`; the usual other names, such as `answer` or `file_name`, are
+            known.
+        where (`dict`, *optional*): Keep only rows with these values, for tables with a column for the split:
+            `{"split": "train"}`.
+        on_error (`str`, *optional*, defaults to `"raise"`): What to do with rows that lack a value or whose image file
+            doesn't exist: `"skip"` leaves them out, with a warning that names them.
 
     Returns:
         `datasets.Dataset`, whose images are decoded when their row is read. Rows with the same image path are merged
@@ -193,7 +191,9 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
-    good, problems, others = {}, [], {name: set() for name in where or ()}
+    good: dict[int, dict] = {}
+    problems: list[str] = []
+    others: dict[str, set[str]] = {name: set() for name in where or ()}
     for row in found:
         if row.error is None and where and not all(_is(row.values.get(name), value) for name, value in where.items()):
             for name in where:
@@ -246,7 +246,8 @@ def _sample(row: Row, wanted, needed, decode: bool) -> dict:
 
 def _one_sample_an_image(good: dict[int, dict]) -> dict[int, dict]:
     """Gather the captions of rows with the same image path; each question about an image is its own sample."""
-    merged, first = {}, {}
+    merged: dict[int, dict] = {}
+    first: dict[str, int] = {}
     for index, row in good.items():
         key = row.get("image") if "captions" in row and isinstance(row.get("image"), str) else None
         kept = index if key is None else first.setdefault(key, index)
@@ -259,9 +260,10 @@ def _one_sample_an_image(good: dict[int, dict]) -> dict[int, dict]:
 
 def _to_dataset(rows: Rows, good: dict[int, dict], order: list[str]):
     """Build the data set of these rows, with columns in this order."""
-    from datasets import Dataset, Features, Image, Sequence, Value
+    from datasets import Dataset, Features, Image, Value
+    from datasets import Sequence as ListOf
 
-    kinds = {"answers": Sequence(Value("string")), "captions": Sequence(Value("string")), "label": Value("int64")}
+    kinds = {"answers": ListOf(Value("string")), "captions": ListOf(Value("string")), "label": Value("int64")}
     kinds = {name: Image() if name in IMAGES else kinds.get(name, Value("string")) for name in order}
     texts = {name: [row.get(name) for row in good.values()] for name in order if name not in IMAGES or rows.in_memory}
     if rows.in_memory:

@@ -1,7 +1,8 @@
 """Rows of images and texts from any source: folders, lists, tables, WebDataset tars and `datasets` data sets.
 
-All are opened by `open_rows`, have a length, yield the rows of any range in order, and have a fingerprint that changes
-with what they hold. Texts and paths are kept in memory; the bytes of images are read in place when their rows are.
+All are opened by `open_rows`, have a length, yield the rows of any range in order, and say by a number for each row
+whether what it holds has changed. Texts and paths are kept in memory; the bytes of images are read in place when their
+rows are.
 """
 
 import copy
@@ -14,17 +15,22 @@ import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .columns import ALIASES, IMAGES, TEXTS, clean, match_columns, read_value
 from .image_files import is_image, path_inside, walk_images
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from typing_extensions import Self
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _EXPECTED = f"a folder of images, a table ({', '.join(TABLES)}), a .txt list, .tar files or the id of a data set"
@@ -46,26 +52,44 @@ class Row:
 
 
 class Rows:
-    """A source's rows. Subclasses have `rows(start, stop)` and what the fingerprint is made of.
+    """A source's rows. Subclasses have `rows(start, stop)` and what identifies a row.
 
     columns: the wanted columns that the source has, by our names, and the source's names for them. found: all names.
     name: for messages. folder: the image folder. in_memory: whether images are files, which reading rows doesn't read.
     """
 
     in_memory = False
+    dataset: "Dataset"  # of rows whose images are bytes: the same rows in `datasets`' form
 
     def __init__(self, name, columns: dict[str, str], found: Iterable[str], folder):
         self.name, self.columns, self.found = str(name), columns, [*found]
         self.folder = folder and os.path.abspath(folder)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for part in (len(self), *self.columns.items(), *self._parts()):
-            digest.update(str(part).encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()[:16]
+    def identities(self) -> np.ndarray:
+        """Return an int64 for each row, which changes with its texts, its image's name, size or modification time.
 
-    def without_images(self) -> "Rows":
+        Rows of the same content have the same. For images in Parquet files, tars and data sets, the file that holds a
+        row and its place there count.
+        """
+        columns = sorted(item for item in self.columns.items() if item[0] != "key")
+        digests = (
+            hashlib.blake2b(repr((columns, origin)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            for origin in self._origins()
+        )
+        return np.frombuffer(b"".join(digests), np.int64)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Yield the rows from `start` up to `stop`."""
+        raise NotImplementedError
+
+    def _origins(self) -> Iterable[tuple]:
+        """Yield, for each row, what its result depends on."""
+        raise NotImplementedError
+
+    def without_images(self) -> "Self":
         """Return the same rows without the images' columns, for reading the others alone."""
         rows = copy.copy(self)
         rows.columns = {name: theirs for name, theirs in self.columns.items() if name not in IMAGES}
@@ -101,23 +125,20 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
     """Open a source of rows.
 
     Args:
-        source (`str`, `Path` or `list`):
-            A folder of images, of tars or of tables of one kind, or one saved by `datasets`; a table (`.csv`, `.tsv`,
-            `.jsonl`, `.json`, `.parquet`), or a `.txt` with a path, or a path, a tab and a text in each line; tars of
-            WebDataset's layout, uncompressed; several of them as a list or a pattern such as `train-{000..099}.tar` or
-            `data/*.parquet`; a list of images; else the id of a data set on the Hub. A folder's `metadata.csv` or
-            `metadata.jsonl` is read where texts are wanted.
-        columns (`dict[str, str]`, *optional*):
-            The source's names of columns, by ours, where they have none of the usual names (`columns.ALIASES`).
-        image_dir (`str` or `Path`, *optional*):
-            The folder that image paths start from and stay in, by default that of the table.
-        split (`str`, *optional*):
-            The split of a data set with several.
-        wanted (`tuple[str]`, *optional*):
-            The columns to read: names of `columns.ALIASES`, or a table's own.
+        source (`str`, `Path` or `list`): A folder of images, of tars or of tables of one kind, or one saved by
+            `datasets`; a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), or a `.txt` with a path, or a path, a
+            tab and a text in each line; tars of WebDataset's layout, uncompressed; several of them as a list or a
+            pattern such as `train-{000..099}.tar` or `data/*.parquet`; a list of images; else the id of a data set on
+            the Hub. A folder's `metadata.csv` or `metadata.jsonl` is read where texts are wanted.
+        columns (`dict[str, str]`, *optional*): The source's names of columns, by ours, where they have none of the
+            usual names (`columns.ALIASES`).
+        image_dir (`str` or `Path`, *optional*): The folder that image paths start from and stay in, by default that of
+            the table.
+        split (`str`, *optional*): The split of a data set with several.
+        wanted (`tuple[str]`, *optional*): The columns to read: names of `columns.ALIASES`, or a table's own.
 
     Returns:
-        `Rows` with `len`, `rows(start, stop)`, `keys()`, `fingerprint`, `columns`, `name` and `folder`.
+        `Rows` with `len`, `rows(start, stop)`, `keys()`, `identities()`, `columns`, `name` and `folder`.
 
     Raises:
         ValueError, FileNotFoundError: if the source is not one of these, can't be read, has no row, or lacks a column
@@ -129,7 +150,7 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
     return rows
 
 
-def _open(source, options: tuple, split) -> Rows:
+def _open(source, options: tuple[tuple[str, ...], dict[str, str] | None, Path | None], split) -> Rows:
     if isinstance(source, (list, tuple)):
         files = [Path(one).expanduser() for one in source]
         if any(file.suffix.lower() in (*TABLES, ".tar") for file in files):
@@ -152,7 +173,7 @@ def _open(source, options: tuple, split) -> Rows:
     return DatasetRows(text, *options, split)
 
 
-def _open_folder(path: Path, options: tuple, split) -> Rows:
+def _open_folder(path: Path, options: tuple[tuple[str, ...], dict[str, str] | None, Path | None], split) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return DatasetRows(path, *options, split)
     for table in (path / "metadata.csv", path / "metadata.jsonl"):
@@ -232,11 +253,10 @@ class TableRows(Rows):
             else:
                 yield self._row(index, values)
 
-    def _parts(self):
-        for name, of_rows in (*self.values.items(), ("problems", self.problems.items())):
-            yield from (name, *of_rows)
+    def _origins(self):
         for row in self.rows(0, len(self)):
-            yield from _stamps(row.values[name] for name in IMAGES if row.values.get(name))
+            raw = [of_rows[row.index] for name, of_rows in self.values.items() if name != "key"]
+            yield row.error, raw, *_stamps(row.values[name] for name in IMAGES if row.values.get(name))
 
 
 def _images(name, names: list[str], folder, problems: dict[int, str] | None = None) -> TableRows:
@@ -245,7 +265,8 @@ def _images(name, names: list[str], folder, problems: dict[int, str] | None = No
 
 def _read_table(files: list[Path], wanted, given, image_dir) -> TableRows:
     """Read text tables with the same columns; a row that can't be read is kept as a problem."""
-    name, entries, header = _shown(files), [], None
+    name, header = _shown(files), None
+    entries: list[dict | str] = []
     for file in files:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             try:
@@ -309,14 +330,16 @@ def _csv_entries(lines, delimiter: str = ",") -> Iterator[list | dict | str]:
 
 def _json_entries(lines) -> Iterator[dict | str]:
     """Yield the objects of a JSON list or of JSON lines, or what is wrong with one."""
-    text, what = lines.read(), "entry"
-    try:
-        entries = enumerate(json.loads(text), 1) if text.lstrip().startswith("[") else None
-    except ValueError as error:
-        raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
-    if entries is None:
-        what, entries = "line", ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    for number, entry in entries:
+    text = lines.read()
+    what, entries = "line", text.split("\n")
+    if text.lstrip().startswith("["):
+        try:
+            what, entries = "entry", json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{lines.name} is not JSON ({error}): expected a list of objects.") from error
+    for number, entry in enumerate(entries, 1):
+        if what == "line" and not entry.strip():
+            continue
         try:
             entry = json.loads(entry) if what == "line" else entry
         except ValueError as error:
@@ -332,7 +355,7 @@ def _list_entries(lines) -> Iterator[dict]:
             yield {"image": image.strip(), **({"text": text} if tab else {})}
 
 
-_ENTRIES = {
+_ENTRIES: dict[str, Callable[..., Iterator]] = {
     ".txt": _list_entries,
     ".csv": _csv_entries,
     ".tsv": lambda lines: _csv_entries(lines, "\t"),
@@ -347,13 +370,15 @@ class ParquetRows(Rows):
     rows_at_once = 32
 
     def __init__(self, files: list[Path], wanted, given, image_dir):
-        self.files, self._groups, self._total, self.schema = files, [], 0, None
+        self.files, self._total = files, 0
+        self._groups: list[tuple[int, int, int]] = []  # (first row, file, row group in it)
         for number, name in enumerate(files):
             try:
                 file = require("pyarrow.parquet").ParquetFile(name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{name} can't be read as Parquet ({str(error).partition(chr(10))[0]}).") from error
-            self.schema = self.schema or file.schema_arrow
+            if number == 0:
+                self.schema = file.schema_arrow
             if file.schema_arrow.names != self.schema.names:
                 raise ValueError(f"{name} has other columns than {files[0]}: expected files of one table.")
             for group in range(file.metadata.num_row_groups):
@@ -361,7 +386,7 @@ class ParquetRows(Rows):
                 self._total += file.metadata.row_group(group).num_rows
         columns = match_columns(self.schema.names, wanted, given, _shown(files))
         super().__init__(_shown(files), columns, self.schema.names, _folder(files, image_dir))
-        self._reader = None, None
+        self._reader: tuple[int, Iterator[Row]] | tuple[None, None] = None, None
 
     def __len__(self) -> int:
         return self._total
@@ -369,11 +394,13 @@ class ParquetRows(Rows):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_reader": (None, None)}  # open files can't move to another process
 
-    def _parts(self):
-        yield from (file.name for file in self.files)
-        yield from _stamps(self.files)
+    def _origins(self):
+        stamps = [(file.name, *stamp) for file, stamp in zip(self.files, _stamps(self.files))]
+        stops = [*(first for first, _, _ in self._groups[1:]), self._total]
+        for (first, number, of_file), stop in zip(self._groups, stops):
+            yield from ((stamps[number], of_file, place) for place in range(stop - first))
 
-    @property
+    @cached_property
     def dataset(self):
         """The same rows as a `datasets.Dataset`, which keeps a copy of them in its cache."""
         return require("datasets").load_dataset("parquet", data_files=[*map(str, self.files)], split="train")
@@ -382,7 +409,7 @@ class ParquetRows(Rows):
         stop = min(stop, self._total)
         position, reader = self._reader
         self._reader = None, None  # while it is in use here
-        if position != start:
+        if reader is None or position != start:
             reader = self._rows_from(start)
         for row in itertools.islice(reader, max(0, stop - start)):
             start = row.index + 1
@@ -425,7 +452,10 @@ class TarRows(Rows):
 
     def __init__(self, files: list[Path], wanted, given=None, image_dir=None):
         self._base_plus_ext = require("webdataset.tariterators").base_plus_ext
-        self.files, self._keys, places, self._texts, self._problems = files, [], [], {}, {}
+        self.files, places = files, []
+        self._keys: list[str] = []
+        self._texts: dict[tuple, tuple] = {}
+        self._problems: dict[int, str] = {}
         for number, name in enumerate(files):
             for key, suffix, *place in self._members(name):
                 if suffix in (".txt", ".json"):
@@ -450,7 +480,7 @@ class TarRows(Rows):
                     suffix = "." + (extension or "").lower().rpartition(".")[2]
                     if key is not None and (is_image(suffix) or suffix in (".txt", ".json")):
                         yield key, suffix, member.offset_data, member.size
-                    tar.members = []  # otherwise tarfile keeps every member in memory
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every member in memory
                 # tarfile takes a damaged header for the end, which is blocks of zeros and nothing after them.
                 tar.fileobj.seek(tar.offset)
                 end = tar.fileobj.read(2 * tarfile.RECORDSIZE)
@@ -462,9 +492,10 @@ class TarRows(Rows):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def _parts(self):
-        yield from (file.name for file in self.files)
-        yield from _stamps(self.files)
+    def _origins(self):
+        stamps = [(file.name, *stamp) for file, stamp in zip(self.files, _stamps(self.files))]
+        for index, (number, *place) in enumerate(self._places.tolist()):
+            yield stamps[number], place, self._problems.get(index)
 
     def keys(self) -> list[str]:
         return list(self._keys)
@@ -521,7 +552,7 @@ class DatasetRows(Rows):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self.dataset = dataset.select_columns(sorted({*self.columns.values()}))
 
-    def without_images(self) -> Rows:
+    def without_images(self) -> "Self":
         rows = super().without_images()
         rows.dataset = self.dataset.select_columns(sorted({*rows.columns.values()}))
         return rows
@@ -529,8 +560,8 @@ class DatasetRows(Rows):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _parts(self):
-        return (self._fingerprint, *_stamps(self._saved))
+    def _origins(self):
+        return ((self._fingerprint, *_stamps(self._saved), index) for index in range(len(self)))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
         for index in range(start, min(stop, len(self))):

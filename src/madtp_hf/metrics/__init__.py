@@ -14,8 +14,7 @@ def load_metric(name: str, **kwargs):
     """Load one of this package's metrics by name as an `evaluate.EvaluationModule`, from disk, without a network.
 
     Args:
-        name (`str`):
-            One of `METRICS`.
+        name (`str`): One of `METRICS`.
         **kwargs:
             Passed to `evaluate.load`. `keep_in_memory` is on unless given or evaluation is distributed (`num_process`
             above 1), so that metrics loaded in several processes share no file. Distributed evaluation needs files:

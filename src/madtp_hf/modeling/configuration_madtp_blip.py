@@ -74,7 +74,7 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
     # Saving a configuration saves its code along with it, see `PreTrainedConfig.register_for_auto_class`.
     _auto_class = "AutoConfig"
 
-    def __init__(self, encoder_token_id=None, **kwargs):
+    def __init__(self, encoder_token_id: int | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
         self.encoder_token_id = encoder_token_id
 

@@ -36,7 +36,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
     _least_token_counts = (4, 5)  # more than one token stays, in texts also the end of text
     _auto_class = "AutoConfig"  # saves the code with a configuration, see `register_for_auto_class`
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
 
 

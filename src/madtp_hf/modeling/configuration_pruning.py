@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from .versions import VERSION, warn_if_untested
 
@@ -120,18 +121,18 @@ class PruningConfigMixin:
 
     def __init__(
         self,
-        num_alignment_tokens=100,
-        alignment_dim=None,
-        alignment_loss_weight=0.1,
-        distillation_weight=1.0,
-        pruning_method="madtp",
-        pruning_setting=None,
-        pruning_temperature=None,
-        pruning_modalities=MODALITIES,
-        pruning_granularity="instance",
-        pruning_schedule=None,
-        pruning_token_counts=None,
-        madtp_version=None,
+        num_alignment_tokens: int = 100,
+        alignment_dim: int | None = None,
+        alignment_loss_weight: float = 0.1,
+        distillation_weight: float = 1.0,
+        pruning_method: str = "madtp",
+        pruning_setting: dict[str, float] | None = None,
+        pruning_temperature: float | None = None,
+        pruning_modalities: Sequence[str] = MODALITIES,
+        pruning_granularity: str = "instance",
+        pruning_schedule: list[dict[str, float]] | None = None,
+        pruning_token_counts: list[dict] | None = None,
+        madtp_version: str | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)

@@ -4,6 +4,7 @@ Shapes: R rows of all sequences; T alignment tokens, D width of the branch, E wi
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -136,14 +137,46 @@ def real_tokens(branch: BranchOutput) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bool, device=branch.states.device)
 
 
-def as_model_output(branch: BranchOutput) -> BaseModelOutputWithPooling:
-    """Convert a branch's output to what transformers' encoders return."""
-    return BaseModelOutputWithPooling(
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """What transformers' encoders return and, with pruning on, a mask.
+
+    last_hidden_state (B, L, D): the surviving tokens of each sequence, then padding.
+    attention_mask (B, L) bool: with pruning on, True at the real tokens of `last_hidden_state`.
+    """
+
+    attention_mask: torch.Tensor | None = None
+
+
+def as_model_output(branch: BranchOutput, pooled: torch.Tensor | None, with_mask: bool) -> EncoderOutput:
+    """Convert a branch's output to what transformers' encoders return; `with_mask` if tokens may be missing."""
+    return EncoderOutput(
         last_hidden_state=branch.hidden_states,
-        pooler_output=branch.pooled,
+        pooler_output=pooled,
         hidden_states=branch.all_hidden_states,
         attentions=branch.attentions,
+        attention_mask=real_tokens(branch) if with_mask else None,
     )
+
+
+class Tower(nn.Module):
+    """One branch's encoder, which its model calls with `as_branch=True`, and others as they call transformers'.
+
+    A subclass implements `encode`, which returns a `BranchOutput`, and `encode_alone`, which returns one for a pass of
+    the model, and the pooled states that transformers' encoder returns.
+    """
+
+    _owner = ()  # the model; in a tuple, since a module would be registered as a submodule
+
+    def belong_to(self, model: nn.Module) -> None:
+        self._owner = (model,)
+
+    def call_alone(self, *inputs, output_hidden_states=None, output_attentions=None, **kwargs) -> EncoderOutput:
+        model = self._owner[0]
+        model._check_arguments(kwargs)
+        outputs, pruning = model._outputs(output_hidden_states, output_attentions), model.start_pass()
+        branch, pooled = self.encode_alone(model, pruning, *inputs, **outputs)
+        return as_model_output(branch, pooled, pruning.is_on)
 
 
 def run_layers(

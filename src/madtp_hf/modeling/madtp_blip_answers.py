@@ -14,7 +14,7 @@ from .padding import left_align, text_lengths
 
 
 class AnswerRanking:
-    """Mixin that ranks answers, for a model with `_encode` and a `text_decoder`."""
+    """Mixin that ranks answers, for a model with `_encode_questions` and a `text_decoder`."""
 
     def _decode(self, answer_ids: torch.Tensor, text: BranchOutput, cache) -> torch.Tensor:
         """Return the decoder's last hidden states (B, K, A, D) of K answers (B, K, A) to each of B questions.
@@ -36,11 +36,11 @@ class AnswerRanking:
     @torch.no_grad()
     def rank_answers(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
-        attention_mask: torch.LongTensor | None,
-        answer_input_ids: torch.LongTensor,
-        answer_attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None,
+        answer_input_ids: torch.Tensor,
+        answer_attention_mask: torch.Tensor | None = None,
         k: int = 128,
     ) -> torch.LongTensor:
         """Choose the answer to each question from a fixed list, as BLIP evaluates VQA.
@@ -79,7 +79,9 @@ class AnswerRanking:
         answer_ids = F.pad(answer_ids[:, 1:], (1, 0), value=text_config.bos_token_id)
         targets = answer_ids.masked_fill(~answer_mask, -100)
 
-        _, text = self._encode(input_ids, pixel_values, attention_mask)
+        pruning = self.start_pass()
+        vision = self._encode_images(pixel_values, pruning=pruning)
+        text = self._encode_questions(input_ids, attention_mask, vision, pruning)
         cache = cross_attention_cache(self.text_decoder, text.states, text.sequences)
         start = answer_ids[:1, :1].expand(text.sequences.batch_size, 1, 1)
         first_logits = self.text_decoder.cls(self._decode(start, text, cache)[:, 0, 0])

@@ -1,12 +1,13 @@
 """Base class of the four BLIP tasks: encoding, generation and loading from transformers' BLIP."""
 
 import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Pipeline, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip.modeling_blip import BlipMLP, BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import (
     BlipTextEmbeddings,
@@ -20,7 +21,11 @@ from .madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_atte
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
 from .pruned_model import PrunedModelMixin
-from .sequences import Sequences
+from .sequences import Sequences, unpad
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
@@ -60,17 +65,29 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             init.copy_(module.position_ids, positions.expand((1, -1)))
 
     @classmethod
-    def from_pretrained(cls, *args, config=None, **kwargs):
-        # `AutoModel` keeps one model class per configuration class. After a local checkpoint of one task, it would
-        # load another task's checkpoint from a folder of the same name with the first task's class.
-        named = (getattr(config, "architectures", None) or [None])[0]
-        for other in MadtpBlipPreTrainedModel.__subclasses__():
-            if other.__name__ == named and other is not cls:
-                return other.from_pretrained(*args, config=config, **kwargs)
+    def from_pretrained(cls, *args, config=None, **kwargs) -> "Self":
+        named = cls._named_by(config)
+        if named is not cls:
+            return named.from_pretrained(*args, config=config, **kwargs)
         return super().from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
-    def from_blip(cls, source, **config_overrides):
+    def _from_config(cls, config, **kwargs):
+        return super(MadtpBlipPreTrainedModel, cls._named_by(config))._from_config(config, **kwargs)
+
+    @classmethod
+    def _named_by(cls, config) -> type["MadtpBlipPreTrainedModel"]:
+        """Return the class that a configuration names, or this one.
+
+        `AutoModel` keeps one model class per configuration class, and asks it for models of all tasks.
+        """
+        names = {*(getattr(config, "architectures", None) or ())}
+        names.add((getattr(config, "auto_map", None) or {}).get("AutoModel", "").rpartition(".")[2])
+        tasks = [task for task in MadtpBlipPreTrainedModel.__subclasses__() if task.__name__ in names]
+        return cls if not tasks or issubclass(cls, tasks[0]) else tasks[0]
+
+    @classmethod
+    def from_blip(cls, source: PreTrainedModel | str | Path, **config_overrides) -> "Self":
         """Create a model of this class from transformers' BLIP for the same task. Only alignment parameters are new.
 
         transformers has no BLIP for NLVR2. Its source is a BLIP for retrieval or question answering, and the
@@ -90,7 +107,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         """
         return cls.from_dense(source, **config_overrides)
 
-    def as_pipeline(self, processor, **kwargs):
+    def as_pipeline(self, processor, **kwargs) -> Pipeline:
         """Wrap this model in the pipeline that its checkpoints ship.
 
         For example: `model.as_pipeline(processor)(image=..., question=...)`.
@@ -130,7 +147,27 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
     ) -> BranchOutput:
         """Encode pixel_values (B, 3, H, W); `pruning` is the pass's, `outputs` are further vision model arguments."""
         method = self.make_method(pruning or self.start_pass(), "vision", with_feature)
-        return self.vision_model(pixel_values, method, interpolate_pos_encoding, **outputs)
+        return self.vision_model(pixel_values, interpolate_pos_encoding, as_branch=True, method=method, **outputs)
+
+    def _images(self, pixel_values, image_embeds, image_mask, **options) -> BranchOutput:
+        """Encode pixel_values, or take images that were encoded before: image_embeds (B, M, D), image_mask (B, M)."""
+        if (pixel_values is None) == (image_embeds is None):
+            given = "neither" if image_embeds is None else "both"
+            raise ValueError(f"{given.capitalize()} of pixel_values and image_embeds: expected one of them.")
+        if image_embeds is None:
+            return self._encode_images(pixel_values, **options)
+        width = self.config.vision_config.hidden_size
+        if image_embeds.ndim != 3 or image_embeds.shape[2] != width:
+            raise ValueError(
+                f"image_embeds has shape {tuple(image_embeds.shape)}: expected (batch_size, length, {width}), the"
+                " `last_hidden_state` of model.vision_model(pixel_values)."
+            )
+        if image_mask is not None and image_mask.shape != image_embeds.shape[:2]:
+            raise ValueError(
+                f"image_mask has shape {tuple(image_mask.shape)} and image_embeds {tuple(image_embeds.shape)}:"
+                f" expected {tuple(image_embeds.shape[:2])}, the `attention_mask` of model.vision_model(pixel_values)."
+            )
+        return BranchOutput(*unpad(image_embeds, image_mask), None, None)
 
     def _encode_text(
         self, input_ids, attention_mask, *images, with_feature=False, pruning=None, **outputs
@@ -150,7 +187,10 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
         method = self.make_method(pruning, "text", with_feature)
-        return self.text_encoder(input_ids, *images, mask=mask, layout=pruning.text_layout, method=method, **outputs)
+        layout = pruning.text_layout
+        return self.text_encoder(
+            input_ids, as_branch=True, images=images, mask=mask, layout=layout, method=method, **outputs
+        )
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
         """Return a copy of the given generation configuration, or of the model's own.
@@ -174,7 +214,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             return getattr(generation_config, name, None) if value is None else value
 
         if setting("output_attentions"):
-            self._check_keeps_maps()
+            self._warn_of_maps()
         if "past_key_values" in generate_kwargs:  # the name depends on transformers' version
             generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
         kind = setting("cache_implementation")
@@ -204,33 +244,22 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         )
 
 
-def images_for_texts(vision: BranchOutput, images, texts: torch.Tensor, kind: str) -> tuple[torch.Tensor, Sequences]:
+def images_for_texts(vision: BranchOutput, texts: torch.Tensor, kind: str) -> tuple[torch.Tensor, Sequences]:
     """Return the states and layout of each text's image; a single image is repeated for all texts."""
-    if images.shape[0] != 1 or texts.shape[0] == 1:
-        check_same_number(images, texts, kind)
+    number = vision.sequences.batch_size
+    if number != 1 or texts.shape[0] == 1:
+        check_same_number(number, texts.shape[0], kind)
         return vision.states, vision.sequences
     sequences = Sequences.padded(texts.shape[0], vision.sequences.max_seqlen, vision.states.device)
     return vision.states.repeat(texts.shape[0], 1), sequences
 
 
-def one_text_for_all(input_ids, attention_mask, images) -> tuple[torch.Tensor, torch.Tensor | None]:
+def one_text_for_all(input_ids, attention_mask, num_images: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Expand a single text to each of several images; return other batches unchanged."""
-    if input_ids.shape[0] != 1 or images.shape[0] == 1:
+    if input_ids.shape[0] != 1 or num_images == 1:
         return input_ids, attention_mask
-    mask = None if attention_mask is None else attention_mask.expand(images.shape[0], -1)
-    return input_ids.expand(images.shape[0], -1), mask
-
-
-def with_states(feature: torch.Tensor, branch: BranchOutput, return_dict: bool | None):
-    """Return the features or, with `return_dict`, a model output that also holds the branch's states."""
-    if not return_dict:
-        return feature
-    return BaseModelOutputWithPooling(
-        last_hidden_state=branch.hidden_states,
-        pooler_output=feature,
-        hidden_states=branch.all_hidden_states,
-        attentions=branch.attentions,
-    )
+    mask = None if attention_mask is None else attention_mask.expand(num_images, -1)
+    return input_ids.expand(num_images, -1), mask
 
 
 __all__ = ["MadtpBlipPreTrainedModel"]

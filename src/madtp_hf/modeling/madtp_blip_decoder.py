@@ -4,6 +4,7 @@ The attention is fused, applies masks, and computes cross-attention keys and val
 """
 
 import inspect
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,14 @@ CACHE_ARGUMENT = (
 # Newer versions use a four-dimensional mask unchanged. For other masks they read the values, which synchronizes with
 # the device.
 TAKES_FINISHED_MASKS = hasattr(modeling_blip_text, "create_causal_mask")
+
+
+# Whether the pass of this thread returns attention maps.
+_KEEPS_MAPS: ContextVar[bool] = ContextVar("maps of one pass", default=False)
+
+
+def keeps_maps() -> bool:
+    return not torch.compiler.is_compiling() and _KEEPS_MAPS.get()  # compiled code can't read it
 
 
 def cross_attention_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -73,7 +82,7 @@ class DecoderAttention(BlipTextSelfAttention):
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
         is_causal = mask is None and not is_cross and query.shape[2] > 1
-        if self.config._attn_implementation == "eager":
+        if self.config._attn_implementation == "eager" or keeps_maps():
             return self._attend_eagerly(query, key, value, mask, is_causal, copies)
         if copies > 1:
             query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
@@ -111,6 +120,15 @@ class DecoderAttention(BlipTextSelfAttention):
 
 class DecoderModel(BlipTextModel):
     _supports_sdpa = _supports_flash_attn = True
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or not kwargs.get("output_attentions", self.config.output_attentions):
+            return super().forward(*args, **kwargs)
+        token = _KEEPS_MAPS.set(True)  # transformers' layers don't hand the argument on to attention
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _KEEPS_MAPS.reset(token)
 
 
 class TextDecoder(BlipTextLMHeadModel):

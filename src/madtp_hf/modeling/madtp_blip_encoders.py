@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers.models.blip.modeling_blip import BlipEncoderLayer, BlipVisionEmbeddings
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings, BlipTextLayer, BlipTextSelfAttention
+from transformers.utils import can_return_tuple
 
 from .attention import attend
-from .encoder import BranchOutput, LayerPlan, PrunedLayer, run_layers
+from .encoder import BranchOutput, EncoderOutput, LayerPlan, PrunedLayer, Tower, run_layers
 from .padding import check_images, check_no_empty_text, check_text_length
 from .pruning_method import PruningMethod
-from .sequences import Sequences, lay_out
+from .sequences import Sequences, lay_out, unpad
 
 
 # From this layer on, NLVR2's text encoder concatenates and projects its cross-attention outputs for the two images.
@@ -139,8 +140,10 @@ class MadtpBlipVisionEncoder(nn.Module):
         self.layers = nn.ModuleList([MadtpBlipVisionLayer(config) for _ in range(config.num_hidden_layers)])
 
 
-class MadtpBlipVisionModel(nn.Module):
-    """The image branch, which encodes pixel_values (B, 3, H, W) into a `BranchOutput`."""
+class MadtpBlipVisionModel(Tower):
+    """The image branch."""
+
+    main_input_name = "pixel_values"
 
     def __init__(self, config):
         super().__init__()
@@ -149,11 +152,26 @@ class MadtpBlipVisionModel(nn.Module):
         self.encoder = MadtpBlipVisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    @can_return_tuple
     def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, as_branch: bool = False, **options
+    ) -> EncoderOutput | BranchOutput:
+        """Encode images: pixel_values (B, 3, H, W) -> `last_hidden_state` (B, L, D) and `pooler_output` (B, D).
+
+        options: `output_hidden_states`, `output_attentions`, `return_dict`. With `as_branch`, those of `encode`.
+        """
+        encode = self.encode if as_branch else self.call_alone
+        return encode(pixel_values, interpolate_pos_encoding, **options)
+
+    def encode_alone(self, model, pruning, *inputs, **outputs):
+        branch = self.encode(*inputs, model.make_method(pruning, "vision"), **outputs)
+        return branch, self.post_layernorm(branch.first_states)  # normalised twice, as in transformers
+
+    def encode(
         self,
         pixel_values: torch.Tensor,
-        method: PruningMethod | None = None,
         interpolate_pos_encoding: bool = False,
+        method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
         """Encode images; `outputs` are further arguments of `run_layers`."""
@@ -176,8 +194,8 @@ class MadtpBlipTextEncoder(nn.Module):
         self.layer = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
 
 
-class MadtpBlipTextModel(nn.Module):
-    """The text branch, which encodes input_ids (B, L) into a `BranchOutput`, with cross-attention to image states."""
+class MadtpBlipTextModel(Tower):
+    """The text branch, with cross-attention to image states or text only."""
 
     def __init__(self, config, layer_class=MadtpBlipTextLayer):
         super().__init__()
@@ -185,10 +203,37 @@ class MadtpBlipTextModel(nn.Module):
         self.embeddings = BlipTextEmbeddings(config)
         self.encoder = MadtpBlipTextEncoder(config, layer_class)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
-        *images: torch.Tensor | Sequences,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | list[torch.Tensor] | None = None,
+        as_branch: bool = False,
+        **options,
+    ) -> EncoderOutput | BranchOutput:
+        """Encode texts: input_ids, attention_mask (B, L) -> `last_hidden_state` (B, L, D), real tokens first.
+
+        encoder_hidden_states (B, M, E), encoder_attention_mask (B, M): the image of each text; a list of two for two
+        images per text. options: `output_hidden_states`, `output_attentions`, `return_dict`. With `as_branch`, the
+        arguments are those of `encode`.
+        """
+        if as_branch:
+            return self.encode(input_ids, **options)
+        return self.call_alone(input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, **options)
+
+    def encode_alone(self, model, pruning, input_ids, attention_mask, states, masks, **outputs):
+        if isinstance(states, torch.Tensor):
+            states, masks = [states], [masks]
+        states = states or []
+        images = [part for image in zip(states, masks or [None] * len(states)) for part in unpad(*image)]
+        return model._encode_text(input_ids, attention_mask, *images, pruning=pruning, **outputs), None
+
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        images: tuple[torch.Tensor | Sequences, ...] = (),
         mask: torch.Tensor | None = None,
         layout: str = "dense",
         method: PruningMethod | None = None,

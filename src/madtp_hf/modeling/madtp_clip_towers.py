@@ -7,9 +7,10 @@ feed-forward.
 import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings, CLIPVisionEmbeddings
+from transformers.utils import can_return_tuple
 
 from .attention import BranchSpec
-from .encoder import BranchOutput, PrunedLayer, run_layers
+from .encoder import BranchOutput, EncoderOutput, PrunedLayer, Tower, run_layers
 from .padding import check_images, check_same_shape, check_text_length, left_align, put_back
 from .pruning_method import PruningMethod
 from .sequences import Sequences, lay_out, take_tokens
@@ -44,8 +45,10 @@ class MadtpClipEncoder(nn.Module):
         self.layers = nn.ModuleList([MadtpClipLayer(config) for _ in range(config.num_hidden_layers)])
 
 
-class MadtpClipVisionModel(nn.Module):
-    """The image tower: pixel_values (B, 3, H, W) -> `BranchOutput`; `pooled` is the class token's state (B, D)."""
+class MadtpClipVisionModel(Tower):
+    """The image tower, pooled at the class token."""
+
+    main_input_name = "pixel_values"
 
     def __init__(self, config):
         super().__init__()
@@ -55,11 +58,26 @@ class MadtpClipVisionModel(nn.Module):
         self.encoder = MadtpClipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    @can_return_tuple
     def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, as_branch: bool = False, **options
+    ) -> EncoderOutput | BranchOutput:
+        """Encode images: pixel_values (B, 3, H, W) -> `last_hidden_state` (B, L, D) and `pooler_output` (B, D).
+
+        options: `output_hidden_states`, `output_attentions`, `return_dict`. With `as_branch`, those of `encode`.
+        """
+        encode = self.encode if as_branch else self.call_alone
+        return encode(pixel_values, interpolate_pos_encoding, **options)
+
+    def encode_alone(self, model, pruning, *inputs, **outputs):
+        branch = self.encode(*inputs, model.make_method(pruning, "vision"), **outputs)
+        return branch, branch.pooled
+
+    def encode(
         self,
         pixel_values: torch.Tensor,
-        method: PruningMethod | None = None,
         interpolate_pos_encoding: bool = False,
+        method: PruningMethod | None = None,
         **outputs,
     ) -> BranchOutput:
         check_images(pixel_values, self.embeddings.image_size, interpolate_pos_encoding)
@@ -71,8 +89,8 @@ class MadtpClipVisionModel(nn.Module):
         return output._replace(pooled=self.post_layernorm(output.first_states))
 
 
-class MadtpClipTextModel(nn.Module):
-    """The text tower: input_ids (B, L) -> `BranchOutput`; `pooled` is the state of the end of text (B, D)."""
+class MadtpClipTextModel(Tower):
+    """The text tower, pooled at the end of text."""
 
     def __init__(self, config):
         super().__init__()
@@ -89,7 +107,27 @@ class MadtpClipTextModel(nn.Module):
         eos, ids = self.config.eos_token_id, input_ids.int()  # ONNX's argmax takes no int64
         return (ids if eos == LEGACY_EOS_TOKEN_ID else (ids == eos).int()).argmax(dim=1, keepdim=True)
 
+    @can_return_tuple
     def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        as_branch: bool = False,
+        **options,
+    ) -> EncoderOutput | BranchOutput:
+        """Encode texts: input_ids (B, L) -> `last_hidden_state` (B, L, D) and `pooler_output` (B, D).
+
+        options: `output_hidden_states`, `output_attentions`, `return_dict`. With `as_branch`, those of `encode`.
+        """
+        encode = self.encode if as_branch else self.call_alone
+        return encode(input_ids, attention_mask, position_ids, **options)
+
+    def encode_alone(self, model, pruning, *inputs, **outputs):
+        branch = model._encode_text(*inputs, pruning=pruning, **outputs)
+        return branch, branch.pooled
+
+    def encode(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,

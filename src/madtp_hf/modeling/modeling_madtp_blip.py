@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
@@ -19,13 +18,12 @@ from .attention import BranchSpec  # noqa: F401
 from .chunks import takes_chunks
 from .configuration_madtp_blip import MadtpBlipConfig
 from .configuration_pruning import MODALITIES  # noqa: F401
-from .encoder import BranchOutput, real_tokens
+from .encoder import BranchOutput, EncoderOutput, as_model_output, real_tokens
 from .madtp_blip_answers import AnswerRanking
 from .madtp_blip_base import (
     MadtpBlipPreTrainedModel,
     images_for_texts,
     one_text_for_all,
-    with_states,
 )
 from .madtp_blip_decoder import TextDecoder, cross_attention_mask, self_attention_mask
 from .madtp_blip_encoders import MadtpBlipPairTextLayer, MadtpBlipTextModel, MadtpBlipVisionModel
@@ -80,14 +78,11 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         self.text_decoder = TextDecoder(config.text_config, config.text_config.hidden_size)
         self.post_init()
 
-    def _encode(self, input_ids, pixel_values, attention_mask, pruning=None, with_feature=False, **vision_options):
-        """Encode the images, then the questions with cross-attention to them; return a `BranchOutput` for each."""
-        pruning = pruning or self.start_pass()
-        input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
-        vision = self._encode_images(pixel_values, with_feature, pruning=pruning, **vision_options)
-        images = images_for_texts(vision, pixel_values, input_ids, "questions")
-        text = self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature, pruning=pruning)
-        return vision, text
+    def _encode_questions(self, input_ids, attention_mask, vision, pruning, with_feature=False) -> BranchOutput:
+        """Encode the questions with cross-attention to the images' `BranchOutput`."""
+        input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, vision.sequences.batch_size)
+        images = images_for_texts(vision, input_ids, "questions")
+        return self._encode_text(input_ids, attention_mask, *images, with_feature=with_feature, pruning=pruning)
 
     @can_return_tuple
     @runs_training_passes
@@ -144,16 +139,16 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         if decoder_input_ids.shape[0] != number:
             raise ValueError(f"{len(decoder_input_ids)} answers for {number} questions: expected one for each.")
 
-        pruning = self.start_pass()
-        vision, text = self._encode(
-            input_ids,
+        with_feature, pruning = labels is not None, self.start_pass()
+        vision = self._encode_images(
             pixel_values,
-            attention_mask,
+            with_feature,
+            interpolate_pos_encoding,
             pruning,
-            with_feature=labels is not None,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+            output_positions=output_positions,
+            **self._outputs(output_hidden_states, output_attentions),
         )
+        text = self._encode_questions(input_ids, attention_mask, vision, pruning, with_feature)
         question_states = text.hidden_states
         answer = self.text_decoder(
             input_ids=decoder_input_ids,
@@ -190,10 +185,12 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        image_embeds: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.LongTensor:
         """Generate an answer to each question, token by token.
@@ -201,7 +198,11 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
         Args:
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 The questions, padded on either side.
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`): The images.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
+                One image for each question, one image for several questions, or several images for one question.
+            image_embeds, image_mask (`torch.Tensor` of shapes `(batch_size, image_length, hidden_size)` and
+                `(batch_size, image_length)`, *optional*): In place of `pixel_values`, images that were encoded before:
+                `last_hidden_state` and `attention_mask` of `model.vision_model(pixel_values)`.
             generate_kwargs:
                 Arguments of the decoder's `generate`: `max_new_tokens`, `num_beams`, ...
 
@@ -209,15 +210,12 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
             `torch.LongTensor` of shape `(batch_size, answer_length)`: the answers, the start token first.
         """
         pruning = self.start_pass()
-        _, text = self._encode(
-            torch.as_tensor(input_ids, device=pixel_values.device),
-            pixel_values,
-            attention_mask,
-            pruning,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding, "pruning": pruning}
+        vision = self._images(pixel_values, image_embeds, image_mask, **options)
+        input_ids = torch.as_tensor(input_ids, device=vision.states.device)
+        text = self._encode_questions(input_ids, attention_mask, vision, pruning)
         number = text.sequences.batch_size
-        start = torch.full((number, 1), self.config.text_config.bos_token_id, device=pixel_values.device)
+        start = torch.full((number, 1), self.config.text_config.bos_token_id, device=input_ids.device)
         return self._generate(start, text, masked=pruning.is_on, **generate_kwargs)
 
 
@@ -298,13 +296,14 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         vision = self._encode_images(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
-            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+            output_positions=output_positions,
+            **self._outputs(output_hidden_states, output_attentions),
         )
         image_embeds = vision.hidden_states
         if input_ids.shape[0] == 1:
             input_ids = input_ids.expand(pixel_values.shape[0], -1)
         elif pixel_values.shape[0] != 1:
-            check_same_number(pixel_values, input_ids, "captions")
+            check_same_number(pixel_values.shape[0], input_ids.shape[0], "captions")
         caption = self.text_decoder(
             input_ids=input_ids,
             attention_mask=self_attention_mask(attention_mask),
@@ -337,10 +336,12 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     @torch.no_grad()
     def generate(
         self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        image_embeds: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.LongTensor:
         """Generate a caption of each image, token by token.
@@ -349,7 +350,11 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`): The images.
             input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 A prompt to continue, as the tokenizer returns it: its first token is replaced by the decoder's start
-                token, its last one, `[SEP]`, is removed. One for each image or one for all, padded on either side.
+                token, its last one, `[SEP]`, is removed. One for each image or one for all, padded on either side; or
+                several for one image.
+            image_embeds, image_mask (`torch.Tensor` of shapes `(batch_size, image_length, hidden_size)` and
+                `(batch_size, image_length)`, *optional*): In place of `pixel_values`, images that were encoded before:
+                `last_hidden_state` and `attention_mask` of `model.vision_model(pixel_values)`.
             generate_kwargs:
                 Arguments of the decoder's `generate`: `max_new_tokens`, `num_beams`, ...
 
@@ -357,14 +362,16 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
             `torch.LongTensor` of shape `(batch_size, caption_length)`: the captions, start token and prompt first.
             Shorter prompts are padded on the left.
         """
-        vision = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        vision = self._images(pixel_values, image_embeds, image_mask, **options)
+        number, device = vision.sequences.batch_size, vision.states.device
         if input_ids is None:
-            start = self.config.text_config.bos_token_id
-            prompt = torch.full((len(pixel_values), 1), start, device=pixel_values.device)
+            prompt = torch.full((number, 1), self.config.text_config.bos_token_id, device=device)
         else:
-            input_ids = torch.as_tensor(input_ids, device=pixel_values.device)
-            input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
-            check_same_number(pixel_values, input_ids, "prompts")
+            input_ids = torch.as_tensor(input_ids, device=device)
+            input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, number)
+            states, sequences = images_for_texts(vision, input_ids, "prompts")
+            vision = vision._replace(states=states, sequences=sequences)
             prompt, attention_mask = read_prompts(input_ids, attention_mask, self.config.text_config)
         if attention_mask is not None:
             generate_kwargs["attention_mask"] = attention_mask
@@ -451,7 +458,7 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
                 " left and the right"
                 " image of each sentence."
             )
-        check_same_number(pixel_values, input_ids, "sentences")
+        check_same_number(pixel_values.shape[0], input_ids.shape[0], "sentences")
         if labels is not None and labels.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}: expected ({len(input_ids)},), one label for each sentence."
@@ -467,7 +474,8 @@ class MadtpBlipForImagesAndTextClassification(MadtpBlipPreTrainedModel):
             with_feature,
             interpolate_pos_encoding,
             pruning,
-            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+            output_positions=output_positions,
+            **self._outputs(output_hidden_states, output_attentions),
         )
         # (2 * B, ...), left and right images alternating
         left, right = (vision.sequences.every_other(vision.states, side) for side in (0, 1))
@@ -526,40 +534,42 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
     def _text_feature(self, texts: BranchOutput) -> torch.Tensor:
         return F.normalize(self.text_proj(texts.first_states), dim=-1)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> torch.Tensor | BaseModelOutputWithPooling:
-        """Return the L2-normalised features of images.
+        **kwargs,
+    ) -> tuple | EncoderOutput:
+        """Return the L2-normalised features (B, image_text_hidden_size) of images as `pooler_output`.
 
-        pixel_values (B, 3, H, W) -> (B, image_text_hidden_size). With `return_dict=True`, they are the `pooler_output`
-        of a `BaseModelOutputWithPooling`, next to the last and, on request, all hidden states and attentions.
+        pixel_values (B, 3, H, W). The output also holds the last hidden states and, on request, all of them and the
+        attentions.
         """
-        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
-        images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
-        return with_states(self._image_feature(images), images, return_dict)
+        self._check_arguments(kwargs)
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        images = self._encode_images(pixel_values, False, interpolate_pos_encoding, pruning, **outputs)
+        return as_model_output(images, self._image_feature(images), pruning.is_on)
 
+    @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> torch.Tensor | BaseModelOutputWithPooling:
-        """Return the L2-normalised features of texts.
+        **kwargs,
+    ) -> tuple | EncoderOutput:
+        """Return the L2-normalised features (B, image_text_hidden_size) of texts as `pooler_output`.
 
-        input_ids, attention_mask (B, L) -> (B, image_text_hidden_size); `return_dict` as in `get_image_features`.
-        `token_type_ids`, which tokenizers return, are ignored, as BLIP has no token types.
+        input_ids, attention_mask (B, L); the output's other fields are those of `get_image_features`.
         """
-        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
-        texts = self._encode_text(input_ids, attention_mask, **outputs)
-        return with_states(self._text_feature(texts), texts, return_dict)
+        self._check_arguments(kwargs)
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        texts = self._encode_text(input_ids, attention_mask, pruning=pruning, **outputs)
+        return as_model_output(texts, self._text_feature(texts), pruning.is_on)
 
     @can_return_tuple
     @runs_training_passes
@@ -616,16 +626,17 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
                 " image."
             )
         if return_loss:
-            check_same_number(pixel_values, input_ids, "texts")
+            check_same_number(pixel_values.shape[0], input_ids.shape[0], "texts")
         elif use_itm_head:
-            input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values)
+            input_ids, attention_mask = one_text_for_all(input_ids, attention_mask, pixel_values.shape[0])
         with_feature, pruning = bool(return_loss or not use_itm_head), self.start_pass()
         vision = self._encode_images(
             pixel_values,
             with_feature,
             interpolate_pos_encoding,
             pruning,
-            **self._vision_outputs(output_hidden_states, output_attentions, output_positions),
+            output_positions=output_positions,
+            **self._outputs(output_hidden_states, output_attentions),
         )
         image_feature = text_feature = align_loss = None
         losses = {}
@@ -635,7 +646,7 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
             if pixel_values.shape[0] == input_ids.shape[0]:
                 align_loss = self.compute_alignment_loss(vision.feature, text.feature)
         if use_itm_head or return_loss:
-            images = images_for_texts(vision, pixel_values, input_ids, "texts")
+            images = images_for_texts(vision, input_ids, "texts")
             text = self._encode_text(input_ids, attention_mask, *images, pruning=pruning)
             itm_score = self.itm_head(text.first_states)
         else:

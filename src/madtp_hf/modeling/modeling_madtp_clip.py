@@ -4,10 +4,12 @@ Parameter names equal those of transformers' CLIP and, with pruning off, so do t
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import (
@@ -42,6 +44,10 @@ from .token_pruning import AttentionStatistics  # noqa: F401
 from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
 from .versions import VERSION  # noqa: F401
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -96,7 +102,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
                 init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
 
     @classmethod
-    def from_clip(cls, source, **config_overrides):
+    def from_clip(cls, source: PreTrainedModel | str | Path, **config_overrides) -> "Self":
         """Create a model of this class from transformers' CLIP. Only alignment parameters are new.
 
         Args:
@@ -120,15 +126,14 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     def _encode_images(
         self, pixel_values, with_feature=False, interpolate_pos_encoding=False, pruning=None, **outputs
     ):
-        """Encode pixel_values (B, 3, H, W); `pooled` holds features (B, E), `outputs` are `run_layers` arguments."""
+        """Encode pixel_values (B, 3, H, W); `outputs` are further arguments of `run_layers`."""
         method = self.make_method(pruning or self.start_pass(), "vision", with_feature)
-        images = self.vision_model(pixel_values, method, interpolate_pos_encoding, **outputs)
-        return images._replace(pooled=self.visual_projection(images.pooled))
+        return self.vision_model(pixel_values, interpolate_pos_encoding, as_branch=True, method=method, **outputs)
 
     def _encode_text(
         self, input_ids, attention_mask=None, position_ids=None, with_feature=False, pruning=None, **outputs
     ):
-        """Encode input_ids (B, L) into a `BranchOutput` whose `pooled` holds the features (B, E)."""
+        """Encode input_ids (B, L) into a `BranchOutput`."""
         pruning = pruning or self.start_pass()
         layout, puts_back = pruning.text_layout, False
         if layout == "dense" and attention_mask is not None and not torch.compiler.is_compiling():
@@ -136,8 +141,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             puts_back = all(x is None or x is False for x in outputs.values())
             layout = "varlen" if puts_back else layout
         method = self.make_method(pruning, "text", with_feature)
-        texts = self.text_model(input_ids, attention_mask, position_ids, layout, puts_back, method, **outputs)
-        return texts._replace(pooled=self.text_projection(texts.pooled))
+        options = {"layout": layout, "puts_back": puts_back, "method": method, **outputs}
+        return self.text_model(input_ids, attention_mask, position_ids, as_branch=True, **options)
 
     @can_return_tuple
     def get_text_features(
@@ -155,8 +160,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         the padding of a mask.
         """
         self._check_arguments(kwargs)
-        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
-        return as_model_output(self._encode_text(input_ids, attention_mask, position_ids, **outputs))
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        texts = self._encode_text(input_ids, attention_mask, position_ids, pruning=pruning, **outputs)
+        return as_model_output(texts, self.text_projection(texts.pooled), pruning.is_on)
 
     @can_return_tuple
     def get_image_features(
@@ -172,9 +178,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         pixel_values (B, 3, H, W). Without pruning, outputs equal `CLIPModel`'s.
         """
         self._check_arguments(kwargs)
-        outputs = self._vision_outputs(output_hidden_states, output_attentions, False)
-        images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **outputs)
-        return as_model_output(images)
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        images = self._encode_images(pixel_values, False, interpolate_pos_encoding, pruning, **outputs)
+        return as_model_output(images, self.visual_projection(images.pooled), pruning.is_on)
 
     @can_return_tuple
     @runs_training_passes
@@ -212,13 +218,19 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         self._check_arguments(kwargs)
         with_feature = bool(return_loss)
         if with_feature:
-            check_same_number(pixel_values, input_ids, "texts")
-        outputs = self._vision_outputs(output_hidden_states, output_attentions, output_positions)
-        pruning = self.start_pass()
-        images = self._encode_images(pixel_values, with_feature, interpolate_pos_encoding, pruning, **outputs)
-        outputs["output_positions"] = False
+            check_same_number(len(pixel_values), len(input_ids), "texts")
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        images = self._encode_images(
+            pixel_values,
+            with_feature,
+            interpolate_pos_encoding,
+            pruning,
+            output_positions=output_positions,
+            **outputs,
+        )
         texts = self._encode_text(input_ids, attention_mask, position_ids, with_feature, pruning, **outputs)
-        image_embeds, text_embeds = (x.pooled / x.pooled.norm(dim=-1, keepdim=True) for x in (images, texts))
+        features = self.visual_projection(images.pooled), self.text_projection(texts.pooled)
+        image_embeds, text_embeds = (x / x.norm(dim=-1, keepdim=True) for x in features)
         logits_per_text = text_embeds @ image_embeds.T.to(text_embeds.device)
         logits_per_text = logits_per_text * self.logit_scale.exp().to(text_embeds.device)
         loss = task_loss = align_loss = None
@@ -236,8 +248,8 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
-            text_model_output=as_model_output(texts),
-            vision_model_output=as_model_output(images),
+            text_model_output=as_model_output(texts, features[1], pruning.is_on),
+            vision_model_output=as_model_output(images, features[0], pruning.is_on),
             task_loss=task_loss,
             alignment_loss=align_loss,
             vision_tokens=images.num_tokens,

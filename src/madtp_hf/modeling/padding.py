@@ -1,8 +1,10 @@
 """Checks of the models' inputs, and functions that move the padding of texts."""
 
 import torch
+from transformers.utils import logging
 
 
+logger = logging.get_logger("transformers.models.madtp")
 LONGER_THAN_ANY = 2**20  # more tokens than any sequence has
 
 
@@ -13,11 +15,9 @@ def check_same_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -
         )
 
 
-def check_same_number(images: torch.Tensor, texts: torch.Tensor, kind: str) -> None:
-    if images.shape[0] != texts.shape[0]:
-        raise ValueError(
-            f"input_ids holds {len(texts)} {kind} and pixel_values {len(images)} images: expected equal numbers."
-        )
+def check_same_number(images: int, texts: int, kind: str) -> None:
+    if images != texts:
+        raise ValueError(f"input_ids holds {texts} {kind} and pixel_values {images} images: expected equal numbers.")
 
 
 def check_images(pixel_values: torch.Tensor, size: int, any_size: bool) -> None:
@@ -43,6 +43,25 @@ def check_text_length(length: int, longest: int) -> None:
             f"input_ids holds a text of {length} tokens: this model reads at most {longest}. Tokenize with"
             f" truncation=True, max_length={longest}."
         )
+
+
+def tokenize(tokenizer, texts, longest: int, truncation: bool | str = False, **options):
+    """Tokenize texts of at most `longest` tokens; longer ones raise an error or, on request, are truncated.
+
+    Truncating warns once. options: further arguments of the tokenizer.
+    """
+    read = tokenizer(texts, max_length=longest, truncation=False, verbose=False, **options)
+    rows = read["input_ids"]
+    rows = rows if len(rows) and hasattr(rows[0], "__len__") else [rows]
+    length = max(map(len, rows))
+    if length <= longest:
+        return read
+    if not truncation:
+        raise ValueError(
+            f"A text is {length} tokens long: this model reads at most {longest}. Shorten it, or pass truncation=True."
+        )
+    logger.warning_once(f"Texts of more than {longest} tokens, the longest for this model, are truncated.")
+    return tokenizer(texts, max_length=longest, truncation=truncation, **options)
 
 
 def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[int]:

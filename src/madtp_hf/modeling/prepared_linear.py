@@ -70,7 +70,7 @@ def _is_stamped(tensor: torch.Tensor, stamp: tuple) -> bool:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of some elements of a matrix, or of a whole bias; comparing it reads the memory."""
+    """Return a view of some elements of a matrix, or of a whole bias; comparing it reads the tensor's memory."""
     tensor = tensor.detach()
     return tensor[:: -(-len(tensor) // SAMPLED_ROWS), :SAMPLED_COLUMNS] if tensor.ndim == 2 else tensor
 
@@ -119,7 +119,7 @@ class PreparedForward:
     """The `forward` of a prepared linear map: without gradients on a CPU, it multiplies by the prepared weight.
 
     The weight is prepared when first used, and again when it has changed. Training, other devices, autocast and
-    compilation use the map's own weight, as does a map whose weight was cast or is no plain parameter any more.
+    compilation use the map's own weight, as does a map whose weight was cast or is not a plain parameter any more.
 
     mapped_at: the address of the weight if it is mapped from a file: its memory is released once it is prepared.
     """

@@ -2,16 +2,19 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
+from .encoder import Tower
 from .method_class_attention import ClassAttentionMethod  # noqa: F401 (importing a method registers it)
 from .method_code import carry_code, is_own
 from .method_evit import EvitMethod  # noqa: F401
@@ -23,6 +26,13 @@ from .pruning_method import PruningMethod, get_method
 from .token_pruning import alignment_loss
 from .training_passes import TrainingPasses
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    _Host = PreTrainedModel  # what the mixin is mixed into
+else:
+    _Host = object
 
 logger = logging.get_logger("transformers.models.madtp")
 
@@ -55,6 +65,9 @@ class PruningOutput:
     image_mask: torch.Tensor | None = None
     vision_positions: tuple[torch.Tensor, ...] | None = None
 
+
+# What transformers' processors and callers also pass to BLIP and CLIP, where it changes nothing.
+IGNORED_ARGUMENTS = {"token_type_ids", "use_cache"}
 
 # By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
 _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
@@ -94,7 +107,7 @@ class PruningPass:
         return "padded" if self.granularity == "frozen" else "varlen"
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(_Host):
     """Adds pruning to a `PreTrainedModel` whose configuration is a `PruningConfigMixin`.
 
     A family says `branch_specs`, `min_kept`, whether every layer has an alignment projection of its own, and the
@@ -102,11 +115,12 @@ class PrunedModelMixin:
     `make_method`. The alignment tokens are in `alignment`.
     """
 
-    task = None  # as `madtp_hf.count_flops` names it
-    _dense_classes = ()  # transformers' classes that this one converts from
+    config_class: type[PretrainedConfig]
+    task: str  # as `madtp_hf.count_flops` names it
+    _dense_classes: tuple[type[PreTrainedModel], ...] = ()  # transformers' classes that this one converts from
     _from_dense_name = "from_dense"  # the family's public name for it
     _new_in_task = ("alignment.",)  # parts of names of parameters that the dense classes lack
-    inference_precision = None  # what `prepare_for_inference` has prepared
+    inference_precision: str | None = None  # what `prepare_for_inference` has prepared
     _fused_activations: dict[type, tuple[str, str]] = {}  # module class -> names of its map and activation
     # What each branch protects; the fewest removable tokens that a layer keeps; one alignment projection per layer?
     branch_specs = {"vision": CLASS_TOKEN_FIRST, "text": CLASS_TOKEN_FIRST}
@@ -117,8 +131,8 @@ class PrunedModelMixin:
     # `save_pretrained` saves the modeling code for `AutoModel`. A task adds its own auto class and pipeline, if it has
     # them.
     _auto_class = "AutoModel"
-    _task_auto_class = None
-    _task_pipeline = None
+    _task_auto_class: str | None = None
+    _task_pipeline: tuple[str, str] | None = None
     # False, because the loss is a mean over this batch: `Trainer` must divide it by its accumulation steps.
     accepts_loss_kwargs = False
 
@@ -148,14 +162,24 @@ class PrunedModelMixin:
         get_method(config.pruning_method)  # an unknown one is an error now, not in the first pass
         self.alignment = MadtpAlignment(config, per_layer=self.has_layer_projections)
 
+    def post_init(self):
+        super().post_init()
+        for tower in self.children():
+            if isinstance(tower, Tower):
+                tower.belong_to(self)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         init_alignment(module)
 
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> "Self": ...  # transformers' decorator hides that this is a method
+
     # Pruning
 
-    def set_pruning(self, *args, reduction: float | None = None, **setting: float | None) -> None:
+    def set_pruning(self, *args: None, reduction: float | None = None, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
@@ -178,7 +202,13 @@ class PrunedModelMixin:
         self.config.pruning_setting = setting
 
     @contextmanager
-    def pruning(self, *args, method=None, reduction: float | None = None, **setting: float | None):
+    def pruning(
+        self,
+        *args: None,
+        method: str | type[PruningMethod] | None = None,
+        reduction: float | None = None,
+        **setting: float | None,
+    ) -> "Iterator[Self]":
         """Prune as in `set_pruning`, within a `with` block and in this thread alone.
 
             with model.pruning(reduction=0.5):
@@ -311,7 +341,7 @@ class PrunedModelMixin:
 
     # Saving
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save as transformers does, and with it the file of a pruning method of one's own."""
         carries = is_own(self.pruning_method)
         super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
@@ -324,29 +354,26 @@ class PrunedModelMixin:
 
     # Arguments of `forward`
 
-    def _vision_outputs(self, output_hidden_states, output_attentions, output_positions) -> dict:
-        """Return which outputs the vision encoder computes: `forward`'s arguments, else the configuration's."""
+    def _outputs(self, output_hidden_states, output_attentions) -> dict:
+        """Return which outputs an encoder computes: `forward`'s arguments, else the configuration's."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_attentions:
-            self._check_keeps_maps()
-        return {
-            "output_hidden_states": output_hidden_states,
-            "output_positions": output_positions,
-            "output_attentions": bool(output_attentions),
-        }
+            self._warn_of_maps()
+        return {"output_hidden_states": output_hidden_states, "output_attentions": bool(output_attentions)}
 
-    def _check_keeps_maps(self) -> None:
-        used = {part._attn_implementation for part in (self.config.vision_config, self.config.text_config)}
-        if used != {"eager"}:
-            raise ValueError(
-                f"output_attentions=True with attn_implementation={used.pop()!r}: attention maps are kept by"
-                ' "eager" attention alone. Call model.set_attn_implementation("eager") first.'
+    def _warn_of_maps(self) -> None:
+        used = self.config._attn_implementation
+        if used != "eager":
+            logger.warning_once(
+                f"output_attentions=True with attn_implementation={used!r}: attention is computed eagerly, in this"
+                " call alone, since other implementations keep no maps."
             )
 
     def _check_arguments(self, unknown: dict) -> None:
+        unknown = unknown.keys() - IGNORED_ARGUMENTS
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} got {', '.join(unknown)}: expected only arguments that its `forward` lists;"
@@ -378,14 +405,14 @@ class PrunedModelMixin:
 
     # Inference
 
-    def prepare_for_inference(self, precision: str | None = "auto"):
+    def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
         """Prepare the model for fast inference; outputs are those of the weights as they are whenever it runs.
 
         On a CPU, linear maps in a transformer's layers multiply by prepared weights: prepacked in float32 or bfloat16,
         or quantized to int8 per channel, with states quantized per token. Everything else (embeddings, norms, the
         choice of tokens, heads) stays float32, small weights stay as they are, and so do parameters and saved
         checkpoints. Prepared weights take memory of their own; that of weights mapped from a checkpoint's file is
-        released. They are used in evaluation mode without gradients, and prepared anew when a weight has changed.
+        released. They are used in evaluation mode without gradients, and prepared again when a weight has changed.
 
         On a GPU, `"bfloat16"` casts the model itself, and `"float32"` casts it back.
 
@@ -434,7 +461,7 @@ class PrunedModelMixin:
     # From a dense model
 
     @classmethod
-    def from_dense(cls, source, **config_overrides):
+    def from_dense(cls, source: "PreTrainedModel | str | Path", **config_overrides) -> "Self":
         """Convert transformers' model for the same task, or a path or Hub id of one.
 
         Only the alignment parameters are new. Each family has a name of its own for it, such as `from_blip`.

@@ -172,8 +172,11 @@ class PruningMethod:
             value = field.default if value is None else value
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not is_number or not field.lowest <= value <= field.highest:
-                above = f"from {field.lowest:g} to {field.highest:g}"
-                raise ValueError(f"{name}={value!r}: expected a finite number {above}, {first}={cls.off:g} is off.")
+                upto = f" and at most {field.highest:g}" if field.highest < math.inf else ""
+                raise ValueError(
+                    f"{name}={value!r}: expected a finite number of at least {field.lowest:g}{upto};"
+                    f" {first}={cls.off:g} is off."
+                )
             setting[name] = value
         return None if setting[first] == cls.off else setting
 

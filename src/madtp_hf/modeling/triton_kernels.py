@@ -39,19 +39,12 @@ class KernelError(RuntimeError):
     """Raised if Triton can't build, load or launch a kernel: no C compiler, no driver, a driver that refuses it."""
 
 
-def _kernel_errors() -> tuple[type[Exception], ...]:
-    if triton is None:
-        return ()
-    errors = getattr(triton.runtime, "errors", None)
-    found = (
-        getattr(triton, "CompilationError", None),
-        getattr(triton, "OutOfResources", None),
-        getattr(errors, "PTXASError", None),  # added to triton later than the others
-    )
-    return (KernelError, *(error for error in found if error is not None))
-
-
-KERNEL_ERRORS = _kernel_errors()  # kernels can't be compiled, or don't fit the GPU; () without triton
+# Kernels can't be compiled, or don't fit the GPU; () without triton. `PTXASError` was added to triton later.
+KERNEL_ERRORS: tuple[type[Exception], ...] = ()
+if triton is not None:
+    _errors = getattr(triton.runtime, "errors", None)
+    _found = [getattr(triton, name, None) for name in ("CompilationError", "OutOfResources")]
+    KERNEL_ERRORS = (KernelError, *filter(None, [*_found, getattr(_errors, "PTXASError", None)]))
 _enabled = triton is not None
 
 
@@ -101,18 +94,9 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Compute attention of each sample's queries to the sample's own keys, in one launch.
 
-    Args:
-        query (`torch.Tensor` of shape `(Rq, H, d)`):
-            Queries, with any strides; copied if the last stride is not 1.
-        key, value (`torch.Tensor` of shape `(Rk, H, d)`):
-            Keys and values, likewise.
-        max_seqlen_q (`int`):
-            The largest number of queries in a sample, or more.
-        is_causal (`bool`, *optional*, defaults to `False`):
-            Query i of a sample attends to keys 0 to i; both `cu_seqlens` must then be the same.
-
-    Returns:
-        `torch.Tensor` of shape `(Rq, H, d)`, contiguous.
+    query (Rq, H, d), key, value (Rk, H, d): with any strides; copied if the last stride is not 1. max_seqlen_q: the
+    largest number of queries in a sample, or more. is_causal: query i of a sample attends to keys 0 to i; both
+    `cu_seqlens` must then be the same. Returns (Rq, H, d), contiguous.
     """
     query, key, value = (_last_stride_1(x) for x in (query, key, value))
     output = query.new_empty(query.shape)
@@ -131,22 +115,14 @@ def scored_varlen_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute self-attention, and the evidence for token importance from its probabilities A, in two launches.
 
-    A is never materialised.
+    A is never materialised. query, key, value (R, H, d): as in `varlen_attention`. Returns four tensors, in which all
+    entries are valid, also those of protected rows:
 
-    Args:
-        query, key, value (`torch.Tensor` of shape `(R, H, d)`):
-            With any strides; copied if the last stride is not 1.
-        max_seqlen (`int`):
-            The largest length of a sample, or more.
-
-    Returns:
-        Four tensors, in which all entries are valid, also those of protected rows:
-
-        output (R, H, d), contiguous
-        received (query blocks, R) float32: the maximum over heads of A, summed over a block of the sample's queries
-            without its first row; to be summed over the blocks. 0 in blocks beyond the sample.
-        pooling_attention (H, R) float32: the probability with which the pooling row attends to each row
-        output_norm (H, R) float32: the L2 norm of each row of the output, after rounding to its dtype
+    output (R, H, d), contiguous
+    received (query blocks, R) float32: the maximum over heads of A, summed over a block of the sample's queries
+        without its first row; to be summed over the blocks. 0 in blocks beyond the sample.
+    pooling_attention (H, R) float32: the probability with which the pooling row attends to each row
+    output_norm (H, R) float32: the L2 norm of each row of the output, after rounding to its dtype
     """
     query, key, value = (_last_stride_1(x) for x in (query, key, value))
     num_rows, num_heads, width = query.shape
@@ -183,23 +159,14 @@ def gate(
     """Compute importance and threshold, and select the rows that stay, in one launch and one cumulative sum.
 
     The host does not wait for the device. A sample merges if at least `min_kept` of its removable tokens stay and at
-    least two go; otherwise all stay.
+    least two go; otherwise all stay. scores (R, T): the alignment scores a, in any floating dtype; those of protected
+    rows are not read. received, pooling_attention, output_norm: from `scored_varlen_attention`. temperature: above 0.
+    factor: multiplies the threshold. Returns
 
-    Args:
-        scores (`torch.Tensor` of shape `(R, T)`):
-            The alignment scores a, in any floating dtype; those of protected rows are not read.
-        received, pooling_attention, output_norm (`torch.Tensor`):
-            The evidence that `scored_varlen_attention` returns.
-        temperature (`float`):
-            The threshold's temperature, above 0.
-        factor (`float`, *optional*, defaults to 1.0):
-            Multiplies the threshold.
-
-    Returns:
-        importance (R,) float32: s of the removable tokens, 0 at protected rows
-        destination (R,) int32: for a row that stays, its position among its sample's new rows; for a row that goes,
-            -1 - the position of the merged row, which is the sample's last, with `protects_last` the last but one
-        new_cu_seqlens (B + 1,) int32
+    importance (R,) float32: s of the removable tokens, 0 at protected rows
+    destination (R,) int32: for a row that stays, its position among its sample's new rows; for a row that goes,
+        -1 - the position of the merged row, which is the sample's last, with `protects_last` the last but one
+    new_cu_seqlens (B + 1,) int32
     """
     scores = _last_stride_1(scores)
     num_rows, num_heads, batch_size = scores.shape[0], pooling_attention.shape[0], cu_seqlens.shape[0] - 1
@@ -226,16 +193,8 @@ def merge(
 ) -> torch.Tensor:
     """Repack the rows that stay, and merge each sample's others into their importance-weighted mean, in one launch.
 
-    Args:
-        states (`torch.Tensor` of shape `(R, D)`):
-            The rows before the reduction.
-        importance, destination, new_cu_seqlens (`torch.Tensor`):
-            What `gate` returns.
-        num_rows (`int`):
-            The last entry of `new_cu_seqlens`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows, D)`, in the dtype of `states`.
+    states (R, D): the rows before the reduction; importance, destination, new_cu_seqlens: from `gate`; num_rows: the
+    last entry of `new_cu_seqlens`. Returns (num_rows, D), in the dtype of `states`.
     """
     states = _last_stride_1(states)
     width = states.shape[1]

@@ -33,20 +33,17 @@ import base64
 import binascii
 import contextlib
 import dataclasses
-import http.client
-import io
 import ipaddress
 import json
 import os
 import reprlib
 import socket
-import ssl
-import string
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import quote, urljoin, urlsplit
 
+import httpx
 import torch
 from PIL import Image
 from transformers import pipeline
@@ -95,12 +92,12 @@ class Limits:
     @classmethod
     def from_environment(cls) -> "Limits":
         """Read the limits that environment variables set; the others have their defaults."""
-        found = {}
+        found: dict = {}
         for field in dataclasses.fields(cls):
             name = f"MADTP_{field.name.upper()}"
             if name in os.environ:
                 try:
-                    found[field.name] = field.type(os.environ[name])
+                    found[field.name] = (float if isinstance(field.default, float) else int)(os.environ[name])
                 except ValueError:
                     found[field.name] = -1
                 if not 0 <= found[field.name] < float("inf"):
@@ -120,8 +117,7 @@ class Limits:
 
     def check_text(self, name: str, value) -> str:
         """Return a text, or raise a `ValueError`."""
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {_shown(value)}: expected a string.")
+        _expect(isinstance(value, str), name, value, "a string")
         self.check("max_text_length", len(value), f"{name} has {len(value):,} characters")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{name} is {_shown(value)}, with half a surrogate pair: expected Unicode text.")
@@ -129,16 +125,15 @@ class Limits:
 
     def check_texts(self, name: str, value) -> list:
         """Return a list of at least one text, or raise a `ValueError`."""
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"{name} is {_shown(value)}: expected a list of at least one string.")
+        _expect(isinstance(value, (list, tuple)) and value, name, value, "a list of at least one string")
         self.check("max_texts", len(value), f"{name} has {len(value):,} items")
         return [self.check_text(f"{name}[{index}]", text) for index, text in enumerate(value)]
 
     def check_template(self, name: str, value) -> str:
         """Return a template with one `{}` and no other format specification, or raise a `ValueError`."""
         before, braces, after = self.check_text(name, value).partition("{}")
-        if not braces or set(before + after) & {"{", "}"}:
-            raise ValueError(f"{name} is {_shown(value)}: expected a text with {{}} once and no other braces.")
+        is_template = braces and not set(before + after) & {"{", "}"}
+        _expect(is_template, name, value, "a text with {} once and no other braces")
         return value
 
     def check_size(self, data) -> None:
@@ -171,16 +166,19 @@ def _shown(value) -> str:
     return f"a {type(value).__name__}" + ("" if getattr(value, "__len__", None) is None or len(value) else ", empty")
 
 
+def _expect(holds, name: str, value, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {_shown(value)}: expected {expected}.")
+
+
 # Parameters
 
 
 def _number(kind: type, least, most):
-    expected = f"a {'whole ' if kind is int else ''}number from {least} to {most}"
-
     def check(name: str, value):
-        kinds = int if kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise ValueError(f"{name} is {_shown(value)}: expected {expected}.")
+        is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        expected = f"a {'whole ' if kind is int else ''}number from {least} to {most}"
+        _expect(is_number and least <= value <= most, name, value, expected)
         return value
 
     return check
@@ -188,8 +186,8 @@ def _number(kind: type, least, most):
 
 def _choice(*choices):
     def check(name: str, value):
-        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-            raise ValueError(f"{name} is {_shown(value)}: expected {' or '.join(map(json.dumps, choices))}.")
+        is_one = any(value is choice or (isinstance(value, str) and value == choice) for choice in choices)
+        _expect(is_one, name, value, " or ".join(map(json.dumps, choices)))
         return value
 
     return check
@@ -199,12 +197,13 @@ def _options(checks: dict):
     """Return a check of an object whose values have checks by name; another name is refused."""
 
     def check(name: str, value) -> dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {_shown(value)}: expected an object.")
+        _expect(isinstance(value, dict), name, value, "an object")
         for key in value:
             if not isinstance(key, str) or key not in checks:
-                expected = f"expected {', '.join(checks)}" if checks else "expected none"
-                raise ValueError(f"{name} has {_shown(key)}, which is not accepted: {expected}; leave it out.")
+                expected = ", ".join(checks) or "none"
+                raise ValueError(
+                    f"{name} has {_shown(key)}, which is not accepted: expected {expected}; leave it out."
+                )
         return {key: checks[key](key, given) for key, given in value.items()}
 
     return check
@@ -253,8 +252,7 @@ def input_checks(task: str, limits: Limits) -> dict:
     def image(name: str, value):
         if isinstance(value, Image.Image) and value.format in (None, "MPO", *FORMATS):
             return value
-        if not isinstance(value, (str, bytes, bytearray)):
-            raise ValueError(f"{name} is {_shown(value)}: {_EXPECTED}.")
+        _expect(isinstance(value, (str, bytes, bytearray)), name, value, "base64 of an image file")
         if isinstance(value, str) and value.startswith(("http://", "https://")) and not limits.fetch_urls:
             raise ValueError(
                 f"{name} is the URL {_shown(value)}: {_EXPECTED}, because this server fetches no URLs; its operator"
@@ -263,23 +261,19 @@ def input_checks(task: str, limits: Limits) -> dict:
         return value
 
     def two_images(name: str, value) -> list:
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise ValueError(f"{name} is {_shown(value)}: expected a list of two images.")
+        _expect(isinstance(value, (list, tuple)) and len(value) == 2, name, value, "a list of two images")
         return [image(f"{name}[{index}]", one) for index, one in enumerate(value)]
 
     def texts(name: str, value):
         return (limits.check_text if isinstance(value, str) else limits.check_texts)(name, value)
 
+    text, labels = limits.check_text, limits.check_texts
     return {
-        "visual-question-answering": {"image": image, "question": limits.check_text},
-        "image-to-text": {"image": image, "prompt": limits.check_text},
-        "images-and-text-classification": {"images": two_images, "text": limits.check_text},
+        "visual-question-answering": {"image": image, "question": text},
+        "image-to-text": {"image": image, "prompt": text},
+        "images-and-text-classification": {"images": two_images, "text": text},
         "image-text-retrieval": {"image": image, "text": texts},
-        ZERO_SHOT: {
-            "image": image,
-            "candidate_labels": limits.check_texts,
-            "hypothesis_template": limits.check_template,
-        },
+        ZERO_SHOT: {"image": image, "candidate_labels": labels, "hypothesis_template": limits.check_template},
     }[task]
 
 
@@ -327,108 +321,71 @@ def fetch(url: str, limits: Limits) -> bytes:
         ValueError: for an address that isn't public, a response without an image's bytes, one that is too large, or
             one that takes too long, however slowly its bytes come.
     """
-    deadline = time.monotonic() + limits.fetch_seconds
-    shown = _shown(url)
-    try:
-        for _ in range(_REDIRECTS + 1):
-            content, url = _get(url, deadline, limits)
-            if url is None:
-                return content
-        raise ValueError(f"it redirects more than {_REDIRECTS} times")
-    except TimeoutError as error:
-        reason = f"it takes more than {limits.fetch_seconds:g} seconds"
-        raise ValueError(f"The image at {shown} can't be fetched ({reason}): {_EXPECTED}.") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise ValueError(
-            f"The image at {shown} can't be fetched ({reason}): {_EXPECTED}, or an http(s) URL of one on a public"
-            " server."
-        ) from error
+    found: list[bytes | Exception] = []
+    seconds = limits.fetch_seconds
+    # The environment's proxies are not used: they would connect to another address than the one that was checked.
+    with httpx.Client(trust_env=False, timeout=seconds) as client:
+
+        def run():
+            try:
+                found.append(_follow(client, httpx.URL(url), time.monotonic() + seconds, limits))
+            except Exception as error:
+                found.append(error)
+
+        # The system's resolver takes no time limit, nor do headers that come byte by byte. What is left of the thread
+        # after the limit ends with the client's connections.
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        content = found[0] if found else TimeoutError()
+    if isinstance(content, bytes):
+        return content
+    reason, expected = " ".join(str(content).split())[:200].rstrip(".") or type(content).__name__, _EXPECTED
+    if isinstance(content, (TimeoutError, httpx.TimeoutException)):
+        reason = f"it takes more than {seconds:g} seconds"
+    else:
+        expected += ", or an http(s) URL of one on a public server"
+    raise ValueError(f"The image at {_shown(url)} can't be fetched ({reason}): {expected}.") from content
 
 
-def _get(url: str, deadline: float, limits: Limits) -> tuple[bytes, str | None]:
-    """Send one GET request; return the body, or an empty one and the URL that the response redirects to."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise ValueError(f"{_shown(url)} is not an http(s) URL of a server, without a user")
-    is_tls = parts.scheme == "https"
-    connected = _connect(parts.hostname, parts.port or (443 if is_tls else 80), deadline)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(connected)
-        if is_tls:
-            connected.settimeout(_left(deadline))  # of the whole handshake
-            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
-            stack.enter_context(connected)
-        kind = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port)
-        connection.sock = _TimedSocket(connected, deadline)
-        target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=string.punctuation)
-        connection.request("GET", target, headers={"Accept": "image/*", "Connection": "close"})
-        response = connection.getresponse()
-        if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-            return b"", urljoin(url, response.headers["Location"])
-        if response.status != 200:
-            raise ValueError(f"the server answers {response.status}")
-        content, length = bytearray(), response.length or 0  # unknown until the end in some responses
-        limits.check("max_image_bytes", length, f"the image has {length:,} bytes")
-        while chunk := response.read(65536):
-            content += chunk
-            limits.check("max_image_bytes", len(content), f"the image has at least {len(content):,} bytes")
-    return bytes(content), None
+def _follow(client: httpx.Client, url: httpx.URL, deadline: float, limits: Limits) -> bytes:
+    """Send GET requests, to public addresses alone, until one is not redirected; return the body of the response."""
+    for _ in range(_REDIRECTS + 1):
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or (url.port or 0) > 65535:
+            raise ValueError(f"{_shown(str(url))} is not an http(s) URL of a server, without a user")
+        response = _connect(client, url)
+        with contextlib.closing(response):
+            if response.has_redirect_location:
+                url = url.join(response.headers["Location"])
+                continue
+            if response.status_code != 200:
+                raise ValueError(f"the server answers {response.status_code}")
+            content, length = bytearray(), int(response.headers.get("Content-Length", 0))
+            limits.check("max_image_bytes", length, f"the image has {length:,} bytes")
+            for chunk in response.iter_raw():
+                content += chunk
+                limits.check("max_image_bytes", len(content), f"the image has at least {len(content):,} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            return bytes(content)
+    raise ValueError(f"it redirects more than {_REDIRECTS} times")
 
 
-def _left(deadline: float) -> float:
-    """Return the seconds until a deadline; raise a `TimeoutError` after it."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
-    """Connect to a host whose addresses are all public, resolving its name once."""
-    found = []
-
-    def resolve():
-        with contextlib.suppress(OSError, UnicodeError):
-            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-
-    # The system's resolver takes no time limit. Its thread may end later, and is then of no consequence.
-    thread = threading.Thread(target=resolve, daemon=True)
-    thread.start()
-    thread.join(_left(deadline))
-    addresses = [entry[4][0] for entry in found]
+def _connect(client: httpx.Client, url: httpx.URL) -> httpx.Response:
+    """Request a URL from an address of its host, whose name is resolved once and whose addresses are all public."""
+    host, addresses = url.raw_host.decode("ascii"), []
+    with contextlib.suppress(OSError, UnicodeError):
+        port = url.port or (443 if url.scheme == "https" else 80)
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(is_public, addresses)):
         raise ValueError(f"{_shown(host)} has no public address")
+    headers = {"Host": url.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
+    extensions = {"sni_hostname": host}  # the certificate is the name's
     for address in addresses:
-        with contextlib.suppress(OSError):
-            return socket.create_connection((address, port), timeout=_left(deadline))
-    _left(deadline)
+        with contextlib.suppress(httpx.ConnectError):
+            there = url.copy_with(host=address)
+            return client.send(client.build_request("GET", there, headers=headers, extensions=extensions), stream=True)
     raise ValueError(f"{_shown(host)} doesn't accept the connection")
-
-
-class _TimedSocket(io.RawIOBase):
-    """What `http.client` needs of a socket, with one deadline for all that is sent and received."""
-
-    def __init__(self, connected: socket.socket, deadline: float):
-        self.connected, self.deadline = connected, deadline
-
-    def sendall(self, data) -> None:
-        self.connected.settimeout(_left(self.deadline))
-        self.connected.sendall(data)
-
-    def makefile(self, mode: str):
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        self.connected.settimeout(_left(self.deadline))
-        return self.connected.recv_into(buffer)
-
-    def close(self) -> None:
-        """Leave it open: `http.client` closes a connection before it reads the response."""
 
 
 class EndpointHandler:
@@ -436,10 +393,9 @@ class EndpointHandler:
     it.
 
     Args:
-        path (`str`):
-            The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have changed.
-        limits (`Limits`, *optional*):
-            The limits on a request; by default those that environment variables set.
+        path (`str`): The checkpoint's folder, which holds this file. A Hub id is refused, because its code could have
+            changed.
+        limits (`Limits`, *optional*): The limits on a request; by default those that environment variables set.
     """
 
     def __init__(self, path: str = "", limits: Limits | None = None):
@@ -457,11 +413,11 @@ class EndpointHandler:
             input_checks(self.task, self.limits),
             _options(parameter_checks(self.task, self.limits)),
         )
-        self.read_image, self.unreadable = (
-            get_class_from_dynamic_module(f"images.{name}", str(folder)) for name in ("read_image", "UnreadableImage")
-        )
+        self.read_image: Callable = get_class_from_dynamic_module("images.read_image", str(folder))
+        self.unreadable: type[Exception] = get_class_from_dynamic_module("images.UnreadableImage", str(folder))
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.pipeline = pipeline(self.task, model=str(folder), trust_remote_code=True, device=device)
+        options: dict = {"task": self.task}  # not one of those that transformers' hints know
+        self.pipeline = pipeline(**options, model=str(folder), trust_remote_code=True, device=device)
         # The first call prepares the weights and the tokenizer, which several threads mustn't do at once.
         image = Image.new("RGB", (32, 32))
         example = {**dict.fromkeys(self.parts, "a"), "image": image, "images": [image, image]}
@@ -475,8 +431,7 @@ class EndpointHandler:
             ValueError: for an invalid request, with a message of one line.
         """
         self.limits.check_size(data)
-        if not isinstance(data, dict):
-            raise ValueError(f"The request is {_shown(data)}: expected an object with inputs.")
+        _expect(isinstance(data, dict), "The request", data, "an object with inputs")
         inputs = data.get("inputs")
         others = {name: value for name, value in data.items() if name not in ("inputs", "parameters")}
         if inputs is not None and others:
@@ -493,7 +448,7 @@ class EndpointHandler:
             self._each(lambda item: self._check_input(item, parameters), inputs, skip)
         return self._each(lambda item: self._answer(item, parameters, reduction), inputs, skip)
 
-    def _each(self, function, inputs: list, skip: bool) -> list:
+    def _each(self, function, inputs: list | tuple, skip: bool) -> list:
         """Call a function with each input; a `ValueError` names the input, or takes the place of its answer."""
         answers = []
         for index, item in enumerate(inputs):

@@ -5,6 +5,7 @@ an index, keys and values for the next token. A task's file says which. `onnx_ru
 runs them without torch.
 """
 
+import inspect
 import json
 import logging
 import re
@@ -64,6 +65,7 @@ def _write_graph(model, name: str, graph: Graph, folder: Path) -> tuple[dict, li
             verbose=False,
             optimize=False,  # its rewriting takes a third of the time, and onnxruntime does the same at loading
         )
+    assert program is not None  # as it is with `dynamo=True`
     sensitive = _sensitive_nodes(program.model.graph)
     optimizer.fold_constants(program.model)
     optimizer.remove_unused_nodes(program.model)
@@ -105,7 +107,8 @@ def _sensitive_nodes(graph) -> list[str]:
                 read_by[value] = {value.name} if value.is_initializer() else None
             else:
                 found = [weights(each) for each in producer.inputs if each is not None]
-                read_by[value] = None if None in found else set().union(*found)
+                known = [names for names in found if names is not None]
+                read_by[value] = set().union(*known) if len(known) == len(found) else None
         return read_by[value]
 
     return [
@@ -313,7 +316,7 @@ def export_onnx(model, processor, out, *, precision: str = "float32", force: boo
         processor.save_pretrained(made)
         (made / onnx_runner.DESCRIPTION).write_text(json.dumps(_describe(model, graphs, precision), indent=2) + "\n")
         for module in (onnx_runner, image_decoder):
-            shutil.copy(module.__file__, made / Path(module.__file__).name)
+            shutil.copy(inspect.getfile(module), made)
         if out.exists():
             out.rename(Path(scratch, "replaced"))
         made.rename(out)

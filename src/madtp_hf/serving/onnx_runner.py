@@ -19,7 +19,7 @@ import numpy as np
 try:
     from ..modeling.images import read_image
 except ImportError:  # beside the graphs
-    from images import read_image
+    from images import read_image  # type: ignore[no-redef]
 
 DESCRIPTION = "onnx.json"
 _CLASSES = {"clip": "CLIPProcessor"}  # processor classes by task; BlipProcessor for all others
@@ -38,12 +38,11 @@ class OnnxModel:
     """The ONNX graphs of a model with its processor: images and texts in, answers out.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            The folder that `madtp-hf export` has written.
-        providers (`list[str]`, *optional*):
-            onnxruntime's execution providers, in order of preference; by default its CPU provider.
-        session_options (`onnxruntime.SessionOptions`, *optional*):
-            Options of all graphs, such as the number of threads.
+        folder (`str` or `os.PathLike`): The folder that `madtp-hf export` has written.
+        providers (`list[str]`, *optional*): onnxruntime's execution providers, in order of preference; by default its
+            CPU provider.
+        session_options (`onnxruntime.SessionOptions`, *optional*): Options of all graphs, such as the number of
+            threads.
 
     Raises:
         FileNotFoundError: if it isn't such a folder, or a graph is missing.
@@ -80,13 +79,13 @@ class OnnxModel:
         Args:
             images: A PIL image or a path, or a list of them; for visual reasoning, a pair of images or a list of
                 pairs, the left image first.
-            texts (`str` or `list[str]`, *optional*):
-                A text or a list of them: a question or sentence for each image, or one for all; for retrieval and
-                CLIP, texts to compare with every image; for captioning, optional prompts that captions continue.
-            max_new_tokens (`int`, *optional*):
-                The maximum number of tokens to generate; by default 10 for an answer and 20 for a caption.
-            truncation (`bool`, *optional*):
-                Truncate texts that are longer than the model takes, with one warning, instead of refusing them.
+            texts (`str` or `list[str]`, *optional*): A text or a list of them: a question or sentence for each image,
+                or one for all; for retrieval and CLIP, texts to compare with every image; for captioning, optional
+                prompts that captions continue.
+            max_new_tokens (`int`, *optional*): The maximum number of tokens to generate; by default 10 for an answer
+                and 20 for a caption.
+            truncation (`bool`, *optional*): Truncate texts that are longer than the model takes, with one warning,
+                instead of refusing them.
 
         Returns:
             Question answering and captioning: a list of strings. Visual reasoning: the probability that each sentence

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..budgets.evaluation import synchronize
+from ..budgets.evaluation import record_branches, synchronize
 from ..budgets.flops import count_flops, dense_flops
 from ..budgets.passes import restored
 from ..modeling.images import read_image
 from .endpoint_handler import FORMATS, Limits
-from .visualization import Survivors, collect_survivors, draw_patches, preprocess, record_branches, words_as_html
+from .visualization import Survivors, collect_survivors, draw_patches, preprocess, words_as_html
 
 
 TASKS_SHOWN = {"vqa": 10, "captioning": 50}  # and the maximum number of tokens to generate
@@ -63,14 +63,9 @@ def check_shown(task: str | None, config, source) -> None:
         )
 
 
-def reduction_bounds(config) -> tuple[float, float]:
-    """Return the smallest and the largest reduction of a model's schedule."""
-    return config.calibrated_reductions[0], config.calibrated_reductions[-1]
-
-
 def _time_in_turns(model, write, reductions: list[float]) -> list[float]:
     """Return the median seconds of `write` at each reduction; they take turns, after a warm-up run each."""
-    seconds = [[] for _ in reductions]
+    seconds: list[list[float]] = [[] for _ in reductions]
     begun = time.perf_counter()
     for number in range(TIMED_ROUNDS + 1):
         for index, reduction in enumerate(reductions):
@@ -90,8 +85,8 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
     """Run a model on an image, pruned at a reduction and dense, and find the tokens that survive.
 
     Args:
-        model, processor:
-            A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored afterwards.
+        model, processor: A calibrated model of `TASKS_SHOWN` and its processor; the model's temperature is restored
+            afterwards.
         image: A PIL image, an array or a path.
         text (`str`): The question; captioning ignores it.
         reduction (`float`): The share of FLOPs to save, within the model's schedule.
@@ -114,7 +109,7 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
         times = _time_in_turns(model, write, [0.0, reduction])
         for share, seconds in zip((0.0, reduction), times):
             model.set_pruning(reduction=share)
-            with record_branches(model) as outputs:
+            with record_branches(model, positions=True) as outputs:
                 written = write()
             vision, words = outputs["vision"].num_tokens, outputs.get("text")
             words = None if words is None else words.num_tokens
@@ -128,26 +123,21 @@ def look(model, processor, image, text: str, reduction: float) -> Look:
 
 def cost_html(found: Look) -> str:
     """Format the answer and its cost, next to the dense model's, as HTML."""
-
-    def shown_time(seconds):
-        return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
     pruned, dense = found.pruned, found.dense
     same = "the same" if pruned.text == dense.text else f"“{html.escape(dense.text)}”"
     saved, faster = 1 - pruned.gflops / dense.gflops, dense.seconds / pruned.seconds
-    note = (
-        "" if faster >= 1 else "Slower here: the bookkeeping of pruning costs more than it saves, as in small models."
-    )
+    note = "Slower here: the bookkeeping of pruning costs more than it saves, as in small models."
+    times = [f"{s * 1000:.1f} ms" if s < 1 else f"{s:.2f} s" for s in (pruned.seconds, dense.seconds)]
     tiles = [
         ("GFLOPs", f"{pruned.gflops:.3g}", f"dense {dense.gflops:.3g}: {saved:.0%} saved"),
-        ("Time", shown_time(pruned.seconds), f"dense {shown_time(dense.seconds)}: {faster:.2f} times as fast"),
+        ("Time", times[0], f"dense {times[1]}: {faster:.2f} times as fast"),
     ]
     return (
         f'<div style="font-size: 1.8em; font-weight: 600">{html.escape(pruned.text) or "(nothing)"}</div>'
         f'<div style="opacity: 0.7; margin-bottom: 10px">Dense, it answers: {same}</div>'
         '<div style="display: flex; gap: 10px">'
         + "".join(_TILE.format(name=name, value=value, dense=cost) for name, value, cost in tiles)
-        + f'</div><div style="font-size: 0.8em; opacity: 0.7; margin-top: 6px">{note}</div>'
+        + f'</div><div style="font-size: 0.8em; opacity: 0.7; margin-top: 6px">{note if faster < 1 else ""}</div>'
     )
 
 
@@ -179,30 +169,16 @@ def plot_tokens(survivors: Survivors):
     return figure
 
 
-def read_visitor_image(image, limits: Limits):
-    """Read an image that a visitor gives, within the limits of an endpoint: a path of the upload, or a PIL image.
-
-    Raises:
-        ValueError: for an image that can't be read, or one that is larger than the limits.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        size = os.path.getsize(image)
-        limits.check("max_image_bytes", size, f"The image has {size:,} bytes")
-    return read_image(image, limits.max_pixels, formats=FORMATS)
-
-
 def make_app(model, processor, examples=(), name: str | None = None):
     """Build the page, a `gradio.Blocks`; call its `launch()`.
 
     What visitors give has the limits of an endpoint, and the same environment variables set them.
 
     Args:
-        model, processor:
-            As [`look`] takes them.
-        examples (`list`, *optional*):
-            Pairs of an image (a path or a PIL image) and a question (for captioning, any string) to offer.
-        name (`str`, *optional*):
-            The model's name on the page.
+        model, processor: As [`look`] takes them.
+        examples (`list`, *optional*): Pairs of an image (a path or a PIL image) and a question (for captioning, any
+            string) to offer.
+        name (`str`, *optional*): The model's name on the page.
 
     Raises:
         ImportError: without gradio or matplotlib.
@@ -215,7 +191,8 @@ def make_app(model, processor, examples=(), name: str | None = None):
         raise ImportError("The app needs gradio and matplotlib: pip install 'madtp_hf[app]'.") from error
     name = name or model.config._name_or_path or type(model).__name__
     check_shown(model.task, model.config, name)
-    asks, (least, most) = model.task == "vqa", reduction_bounds(model.config)
+    asks, reductions = model.task == "vqa", model.config.calibrated_reductions
+    least, most = reductions[0], reductions[-1]
     layers = layers_to_draw(model.config.vision_config.num_hidden_layers)
     limits = Limits.from_environment()
     lock = threading.Lock()  # all users share the model's temperature
@@ -225,7 +202,11 @@ def make_app(model, processor, examples=(), name: str | None = None):
             raise gr.Error("There is no image: choose an example or upload one.")
         try:
             question = limits.check_text("The question", question or "")
-            image = read_visitor_image(image, limits)
+            if isinstance(image, (str, os.PathLike)):  # an upload
+                limits.check(
+                    "max_image_bytes", os.path.getsize(image), f"The image has {os.path.getsize(image):,} bytes"
+                )
+            image = read_image(image, limits.max_pixels, formats=FORMATS)
             with lock:
                 found = look(model, processor, image, question, reduction)
         except ValueError as error:
@@ -255,7 +236,7 @@ def make_app(model, processor, examples=(), name: str | None = None):
                 reduction = gr.Slider(
                     least,
                     max(most, least + 0.01),
-                    model.config.calibrated_reductions[len(model.config.pruning_schedule) // 2],
+                    reductions[len(reductions) // 2],
                     step=0.01,
                     interactive=most > least,
                     label="Reduction: the share of FLOPs to save",

@@ -11,7 +11,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
-from ..checkpoints.push import check_name, check_token, find_checkpoint_files, one_sentence_errors, upload
+from ..checkpoints.push import (
+    check_name,
+    check_token,
+    describe_upload,
+    find_checkpoint_files,
+    one_sentence_errors,
+    upload,
+)
 from ..modeling.images import read_image
 from ..modeling.versions import VERSION as __version__
 from ..tasks import task_of
@@ -69,29 +76,17 @@ def read_examples(path: str | os.PathLike) -> list[tuple[Path, str]]:
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): expected a list of pairs, an image's path and a text."
-        ) from error
-    if not isinstance(pairs, list):
-        raise ValueError(
-            f"{path} holds a {type(pairs).__name__}: expected a list of pairs, an image's path and a text."
-        )
+        raise ValueError(f"{path} is not valid JSON ({error}): expected pairs of an image and a text.") from error
     _check_pairs(pairs, str(path))
     return [(path.parent / image, text) for image, text in pairs]
 
 
 def _check_pairs(pairs, where: str) -> None:
+    if not isinstance(pairs, (list, tuple)):
+        raise ValueError(f"{where} holds a {type(pairs).__name__}: expected pairs of an image and a text.")
     for index, pair in enumerate(pairs):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[1], str):
             raise ValueError(f"{where} has {pair!r} as its item {index}: expected a pair, an image and a text.")
-
-
-def _requirements(requirement: str | None) -> str:
-    """Return what the Space installs besides gradio, which the header of its README names."""
-    if requirement is not None:
-        return f"{requirement}\n"
-    needed = [name for name in importlib.metadata.requires("madtp_hf") or () if "extra ==" not in name]
-    return "\n".join([*needed, "matplotlib>=3.8"]) + "\n"
 
 
 def make_space(
@@ -128,6 +123,9 @@ def make_space(
         files |= {f"madtp_hf/{path.relative_to(PACKAGE).as_posix()}": path for path in inside}
     source = 'HERE / "model"' if is_folder else repr(name)
     app = _APP.format(version=__version__, source=source, revision=None if is_folder else revision, name=name)
+    if requirement is None:  # what the Space installs besides gradio, which the header of its README names
+        needed = [name for name in importlib.metadata.requires("madtp_hf") or () if "extra ==" not in name]
+        requirement = "\n".join([*needed, "matplotlib>=3.8"])
     readme = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
     readme += _README.format(
         title=title, version=__version__, name=name if is_folder else f"[{name}](https://hf.co/{name})"
@@ -136,7 +134,7 @@ def make_space(
         **files,
         "app.py": app.encode(),
         "examples.json": json.dumps(listed, indent=2).encode(),
-        "requirements.txt": _requirements(requirement).encode(),
+        "requirements.txt": f"{requirement}\n".encode(),
         "README.md": readme.encode(),
     }
 
@@ -159,26 +157,20 @@ def push_space(
     Args:
         model: A checkpoint for question answering or captioning, with a calibrated schedule: a Hub id, which the Space
             loads when it starts, or a saved folder, whose files go into the Space.
-        repo_id: The Space's name, `"name"`, for the token's own user, or `"namespace/name"`.
+        repo_id: The Space's name, as [`~madtp_hf.push_checkpoint`] takes one, and `token`, `private`,
+            `commit_message` and `dry_run`.
         examples: Pairs of an image (a PIL image, array or path) and a question (for captioning, any string) to offer.
         title: The Space's title; by default made from the model's name.
         model_revision: The branch, tag or commit of a Hub id to load; pin one for someone else's model.
         requirement: What pip installs to get this package, such as `"madtp_hf[app]==0.1.0"`. By default the Space gets
             a copy of the running package.
-        token: A token with write access; by default that of `hf auth login` or of the environment variable HF_TOKEN.
-        private: Whether a new Space is private.
-        commit_message: The commit's message.
-        dry_run: Print what would be uploaded, and change nothing. This needs no token, and doesn't check a model on
-            the Hub.
 
     Returns:
         The Space's address.
 
     Raises:
         ValueError: for a checkpoint that the page can't show, an invalid name, or examples that aren't pairs.
-        FileNotFoundError: if a file of the checkpoint is missing.
-        PermissionError: without a token, or with one that lacks write access.
-        ConnectionError: if the Hub can't be reached.
+        FileNotFoundError, PermissionError, ConnectionError: as [`~madtp_hf.push_folder`].
     """
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"push_space got a {type(model).__name__} as model: expected a Hub id or a saved folder.")
@@ -192,32 +184,10 @@ def push_space(
         files = make_space(model, examples, title, model_revision, requirement)
         if dry_run:
             url = f"{HfApi(token=False).endpoint}/spaces/{repo_id}"
-            print(_describe(files, url, private))
+            print(describe_upload(files, url, private, folder="madtp_hf/"))
             return url
 
         def is_stale(name: str) -> bool:
             return name.partition("/")[0] in _OWN_FOLDERS and "/" in name
 
         return upload(files, repo_id, check_token(token), private, None, commit_message, "space", is_stale)
-
-
-def _describe(files: dict[str, Path | bytes], url: str, private: bool) -> str:
-    """Describe for a person what would be uploaded."""
-    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
-    package = [name for name in files if name.startswith("madtp_hf/")]
-    shown = sorted(set(files) - set(package))
-    width = max(map(len, shown))
-    rows = [f"  {name:<{width}}  {sizes[name] / 1000:>12,.1f} kB" for name in shown]
-    if package:
-        rows.append(
-            f"  {'madtp_hf/':<{width}}  {sum(map(sizes.get, package)) / 1000:>12,.1f} kB, {len(package)} files"
-        )
-    card = files["README.md"].decode().splitlines()
-    return "\n".join(
-        [
-            f"Would publish a Space to {url}{', private' if private else ''}:",
-            *rows,
-            "README.md begins:",
-            *(f"  {line}".rstrip() for line in card[:18]),
-        ]
-    )

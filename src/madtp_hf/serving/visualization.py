@@ -1,12 +1,12 @@
 """Show which patches and words pruning keeps, layer by layer, as data and as pictures."""
 
 import html
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..budgets.evaluation import record_branches
 from ..budgets.passes import encode
 from ..modeling.images import read_image
 from ..tasks import TASKS
@@ -44,36 +44,6 @@ class Survivors(NamedTuple):
     words: Words | None
 
 
-@contextmanager
-def record_branches(model):
-    """Record the outputs of a model's encoders, with positions, whichever method of the model runs them.
-
-    Yields a dictionary that every run of an encoder updates: `"vision"` and, for a task with a text encoder, `"text"`,
-    each a `BranchOutput` whose `positions` are set.
-    """
-    task, outputs = TASKS[model.task], {}
-    encoders = {"vision": model.vision_model}
-    if task.text_encoder:
-        encoders["text"] = getattr(model, task.text_encoder)
-
-    def ask_for_positions(encoder, args, kwargs):
-        return args, {**kwargs, "output_positions": True}
-
-    hooks = []
-    for name, encoder in encoders.items():
-
-        def record(encoder, args, output, name=name):
-            outputs[name] = output
-
-        hooks.append(encoder.register_forward_pre_hook(ask_for_positions, with_kwargs=True))
-        hooks.append(encoder.register_forward_hook(record))
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _check_layers(layers, num_layers: int, branch: str = "vision") -> list[int]:
     """Return the layers to draw; raise a `ValueError` for one that the model doesn't have."""
     layers = list(range(1, num_layers + 1)) if layers is None else list(layers)
@@ -86,26 +56,22 @@ def _check_layers(layers, num_layers: int, branch: str = "vision") -> list[int]:
     return layers
 
 
-def _read_samples(images, texts, images_per_sample: int) -> list[list[Image.Image]]:
+def _read_samples(images, texts, number: int) -> list[list[Image.Image]]:
     """Open the images of each sample; raise a `ValueError` unless there is one text per sample."""
-    expected = "a list of images" if images_per_sample == 1 else "a list of pairs (left image, right image)"
-    for name, value in (("images", images), ("questions", texts)):
+    expected = "a list of images" if number == 1 else "a list of pairs (left image, right image)"
+    for name, value, what in (("images", images, expected), ("questions", texts, "a list of strings")):
         if isinstance(value, str) or not hasattr(value, "__len__") or len(value) == 0:
             shown = "an empty list" if hasattr(value, "__len__") and len(value) == 0 else f"a {type(value).__name__}"
-            raise ValueError(f"{name} is {shown}: expected {expected if name == 'images' else 'a list of strings'}.")
+            raise ValueError(f"{name} is {shown}: expected {what}.")
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images or pairs for {len(texts)} questions: expected one text for each.")
-    for index, text in enumerate(texts):
+    samples = [[image] for image in images] if number == 1 else images
+    for index, (sample, text) in enumerate(zip(samples, texts)):
         if not isinstance(text, str):
             raise ValueError(f"questions[{index}] is a {type(text).__name__}: expected a string.")
-    if images_per_sample == 1:
-        return [[read_image(image)] for image in images]
-    for index, pair in enumerate(images):
-        if not isinstance(pair, (list, tuple)) or len(pair) != images_per_sample:
-            raise ValueError(
-                f"images[{index}] is not a pair: expected {expected}, as this model reads two images per text."
-            )
-    return [[read_image(image) for image in pair] for pair in images]
+        if not isinstance(sample, (list, tuple)) or len(sample) != number:
+            raise ValueError(f"images[{index}] is not a pair: expected {expected}, as this model reads {number}.")
+    return [[read_image(image) for image in sample] for sample in samples]
 
 
 def preprocess(model, processor, images, texts) -> tuple[dict[str, torch.Tensor], list[Image.Image]]:
@@ -164,14 +130,14 @@ def find_survivors(model, processor, images, questions) -> list[Survivors]:
     """Find which patches and words each layer of a model keeps; return one `Survivors` per sample.
 
     Args:
-        model, processor, images, questions:
-            As [`draw_surviving_patches`] takes them. With pruning off, all patches and words stay.
+        model, processor, images, questions: As [`draw_surviving_patches`] takes them. With pruning off, all patches
+            and words stay.
 
     Raises:
         ValueError: for empty lists, or lists that don't match each other.
     """
     batch, pictures = preprocess(model, processor, images, questions)
-    with record_branches(model) as outputs:
+    with record_branches(model, positions=True) as outputs:
         encode(model, batch)
     return collect_survivors(model, processor, batch, pictures, outputs)
 
@@ -211,20 +177,16 @@ def draw_surviving_patches(model, processor, images, questions, layers=None, siz
     """Draw which patches of each image survive each layer; dropped patches are dimmed.
 
     Args:
-        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model, of any task; its current pruning applies. With pruning off, all patches stay.
-        processor (`BlipProcessor` or `CLIPProcessor`):
-            Its processor.
-        images (`list`):
-            The images, one row each: PIL images, arrays or paths. For a model that reads two images per text (NLVR2),
-            pairs `(left, right)`, two rows each. They are drawn as the model sees them, resized and cropped.
-        questions (`list[str]`):
-            A text for each: a question, a sentence, a caption or, for captioning, a prompt.
-        layers (`list[int]`, *optional*):
-            The vision layers to draw: 1 to the number of layers, by default all of these; 0 is the encoder's input,
-            all patches.
-        size (`int`, *optional*, defaults to 160):
-            The width of a drawn image, in pixels.
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`): The model, of any task; its current pruning applies.
+            With pruning off, all patches stay.
+        processor (`BlipProcessor` or `CLIPProcessor`): Its processor.
+        images (`list`): The images, one row each: PIL images, arrays or paths. For a model that reads two images per
+            text (NLVR2), pairs `(left, right)`, two rows each. They are drawn as the model sees them, resized and
+            cropped.
+        questions (`list[str]`): A text for each: a question, a sentence, a caption or, for captioning, a prompt.
+        layers (`list[int]`, *optional*): The vision layers to draw: 1 to the number of layers, by default all of
+            these; 0 is the encoder's input, all patches.
+        size (`int`, *optional*, defaults to 160): The width of a drawn image, in pixels.
 
     Returns:
         `PIL.Image.Image`: the image itself in the first column, then a column for each layer.
@@ -232,27 +194,17 @@ def draw_surviving_patches(model, processor, images, questions, layers=None, siz
     Raises:
         ValueError: for a layer that the model doesn't have, empty lists, or lists that don't match each other.
     """
-    layers = _check_layers(layers, model.config.vision_config.num_hidden_layers)
     return draw_patches(find_survivors(model, processor, images, questions), questions, layers, size)
-
-
-def _check_has_words(model) -> None:
-    if not TASKS[model.task].text_encoder:
-        raise ValueError(
-            f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another"
-            " task; draw_surviving_patches draws its patches."
-        )
 
 
 def surviving_words(model, processor, images, texts) -> list[Words]:
     """Find which tokens of each text survive each layer, as data.
 
     Args:
-        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`):
-            The model, of any task but captioning, which has no text encoder. With pruning off, all words stay.
-        processor, images, texts:
-            As [`draw_surviving_patches`] takes processor, images and questions. Except for CLIP, what survives of a
-            text also depends on its image, through cross-attention.
+        model (`MadtpBlipPreTrainedModel` or `MadtpClipModel`): The model, of any task but captioning, which has no
+            text encoder. With pruning off, all words stay.
+        processor, images, texts: As [`draw_surviving_patches`] takes processor, images and questions. Except for CLIP,
+            what survives of a text also depends on its image, through cross-attention.
 
     Returns:
         `list[Words]`, one per text: `tokens`, and `stays` of shape `(layers + 1, number of tokens)`, True where a
@@ -261,8 +213,13 @@ def surviving_words(model, processor, images, texts) -> list[Words]:
     Raises:
         ValueError: for a model without a text encoder, empty lists, or lists that don't match each other.
     """
-    _check_has_words(model)
-    return [sample.words for sample in find_survivors(model, processor, images, texts)]
+    if not TASKS[model.task].text_encoder:
+        raise ValueError(
+            f"{type(model).__name__} has no text encoder, so it drops no words: expected a model for another"
+            " task; draw_surviving_patches draws its patches."
+        )
+    found = (sample.words for sample in find_survivors(model, processor, images, texts))
+    return [words for words in found if words is not None]
 
 
 def _table(words: Words, layers: list[int]) -> list[tuple[str, list[bool], str]]:
@@ -271,38 +228,13 @@ def _table(words: Words, layers: list[int]) -> list[tuple[str, list[bool], str]]
     return [(name, words.stays[layer].tolist(), f"{words.counts[layer]} tokens") for name, layer in zip(names, layers)]
 
 
-def draw_words(texts: list[Words], layers=None) -> Image.Image:
-    """Draw what [`surviving_words`] returned; [`draw_surviving_words`] does both."""
-    layers = _check_layers(layers, len(texts[0].counts) - 1, "text")
-    font = ImageFont.load_default(_FONT_SIZE)
-    first = int(font.getlength("layer 00")) + 2 * _PAD
-    widths = [[int(font.getlength(token)) + 2 * _PAD for token in words.tokens] for words in texts]
-    width = first + max(map(sum, widths)) + int(font.getlength("000 tokens")) + 2 * _PAD
-    block = len(layers) * _LINE + 2 * _GAP
-    canvas = Image.new("RGB", (width, len(texts) * block), "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, words in enumerate(texts):
-        for row, (name, stays, count) in enumerate(_table(words, layers)):
-            middle = index * block + _GAP + row * _LINE + _LINE // 2
-            draw.text((_PAD, middle), name, fill=_HEAD, font=font, anchor="lm")
-            left = first
-            for token, stay, wide in zip(words.tokens, stays, widths[index]):
-                draw.text((left + _PAD, middle), token, fill=_STAYS if stay else _GOES, font=font, anchor="lm")
-                if not stay:
-                    draw.line((left + _PAD, middle, left + wide - _PAD, middle), fill=_GOES)
-                left += wide
-            draw.text((left + _PAD, middle), count, fill=_HEAD, font=font, anchor="lm")
-    return canvas
-
-
 def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.Image:
     """Draw which tokens of each text survive each layer; dropped tokens are grey and struck out.
 
     Args:
-        model, processor, images, texts:
-            As [`surviving_words`] takes them.
-        layers (`list[int]`, *optional*):
-            The text layers to draw: 1 to the number of layers, by default all of these; 0 is the encoder's input.
+        model, processor, images, texts: As [`surviving_words`] takes them.
+        layers (`list[int]`, *optional*): The text layers to draw: 1 to the number of layers, by default all of these;
+            0 is the encoder's input.
 
     Returns:
         `PIL.Image.Image`: one table per text, one below the other.
@@ -310,9 +242,27 @@ def draw_surviving_words(model, processor, images, texts, layers=None) -> Image.
     Raises:
         ValueError: for a layer that the model doesn't have, and as [`surviving_words`].
     """
-    _check_has_words(model)
-    layers = _check_layers(layers, model.config.text_config.num_hidden_layers, "text")
-    return draw_words(surviving_words(model, processor, images, texts), layers)
+    words = surviving_words(model, processor, images, texts)
+    layers = _check_layers(layers, len(words[0].counts) - 1, "text")
+    font = ImageFont.load_default(_FONT_SIZE)
+    first = int(font.getlength("layer 00")) + 2 * _PAD
+    widths = [[int(font.getlength(token)) + 2 * _PAD for token in of_text.tokens] for of_text in words]
+    width = first + max(map(sum, widths)) + int(font.getlength("000 tokens")) + 2 * _PAD
+    block = len(layers) * _LINE + 2 * _GAP
+    canvas = Image.new("RGB", (width, len(words) * block), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, of_text in enumerate(words):
+        for row, (name, stays, count) in enumerate(_table(of_text, layers)):
+            middle = index * block + _GAP + row * _LINE + _LINE // 2
+            draw.text((_PAD, middle), name, fill=_HEAD, font=font, anchor="lm")
+            left = first
+            for token, stay, wide in zip(of_text.tokens, stays, widths[index]):
+                draw.text((left + _PAD, middle), token, fill=_STAYS if stay else _GOES, font=font, anchor="lm")
+                if not stay:
+                    draw.line((left + _PAD, middle, left + wide - _PAD, middle), fill=_GOES)
+                left += wide
+            draw.text((left + _PAD, middle), count, fill=_HEAD, font=font, anchor="lm")
+    return canvas
 
 
 def words_as_html(words: Words, layers=None) -> str:

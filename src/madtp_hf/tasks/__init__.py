@@ -50,7 +50,9 @@ def make_batches(model, processor, rows: list[dict], batch_size: int):
     """Make batches that can be read many times: a list for a few samples, a `DataLoader` for many."""
     if TASKS[model.task].text_column is None:  # captioning: the collator needs captions, a forward pass doesn't
         rows = [{"captions": [""], **row} for row in rows]
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=TASKS[model.task].make_collator(model, processor))
+    collator = TASKS[model.task].make_collator(model, processor)
+    # A list will do as a data set, though torch's hints don't say so.
+    loader = DataLoader[dict](rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
     if len(rows) > IN_MEMORY:
         return loader
     return list(tqdm(loader, desc="reading images", unit=" batches", leave=False))

@@ -36,8 +36,8 @@ def score_by_features(
         return F.normalize(torch.cat([features.pooler_output.float() for features in batches]), dim=-1)
 
     images = normalised(model.get_image_features(pixels.to(model.device)) for pixels in pixel_batches)
-    texts = zip(input_ids.split(batch_size), attention_mask.split(batch_size))
-    texts = normalised(model.get_text_features(ids.to(model.device), mask.to(model.device)) for ids, mask in texts)
+    batches = zip(input_ids.split(batch_size), attention_mask.split(batch_size))
+    texts = normalised(model.get_text_features(ids.to(model.device), mask.to(model.device)) for ids, mask in batches)
     similarity = (images @ texts.T).cpu()
     return similarity, similarity.T
 

@@ -65,7 +65,7 @@ def pad_texts(model, input_ids, attention_mask):
 
 def layout(states: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
     """Return images' states (B, M, D) as the flat states and `Sequences` that an encoder takes."""
-    return states.flatten(0, 1), Sequences.padded(*states.shape[:2], states.device)
+    return states.flatten(0, 1), Sequences.padded(states.shape[0], states.shape[1], states.device)
 
 
 def encoder_states(model, pixel_values):
@@ -76,9 +76,13 @@ def for_decoder(model, encoded, masked: bool):
     """Return what the decoder reads of an encoder: a mask, and all layers' cross-attention keys and values."""
     mask = real_tokens(encoded)
     cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
-    keys_and_values = [tensor for layer in cache.cross_attention_cache.layers for tensor in (layer.keys, layer.values)]
     # With pruning off, question answering's decoder attends to padding as well, as transformers' BLIP does.
-    return (mask if masked else torch.ones_like(mask)).long(), *keys_and_values
+    return (mask if masked else torch.ones_like(mask)).long(), *_keys_and_values(cache.cross_attention_cache)
+
+
+def _keys_and_values(cache) -> list[torch.Tensor]:
+    """Return the keys and values of a cache's layers as key, value, key, ..."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_values):
@@ -95,8 +99,8 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
         for layer in range(half // 2):
             cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
         caches.append(cache)
-    cache = EncoderDecoderCache(*caches)
-    cache.is_updated = dict.fromkeys(range(half // 2), True)
+    both = EncoderDecoderCache(*caches)
+    both.is_updated = dict.fromkeys(range(half // 2), True)
     step, total = input_ids.shape[1], attention_mask.shape[1]
     queries = torch.arange(step, device=input_ids.device) + (total - step)
     slots, queries_column = torch.arange(total, device=input_ids.device), queries.unsqueeze(1)
@@ -110,10 +114,9 @@ def _decode(model, input_ids, attention_mask, encoder_attention_mask, *keys_and_
         encoder_hidden_states=keys_and_values[half],  # only checked for presence: the cached keys and values are read
         encoder_attention_mask=encoder_attention_mask.bool()[:, None, None, :],
         use_cache=True,
-        **{CACHE_ARGUMENT: cache},
+        **{CACHE_ARGUMENT: both},
     )
-    layers = cache.self_attention_cache.layers
-    return output.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))
+    return output.logits, *_keys_and_values(both.self_attention_cache)
 
 
 def images(model, sizes: Sizes) -> dict:

@@ -65,7 +65,7 @@ def score_images_and_texts(
     image_features, states = _encode_images(model, pixel_batches)
     text_features = torch.cat(
         [
-            model.get_text_features(ids, mask)
+            model.get_text_features(ids, mask).pooler_output
             for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size))
         ]
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..families import BLIP, Family
+from ..modeling.pruned_model import PrunedModelMixin
 
 
 # Example code of a model card: {text} stands for a text.
@@ -19,7 +20,7 @@ class Task:
 
     name: str
     # The model.
-    model_class: type
+    model_class: type[PrunedModelMixin]
     flops: Callable  # (config, vision_tokens, text_tokens, answer_tokens, added) -> (B,), see `flop_formulas`
     graphs: Callable  # (model, sizes) -> the ONNX graphs by name, see `onnx_parts`
     # The data: the metric's folder in `metrics/`, and the main column of a results table, with its title.
@@ -64,7 +65,8 @@ class Task:
     @property
     def pipeline(self) -> str | None:
         """The task name that `transformers.pipeline` takes for the checkpoints' pipeline; None without one."""
-        return self.model_class._task_pipeline and self.model_class._task_pipeline[0]
+        named = self.model_class._task_pipeline
+        return named[0] if named else None
 
     def make_collator(self, model, processor):
         """Return the task's collator, which truncates texts at the model's maximum length."""

@@ -1,7 +1,7 @@
 """Control how much a model prunes during training, so that it holds a target reduction of FLOPs."""
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..budgets.passes import measure
@@ -56,13 +56,13 @@ class ReductionCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        target_reduction,
+        target_reduction: float | tuple[float, float],
         num_targets: int = 5,
         gain: float | None = None,
         seed: int = 0,
         dense_pass: bool = True,
         largest_pass: bool = False,
-        teacher=None,
+        teacher: PreTrainedModel | None = None,
     ):
         given = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,)
         if len(given) not in (1, 2) or not all(is_number(target) for target in given):
@@ -84,11 +84,11 @@ class ReductionCallback(TrainerCallback, ExportableState):
         self.dense_pass, self.largest_pass = dense_pass, largest_pass
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         self.targets = torch.linspace(low, high, num_targets if low < high else 1).tolist()
-        self.start = None  # of the path, see `PruningMethod.path`
-        self.points = None  # one per target, on the path
-        self.gains = None  # one per target
+        self.start: float | None = None  # of the path, see `PruningMethod.path`
+        self.points: list[float] = []  # one per target, on the path; none until training begins
+        self.gains: list[float] = []  # one per target
         self.errors = [0.0] * len(self.targets)
-        self._measured = {}  # for each target of the step, the reductions of its passes
+        self._measured: dict[int, list[torch.Tensor]] = {}  # for each target of the step, the reductions of its passes
 
     def state(self) -> dict:
         """Return what a checkpoint keeps so that training can resume (see `ExportableState`)."""
@@ -134,12 +134,12 @@ class ReductionCallback(TrainerCallback, ExportableState):
         present = self._path.point(settings[-1]) if config.pruning_setting else self._path.moderate
         calibrated = config.calibrated_reductions or [2.0]
         are_calibrated = [calibrated[0] <= target <= calibrated[-1] for target in self.targets]
-        if self.points is None:
+        if not self.points:
             self.points = [
                 self._path.point(model.setting_for(target)) if is_calibrated else present
                 for target, is_calibrated in zip(self.targets, are_calibrated)
             ]
-        if self.gains is None:
+        if not self.gains:
             self.gains = [self.gain or (0.3 if is_calibrated else 1.5) for is_calibrated in are_calibrated]
 
     def _set(self, model, index: int) -> dict[str, float]:
@@ -156,7 +156,7 @@ class ReductionCallback(TrainerCallback, ExportableState):
             )
         # A resumed training's state contains the callback's, whether or not `Trainer` restores callbacks itself.
         saved = state.stateful_callbacks.get(type(self).__name__)
-        begins = self.points is None or state.global_step > 0  # or the callback has trained before
+        begins = not self.points or state.global_step > 0  # or the callback has trained before
         if begins and isinstance(saved, dict) and type(self)(**saved["args"]).targets == self.targets:
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)

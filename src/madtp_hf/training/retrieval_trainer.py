@@ -39,6 +39,11 @@ class ContrastiveMemory(nn.Module):
             belongs to which text.
     """
 
+    image_queue: torch.Tensor
+    text_queue: torch.Tensor
+    id_queue: torch.Tensor
+    position: torch.Tensor
+
     def __init__(self, model, queue_size: int = 57600, momentum: float = 0.995, distillation: float = 0.4):
         super().__init__()
         if queue_size < 0:
@@ -95,8 +100,11 @@ class ContrastiveMemory(nn.Module):
                 self.temperature.clamp_(0.001, 0.5)
             temperature = self.temperature if self.has_temperature else (-self.momentum_encoder.logit_scale).exp()
             encoder = self.momentum_encoder
-            image = _normalised(encoder.get_image_features(inputs["pixel_values"]))
-            text = _normalised(encoder.get_text_features(inputs["input_ids"], inputs.get("attention_mask")))
+            outputs = (
+                encoder.get_image_features(inputs["pixel_values"]),
+                encoder.get_text_features(inputs["input_ids"], inputs.get("attention_mask")),
+            )
+            image, text = (F.normalize(output.pooler_output, dim=-1) for output in outputs)
             ids = inputs["image_ids"]
             everyone = [gather_rows(rows) for rows in (image, text, ids)]
             filled = self.id_queue >= 0
@@ -113,11 +121,6 @@ class ContrastiveMemory(nn.Module):
             self._enqueue(*everyone)
         learned = self.temperature if self.has_temperature else None
         return ContrastiveKeys(image_keys, text_keys, image_targets, text_targets, learned)
-
-
-def _normalised(features) -> torch.Tensor:
-    """Return L2-normalised features (B, E) from what BLIP's and CLIP's methods return."""
-    return features if isinstance(features, torch.Tensor) else F.normalize(features.pooler_output, dim=-1)
 
 
 class RetrievalTrainer(Trainer):
@@ -137,6 +140,10 @@ class RetrievalTrainer(Trainer):
         kwargs:
             `Trainer`'s arguments.
     """
+
+    memory: ContrastiveMemory
+    distillation_warmup_steps: int | None
+    _begins_step: bool
 
     def __init__(
         self,
@@ -166,24 +173,23 @@ class RetrievalTrainer(Trainer):
                 "RetrievalTrainer got a scheduler, which lacks the learned temperature that is added to the optimizer:"
                 " expected optimizers=(optimizer, None), and the schedule's settings in the training arguments."
             )
-        if self.optimizer is not None:
-            self._add_temperature()
+        self._add_temperature(self.optimizer)
 
-    def _add_temperature(self) -> None:
-        if self.memory.has_temperature:
-            self.optimizer.add_param_group({"params": [self.memory.temperature], "weight_decay": 0.0})
+    def _add_temperature(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is not None and self.memory.has_temperature:
+            optimizer.add_param_group({"params": [self.memory.temperature], "weight_decay": 0.0})
 
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
         if made:
-            self._add_temperature()
+            self._add_temperature(self.optimizer)
         return self.optimizer
 
     def _distillation_progress(self) -> float:
-        steps = self.distillation_warmup_steps
+        steps: float | None = self.distillation_warmup_steps
         if steps is None:
-            steps = 2 * self.state.max_steps / max(self.state.num_train_epochs, 1)
+            steps = 2 * self.state.max_steps / max(self.state.num_train_epochs or 1, 1)
         return min(self.state.global_step / max(steps, 1), 1.0)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -202,6 +208,7 @@ class RetrievalTrainer(Trainer):
         # The model's wrapper averages the model's gradients over processes; the temperature is not part of the model.
         if self.memory.has_temperature and is_distributed() and self.accelerator.sync_gradients:
             gradient = self.memory.temperature.grad
+            assert gradient is not None  # the loss depends on the temperature
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         return loss

@@ -1,6 +1,7 @@
 """BLEU, CIDEr, ROUGE-L, METEOR and SPICE of captions, computed by `pycocoevalcap`, as an `evaluate` module."""
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -139,36 +140,22 @@ def _silence():
 
 def _score(metric: str, references: dict[int, list[str]], predictions: dict[int, list[str]]) -> dict[str, float]:
     """Compute one metric with the library, on tokenized captions."""
-    if metric == "bleu":
-        from pycocoevalcap.bleu.bleu import Bleu
-
-        scores, _ = Bleu(4).compute_score(references, predictions, verbose=0)
-        return {f"bleu_{n}": float(score) for n, score in enumerate(scores, start=1)}
-    if metric == "cider":
-        from pycocoevalcap.cider.cider import Cider
-
-        return {"cider": float(Cider().compute_score(references, predictions)[0])}
-    if metric == "rouge":
-        from pycocoevalcap.rouge.rouge import Rouge
-
-        return {"rouge_l": float(Rouge().compute_score(references, predictions)[0])}
-    if metric == "meteor":
-        from pycocoevalcap.meteor.meteor import Meteor
-
-        scorer = Meteor()
+    module = importlib.import_module(f"pycocoevalcap.{metric}.{metric}")
+    with _silence() if metric == "spice" else contextlib.nullcontext():
+        scorer = getattr(module, metric.capitalize())()
         try:
-            return {"meteor": float(scorer.compute_score(references, predictions)[0])}
+            options = {"verbose": 0} if metric == "bleu" else {}
+            score, _ = scorer.compute_score(references, predictions, **options)
         finally:
-            # The scorer would keep its pipes open and, after a failure, wait forever for its own lock.
-            with contextlib.suppress(BrokenPipeError), scorer.meteor_p:
-                scorer.meteor_p.kill()
-            if scorer.lock.locked():
-                scorer.lock.release()
-
-    from pycocoevalcap.spice.spice import Spice
-
-    with _silence():
-        return {"spice": float(Spice().compute_score(references, predictions)[0])}
+            if metric == "meteor":
+                # The scorer would keep its pipes open and, after a failure, wait forever for its own lock.
+                with contextlib.suppress(BrokenPipeError), scorer.meteor_p:
+                    scorer.meteor_p.kill()
+                if scorer.lock.locked():
+                    scorer.lock.release()
+    if metric == "bleu":
+        return {f"bleu_{n}": float(of_n) for n, of_n in enumerate(score, start=1)}
+    return {"rouge_l" if metric == "rouge" else metric: float(score)}
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
@@ -179,10 +166,7 @@ class CaptionMetrics(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
             ),
             homepage="https://cocodataset.org/#captions-eval",
             codebase_urls=["https://github.com/salaniz/pycocoevalcap"],
@@ -229,7 +213,7 @@ class CaptionMetrics(evaluate.Metric):
         if not any(caption for captions in references.values() for caption in captions):
             raise ValueError("none of the reference captions has a word in it")
 
-        result = {}
+        result: dict[str, float] = {}
         for metric in sorted(set(metrics), key=METRICS.index):
             if metric in _JAVA_METRICS:
                 scores, problem = _attempt(_score, metric, references, predictions)

@@ -77,7 +77,7 @@ class Nlvr2(evaluate.Metric):
                 raise ValueError(f"{len(identifiers)} identifiers for {len(right)} predictions: expected one for each")
             if len(set(identifiers)) != len(identifiers):
                 raise ValueError("an identifier occurs twice: evaluate each example once")
-            consistent = {}
+            consistent: dict[tuple[str, ...], bool] = {}
             for identifier, is_right in zip(identifiers, right):
                 sentence = _sentence(identifier)
                 consistent[sentence] = consistent.get(sentence, True) and is_right

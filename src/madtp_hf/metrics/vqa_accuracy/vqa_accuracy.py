@@ -108,10 +108,7 @@ class VqaAccuracy(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
             ),
             homepage="https://visualqa.org/evaluation.html",
             reference_urls=["https://github.com/GT-Vision-Lab/VQA"],
@@ -129,7 +126,7 @@ class VqaAccuracy(evaluate.Metric):
                     " ...]"
                 )
         accuracies = [_question_accuracy(prediction, answers) for prediction, answers in zip(predictions, references)]
-        result = {"accuracy": sum(accuracies) / len(accuracies)}
+        result: dict[str, float | list[float]] = {"accuracy": sum(accuracies) / len(accuracies)}
         if per_question:
             result["per_question"] = accuracies
         return result
