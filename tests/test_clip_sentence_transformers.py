@@ -1,4 +1,4 @@
-"""A pruned CLIP in sentence-transformers: the lines of docs/clip.md."""
+"""A pruned CLIP in sentence-transformers, the lines of docs/clip.md, and BLIP retrieval."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image
 
 from madtp_hf import MadtpClipModel
 
+from .conftest import make_processor, make_task_model
 from .helpers.clip import make_clip_model, make_clip_processor
 
 
@@ -68,3 +69,26 @@ def test_what_is_saved_keeps_its_reduction(checkpoint, tmp_path):
     torch.testing.assert_close(
         torch.as_tensor(again.encode(["red seven"])), torch.as_tensor(expected), atol=1e-5, rtol=0
     )
+
+
+@torch.no_grad()
+def test_blip_retrieval_embeds_texts_and_images(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = make_task_model("retrieval", {"pruning_schedule": [[0.3, 1.0], [0.6, 4.0]]}).eval()
+    model.save_pretrained(tmp_path)
+    processor = make_processor()
+    processor.save_pretrained(tmp_path)
+    encoder = SentenceTransformer(str(tmp_path), trust_remote_code=True)
+    texts, image = ["is there a seven", "three"], Image.effect_noise((60, 40), 90).convert("RGB")
+    tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    pixels = processor.image_processor(image, return_tensors="pt").pixel_values
+    found = []
+    for reduction in (0.0, 0.5):
+        model.set_pruning(reduction=reduction)
+        expected = model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
+        found.append(model.get_image_features(pixels).pooler_output)
+        with encoder[0].model.pruning(reduction=reduction):  # for these calls alone
+            torch.testing.assert_close(torch.as_tensor(encoder.encode(texts)), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(torch.as_tensor(encoder.encode([image])), found[-1], atol=1e-4, rtol=0)
+    assert not torch.allclose(*found, atol=1e-3)

@@ -388,5 +388,24 @@ def test_constant_and_broken_images_leave_the_others_alone(task):
 def test_a_cache_that_the_decoder_cannot_use_is_named(task):
     model, inputs = model_and_inputs(task)
     given = {"pixel_values": inputs["pixel_values"], **_prompt(task, inputs)}
-    with pytest.raises(ValueError, match="cache_implementation"):
+    with pytest.raises(ValueError, match=r"cache_implementation='static'.*in transformers neither"):
         model.generate(**given, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=f"assistant_model is a {type(model).__name__}: expected the `text_decoder`"):
+        model.generate(**given, max_new_tokens=2, assistant_model=model)
+
+
+@TASK
+def test_arguments_of_transformers_that_change_nothing_are_taken(task):
+    model, inputs = model_and_inputs(task)
+    inputs.pop("return_loss", None)
+    expected = model(**inputs)
+    ignored = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), "use_cache": True}
+    torch.testing.assert_close(scores(model(**inputs, **ignored)), scores(expected))
+    in_a_tuple = model(**inputs, return_dict=False)
+    assert type(in_a_tuple) is tuple and len(in_a_tuple) == len(expected.to_tuple())
+    with pytest.raises(TypeError, match="got surprise: expected only arguments"):
+        model(**inputs, surprise=1)
+    if task in ("vqa", "captioning"):
+        given = {"pixel_values": inputs["pixel_values"], **_prompt(task, inputs), "max_new_tokens": 3}
+        taken = model.generate(**given, token_type_ids=ignored["token_type_ids"])
+        assert taken.equal(model.generate(**given))

@@ -186,15 +186,32 @@ def read_reductions(reductions) -> list[float]:
     return targets
 
 
+def _check_batch(model, batch) -> None:
+    """Raise a `TypeError` unless a batch has images as `forward` takes them: a data set's rows have none, or one."""
+    dims = 5 if model.task == "nlvr2" else 4
+    pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else None
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim != dims:
+        held = f"a {type(batch).__name__}"
+        if isinstance(pixels, torch.Tensor):
+            held = f"pixel_values of shape {tuple(pixels.shape)}"
+        elif isinstance(batch, Mapping):
+            held = f"dicts of {', '.join(batch)}"
+        raise TypeError(
+            f"dataloader yields {held}, not batches as `forward` takes them: for a data set of rows, pass"
+            " DataLoader(rows, batch_size=32, collate_fn=collator) with the task's collator in madtp_hf.data."
+        )
+
+
 def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reached: bool) -> None:
     """Warn about reductions that the model can't reach; raise a `ValueError` if it reaches none."""
     named = ", ".join(f"{target} (nearest {curve.reductions[curve.nearest(target)]:.3f})" for target in unreached)
     # What was measured on all of the data goes before the few samples of the scan.
     known = {**dict((scan[0], scan[-1])), **curve.reductions}.values()
     finding = (
-        f"this model can't reach {named} on this data; the largest reduction that it reaches is about"
-        f" {max(known):.3f}, the smallest about {min(known):.3f}. Pass more samples if it is in between, or first"
-        f" fine-tune with `madtp_hf.ReductionCallback({unreached[-1]})`."
+        f"this model can't reach {named} on this data to within {ACCEPTED}; the largest reduction that it reaches is"
+        f" about {max(known):.3f}, the smallest about {min(known):.3f}. Ask for one between these two; for a larger"
+        f" one, first fine-tune with `madtp_hf.ReductionCallback({unreached[-1]})`; for one between them that is left"
+        " out, pass more samples."
     )
     if nothing_reached:
         raise ValueError(f"reductions={unreached}: {finding}")
@@ -264,6 +281,7 @@ def calibrate(
     first = next(iter(dataloader), None)
     if first is None:
         raise ValueError("dataloader yields no batch: expected at least one.")
+    _check_batch(model, first)
 
     freeze = freeze or model.config.pruning_granularity == "frozen"
     schedule, unreached, counts, found = [], [], [], []

@@ -9,6 +9,7 @@ Splits are made by scan: no scan of the test split appears in any training scene
 """
 
 import hashlib
+import importlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,9 +86,7 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
+    bunch = _imported("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
     # Of every nine scans of a digit, in shuffled order, six are for training, one for validation, two for testing.
     part = np.empty(len(order), dtype=np.int64)
@@ -363,10 +362,16 @@ def _rows(kind: str, split: str, number: int, seed: int, source: str):
             yield make(scenes, index, start + index, rng)
 
 
+def _imported(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"The digit scenes need {error.name}: pip install 'madtp_hf[digits]'.") from error
+
+
 def _load(kind: str, split: str, number: int, seed: int, features: dict):
     """Return a `datasets.Dataset` of rows of a kind, cached by `datasets`."""
-    from datasets import Dataset, Features
-
+    datasets = _imported("datasets")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if number < 1:
@@ -374,7 +379,7 @@ def _load(kind: str, split: str, number: int, seed: int, features: dict):
     # `datasets` identifies the generator by name and arguments only; the hash makes a changed module redraw scenes.
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     arguments = {"kind": kind, "split": split, "number": number, "seed": seed, "source": source}
-    return Dataset.from_generator(_rows, features=Features(features), gen_kwargs=arguments)
+    return datasets.Dataset.from_generator(_rows, features=datasets.Features(features), gen_kwargs=arguments)
 
 
 def load_digit_questions(split: str, num_questions: int, seed: int = 0):
@@ -388,9 +393,8 @@ def load_digit_questions(split: str, num_questions: int, seed: int = 0):
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `question`, `answer` and `kind`.
     """
-    from datasets import Image, Value
-
-    columns = {"image": Image(), **dict.fromkeys(("question", "answer", "kind"), Value("string"))}
+    datasets = _imported("datasets")
+    columns = {"image": datasets.Image(), **dict.fromkeys(("question", "answer", "kind"), datasets.Value("string"))}
     return _load("questions", split, num_questions, seed, columns)
 
 
@@ -403,10 +407,9 @@ def load_digit_statements(split: str, num_statements: int, seed: int = 0):
         `datasets.Dataset` with the columns `left_image`, `right_image` (80x80 RGB), `sentence`, `label` (1 is true)
         and `kind`.
     """
-    from datasets import ClassLabel, Image, Value
-
-    columns = {"left_image": Image(), "right_image": Image(), "sentence": Value("string")}
-    columns |= {"label": ClassLabel(names=["False", "True"]), "kind": Value("string")}
+    datasets = _imported("datasets")
+    columns = {"left_image": datasets.Image(), "right_image": datasets.Image(), "sentence": datasets.Value("string")}
+    columns |= {"label": datasets.ClassLabel(names=["False", "True"]), "kind": datasets.Value("string")}
     return _load("statements", split, num_statements, seed, columns)
 
 
@@ -416,9 +419,8 @@ def load_digit_captions(split: str, num_images: int, seed: int = 0):
     Returns:
         `datasets.Dataset` with the columns `image` (80x80 RGB), `captions` (list of strings) and `image_id`.
     """
-    from datasets import Image, Value
-
-    columns = {"image": Image(), "captions": [Value("string")], "image_id": Value("string")}
+    datasets = _imported("datasets")
+    columns = {"image": datasets.Image(), "captions": [datasets.Value("string")], "image_id": datasets.Value("string")}
     return _load("images", split, num_images, seed, columns)
 
 

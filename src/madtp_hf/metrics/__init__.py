@@ -29,6 +29,6 @@ def load_metric(name: str, **kwargs):
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError("metrics need the evaluate library: pip install evaluate") from error
+        raise ImportError("The metrics need evaluate: pip install 'madtp_hf[metrics]'.") from error
     kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
     return evaluate.load(str(Path(__file__).parent / name), **kwargs)

@@ -2,13 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .encoder import BranchOutput
 from .madtp_blip_decoder import (
     CACHE_ARGUMENT,
     cross_attention_cache,
     cross_attention_mask,
-    with_new_self_attention,
 )
 from .padding import left_align, text_lengths
 
@@ -29,7 +29,7 @@ class AnswerRanking:
             encoder_attention_mask=cross_attention_mask(mask),
             is_decoder=True,
             use_cache=True,
-            **{CACHE_ARGUMENT: with_new_self_attention(cache)},
+            **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), cache)},
         ).last_hidden_state
         return states.unflatten(0, (batch_size, num_answers))
 

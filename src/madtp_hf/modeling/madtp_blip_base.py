@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, Pipeline, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip import BlipMLP, BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import (
     BlipTextEmbeddings,
@@ -17,7 +18,13 @@ from transformers.models.blip.modeling_blip_text import (
 from .chunks import takes_chunks
 from .configuration_madtp_blip import MadtpBlipConfig
 from .encoder import BranchOutput
-from .madtp_blip_decoder import CACHE_ARGUMENT, TAKES_FINISHED_MASKS, cross_attention_cache, cross_attention_mask
+from .madtp_blip_decoder import (
+    CACHE_ARGUMENT,
+    TAKES_FINISHED_MASKS,
+    TextDecoder,
+    cross_attention_cache,
+    cross_attention_mask,
+)
 from .madtp_blip_encoders import MergeLayer
 from .padding import check_same_number, check_same_shape, left_align, text_lengths
 from .pruned_model import PrunedModelMixin
@@ -207,6 +214,7 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
     def _generate(self, input_ids, encoded: BranchOutput, masked: bool, **generate_kwargs) -> torch.LongTensor:
         """Continue input_ids (B, L) conditioned on the encoder's hidden states; unless `masked`, padding included."""
         generation_config = self._generation_config(generate_kwargs.pop("generation_config", None))
+        generate_kwargs.pop("token_type_ids", None)  # tokenizers return them, BLIP has none
 
         def setting(name):
             """Return a setting as `generate` resolves it: the argument, else the configuration's field."""
@@ -217,11 +225,16 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
             self._warn_of_maps()
         if "past_key_values" in generate_kwargs:  # the name depends on transformers' version
             generate_kwargs[CACHE_ARGUMENT] = generate_kwargs.pop("past_key_values")
-        kind = setting("cache_implementation")
-        if kind not in (None, "dynamic"):
+        kind, assistant = setting("cache_implementation"), generate_kwargs.get("assistant_model")
+        if kind not in (None, "dynamic", "offloaded", "hybrid"):
             raise ValueError(
-                f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind. Expected None, which"
-                " caches as it grows."
+                f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind, in transformers neither."
+                ' Expected "dynamic", which caches as it grows, or "offloaded".'
+            )
+        if assistant is not None and not isinstance(assistant, TextDecoder):
+            raise ValueError(
+                f"assistant_model is a {type(assistant).__name__}: expected the `text_decoder` of such a model, which"
+                " reads what this model's encoder returns."
             )
         states = None
         if setting("use_cache") is not False and generate_kwargs.get(CACHE_ARGUMENT) is None:
@@ -230,9 +243,9 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
                 # With keys and values cached, states are not read. One per sample is enough: `generate` would repeat
                 # all of them for each beam.
                 states = encoded.first_states.unsqueeze(1)
-            generate_kwargs[CACHE_ARGUMENT] = cross_attention_cache(
-                self.text_decoder, encoded.states, encoded.sequences
-            )
+            words = DynamicCache(offloading=True) if kind == "offloaded" else DynamicCache()
+            images = cross_attention_cache(self.text_decoder, encoded.states, encoded.sequences)
+            generate_kwargs[CACHE_ARGUMENT] = EncoderDecoderCache(words, images)
         generate_kwargs = generation_config.update(**generate_kwargs)  # returns the arguments that are not fields
         generation_config.cache_implementation = None  # the cache exists already
         return self.text_decoder.generate(

@@ -189,7 +189,7 @@ class SampleCache(DynamicCache):
         pass
 
 
-def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences: Sequences) -> EncoderDecoderCache:
+def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences: Sequences) -> SampleCache:
     """Compute the keys and values of all the decoder's cross-attentions once, before generation.
 
     states (R, D) lie as `sequences` say; varlen states are projected without padding.
@@ -202,9 +202,4 @@ def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences:
             for linear in (attention.key, attention.value)
         )
         cache.update(key, value, index)
-    return EncoderDecoderCache(DynamicCache(), cache)
-
-
-def with_new_self_attention(cache: EncoderDecoderCache) -> EncoderDecoderCache:
-    """Return a cache with the same cross-attention keys and values and an empty self-attention cache."""
-    return EncoderDecoderCache(DynamicCache(), cache.cross_attention_cache)
+    return cache

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 # From a local folder, transformers 5.0 copies only what this file imports directly, hence the unused imports.
@@ -678,6 +679,11 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
             text_feature=text_feature,
             **losses,
         )
+
+
+# sentence-transformers embeds by `forward` if it is annotated to return a `last_hidden_state`, and only otherwise by the
+# `get_*_features` methods. This `forward` needs an image and a text.
+MadtpBlipForImageTextRetrieval.forward.__annotations__["return"] = tuple | ImageClassifierOutput
 
 
 __all__ = [

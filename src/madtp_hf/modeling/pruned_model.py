@@ -235,6 +235,9 @@ class PrunedModelMixin(_Host):
         return method if isinstance(method, type) and issubclass(method, PruningMethod) else get_method(method)
 
     def _read_setting(self, method: type[PruningMethod], args: tuple, reduction, setting: dict) -> dict | None:
+        if not args and reduction is None and not setting:
+            fields = " or ".join(f"{name}=..." for name in ("reduction", *method.fields))
+            raise TypeError(f"set_pruning got no setting: expected {fields}; set_pruning(None) is off.")
         if args and args != (None,):
             raise TypeError(
                 f"set_pruning got {', '.join(map(repr, args))} without a name: expected"
@@ -457,6 +460,20 @@ class PrunedModelMixin(_Host):
             return dtype if dtype in PRECISIONS and can_prepack() else None
         has_bfloat16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return "bfloat16" if has_bfloat16 else None
+
+    # Loading
+
+    @classmethod
+    def from_pretrained(cls, source, *args, **kwargs) -> "Self":
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{source} has tensors of other shapes than a {cls.__name__}: expected a checkpoint of this class. A"
+                f" dense model becomes one by {cls.__name__}.{cls._from_dense_name}(source)."
+            ) from error
 
     # From a dense model
 

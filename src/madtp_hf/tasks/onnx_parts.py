@@ -77,7 +77,7 @@ def for_decoder(model, encoded, masked: bool):
     mask = real_tokens(encoded)
     cache = cross_attention_cache(model.text_decoder, encoded.states, encoded.sequences)
     # With pruning off, question answering's decoder attends to padding as well, as transformers' BLIP does.
-    return (mask if masked else torch.ones_like(mask)).long(), *_keys_and_values(cache.cross_attention_cache)
+    return (mask if masked else torch.ones_like(mask)).long(), *_keys_and_values(cache)
 
 
 def _keys_and_values(cache) -> list[torch.Tensor]:

@@ -177,7 +177,7 @@ class CaptionMetrics(evaluate.Metric):
         try:
             import pycocoevalcap.bleu.bleu  # noqa: F401
         except ImportError as error:
-            raise ImportError("caption_metrics needs pycocoevalcap: pip install pycocoevalcap") from error
+            raise ImportError("caption_metrics needs pycocoevalcap: pip install 'madtp_hf[metrics]'.") from error
 
     def _compute(self, predictions, references, metrics=DEFAULT_METRICS, tokenizer="auto"):
         metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
