@@ -59,7 +59,7 @@ def _run(kind: str, model: str, images: str, out: Path, options: dict, text: str
             if kind == "Answerer"
             else f"{images} has no texts: pass a table with a column text or caption."
         )
-    extra = ()
+    extra: tuple = ()
     if "max_new_tokens" in options:
         names = jobs.Generation.__dataclass_fields__
         extra = (jobs.Generation(**{name: options[name] for name in names if name in options}),)

@@ -107,7 +107,9 @@ class SideFiles(FileOutput):
         return self.out / name.parent / (name.stem + self.suffix)
 
     def refused(self, keys: list[str], replaces: bool) -> dict[int, str]:
-        owners, refused, mine = {}, {}, self._mine()
+        owners: dict[str, int] = {}
+        refused: dict[int, str] = {}
+        mine = self._mine()
         for row, key in enumerate(keys):
             try:
                 path = self._path(key)
@@ -134,8 +136,8 @@ class SideFiles(FileOutput):
         column, mine = state.schema.names[1], self._mine()
         self.out.mkdir(parents=True, exist_ok=True)
         for keys, table in tables:
-            texts = zip(keys, table[column].to_pylist())
-            texts = {self._path(key): f"{text}\n".encode() for key, text in texts}
+            pairs = zip(keys, table[column].to_pylist())
+            texts = {self._path(key): f"{text}\n".encode() for key, text in pairs}
             new = [mark for mark in (self._mark(*item) for item in texts.items()) if mark not in mine]
             with open(
                 self._noted, "ab"
@@ -167,7 +169,8 @@ def _write_parquet(file: Path, tables) -> None:
     for _, table in tables:
         writer = writer or require("pyarrow.parquet").ParquetWriter(file, table.schema)
         writer.write_table(table)
-    writer.close()
+    if writer is not None:
+        writer.close()
 
 
 def _write_jsonl(file: Path, tables) -> None:

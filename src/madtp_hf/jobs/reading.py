@@ -22,7 +22,7 @@ class Batch:
 
     rows: list[int] = field(default_factory=list)
     pixels: np.ndarray | None = None
-    texts: list[str] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.sources import require
+from ..modeling.images import UnreadableImage
 from .on_ray import run_on_ray
 from .outputs import FileOutput
 from .reading import Batch, Reader, default_readers, read_rows
@@ -186,7 +187,8 @@ def progress(total: int, unit: str, show: bool | None, **options) -> tqdm:
 
 def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval: float, bar) -> None:
     """Save results by time, and at the end, whatever ends it."""
-    rows, saved, num_errors = [], time.monotonic(), 0
+    rows: list[tuple] = []
+    saved, num_errors = time.monotonic(), 0
 
     def save():
         nonlocal saved
@@ -198,7 +200,9 @@ def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval
 
     try:
         for batch, values in done:
-            failed = {row: value.reason for row, value in zip(batch.rows, values) if isinstance(value, Exception)}
+            failed = {
+                row: value.reason for row, value in zip(batch.rows, values) if isinstance(value, UnreadableImage)
+            }
             rows += [(row, value, None) for row, value in zip(batch.rows, values) if row not in failed]
             failed |= batch.errors
             rows += [(row, None, reason) for row, reason in failed.items()]
@@ -228,7 +232,8 @@ def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tup
     missing = [row for row in np.flatnonzero(places < 0) if row not in refused]
     if missing:
         raise OSError(f"{len(missing)} rows have no result: run the same command again.")
-    column, texts, failed = state.schema.names[1], reader.source.without_images(), []
+    column, texts = state.schema.names[1], reader.source.without_images()
+    failed: list[dict] = []
     folder = reader.source.folder if reader.source.in_memory else None
     made_by = {name: state.manifest[name] for name in ("model", "pruning", "settings")} | {"folder": folder}
     made_by = {"madtp_hf": json.dumps(made_by)}

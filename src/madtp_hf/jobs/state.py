@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from ..data.sources import require
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 ROWS_AT_ONCE = 2**14  # of tables in memory
 
@@ -61,10 +62,11 @@ class State:
 
     def __init__(self, folder: Path, out: Path, column: str, kind):
         pyarrow = require("pyarrow")
-        self.folder, self.out, self.manifest = folder, out, {}
+        self.folder, self.out = folder, out
+        self.manifest: dict = {}
         fields = [("id", pyarrow.int64()), (column, kind), ("error", pyarrow.string())]
         self.schema = pyarrow.schema(fields)
-        self._lock_file = None
+        self._lock_file: TextIO | None = None
 
     def begin(self, settings: dict, source: str, notes: dict, force: bool) -> None:
         """Start or resume the job; called by one process only. The new manifest is not yet written.
@@ -128,7 +130,7 @@ class State:
         # Locking the whole file fails if another process holds any byte; then release all but the first byte, so that
         # others can join.
         self._take_lock(0, 0)
-        if fcntl is not None:
+        if self._lock_file is not None:
             fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 0, 1)
 
     def join(self, process_index: int) -> None:
@@ -179,7 +181,7 @@ class State:
         tables = [self._read(file) for file in self._parts()]
         return Results(require("pyarrow").concat_tables(tables) if tables else self.schema.empty_table())
 
-    def add(self, ids: list[int], values: list, errors: list[str | None]) -> None:
+    def add(self, ids: list[int], values: Sequence, errors: Sequence[str | None]) -> None:
         """Write results as a part; a row with an error has no value."""
         pyarrow = require("pyarrow")
         errors = [error and printable(error) for error in errors]

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,15 @@ from .reading import Batch
 CPU_MEMORY, GPU_SHARE = 2 * 2**30, 0.25
 MAX_BATCH = {"cpu": 32, "cuda": 256}
 # Fields of configurations that no result depends on.
-_NAMES = ("_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "torch_dtype", "madtp_version")
+_NAMES: tuple[str, ...] = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "dtype",
+    "torch_dtype",
+    "madtp_version",
+)
 _NAMES += ("transformers_version", "processor_class", "image_processor_type", "_from_model_config")
 
 
@@ -61,8 +70,9 @@ class Worker:
 
     column: str
     tasks: tuple[str, ...]
-    reads_images, text_column = True, None
-    load_again = None  # in another process
+    reads_images: bool = True
+    text_column: str | None = None
+    load_again: Callable[..., "Worker"] | None = None  # in another process
 
     def __init__(self, model, processor, reduction: float | None = None):
         self.model, self.processor, self.reduction = model, processor, reduction
@@ -151,8 +161,8 @@ class Worker:
 
     def pixel_values(self, pixels: np.ndarray) -> torch.Tensor:
         """Normalise uint8 (B, 3, H, W), as returned by `prepare`, on the model's device and in its dtype."""
-        pixels = torch.from_numpy(pixels).to(self.model.device).float()
-        return pixels.mul_(self._scale).sub_(self._mean).div_(self._std).to(self.model.dtype)
+        values = torch.from_numpy(pixels).to(self.model.device).float()
+        return values.mul_(self._scale).sub_(self._mean).div_(self._std).to(self.model.dtype)
 
     def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Tokenize texts: input_ids and attention_mask (B, L) on the model's device."""

@@ -11,6 +11,7 @@ from ..data.sources import Row
 from ..jobs.reading import Reader
 from ..jobs.run import progress, run_here
 from ..jobs.workers import ImageEmbedder, TextEmbedder
+from ..modeling.images import UnreadableImage
 
 
 class _Given:
@@ -69,7 +70,9 @@ def encode_images(
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         reader = Reader(_Given(images), processor.image_processor)
         for batch, values in run_here(reader, worker, batches, num_workers):
-            failed = {row: value.reason for row, value in zip(batch.rows, values) if isinstance(value, Exception)}
+            failed = {
+                row: value.reason for row, value in zip(batch.rows, values) if isinstance(value, UnreadableImage)
+            }
             for index, reason in {**batch.errors, **failed}.items():
                 shown = f" ({images[index]})" if isinstance(images[index], (str, os.PathLike)) else ""
                 raise ValueError(f"Image {index}{shown} can't be read: {reason}.")

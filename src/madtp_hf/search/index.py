@@ -10,6 +10,7 @@ import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from ..modeling.versions import VERSION as __version__
 from .embedding import encode_images, encode_texts
 
 
+if TYPE_CHECKING:
+    import faiss
+    from PIL import Image
+
 KINDS = ("flat", "hnsw", "ivf")
 _DESCRIPTION = "index.json"
 _HINT = "Search with the index's model, embed all images again with `force=True`, or choose another folder."
@@ -44,7 +49,7 @@ class ImageIndex:
     embedded, reused and dropped.
     """
 
-    vectors: object
+    vectors: "faiss.Index"
     names: list[str]
     info: dict
     embedded: int = 0
@@ -66,7 +71,8 @@ class IndexOutput(FileOutput):
         if kind not in KINDS:
             raise ValueError(f"Unknown kind of index {kind!r}: expected {', '.join(KINDS)}.")
         self.out = Path(folder).expanduser()
-        self.folder, self.kind, self.info, self.made = self.out / "job", kind, info, None
+        self.folder, self.kind, self.info = self.out / "job", kind, info
+        self.made: ImageIndex | None = None
 
     def check(self, manifest: dict | None) -> None:
         if manifest is None and not (self.out / _DESCRIPTION).is_file() and self.out.exists():
@@ -178,8 +184,12 @@ def build_index(worker: ImageEmbedder, images, folder, kind: str = "flat", *, im
         "version": __version__,
     }
     made_of = _read_embeddings(images, worker)
-    source = made_of or open_rows(images, image_dir=image_dir, wanted=ImageEmbedder.wanted())
-    output = IndexOutput(folder, kind, {**info, "root": source[0] if made_of else source.folder})
+    if made_of:
+        info["root"] = made_of[0]
+    else:
+        source = open_rows(images, image_dir=image_dir, wanted=ImageEmbedder.wanted())
+        info["root"] = source.folder
+    output = IndexOutput(folder, kind, info)
     try:
         before = load_index(output.out).names
     except (OSError, ValueError):
@@ -197,6 +207,7 @@ def build_index(worker: ImageEmbedder, images, folder, kind: str = "flat", *, im
         summary = run_job(Reader(source, worker.processor.image_processor), worker, output, **options)
         if summary is None:
             return None
+        assert output.made is not None  # the job has just written it
         index, computed = output.made, summary.done_now
     failed_now = computed and len(index.info["unreadable"])
     index.embedded = max(0, computed - failed_now)
@@ -262,9 +273,25 @@ def load_index(folder) -> ImageIndex:
                 raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
 
 
+@overload
 def search(
-    index, query, top_k: int = 10, rerank: bool | int | None = None, model=None, processor=None
-) -> list[dict] | list[list[dict]]:
+    index: "ImageIndex | str | Path",
+    query: list,
+    top_k: int = 10,
+    rerank: bool | int | None = None,
+    model=None,
+    processor=None,
+) -> list[list[dict]]: ...
+@overload
+def search(
+    index: "ImageIndex | str | Path",
+    query: "str | Path | Image.Image",
+    top_k: int = 10,
+    rerank: bool | int | None = None,
+    model=None,
+    processor=None,
+) -> list[dict]: ...
+def search(index, query, top_k=10, rerank=None, model=None, processor=None):
     """Find the images of an index that are nearest to a query.
 
     Args:
