@@ -10,7 +10,7 @@ import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -273,25 +273,14 @@ def load_index(folder) -> ImageIndex:
                 raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
 
 
-@overload
 def search(
-    index: "ImageIndex | str | Path",
-    query: list,
+    index: ImageIndex | str | Path,
+    query: "str | Path | Image.Image | list",
     top_k: int = 10,
     rerank: bool | int | None = None,
     model=None,
     processor=None,
-) -> list[list[dict]]: ...
-@overload
-def search(
-    index: "ImageIndex | str | Path",
-    query: "str | Path | Image.Image",
-    top_k: int = 10,
-    rerank: bool | int | None = None,
-    model=None,
-    processor=None,
-) -> list[dict]: ...
-def search(index, query, top_k=10, rerank=None, model=None, processor=None):
+) -> list:
     """Find the images of an index that are nearest to a query.
 
     Args:
