@@ -230,7 +230,7 @@ def test_side_files_that_the_job_has_not_written_are_kept(models, photos, tmp_pa
         assert (photos / "1.txt").read_text() == "my own words"
     assert computed == [0, 2, 3, 4, 5]
     (error,) = read_rows(tmp_path / "photos.errors.jsonl")
-    assert error["key"] == "1.png" and "1.txt is there already" in error["error"]
+    assert error["key"] == "1.png" and "1.txt exists, and this job has not written it" in error["error"]
     (photos / "2.txt").write_text("edited")
     caption(models, photos, photos, "--suffix", ".txt", code=3)
     assert (photos / "2.txt").read_text() == "edited" and len(read_rows(tmp_path / "photos.errors.jsonl")) == 2

@@ -30,7 +30,7 @@ def ask(
     retry_errors: options.RetryErrors = False,
     force: options.Force = False,
 ) -> None:
-    """Answer every question of a table, or one about every image. Run it again to resume; failed rows are listed.
+    """Answer every question of a table, or one about every image. Run it again to resume.
 
     Example: madtp-hf ask org/blip-vqa-madtp questions.jsonl answers.parquet --reduction 0.5
     """

@@ -40,7 +40,6 @@ def _run(kind: str, model: str, images: str, out: Path, options: dict, text: str
         raise ValueError(f"--{'question' if kind == 'Answerer' else 'text'} {text!r}: expected words.")
     check_writable(out.expanduser())
     from madtp_hf import jobs
-    from madtp_hf.modeling.images import MAX_PIXELS
 
     worker_class = getattr(jobs, kind)
     output = jobs.make_output(out, options.get("suffix"))  # reports a bad name before the model is loaded
@@ -69,7 +68,7 @@ def _run(kind: str, model: str, images: str, out: Path, options: dict, text: str
         worker.processor.image_processor if worker.reads_images else None,
         needed,
         text,
-        options["max_pixels"] or MAX_PIXELS,
+        options["max_pixels"],
     )
     return (
         jobs.run_job(reader, worker, output, retry_errors=options["retry_errors"], **running(worker, options)),

@@ -34,7 +34,7 @@ def caption(
     retry_errors: options.RetryErrors = False,
     force: options.Force = False,
 ) -> None:
-    """Caption every image. Run the same command again to resume after a stop; unreadable images are listed.
+    """Caption every image. Run it again to resume after a stop; unreadable images are listed.
 
     Example: madtp-hf caption org/blip-madtp photos/ captions.parquet --reduction 0.5
     """

@@ -11,12 +11,8 @@ def embed(
     model: options.Model,
     images: options.Images,
     out: options.OutFile,
-    texts: Annotated[
-        bool, typer.Option("--texts", help="Embed texts: a table's column, or the lines of a .txt file.")
-    ] = False,
-    scores: Annotated[
-        bool, typer.Option("--scores", help="Score how well each image and its text match, by BLIP's matching head.")
-    ] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="Embed texts: a table's, or a .txt file's lines.")] = False,
+    scores: Annotated[bool, typer.Option("--scores", help="Score how well each image and its text match.")] = False,
     text: options.Text = None,
     reduction: options.Reduction = None,
     device: options.Device = None,
@@ -34,7 +30,7 @@ def embed(
     retry_errors: options.RetryErrors = False,
     force: options.Force = False,
 ) -> None:
-    """Embed every image, for `madtp-hf index` or your own use. Run the same command again to resume after a stop.
+    """Embed every image, also for `madtp-hf index`. Run it again to resume after a stop.
 
     Example: madtp-hf embed org/blip-madtp-retrieval photos/ embeddings.parquet --reduction 0.5
     """

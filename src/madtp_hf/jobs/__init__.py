@@ -1,4 +1,4 @@
-"""Bulk jobs: captions, answers, embeddings and matching scores of any number of images, which go on after a stop."""
+"""Bulk jobs: captions, answers, embeddings and matching scores of any number of images, resumed after a stop."""
 
 from ..data.sources import open_rows
 from .outputs import FileOutput, SideFiles, make_output

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -108,8 +109,7 @@ class SideFiles(FileOutput):
 
     def refused(self, keys: list[str], replaces: bool) -> dict[int, str]:
         owners: dict[str, int] = {}
-        refused: dict[int, str] = {}
-        mine = self._mine()
+        refused, mine = {}, self._mine()
         for row, key in enumerate(keys):
             try:
                 path = self._path(key)
@@ -120,7 +120,7 @@ class SideFiles(FileOutput):
             if first != row:
                 refused[row] = f"its text file is that of {keys[first]}"
             elif os.path.lexists(path) and not replaces and self._mark(path, _content(path)) not in mine:
-                refused[row] = f"{path.name} is there already, and this job has not written it"
+                refused[row] = f"{path.name} exists, and this job has not written it"
         return refused
 
     def _mine(self) -> set[int]:
@@ -136,8 +136,8 @@ class SideFiles(FileOutput):
         column, mine = state.schema.names[1], self._mine()
         self.out.mkdir(parents=True, exist_ok=True)
         for keys, table in tables:
-            pairs = zip(keys, table[column].to_pylist())
-            texts = {self._path(key): f"{text}\n".encode() for key, text in pairs}
+            found = zip(keys, table[column].to_pylist())
+            texts = {self._path(key): f"{text}\n".encode() for key, text in found}
             new = [mark for mark in (self._mark(*item) for item in texts.items()) if mark not in mine]
             with open(
                 self._noted, "ab"
@@ -165,12 +165,11 @@ def _content(path: Path) -> bytes | None:
 
 
 def _write_parquet(file: Path, tables) -> None:
-    writer = None
-    for _, table in tables:
-        writer = writer or require("pyarrow.parquet").ParquetWriter(file, table.schema)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    with ExitStack() as stack:
+        writer = None
+        for _, table in tables:
+            writer = writer or stack.enter_context(require("pyarrow.parquet").ParquetWriter(file, table.schema))
+            writer.write_table(table)
 
 
 def _write_jsonl(file: Path, tables) -> None:

@@ -30,11 +30,12 @@ _PATIENCE = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Summary:
-    """A job's result: rows with and without a result; how many this run computed, in how many seconds."""
+    """A job's result: rows with and without a result; how many this run did, in how many seconds, how many failed."""
 
     images: int
     errors: int
     done_now: int
+    failed_now: int
     seconds: float
 
 
@@ -111,8 +112,10 @@ def run_job(
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return None
-        images, errors = _finish(reader, output, state, plan)
-        return Summary(images, errors, len(plan.todo), time.perf_counter() - began)
+        good = _finish(reader, output, state, plan)
+        failed_now = int((~good[plan.todo]).sum())
+        images = int(good.sum())
+        return Summary(images, len(good) - images, len(plan.todo), failed_now, time.perf_counter() - began)
     finally:
         state.release()
 
@@ -187,15 +190,15 @@ def progress(total: int, unit: str, show: bool | None, **options) -> tqdm:
 
 def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval: float, bar) -> None:
     """Save results by time, and at the end, whatever ends it."""
-    rows: list[tuple] = []
+    rows: list[tuple[int, object, str | None]] = []
     saved, num_errors = time.monotonic(), 0
 
     def save():
         nonlocal saved
         saving, rows[:] = [*rows], []
         if saving:
-            indices, values, errors = zip(*saving)
-            state.add(plan.ids[list(indices)].tolist(), values, errors)
+            indices, values, errors = map(list, zip(*saving))
+            state.add(plan.ids[indices].tolist(), values, errors)
         saved = time.monotonic()
 
     try:
@@ -220,10 +223,10 @@ def _save(state: State, plan: Plan, done: Iterator[tuple[Batch, list]], interval
         save()
 
 
-def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tuple[int, int]:
+def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> np.ndarray:
     """Write the output from the results; called by one process only, once every row has one.
 
-    Returns the numbers of rows with and without a result.
+    Returns, for each row, whether its result is in the output.
     """
     results, pyarrow = state.results(), require("pyarrow")
     places, good = results.find(plan.ids)
@@ -264,7 +267,7 @@ def _finish(reader: Reader, output: FileOutput, state: State, plan: Plan) -> tup
     output.write(state, tables(), failed)
     state.compact(results, plan.ids)
     state.write_manifest()
-    return int(good.sum()), int((~good).sum())
+    return good
 
 
 # Processes

@@ -1,4 +1,4 @@
-"""A job's state on disk: its settings and its results so far, from which a stopped job goes on.
+"""A job's state on disk: its settings and its results so far, from which a stopped job resumes.
 
 The folder beside the output, such as `captions.parquet.job`, holds `manifest.json` and parts,
 `part-<time>-<digest>.arrow`: results, each by its row's identity (`Rows.identities`). A part is written in one step,
@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import numpy as np
 
@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 2**14  # of tables in memory
 
 
 class Results:
-    """The results in a job's parts, read in place. Of several of one row, the latest that is no error counts."""
+    """The results in a job's parts, read in place. Of several of one row, the latest that is not an error counts."""
 
     def __init__(self, table):
         self.table = table
@@ -66,7 +66,7 @@ class State:
         self.manifest: dict = {}
         fields = [("id", pyarrow.int64()), (column, kind), ("error", pyarrow.string())]
         self.schema = pyarrow.schema(fields)
-        self._lock_file: TextIO | None = None
+        self._lock_file: IO | None = None
 
     def begin(self, settings: dict, source: str, notes: dict, force: bool) -> None:
         """Start or resume the job; called by one process only. The new manifest is not yet written.
@@ -181,7 +181,7 @@ class State:
         tables = [self._read(file) for file in self._parts()]
         return Results(require("pyarrow").concat_tables(tables) if tables else self.schema.empty_table())
 
-    def add(self, ids: list[int], values: Sequence, errors: Sequence[str | None]) -> None:
+    def add(self, ids: list[int], values: list, errors: list[str | None]) -> None:
         """Write results as a part; a row with an error has no value."""
         pyarrow = require("pyarrow")
         errors = [error and printable(error) for error in errors]

@@ -70,9 +70,9 @@ class Worker:
 
     column: str
     tasks: tuple[str, ...]
-    reads_images: bool = True
+    reads_images = True
     text_column: str | None = None
-    load_again: Callable[..., "Worker"] | None = None  # in another process
+    load_again: Callable[[], "Worker"] | None = None  # in another process
 
     def __init__(self, model, processor, reduction: float | None = None):
         self.model, self.processor, self.reduction = model, processor, reduction

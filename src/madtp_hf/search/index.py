@@ -10,7 +10,7 @@ import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ from ..modeling.versions import VERSION as __version__
 from .embedding import encode_images, encode_texts
 
 
-if TYPE_CHECKING:
-    import faiss
-    from PIL import Image
-
 KINDS = ("flat", "hnsw", "ivf")
 _DESCRIPTION = "index.json"
 _HINT = "Search with the index's model, embed all images again with `force=True`, or choose another folder."
@@ -49,7 +45,7 @@ class ImageIndex:
     embedded, reused and dropped.
     """
 
-    vectors: "faiss.Index"
+    vectors: Any
     names: list[str]
     info: dict
     embedded: int = 0
@@ -65,14 +61,15 @@ class ImageIndex:
 
 
 class IndexOutput(FileOutput):
-    """The index of a job's embeddings."""
+    """The index of a job's embeddings: `made`, once it is written."""
+
+    made: ImageIndex
 
     def __init__(self, folder, kind: str, info: dict):
         if kind not in KINDS:
             raise ValueError(f"Unknown kind of index {kind!r}: expected {', '.join(KINDS)}.")
         self.out = Path(folder).expanduser()
         self.folder, self.kind, self.info = self.out / "job", kind, info
-        self.made: ImageIndex | None = None
 
     def check(self, manifest: dict | None) -> None:
         if manifest is None and not (self.out / _DESCRIPTION).is_file() and self.out.exists():
@@ -90,9 +87,9 @@ class IndexOutput(FileOutput):
             reason = next(iter(unreadable.values()))
             raise ValueError(f"None of the {len(unreadable)} images can be read ({reason}): no index was written.")
         once = {name: row for row, name in enumerate(names)}  # a list may name an image twice
-        self.made = self.build([*once], np.concatenate(vectors)[[*once.values()]], unreadable)
+        self.build([*once], np.concatenate(vectors)[[*once.values()]], unreadable)
 
-    def build(self, names: list[str], vectors: np.ndarray, unreadable: dict[str, str]) -> ImageIndex:
+    def build(self, names: list[str], vectors: np.ndarray, unreadable: dict[str, str]) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -116,7 +113,7 @@ class IndexOutput(FileOutput):
             for path in self.out.glob(pattern):  # left by the previous index or a killed run
                 if path.name not in files.values():
                     path.unlink(missing_ok=True)
-        return ImageIndex(index, names, info)
+        self.made = ImageIndex(index, names, info)
 
 
 def index_images(
@@ -183,35 +180,31 @@ def build_index(worker: ImageEmbedder, images, folder, kind: str = "flat", *, im
         **describe_model(worker.model),
         "version": __version__,
     }
-    made_of = _read_embeddings(images, worker)
-    if made_of:
-        info["root"] = made_of[0]
-    else:
-        source = open_rows(images, image_dir=image_dir, wanted=ImageEmbedder.wanted())
-        info["root"] = source.folder
-    output = IndexOutput(folder, kind, info)
+    output, embedded = IndexOutput(folder, kind, info), 0
     try:
         before = load_index(output.out).names
     except (OSError, ValueError):
         before = []
-    if made_of:
-        state = State(output.folder, output.out, worker.column, worker.value_type())
+    made_of = _read_embeddings(images, worker)
+    if made_of is not None:
+        info["root"], names, vectors = made_of
         force = options.get("force", False)
+        state = State(output.folder, output.out, worker.column, worker.value_type())
         output.check(None if force else state.read_manifest())
         settings = {**worker.settings(), "embeddings": True}
         state.begin(settings, os.path.abspath(images), {"model": info["model"]}, force)
-        index, computed = output.build(*made_of[1:], {}), 0
+        output.build(names, vectors, {})
         state.write_manifest()
         state.release()
     else:
+        source = open_rows(images, image_dir=image_dir, wanted=worker.wanted())
+        info["root"] = source.folder if source.in_memory else None
         summary = run_job(Reader(source, worker.processor.image_processor), worker, output, **options)
         if summary is None:
             return None
-        assert output.made is not None  # the job has just written it
-        index, computed = output.made, summary.done_now
-    failed_now = computed and len(index.info["unreadable"])
-    index.embedded = max(0, computed - failed_now)
-    index.kept, index.removed = len(index) - index.embedded, len({*before} - {*index.names})
+        embedded = summary.done_now - summary.failed_now
+    index = output.made
+    index.embedded, index.kept, index.removed = embedded, len(index) - embedded, len({*before} - {*index.names})
     return index
 
 
@@ -273,14 +266,7 @@ def load_index(folder) -> ImageIndex:
                 raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
 
 
-def search(
-    index: ImageIndex | str | Path,
-    query: "str | Path | Image.Image | list",
-    top_k: int = 10,
-    rerank: bool | int | None = None,
-    model=None,
-    processor=None,
-) -> list:
+def search(index, query, top_k: int = 10, rerank: bool | int | None = None, model=None, processor=None) -> list[Any]:
     """Find the images of an index that are nearest to a query.
 
     Args:
