@@ -37,7 +37,8 @@ class Reader(Dataset):
     """
 
     def __init__(self, source, image_processor, text_column=None, text=None, max_pixels: int | None = None):
-        self.source, self.image_processor, self.max_pixels = source, image_processor, max_pixels or MAX_PIXELS
+        self.source, self.image_processor = source, image_processor
+        self.max_pixels: int = max_pixels or MAX_PIXELS  # type: ignore[assignment]  # Pillow's may be None
         self.text_column, self.text = text_column, text
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
