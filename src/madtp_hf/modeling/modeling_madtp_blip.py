@@ -681,8 +681,8 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
         )
 
 
-# sentence-transformers embeds by `forward` if it is annotated to return a `last_hidden_state`, and only otherwise by the
-# `get_*_features` methods. This `forward` needs an image and a text.
+# sentence-transformers embeds by `forward` if its annotation names an output with a `last_hidden_state`, and only
+# otherwise by the `get_*_features` methods. This `forward` needs an image and a text.
 MadtpBlipForImageTextRetrieval.forward.__annotations__["return"] = tuple | ImageClassifierOutput
 
 
