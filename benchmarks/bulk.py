@@ -1,40 +1,55 @@
-"""Test the guarantees of bulk captioning: bad images, memory, kills, several processes, Ray.
+"""Test the guarantees of bulk jobs: bad images, memory, kills, several processes, two writers, Ray.
 
     python benchmarks/bulk.py --output benchmarks/results/bulk.json
-    python benchmarks/bulk.py --images 600 --fewer 300 --resumed 600      # a quick trial
-
-The model is the captioning example for digits, pruned at 0.5; the job around it is what is measured.
+    python benchmarks/bulk.py --images 600 --fewer 300 --resumed 100 --kills 3      # a quick trial
 
 - `bad_images`: among many small images, 37 are broken or unusual in different ways. Each readable image gets its own
-  caption in its own file; the others are listed as errors.
-- `memory`: the peak resident memory of all processes, with many images and with few.
-- `killed`: killed with kill -9 three times, then run to the end, in one process and in two: the output equals an
-  uninterrupted job's byte for byte.
-- `ray`: the same rows from examples/caption_with_ray.py with two workers.
+  caption in its own file; the others are listed as errors. The model is the captioning example for digits, pruned.
+- `killed`: captions, embeddings and an index, in one process and in two, of pruned and of dense models: killed with
+  kill -9 at random moments again and again, at last run to the end. The output equals an uninterrupted job's.
+- `two_writers`: two jobs write the same index at the same time, again and again; it loads each time, complete.
+- `memory`: the peak resident memory with many images and with few.
+- `ray`: the same captions from two models on Ray.
+
+The models of the last four are tiny and random: the job around them is what is tested. They run in forks of this
+process, which need not import anything.
 """
 
 import functools
 import io
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import psutil
+import torch
 from digit_tasks import load_model, make_batches, make_collator
 from PIL import Image
 from reporting import EXAMPLES, environment, make_parser, write_json
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    BlipProcessor,
+)
 
-from madtp_hf import calibrate
+from madtp_hf import MadtpBlipForConditionalGeneration, MadtpBlipForImageTextRetrieval, calibrate, jobs
 from madtp_hf.data import load_digit_captions
 from madtp_hf.data.digit_scenes import draw_scenes
+from madtp_hf.search.index import build_index, load_index
 
 
-CHECKS = ("bad_images", "killed", "ray")
+CHECKS = ("bad_images", "killed", "two_writers", "memory", "ray")
 OPTIONS = ("--reduction", "0.5", "--max_new_tokens", "6")
 SOME_ROWS_FAILED = 3  # the exit code of `madtp-hf caption`
 
@@ -140,71 +155,157 @@ def broken_images(scene: Image.Image) -> dict:
 # Processes
 
 
-def command(*arguments, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "madtp_hf_cli", *map(str, arguments)]
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "madtp_hf_cli", *map(str, arguments)]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def run(arguments: list[str], status: int = 0) -> str:
+    """Run a command that exits with `status`, and return its last line of output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_raylet_start_wait_time_s": "300"}
-    return subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    if done.returncode != status:
+        raise SystemExit(f"{' '.join(arguments)}\n{done.stderr[-3000:]}")
+    return done.stdout.splitlines()[-1]
 
 
-def run(arguments: list[str], status: int = 0) -> tuple[str, int]:
-    """Run a command that exits with `status`.
-
-    Returns its last line of output and the peak resident memory of all its processes, in bytes.
-    """
-    process, peak = start(arguments), 0
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        try:
-            tree = [watched, *watched.children(recursive=True)]
-            peak = max(peak, sum(child.memory_info().rss for child in tree))
-        except psutil.NoSuchProcess:
-            pass
-        time.sleep(0.1)
-    printed, errors = process.communicate()
-    if process.returncode != status:
-        raise SystemExit(f"{' '.join(arguments)}\n{errors[-3000:]}")
-    return printed.splitlines()[-1], peak
+# Jobs in forks
 
 
-def run_killed(arguments: list[str], out: Path, num_parts: int, kills: int = 3) -> list[int]:
-    """Run a command, kill it with all its processes after some more parts each time, then let it run to the end."""
-    done, job = [], out.with_name(out.name + ".job")
-    for kill in range(1, kills + 1):
-        process = start(arguments)
-        wanted = max(1, num_parts * kill // (kills + 1))
-        while process.poll() is None and len(list(job.glob("part-*"))) < wanted:
-            time.sleep(0.02)
-        time.sleep(0.3)  # kill in the middle of a part
-        if process.poll() is not None:
-            raise SystemExit(
-                f"It ended before it could be killed: give more images.\n{process.communicate()[1][-2000:]}"
-            )
-        # torchrun's processes have their own sessions and would outlive it.
-        for killed in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            killed.kill()
-        process.communicate()
-        done.append(len(list(job.glob("part-*"))))
-    run(arguments)
-    return done
+def make_tiny_models(folder: Path) -> None:
+    """Save tiny random models for captions and for retrieval, dense and pruned."""
+    torch.manual_seed(0)
+    words = "[PAD] [unused] [unused2] [SEP] [CLS] [UNK] [MASK] is there a seven three how many which digit".split()
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "max_position_embeddings": 24, "initializer_range": 0.2, "bos_token_id": 4}
+    text |= {"sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "patch_size": 8, "initializer_range": 0.2}
+    config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16)
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    kinds = {
+        "caption": (BlipForConditionalGeneration, MadtpBlipForConditionalGeneration),
+        "embed": (BlipForImageTextRetrieval, MadtpBlipForImageTextRetrieval),
+    }
+    for kind, (dense_class, pruned_class) in kinds.items():
+        dense = dense_class(config).eval()
+        pruned = pruned_class.from_blip(dense)
+        pruned.set_pruning(temperature=3.0)
+        for name, model in (("dense", dense), ("pruned", pruned)):
+            model.save_pretrained(folder / f"{kind}-{name}")
+            processor.save_pretrained(folder / f"{kind}-{name}")
+
+
+def make_tiny_images(folder: Path, number: int) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(number):
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index:06}.png")
+    return folder
+
+
+class TinyJob:
+    """A job of one kind, `caption`, `embed` or `index`, that runs in forks."""
+
+    def __init__(self, kind: str, models: Path, pruning: str, images: Path, out: Path):
+        self.kind, self.images, self.out = kind, images, out
+        source = models / f"{'caption' if kind == 'caption' else 'embed'}-{pruning}"
+        options = (None, jobs.Generation(max_new_tokens=4)) if kind == "caption" else ()
+        self.worker = (jobs.Writer if kind == "caption" else jobs.ImageEmbedder).load(source, *options, device="cpu")
+
+    def run(self, batch_size: int = 4, pause: float = 0.0) -> None:
+        options = {"batch_size": batch_size, "num_workers": 0, "save_interval": 0.02, "show_progress": False}
+        if pause:
+            compute = self.worker.compute
+            self.worker.compute = lambda *inputs: (time.sleep(pause), compute(*inputs))[1]
+        if self.kind == "index":
+            build_index(self.worker, self.images, self.out, **options)
+        else:
+            reader = jobs.Reader(jobs.open_rows(self.images), self.worker.processor.image_processor)
+            jobs.run_job(reader, self.worker, jobs.make_output(self.out), **options)
+
+    def start(self, processes: int = 1, **options) -> list[int]:
+        """Run in forks of this process, as many as `torchrun` would start; returns their ids."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(processes):
+            child = os.fork()
+            if child:
+                children.append(child)
+                continue
+            code = 1
+            try:
+                if processes > 1:
+                    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in places.items()})
+                self.run(**options)
+                code = 0
+            except ValueError as error:
+                code = 3 if "Another process" in str(error) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return children
+
+    def result(self):
+        if self.kind == "index":
+            index = load_index(self.out)
+            return index.names, index.vectors.reconstruct_n(0, len(index)).tobytes()
+        return self.out.read_bytes()
+
+    def clear(self) -> None:
+        for path in (self.out, self.out.with_name(self.out.name + ".job")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def wait(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def kill_again_and_again(job: TinyJob, processes: int, kills: int, expected, generator) -> dict:
+    """Kill a job at random moments; whenever it ends before, compare its output, and begin another."""
+    number, ended, wrong = 0, 0, 0
+    longest = 0.6 if processes == 1 else 2.0
+    while number < kills or not ended:
+        children, patience = job.start(processes, pause=0.01), generator.uniform(0, longest)
+        deadline, running = time.monotonic() + (patience if number < kills else 600), {*children}
+        codes = []
+        while running and time.monotonic() < deadline:
+            time.sleep(0.005)
+            for child in [*running]:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    running.remove(child)
+                    codes.append(os.waitstatus_to_exitcode(status))
+        for child in running:
+            os.kill(child, signal.SIGKILL)
+        wait([*running])
+        if running:
+            number += 1
+            if job.kind == "index" and (job.out / "index.json").is_file():
+                wrong += job.result()[0] != expected[0]  # the last good one
+        else:
+            ended += 1
+            wrong += any(codes) or job.result() != expected
+            job.clear()
+    return {"kills": number, "runs to the end": ended, "rows lost or doubled, or index damaged": wrong}
 
 
 # Checks
 
 
-def check_bad_images(model: Path, work: Path, number: int) -> tuple[dict, int]:
+def check_bad_images(model: Path, work: Path, number: int) -> dict:
     images, out = work / f"images-{number}", work / f"texts-{number}"
     readable, unreadable = make_images(images, number)
-    line, peak = run(command("caption", model, images, out, "--suffix", ".txt", *OPTIONS), SOME_ROWS_FAILED)
+    line = run(command("caption", model, images, out, "--suffix", ".txt", *OPTIONS), SOME_ROWS_FAILED)
     written = {str(path.relative_to(out).with_suffix("")) for path in out.rglob("*.txt")}
     errors = [json.loads(text) for text in (work / f"{out.name}.errors.jsonl").read_text().splitlines()]
     listed = {row["key"]: row["error"] for row in errors}
-    result = {
+    return {
         "images": number,
         "odd": len(odd_images(_scenes(1)[0])),
         "broken": len(unreadable),
@@ -214,62 +315,101 @@ def check_bad_images(model: Path, work: Path, number: int) -> tuple[dict, int]:
         "reasons": {key.partition("-")[2]: reason for key, reason in listed.items()},
         "last line": line.replace(str(work) + "/", ""),
     }
-    return result, peak
 
 
-def check_kills(model: Path, work: Path, images: Path, number: int) -> dict:
-    whole = work / "whole.jsonl"
-    run(command("caption", model, images, whole, *OPTIONS))
-    results, num_parts = {}, -(-number // 256)
-    for processes in (1, 2):
-        out = work / f"killed-{processes}.jsonl"
-        arguments = command("caption", model, images, out, *OPTIONS, processes=processes)
-        killed_at = run_killed(arguments, out, num_parts)
-        results[f"{processes} process" + "es" * (processes - 1)] = {
-            "parts done at each kill": killed_at,
-            "same rows": out.read_bytes() == whole.read_bytes(),
-        }
-    return {"images": number, "parts": num_parts, **results}
+def tiny_jobs(work: Path, models: Path, images: Path):
+    """Yield a job of each kind for dense and pruned models, and its undisturbed result."""
+    for kind, name in (("caption", "c.jsonl"), ("embed", "e.parquet"), ("index", "index")):
+        for pruning in ("pruned", "dense"):
+            job = TinyJob(kind, models, pruning, images, work / f"{pruning}-{name}")
+            if wait(job.start(pause=0.001)) != [0]:
+                raise SystemExit(f"{kind} failed")
+            expected = job.result()
+            job.clear()
+            yield f"{kind}, {pruning}", job, expected
 
 
-def check_ray(model: Path, work: Path, images: Path) -> dict:
-    out = work / "ray.jsonl"
-    script = EXAMPLES / "caption_with_ray.py"
-    run([sys.executable, str(script), str(model), str(images), str(out), "--workers", "2", *OPTIONS])
-    return {"workers": 2, "same rows": out.read_bytes() == (work / "whole.jsonl").read_bytes()}
+def check_kills(work: Path, models: Path, images: Path, kills: int) -> list[dict]:
+    generator, rows = np.random.default_rng(0), []
+    for name, job, expected in tiny_jobs(work, models, images):
+        for processes in (1, 2):
+            found = kill_again_and_again(job, processes, kills, expected, generator)
+            rows.append({"job": name, "processes": processes, **found})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def check_two_writers(work: Path, models: Path, images: Path, times: int) -> dict:
+    job = TinyJob("index", models, "pruned", images, work / "two")
+    counts = {"times": times, "refused": 0, "failed": 0, "complete": 0}
+    names = sorted(file.name for file in images.iterdir())
+    for number in range(times):
+        pairs = [job.start(pause=0.002)[0] for _ in range(2)]
+        codes = wait(pairs)
+        counts["refused"] += codes.count(3)
+        counts["failed"] += sum(code not in (0, 3) for code in codes) + (codes.count(3) == 2)
+        counts["complete"] += sorted(load_index(job.out).names) == names
+        if number % 2:
+            job.clear()
+    return counts
+
+
+def check_memory(work: Path, models: Path, numbers: list[int]) -> dict:
+    peaks, rates = [], []
+    for number in numbers:
+        images = make_tiny_images(work / f"tiny-{number}", number)
+        job, began = TinyJob("caption", models, "pruned", images, work / f"memory-{number}.jsonl"), time.monotonic()
+        (child,) = job.start(batch_size=32)
+        _, status, usage = os.wait4(child, 0)
+        if status:
+            raise SystemExit("the job failed")
+        peaks.append(usage.ru_maxrss / 2**10)
+        rates.append(number / (time.monotonic() - began))
+    found = {f"MiB at {number} images": round(peak) for number, peak in zip(numbers, peaks)}
+    rates = {f"images a second of {number}": round(rate, 1) for number, rate in zip(numbers, rates)}
+    return {"ratio": round(peaks[-1] / peaks[0], 3), **found, **rates}
+
+
+def check_ray(work: Path, models: Path, images: Path) -> dict:
+    whole, out = work / "whole.jsonl", work / "ray.jsonl"
+    arguments = ("caption", models / "caption-pruned", images)
+    run(command(*arguments, whole, "--max_new_tokens", 4))
+    run(command(*arguments, out, "--max_new_tokens", 4, "--ray", 2))
+    return {"models": 2, "same rows": out.read_bytes() == whole.read_bytes()}
 
 
 def main(arguments=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--images", type=int, default=10000, help="how many, in the large folder")
-    parser.add_argument("--fewer", type=int, default=1000, help="how many, in the small one")
-    parser.add_argument("--resumed", type=int, default=2000, help="how many, in the runs that are killed")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, help="`ray` needs `killed`")
+    parser.add_argument("--images", type=int, default=20000, help="how many, in the large folder")
+    parser.add_argument("--fewer", type=int, default=2000, help="how many, in the small one")
+    parser.add_argument("--resumed", type=int, default=200, help="how many, in the runs that are killed")
+    parser.add_argument("--kills", type=int, default=20, help="how often each job is killed")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS)
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     known = json.loads(args.output.read_text()) if args.output and args.output.is_file() else {}
 
-    def report(results: dict) -> None:
+    def report(name: str, found) -> None:
         """Print results and merge them into the output file."""
-        print(json.dumps(results, indent=2), flush=True)
-        known.update({**environment(), **results})
+        print(json.dumps({name: found}, indent=2), flush=True)
+        known.update({**environment(), name: found})
         write_json(args.output, known)
 
     with TemporaryDirectory() as work:
         work = Path(work)
-        model, images = work / "model", work / "images-killed"
-        make_model(model)
         if "bad_images" in args.only:
-            _, few_peak = check_bad_images(model, work, args.fewer)
-            bad_images, peak = check_bad_images(model, work, args.images)
-            memory = {"ratio": round(peak / few_peak, 3)}
-            for number, found in ((args.fewer, few_peak), (args.images, peak)):
-                memory[f"MiB at {number} images"] = round(found / 2**20)
-            report({"bad_images": bad_images, "memory": memory})
+            make_model(work / "model")
+            report("bad_images", check_bad_images(work / "model", work, args.fewer))
+        make_tiny_models(work / "models")
+        images = make_tiny_images(work / "images", args.resumed)
         if "killed" in args.only:
-            make_images(images, args.resumed)
-            report({"killed": check_kills(model, work, images, args.resumed)})
+            report("killed", check_kills(work, work / "models", images, args.kills))
+        if "two_writers" in args.only:
+            report("two_writers", check_two_writers(work, work / "models", images, args.kills))
+        if "memory" in args.only:
+            report("memory", check_memory(work, work / "models", [args.fewer, args.images]))
         if "ray" in args.only:
-            report({"ray": check_ray(model, work, images)})
+            report("ray", check_ray(work, work / "models", images))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from timing import Run, compare, time_runs, timed
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor, pipeline
 
 from madtp_hf import MadtpBlipForConditionalGeneration, calibrate
-from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_rows, run_job
+from madtp_hf.jobs import Batch, Generation, Reader, Writer, make_output, open_rows, run_job
 
 
 NEW_TOKENS, BEAMS, REDUCTIONS = 10, (1, 3), (0.5, 0.8)
@@ -47,7 +47,7 @@ def save_models(folder: Path, args) -> None:
     images = photograph_crops(args.calibration_images, side, seed=1)
     start = torch.full((4, NEW_TOKENS), text.bos_token_id)
     batches = [{"pixel_values": part, "input_ids": start[: len(part)]} for part in images.split(4)]
-    model.prepare_for_inference()
+    model.prepack_for_inference()
     calibrate(model, batches, list(REDUCTIONS))
     model.generation_config.min_new_tokens = NEW_TOKENS
     for name, saved in (("dense", dense), ("pruned", model)):
@@ -62,24 +62,22 @@ def ask_all(ask, files: list[str], beams: int, batch_size: int) -> None:
     assert len(written) == len(files)
 
 
-def make_job(folder: Path, reduction: float, beams: int, args) -> ImageToText:
-    generation = Generation(float(reduction), max_new_tokens=NEW_TOKENS, num_beams=beams)
-    writer = ImageToText(folder / "pruned", "captioning", generation, args.device, args.dtype)
+def make_job(folder: Path, reduction: float, beams: int, args) -> Writer:
+    generation = Generation(max_new_tokens=NEW_TOKENS, num_beams=beams)
+    writer = Writer.load(folder / "pruned", float(reduction), generation, device=args.device, dtype=args.dtype)
     # Weights are prepared lazily, at a cost that doesn't depend on the number of images: exclude it.
     side = writer.model.config.vision_config.image_size
-    writer(np.zeros((1, 3, side, side), dtype=np.uint8))
+    writer(Batch([0], np.zeros((1, 3, side, side), dtype=np.uint8), [None]))
     return writer
 
 
-def caption_all(writer: ImageToText, images: Path, args) -> None:
+def caption_all(writer: Writer, images: Path, args) -> None:
     """Caption all files with the job, including its own start and end."""
     with TemporaryDirectory() as work:
-        source = open_rows(images)
-        output = Output(Path(work, "captions.jsonl"), {}, len(source), "caption")
-        batches = PreparedBatches(source, writer.processor.image_processor)
-        batch_size = args.batch_size or writer.batch_size()
-        summary = run_job(batches, writer, output, batch_size, args.workers, show_progress=False)
-        assert summary.images == len(source) and not summary.errors
+        reader = Reader(open_rows(images), writer.processor.image_processor)
+        options = {"batch_size": args.batch_size, "num_workers": args.workers, "show_progress": False}
+        summary = run_job(reader, writer, make_output(Path(work, "captions.jsonl")), **options)
+        assert summary.images == len(reader.source) and not summary.errors
 
 
 def measure(folder: Path, images: Path, beams: int, args) -> dict:

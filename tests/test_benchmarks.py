@@ -165,6 +165,11 @@ def test_budgets(tmp_path):
 @pytest.mark.slow
 def test_bulk(tmp_path):
     pytest.importorskip("typer", reason="bulk captioning needs typer")
-    options = ["--images", "100", "--fewer", "60", "--only", "bad_images"]
-    found = run("bulk", tmp_path / "bulk.json", *options)["bad_images"]
+    options = ["--images", "120", "--fewer", "60", "--resumed", "40", "--kills", "2"]
+    content = run("bulk", tmp_path / "bulk.json", *options, "--only", "bad_images", "killed", "two_writers", "memory")
+    found = content["bad_images"]
     assert found["each to its own file"] and found["listed"] and found["odd"] + found["broken"] == 37
+    assert len(content["killed"]) == 12 and all(row["kills"] == 2 for row in content["killed"])
+    assert not any(row["rows lost or doubled, or index damaged"] for row in content["killed"])
+    assert content["two_writers"]["complete"] == 2 and content["two_writers"]["failed"] == 0
+    assert content["memory"]["ratio"] < 1.15

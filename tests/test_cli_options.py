@@ -114,6 +114,7 @@ def test_messages_name_the_command_s_options_where_the_library_names_arguments()
         ('pass columns={"image": NAME}.', "pass --columns image=NAME."),
         ("num_workers=-1: expected", "--workers -1: expected"),
         ("call export(model, force=True)", "call export(model, force=True)"),
+        ("other settings (image_dir was a, now b)", "other settings (--image-dir was a, now b)"),
         ("data/task=vqa/image_dir/a.png", "data/task=vqa/image_dir/a.png"),
         ("pass samples=3", "pass samples=3"),  # no option of this command
     ):

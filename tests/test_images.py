@@ -14,10 +14,10 @@ from PIL import Image
 
 from madtp_hf.data import CaptioningCollator
 from madtp_hf.data.rows import Row
-from madtp_hf.jobs import PreparedBatches
+from madtp_hf.jobs import Reader
 from madtp_hf.modeling import pipeline_madtp_blip as pipelines
 from madtp_hf.modeling.images import UnreadableImage, read_image
-from madtp_hf.search.embedding import _Pixels
+from madtp_hf.search import embedding
 from madtp_hf.serving.onnx_runner import OnnxModel
 from madtp_hf.serving.visualization import preprocess
 
@@ -211,7 +211,9 @@ def roads():
 
     def of_job(image):
         source = SimpleNamespace(rows=lambda start, stop: [Row(0, "a", {"image": image})])
-        batch = PreparedBatches(source, image_processor)[0, 0, 1]
+        return normalised(Reader(source, image_processor)[[0]])
+
+    def normalised(batch):
         assert not batch.errors
         mean, std = (
             np.reshape(values, (3, 1, 1)) for values in (image_processor.image_mean, image_processor.image_std)
@@ -232,7 +234,7 @@ def roads():
         "collator, datasets": lambda content, path: of_collator(decoded_by_datasets(content)),
         "job, path": lambda content, path: of_job(str(path)),
         "job, bytes": lambda content, path: of_job(content),
-        "index": lambda content, path: _Pixels([path], image_processor)[0][1],
+        "embedding": lambda content, path: normalised(Reader(embedding._Given([path]), image_processor)[[0]]),
         "ONNX": lambda content, path: OnnxModel.read_images(runner, [path])[0],
         "visualization": lambda content, path: preprocess(model, processor, [path], ["a"])[0]["pixel_values"][0],
     }

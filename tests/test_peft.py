@@ -18,6 +18,7 @@ from madtp_hf import (
 from madtp_hf.budgets.calibration import measure_reduction
 
 from .conftest import TASKS, make_blip, make_inputs, make_task_model
+from .helpers.clip import make_clip_inputs, make_clip_model
 from .test_reduction_callback import Rows
 
 
@@ -79,7 +80,8 @@ def load(folder, source=None, **options):
 
 def test_what_is_learned_is_the_adapter_and_the_alignment_tokens(trained):
     model, _, before, trainer = trained
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    now = {name: value for name, value in model.state_dict().items() if not name.endswith(".schedule")}
+    changed = {name for name, value in now.items() if not torch.equal(value, before[name])}
     assert "base_model.model.alignment.modules_to_save.default.tokens" in changed
     assert "base_model.model.vision_model.encoder.layers.0.self_attn.qkv.lora_B.default.weight" in changed
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
@@ -107,6 +109,22 @@ def test_a_saved_adapter_brings_its_alignment_tokens_and_its_schedule(trained):
             logits(model), logits(MadtpBlipForQuestionAnswering.from_blip(folder / "dense")), atol=1e-5, rtol=0
         )
     model.set_pruning(reduction=0.5)
+
+
+def test_the_schedule_comes_back_with_the_adapter(trained, tmp_path):
+    model, folder, *_ = trained
+    model.save_pretrained(tmp_path)
+    for _ in range(2):  # and again, once the model has saved its own
+        base = MadtpBlipForQuestionAnswering.from_blip(folder / "dense", num_alignment_tokens=12)
+        assert base.config.pruning_schedule is None
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        assert loaded.config.pruning_schedule == model.config.pruning_schedule
+        loaded.set_pruning(reduction=0.5)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+        loaded.save_pretrained(tmp_path)
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+    without = {name: value for name, value in peft.get_peft_model_state_dict(model).items() if "schedule" not in name}
+    peft.set_peft_model_state_dict(model, without)  # an adapter that was saved before it was calibrated
 
 
 def test_transformers_own_load_adapter(trained):
@@ -209,3 +227,42 @@ def test_every_task_takes_lora_and_merges(task):
         adapted = model.eval()(**inputs)[TASKS[task].scores]
         merged = model.merge_and_unload()(**inputs)[TASKS[task].scores]
     torch.testing.assert_close(merged, adapted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"target_modules": "all-linear"},
+        {"target_modules": ["text_projection"]},
+        {"target_modules": ["q_proj", "v_proj", "visual_projection"], "use_dora": True},
+        {"target_modules": ["fc1", "fc2"], "modules_to_save": ["alignment"]},
+        {"target_modules": r".*vision_model.*\.(q_proj|k_proj)"},
+    ),
+    ids=("all-linear", "text_projection", "dora", "modules_to_save", "pattern"),
+)
+def test_adapters_of_clip(options):
+    """Alignment projections are nobody's linear map, and their names nobody's target."""
+    model = make_clip_model({"num_alignment_tokens": 12})
+    model.set_pruning(temperature=1.0)
+    inputs = make_clip_inputs()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+    adapters = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A") and "alignment" in name]
+    assert adapters == []
+    with torch.no_grad():
+        expected = adapted(**inputs).logits_per_image
+        merged = adapted.merge_and_unload()(**inputs).logits_per_image
+    torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_dora_and_modules_to_save_of_blip():
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["qkv", "query", "value"],
+        use_dora=True,
+        init_lora_weights=False,
+        modules_to_save=["alignment"],
+    )
+    adapted = peft.get_peft_model(make_task_model("vqa", {"alignment_dim": 8}), config).eval()
+    adapted.set_pruning(temperature=1.0)
+    expected = logits(adapted)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=1e-3, rtol=1e-3)

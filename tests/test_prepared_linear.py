@@ -347,7 +347,7 @@ def test_auto_is_the_models_own_dtype():
 
 def test_another_precision_is_refused():
     model = make_task_model("vqa").prepare_for_inference("int8")
-    with pytest.raises(ValueError, match="precision='int4': expected one of auto, float32, bfloat16, int8, or None"):
+    with pytest.raises(ValueError, match=r"precision='int4': expected one of auto, float32, bfloat16, int8, or None"):
         model.prepare_for_inference("int4")
     assert model.inference_precision == "int8"
     with pytest.raises(ValueError, match=r"precision='int8' on meta: expected a CPU.*torchao"):

@@ -505,7 +505,7 @@ def test_budgets_are_evaluated_side_by_side(blip, training):
     batches = [
         {name: value[rows] for name, value in inputs.items()} for rows in (slice(0, 3), slice(3, 6), slice(6, 7))
     ]
-    schedule = dict(calibrate(model, batches, [0.3, 0.5]))
+    schedule = {entry["reduction"]: entry["temperature"] for entry in calibrate(model, batches, [0.3, 0.5])}
     model.set_pruning(temperature=0.123)
 
     def predict(batch):

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from madtp_hf.checkpoints.load import load
 from madtp_hf.data.digit_scenes import describe_from_all_sides, draw_scenes
+from madtp_hf.jobs import ImageEmbedder
 from madtp_hf.modeling.images import read_image
 from madtp_hf.search import encode_images, encode_texts, index_images, load_index, search
 from madtp_hf_cli import app
@@ -139,7 +140,7 @@ def test_results_are_those_of_brute_force(index, blip, scenes):
     for query, hits in zip(queries, search(index, queries, top_k=5, rerank=False)):
         products = images @ encode_texts(*blip, query)
         assert [hit["path"] for hit in hits] == [index.path(row) for row in np.argsort(-products)[:5]]
-        np.testing.assert_allclose([hit["score"] for hit in hits], np.sort(products)[::-1][:5], atol=1e-5)
+        np.testing.assert_allclose([hit["similarity"] for hit in hits], np.sort(products)[::-1][:5], atol=1e-5)
 
 
 def test_re_ranking_is_by_the_matching_head(index, blip, scenes):
@@ -156,7 +157,9 @@ def test_re_ranking_is_by_the_matching_head(index, blip, scenes):
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
     # The shortlist may be longer than what is wanted, or shorter.
     assert search(index, query, top_k=2, rerank=NUMBER)[0]["score"] >= hits[0]["score"]
-    assert [hit["matching"] is None for hit in search(index, query, top_k=4, rerank=2)] == [False, False, True, True]
+    hits = search(index, query, top_k=4, rerank=2)
+    for name in ("matching", "score"):  # no score of another kind among them
+        assert [hit[name] is None for hit in hits] == [False, False, True, True]
 
 
 def test_an_image_that_is_gone_since_is_found_and_not_re_ranked(index, photos, scenes):
@@ -185,49 +188,55 @@ def test_again_embeds_only_what_is_new_or_changed(blip, photos, tmp_path, index,
     (photos / "bad.gif").write_bytes(b"GIF89a broken")
     opened = []
 
-    def noted(path):
+    def noted(path, *options):
         opened.append(Path(path).name)
-        return read_image(path)
+        return read_image(path, *options)
 
-    monkeypatch.setattr("madtp_hf.search.embedding.read_image", noted)
+    monkeypatch.setattr("madtp_hf.jobs.reading.read_image", noted)
     again = index_images(*blip, photos, tmp_path / "index")
     assert sorted(opened) == ["02.png", "bad.gif", "new.jpg"]
     assert (again.embedded, again.kept, again.removed, len(again)) == (2, NUMBER - 2, 1, NUMBER)
     assert list(again.info["unreadable"]) == ["bad.gif"]
     assert name_of(search(tmp_path / "index", caption(scenes, 0), 1, model=blip[0], processor=blip[1])[0]) == "02"
-    assert len(list((tmp_path / "index").iterdir())) == 3  # nothing of the index before is left
+    assert len(list((tmp_path / "index").iterdir())) == 4  # nothing of the index before is left
 
 
-def test_an_interrupted_run_is_gone_on_with(blip, photos, tmp_path, monkeypatch):
-    from madtp_hf.search import index as module
+def test_an_interrupted_run_is_gone_on_with(blip, photos, tmp_path, index, monkeypatch):
+    def stops(worker, batch, of=ImageEmbedder.__call__):
+        if batch.rows[0] >= 10:
+            raise KeyboardInterrupt
+        return of(worker, batch)
 
-    def stops(*args, of=module.embed_images):
-        for number, batch in enumerate(of(*args)):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "embed_images", stops)
-        with pytest.raises(KeyboardInterrupt):
-            index_images(*blip, photos, tmp_path / "index", batch_size=5)
-    assert len(load_index(tmp_path / "index")) == 10
-    again = index_images(*blip, photos, tmp_path / "index", batch_size=5)
-    assert (again.kept, again.embedded) == (10, NUMBER - 10)
+    for folder, number in ((tmp_path / "new", None), (tmp_path / "index", NUMBER)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageEmbedder, "__call__", stops)
+            with pytest.raises(KeyboardInterrupt, match=f"10 of {NUMBER} rows are kept"):
+                index_images(*blip, photos, folder, batch_size=5, force=True)
+        if number is None:
+            with pytest.raises(FileNotFoundError, match="is not an index"):
+                load_index(folder)
+        else:  # the last good one
+            assert len(load_index(folder)) == number
+        again = index_images(*blip, photos, folder, batch_size=5)
+        assert (again.kept, again.embedded) == (10, NUMBER - 10)
 
 
 def test_a_failed_write_leaves_the_index_as_it_was(blip, photos, tmp_path, index, monkeypatch):
     (photos / "00.png").unlink()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+
+    def content():
+        return {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir() if path.is_file()}
 
     def fails(*_):
         raise OSError("No space left on device")
 
+    before = content()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails)
         with pytest.raises(OSError, match="No space"):
             index_images(*blip, photos, tmp_path / "index")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()} == before
+    assert content() == before
+    assert len(index_images(*blip, photos, tmp_path / "index")) == NUMBER - 1
 
 
 def test_a_text_file_of_paths(blip, photos, tmp_path):
@@ -251,7 +260,7 @@ def test_another_model_is_refused_and_both_are_named(blip, photos, tmp_path, ind
     assert index_images(other, processor, photos, tmp_path / "index", force=True).embedded == NUMBER
     model = load(MODEL, device="cpu").model
     model.set_pruning(temperature=1.0)
-    with pytest.raises(ValueError, match=r"index was made"):
+    with pytest.raises(ValueError, match="pruning_method was None, now 'madtp'"):
         index_images(model, processor, photos, tmp_path / "index")
 
 
@@ -261,7 +270,7 @@ def test_queries_prune_as_the_index_did(photos, tmp_path):
     index = index_images(model, processor, photos, tmp_path / "index", reduction=0.5)
     (hit,) = search(index, photos / "04.png", top_k=1, model=model, processor=processor)
     assert name_of(hit) == "04" and hit["similarity"] == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match=r"reduction 0\.5, and this is pruning off"):
+    with pytest.raises(ValueError, match="pruning_method was 'madtp', now None"):
         index_images(model, processor, photos, tmp_path / "index")
     with pytest.raises(ValueError, match="no matching head"):
         search(index, "a dog", rerank=True, model=model, processor=processor)
@@ -281,11 +290,11 @@ def test_what_cannot_be_indexed_leaves_nothing(blip, photos, tmp_path, index):
         (tmp_path / "broken", "new", r"None of the 1 images can be read \(not an image"),
         (photos / "notes.md", "new", "unsupported table format .md"),
         (photos, "photos", "is not empty and not an index"),
-        (elsewhere, "index", "none of its images is in"),
+        (elsewhere, "index", "none of its rows is in"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             index_images(*blip, images, tmp_path / folder)
-    assert not (tmp_path / "new").exists() and len(load_index(tmp_path / "index")) == NUMBER
+    assert not (tmp_path / "new" / "index.json").exists() and len(load_index(tmp_path / "index")) == NUMBER
     next((tmp_path / "index").glob("*.faiss")).write_bytes(b"half")
     with pytest.raises(ValueError, match="is damaged"):
         load_index(tmp_path / "index")
@@ -314,11 +323,87 @@ def test_index_and_search_by_command(photos, tmp_path, scenes):
     other = invoke("search", tmp_path / "index", "red", "--model", MODEL.parent / "blip-vqa-digits")
     assert other.exit_code == 1 and "Traceback" not in other.stderr
     assert "blip-vqa-digits" in other.stderr and "made by" in other.stderr and "blip-retrieval-digits" in other.stderr
+    missing = invoke("search", tmp_path / "index", photos / "nowhere.png", "--device", "cpu")
+    assert missing.exit_code == 1 and "nowhere.png) can't be read: no such file" in missing.stderr
     none = invoke("search", photos, "red")
     assert none.exit_code == 1 and none.stderr.strip().count("\n") == 0 and "is not an index" in none.stderr
 
 
-@pytest.mark.parametrize("command", ["index", "search"])
+def test_an_index_of_embeddings_is_that_of_the_images(blip, photos, tmp_path, index, scenes):
+    (photos / "bad.jpg").write_text("no")
+    embedded = invoke("embed", MODEL, photos, tmp_path / "e.parquet", "--workers", 0, "--device", "cpu")
+    assert embedded.exit_code == 3, embedded.stderr
+    made = invoke("index", MODEL, tmp_path / "e.parquet", tmp_path / "other", "--device", "cpu")
+    assert made.exit_code == 0 and f"{NUMBER} images; 0 embedded" in made.stdout, made.output
+    other = load_index(tmp_path / "other")
+    assert [other.path(row) for row in range(NUMBER)] == [index.path(row) for row in range(NUMBER)]
+    vectors = [one.vectors.reconstruct_n(0, NUMBER) for one in (other, index)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+    assert name_of(search(other, caption(scenes, 3), 1, model=blip[0], processor=blip[1])[0]) == "03"
+    refused = invoke("index", MODEL, tmp_path / "e.parquet", tmp_path / "index", "--device", "cpu")
+    assert refused.exit_code == 1 and "was started with other settings" in refused.stderr
+    make_clip_model().save_pretrained(tmp_path / "clip")
+    make_clip_processor().save_pretrained(tmp_path / "clip")
+    refused = invoke("index", tmp_path / "clip", tmp_path / "e.parquet", tmp_path / "third", "--device", "cpu")
+    assert refused.exit_code == 1 and "made by" in refused.stderr and "this is " in refused.stderr
+    assert not (tmp_path / "third").exists()
+
+
+def test_names_that_are_not_utf8_and_embeddings_that_are_not_numbers(photos, tmp_path, monkeypatch):
+    model, processor = make_clip_model(), make_clip_processor()
+    name = os.path.join(os.fsencode(photos), b"\xff.png")
+    with open(name, "wb") as file:
+        file.write((photos / "00.png").read_bytes())
+    index = index_images(model, processor, photos, tmp_path / "index")
+    assert len(index) == NUMBER + 1 and load_index(tmp_path / "index").names == index.names
+    paths = [hit["path"] for hit in search(index, photos / "00.png", 2, model=model, processor=processor)]
+    assert os.fsdecode(name) in paths and os.path.isfile(paths[0]) and os.path.isfile(paths[1])
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"None of the 25 images can be read \(the model's result is not a number"):
+        index_images(model, processor, photos, tmp_path / "nan")
+
+
+def test_the_pruning_of_a_saved_checkpoint_is_recorded(photos, tmp_path):
+    model = make_clip_model()
+    model.config.pruning_schedule = [[0.5, 3.0]]
+    model.set_pruning(reduction=0.5)
+    model.save_pretrained(tmp_path / "clip")
+    make_clip_processor().save_pretrained(tmp_path / "clip")
+    for options, reduction, note in (
+        ((), None, "as saved (madtp, temperature 3"),
+        (("--reduction", 0), 0, "reduction 0 (off)"),
+    ):
+        folder = tmp_path / f"index{reduction}"
+        made = invoke("index", tmp_path / "clip", photos, folder, "--workers", 0, *options)
+        assert made.exit_code == 0 and f"pruning: {note}" in made.stdout
+        info = json.loads((folder / "index.json").read_text())
+        assert info["reduction"] == reduction and info["pruning"].startswith(note)
+        assert (info["pruning_setting"] is None) == (reduction == 0)
+
+
+def test_a_second_writer_is_refused_and_damages_nothing(blip, photos, tmp_path, index):
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX);"
+            "print('held', flush=True);"
+            "sys.stdin.read()",
+            tmp_path / "index" / "job" / "lock",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert held.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="Another process is writing"):
+        index_images(*blip, photos, tmp_path / "index")
+    held.communicate("")
+    assert len(index_images(*blip, photos, tmp_path / "index")) == NUMBER
+
+
+@pytest.mark.parametrize("command", ["index", "search", "embed"])
 def test_help_fits_a_screen_and_imports_no_torch(command):
     code = (
         "import sys; from typer.testing import CliRunner; from madtp_hf_cli import app;"
@@ -328,4 +413,4 @@ def test_help_fits_a_screen_and_imports_no_torch(command):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert run.returncode == 0, run.stderr
     assert "Example: madtp-hf " + command in run.stdout
-    assert len(run.stdout.splitlines()) <= 40
+    assert len(run.stdout.splitlines()) <= 45

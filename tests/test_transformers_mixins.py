@@ -10,12 +10,13 @@ import copy
 import fnmatch
 import os
 import unittest
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import BlipConfig, CLIPConfig, CLIPModel
 from torch.utils._pytree import tree_map
+from transformers import BlipConfig, CLIPConfig, CLIPModel
 from transformers.testing_utils import torch_device
 
 from madtp_hf import MadtpBlipConfig, MadtpClipConfig, MadtpClipModel
@@ -71,10 +72,29 @@ SKIPPED = (
         ("test_hidden_states_output",),
         modes=("dense", "pruned", "stock"),
     ),
+    Entry(
+        "skipped for stock CLIP, too: its towers' outputs have the hidden states",
+        ("test_retain_grad_hidden_states_attentions",),
+        ("clip",),
+        ("dense", "pruned", "stock"),
+    ),
     Entry("BlipForImageTextRetrieval has no loss", ("test_training*",), ("retrieval",), ("stock",)),
 )
 
-KNOWN_FAILURES = ()
+KNOWN_FAILURES = (
+    Entry(
+        "tokens were removed: a pruned text is shorter than its input",
+        ("test_get_text_features_output_[02]",),
+        ("retrieval", "clip"),
+        ("pruned",),
+    ),
+    Entry(
+        "transformers' CLIPModel doesn't say which embeddings are its input's",
+        ("test_model_get_set_embeddings", "test_resize_tokens_embeddings"),
+        ("clip",),
+        ("stock",),
+    ),
+)
 
 
 def config_class(task: str, mode: str) -> type:
@@ -101,6 +121,7 @@ class ModelTester:
 
     is_training = True
     batch_size = len(LENGTHS)
+    text_model_tester, vision_model_tester = (SimpleNamespace(num_hidden_layers=number) for number in (3, 4))
     seq_length = max(LENGTHS)
 
     def __init__(self, task: str, mode: str):

@@ -17,6 +17,7 @@ from .benchmark import benchmark
 from .caption import caption
 from .common import EXIT_CODES, Command, with_hyphens
 from .convert import convert
+from .embed import embed
 from .evaluate import evaluate
 from .export import export
 from .index import index
@@ -60,5 +61,5 @@ def version() -> None:
     print_version(True)
 
 
-for command in (convert, prune, evaluate, benchmark, caption, ask, index, search, export, push):
+for command in (convert, prune, evaluate, benchmark, caption, ask, embed, index, search, export, push):
     app.command(cls=Command, epilog=EXIT_CODES, no_args_is_help=True)(command)

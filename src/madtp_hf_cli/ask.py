@@ -22,14 +22,16 @@ def ask(
     memory: options.Memory = None,
     batch_size: options.AutoBatchSize = None,
     workers: options.Workers = None,
+    ray: options.Ray = None,
     split: options.Split = None,
     columns: options.Columns = None,
     image_dir: options.ImageDir = None,
     max_pixels: options.MaxPixels = None,
+    retry_errors: options.RetryErrors = False,
     force: options.Force = False,
 ) -> None:
-    """Answer every question of a table, or one about every image. Run it again to resume; failed rows are listed.
+    """Answer every question of a table, or one about every image. Run it again to resume.
 
     Example: madtp-hf ask org/blip-vqa-madtp questions.jsonl answers.parquet --reduction 0.5
     """
-    bulk.run("vqa", model, images, out, dict(locals()), question)
+    bulk.run("Answerer", model, images, out, dict(locals()), question)

@@ -1,78 +1,116 @@
-"""The job that `caption` and `ask` share."""
+"""The job that `caption`, `ask`, `embed` and `index` share."""
+
+import os
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
 from .common import INTERRUPTED, SOME_FAILED, check_writable
 
 
-def run(task: str, model: str, images: str, out, options: dict, question: str | None = None) -> None:
-    """Run a job of `task`, `"captioning"` or `"vqa"`, with the command's options by name, and print a summary line."""
-    try:
-        summary, output = _run(task, model, images, out, options, question)
-    except KeyboardInterrupt:
-        typer.echo("\nStopped. Finished parts are kept: run the same command again to resume.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+def run(kind: str, model: str, images: str, out: Path, options: dict, text: str | None = None) -> None:
+    """Run a job and print a summary line.
+
+    kind: the name of a `Worker` in `madtp_hf.jobs`. options: the command's, by name. text: for rows without one.
+    """
+    with says_what_is_kept():
+        summary, output, worker = _run(kind, model, images, out, options, text)
     if summary is None:  # another process prints it
         return
-    line = f"{output.out}: {summary.images} images"
+    line = f"{output.out}: {summary.images} {'images' if worker.reads_images else 'texts'}"
     if summary.done_now:
-        now = "" if summary.done_now == output.num_rows else f"{summary.done_now} of them now, "
+        now = f"{summary.done_now} of them now, " * (summary.done_now != summary.images + summary.errors)
         line += f", {now}{summary.seconds:.1f} s, {summary.done_now / summary.seconds:.1f} images/s"
     else:
         line += ", all done before"
-    where = f", listed in {output.errors_file}" if summary.errors else ""
-    typer.echo(f"{line}, {summary.errors} errors{where}")
+    where = f", listed in {output.errors_file}" * bool(summary.errors)
+    typer.echo(f"{line}, {summary.errors} errors{where}; pruning: {worker.pruning_note()}")
     if summary.errors:
         raise typer.Exit(SOME_FAILED)
 
 
-def _check_options(task: str, out, options: dict, question: str | None) -> None:
-    """Raise a `ValueError` for options that can't work together."""
+def _run(kind: str, model: str, images: str, out: Path, options: dict, text: str | None):
     for name in ("temperature", "top_p"):
-        if options[name] is not None and not options["do_sample"]:
+        if options.get(name) is not None and not options["do_sample"]:
             raise ValueError(f"--{name} has no effect without --do-sample: pass both, or neither.".replace("_", "-"))
-    if question is not None and not question.strip():
-        raise ValueError(f"--question {question!r}: expected a question to ask of every image.")
+    if text is not None and not text.strip():
+        raise ValueError(f"--{'question' if kind == 'Answerer' else 'text'} {text!r}: expected words.")
     check_writable(out.expanduser())
+    from madtp_hf import jobs
 
-
-def _run(task: str, model: str, images: str, out, options: dict, question: str | None):
-    _check_options(task, out, options, question)
-    import transformers
-
-    from madtp_hf.jobs import Generation, ImageToText, Output, PreparedBatches, open_rows, run_job
-    from madtp_hf.modeling.images import MAX_PIXELS
-
-    transformers.utils.logging.disable_progress_bar()
-    wanted = ("image", "key") if task == "captioning" else ("image", "question", "key")
+    worker_class = getattr(jobs, kind)
+    output = jobs.make_output(out, options.get("suffix"))  # reports a bad name before the model is loaded
     columns = dict(options["columns"] or ())
-    source = open_rows(images, columns=columns, split=options["split"], image_dir=options["image_dir"], wanted=wanted)
-    if task == "vqa" and question is None and "question" not in source.columns:
+    if kind == "TextEmbedder" and images.endswith(".txt"):
+        columns.setdefault("captions", "image")  # what a line holds
+    source = jobs.open_rows(
+        images, columns=columns, split=options["split"], image_dir=options["image_dir"], wanted=worker_class.wanted()
+    )
+    needed = worker_class.text_column
+    if needed in source.columns and kind != "Answerer":
+        text = None
+    if needed is not None and text is None and needed not in source.columns:
         raise ValueError(
             f"{images} has no questions: pass --question TEXT to ask one about every image, or a table with questions."
+            if kind == "Answerer"
+            else f"{images} has no texts: pass a table with a column text or caption."
         )
-    column = "caption" if task == "captioning" else "answer"
-    Output(out, {}, len(source), column, options["suffix"])  # report a bad name before loading the model
-    generation = Generation(**{name: options[name] for name in Generation.__dataclass_fields__ if name in options})
-    dtype = options["dtype"] and options["dtype"].value
-    writer = ImageToText(model, task, generation, options["device"], dtype, options["precision"].value)
-    batch_size = options["batch_size"] or writer.batch_size(options["memory"])
-    settings = {
-        "command": "caption" if task == "captioning" else "ask",
-        "model": writer.fingerprint,
-        "images": source.fingerprint,
-        **vars(generation),
-        "question": question,
-        "dtype": str(writer.dtype).removeprefix("torch."),
-        "precision": writer.model.inference_precision,
-        "max_pixels": options["max_pixels"] or MAX_PIXELS,
-    }
-    if generation.do_sample:
-        settings["batch_size"] = batch_size  # tokens are sampled for a whole batch
-    output = Output(out, settings, len(source), column, options["suffix"])
-    refused = output.shared_side_files(source.keys()) if options["suffix"] else None
-    batches = PreparedBatches(
-        source, writer.processor.image_processor, task == "vqa", question, settings["max_pixels"], refused
+    extra: tuple = ()
+    if "max_new_tokens" in options:
+        names = jobs.Generation.__dataclass_fields__
+        extra = (jobs.Generation(**{name: options[name] for name in names if name in options}),)
+    worker = load_worker(worker_class, model, options, *extra)
+    reader = jobs.Reader(
+        source,
+        worker.processor.image_processor if worker.reads_images else None,
+        needed,
+        text,
+        options["max_pixels"],
     )
-    summary = run_job(batches, writer, output, batch_size, options["workers"], options["force"])
-    return summary, output
+    return (
+        jobs.run_job(reader, worker, output, retry_errors=options["retry_errors"], **running(worker, options)),
+        output,
+        worker,
+    )
+
+
+def load_worker(worker_class, model: str, options: dict, *extra):
+    """Load the model of a job's worker, pruned as the options say."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    how = {name: options[name] and options[name].value for name in ("dtype", "precision")}
+    how |= {"device": options["device"], "revision": options.get("revision")}
+    return worker_class.load(model, options["reduction"], *extra, **how)
+
+
+def running(worker, options: dict) -> dict:
+    """Return the arguments of `run_job` that these options stand for."""
+    ray = options["ray"]
+    return {
+        "batch_size": options["batch_size"] or worker.batch_size(options["memory"]),
+        "num_workers": options["workers"],
+        "force": options["force"],
+        "show_progress": True,
+        "ray": 0 if ray is None and os.environ.get("RAY_ADDRESS") else ray,
+    }
+
+
+@contextmanager
+def says_what_is_kept():
+    """On Ctrl-C or SIGTERM, which clusters send, say how many rows are kept, and exit."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if on_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "finished rows are kept"
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"\nStopped: {kept}. Run the same command again to resume.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -26,14 +26,16 @@ def caption(
     memory: options.Memory = None,
     batch_size: options.AutoBatchSize = None,
     workers: options.Workers = None,
+    ray: options.Ray = None,
     split: options.Split = None,
     columns: options.Columns = None,
     image_dir: options.ImageDir = None,
     max_pixels: options.MaxPixels = None,
+    retry_errors: options.RetryErrors = False,
     force: options.Force = False,
 ) -> None:
-    """Caption every image. Run the same command again to resume after a stop; unreadable images are listed.
+    """Caption every image. Run it again to resume after a stop; unreadable images are listed.
 
     Example: madtp-hf caption org/blip-madtp photos/ captions.parquet --reduction 0.5
     """
-    bulk.run("captioning", model, images, out, dict(locals()))
+    bulk.run("Writer", model, images, out, dict(locals()))

@@ -78,7 +78,7 @@ def as_options(message: str, params=()) -> str:
         message = re.sub(rf"{argument}='([^']*)'", rf"{option} \1", message)
         message = re.sub(rf"{argument}=(?=\S)", f"{option} ", message)
         if "_" in name:
-            message = re.sub(rf"{argument}(?![\w/=-])", option, message)
+            message = re.sub(rf"(?<![\w/.-]){name}(?![\w/=-])", option, message)
     return message
 
 

@@ -126,7 +126,7 @@ Methods = Annotated[
     typer.Option(metavar="METHOD ...", help="Compare methods, each calibrated here, without labels."),
 ]
 Reduction = Annotated[
-    float | None, typer.Option(metavar="R", help="FLOPs to save, such as 0.5; 0 is off; by default as saved.")
+    float | None, typer.Option(metavar="R", help="FLOPs to save, such as 0.5; 0 is off; else as saved.")
 ]
 Reductions = Annotated[
     list[float] | None, typer.Option(metavar="R ...", help="FLOPs to save; by default 0 and those calibrated.")
@@ -143,6 +143,7 @@ Memory = Annotated[
 Workers = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Processes that decode images; by default up to 8.")
 ]
+Ray = Annotated[int | None, typer.Option(metavar="N", min=1, help="Models to run on Ray, at RAY_ADDRESS or here.")]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", callback=_check_device, help="Such as cpu or cuda:1; a GPU if there is one."),
@@ -170,6 +171,7 @@ TopP = Annotated[
 
 # What to write.
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")]
-OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet or .jsonl file; with --suffix, a folder.")]
+OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet, .jsonl or .csv; with --suffix, a folder.")]
 Suffix = Annotated[str | None, typer.Option(metavar=".txt", help="Write a file per image: OUT/a/b.txt for a/b.jpg.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Try rows again that have failed before.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, and replace existing output.")]

@@ -30,6 +30,7 @@ def search(
     """
     from transformers.utils import logging
 
+    from madtp_hf.data.image_files import is_image as is_image_name
     from madtp_hf.search import load_index
     from madtp_hf.search import search as find
     from madtp_hf.search.index import load_of_index
@@ -37,7 +38,7 @@ def search(
     logging.disable_progress_bar()  # of loading
     index = load_index(folder)
     loaded = load_of_index(index.info, model, device)
-    is_image = os.path.isfile(query)
+    is_image = os.path.isfile(query) or is_image_name(query)
     found = find(index, Path(query) if is_image else query, top_k, rerank, loaded.model, loaded.processor)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
@@ -47,11 +48,12 @@ def search(
 
     table = Table(box=None, header_style="bold")
     reranked = any(hit["matching"] is not None for hit in found)
-    for name in ("score", "similarity", "matching") if reranked else ("similarity",):
+    names = ("score", "matching", "similarity") if reranked else ("similarity",)
+    for name in names:
         table.add_column(name, justify="right")
     # A truncated path is of no use, so it is folded over several lines.
     table.add_column("image", overflow="fold")
     for hit in found:
-        numbers = [hit["score"], hit["similarity"], hit["matching"]] if reranked else [hit["similarity"]]
+        numbers = [hit[name] for name in names]
         table.add_row(*("-" if number is None else f"{number:.4f}" for number in numbers), hit["path"])
     Console(highlight=False, markup=False).print(table)

@@ -11,6 +11,7 @@ small reductions. All words of a text should be equally important, s_tok = 1 / N
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -240,7 +241,7 @@ def _fit(
 
 
 @torch.no_grad()
-def init_alignment_from(model, dataloader) -> None:
+def init_alignment_from(model, dataloader: Iterable[Mapping]) -> None:
     """Replace a model's alignment tokens by tokens fitted to data, in seconds; the same data gives the same tokens.
 
     The tokens start as cluster centres of the word states, or of the patch states for a model without a text encoder.

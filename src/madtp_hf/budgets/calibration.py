@@ -3,7 +3,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from tqdm.auto import tqdm
@@ -234,7 +234,9 @@ def _report_spread(curve: _Curve, found: list[float]) -> None:
         warnings.warn(f"The schedule rests on {finding}", stacklevel=3)
 
 
-def calibrate(model, dataloader, reductions, freeze: bool = False) -> list[dict[str, float]]:
+def calibrate(
+    model, dataloader: Iterable[Mapping], reductions: Iterable[float], freeze: bool = False
+) -> list[dict[str, float]]:
     """Find the settings that save given shares of a model's FLOPs, and write them into its configuration.
 
     This needs no training, no gradients and no labels. The reduction is measured at a few points of the pruning

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +104,14 @@ def prepared(model, precision: str | None = None):
 
 
 @torch.no_grad()
-def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, precision=None) -> list[BudgetResult]:
+def evaluate_budgets(
+    model,
+    loader: Iterable[Mapping],
+    reductions: Iterable[float],
+    predict: Callable[[dict[str, torch.Tensor]], list] | None = None,
+    accelerator=None,
+    precision: str | None = None,
+) -> list[BudgetResult]:
     """Run a model over a data set at several reductions, which take turns on each batch so that their times compare.
 
     Args:
@@ -145,8 +153,9 @@ def evaluate_budgets(model, loader, reductions, predict=None, accelerator=None, 
                 if not all(name in tokens and tokens[name].shape[-1] == batch_size for name in names):
                     encode(model, batch)
                     tokens = _token_counts(model, outputs)
-                flops = count_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
-                dense = dense_flops(model.config, model.task, **tokens, answer_tokens=answer_tokens)
+                counts = (tokens["vision_tokens"], tokens.get("text_tokens"), answer_tokens)
+                flops = count_flops(model.config, model.task, *counts)
+                dense = dense_flops(model.config, model.task, *counts)
                 row["predictions"] += gather(predictions)
                 row["flops"] += gather(flops.tolist())
                 row["saved"] += gather((1 - flops / dense).tolist())

@@ -7,6 +7,9 @@ import functools
 
 import torch
 
+from ..modeling.configuration_madtp_blip import MadtpBlipConfig
+from ..modeling.configuration_madtp_clip import MadtpClipConfig
+from ..modeling.pruned_model import PruningPass
 from ..modeling.pruning_method import get_method
 from ..tasks import get_task
 
@@ -39,7 +42,15 @@ def _count(config, task: str, vision_tokens, text_tokens, answer_tokens, method)
     return of_task.flops(config, vision_tokens, text_tokens, answer_tokens, added)
 
 
-def count_flops(config, task: str, vision_tokens, text_tokens=None, answer_tokens=0, *, pruning=None) -> torch.Tensor:
+def count_flops(
+    config: MadtpBlipConfig | MadtpClipConfig,
+    task: str,
+    vision_tokens: torch.Tensor,
+    text_tokens: torch.Tensor | None = None,
+    answer_tokens: int | torch.Tensor = 0,
+    *,
+    pruning: PruningPass | None = None,
+) -> torch.Tensor:
     """Compute the multiply-accumulates of each sample's inference forward pass.
 
     Args:

@@ -2,13 +2,16 @@
 
 import logging
 import math
+import os
 import re
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.activations import ACT2FN
 
+from ..modeling.configuration_madtp_blip import MadtpBlipConfig
+from ..modeling.configuration_madtp_clip import MadtpClipConfig
 from ..tasks import TASKS, Task, get_task
 from .original import own_tensors, read_checkpoint, read_patches, resize_positions, shape_of
 
@@ -274,14 +277,14 @@ def _check_tensors(model, state_dict: dict[str, torch.Tensor], original_names: d
 
 
 def convert_original_checkpoint(
-    path_or_state_dict,
+    path_or_state_dict: str | os.PathLike | dict,
     task: str,
     *,
-    config=None,
+    config: MadtpBlipConfig | MadtpClipConfig | None = None,
     heads: tuple[int, int] | None = None,
     activation: str | None = None,
     image_size: int | None = None,
-):
+) -> Any:  # a model of the task's class
     """Convert a checkpoint of the original BLIP, CLIP or MADTP code, or of open_clip, to a model of this package.
 
     Args:

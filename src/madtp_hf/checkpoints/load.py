@@ -1,5 +1,6 @@
 """Load a model with its processor from any source: a folder or Hub id, of transformers' BLIP or CLIP or of ours."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,14 @@ class Loaded:
 
 
 def load(
-    source, task=None, *, revision=None, dtype="float32", device=None, precision=None, **config_overrides
+    source: str | Path,
+    task: str | Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    **config_overrides,
 ) -> Loaded:
     """Load the model for a checkpoint's task, and its processor.
 
@@ -73,8 +81,8 @@ def load(
         ValueError: if the checkpoint is of another model or task, or lacks a file, or the dtype is unknown.
     """
     wanted = [get_task(name) for name in ([task] if isinstance(task, str) else task or ())]
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    to_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(to_dtype, torch.dtype) or not to_dtype.is_floating_point:
         raise ValueError("The dtype is unknown: expected float32, bfloat16 or float16.")
     source, hub = _find(source, revision)
     found, class_name, content = _find_task(source, hub, wanted)
@@ -85,7 +93,7 @@ def load(
         shape = {}
     is_dense = not class_name.startswith("Madtp") or any(content.get(name) != shape[name] for name in shape)
     make = model_class.from_dense if is_dense else model_class.from_pretrained
-    model = make(source, dtype=dtype, **hub, **config_overrides)
+    model = make(source, dtype=to_dtype, **hub, **config_overrides)
     # A model made from a dense one does not record where it came from.
     model.config.name_or_path, model.config._commit_hash = source, hub.get("revision")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_imports
 
 from ..modeling.versions import VERSION as __version__
@@ -64,11 +65,11 @@ _SAVE_AGAIN = "save model and processor there with `save_pretrained`"
 
 
 def push_checkpoint(
-    model,
-    processor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     repo_id: str,
     *,
-    metrics=None,
+    metrics: str | os.PathLike | dict | list | None = None,
     token: str | None = None,
     private: bool = False,
     revision: str | None = None,
@@ -135,19 +136,19 @@ def push_checkpoint(
                 f"What this {type(model).__name__} saves does not load again ({reason.rstrip('.')}):"
                 " expected one of madtp_hf's models as it is, without adapters or layers of another kind."
             ) from error
-        metadata: dict = {"base_model": base_model, "license": license, "datasets": datasets}
-        options: dict = {"token": token, "private": private, "revision": revision, "commit_message": commit_message}
-        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, **options, **metadata)
+        options: dict = {"private": private, "revision": revision, "commit_message": commit_message}
+        options |= {"base_model": base_model, "license": license, "datasets": datasets}
+        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
 
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    metrics=None,
+    metrics: str | os.PathLike | dict | list | None = None,
     token: str | None = None,
-    dry_run=False,
-    handler=False,
+    dry_run: bool = False,
+    handler: bool = False,
     **options,
 ) -> str:
     """Publish the checkpoint in a folder, as `save_pretrained` and `madtp-hf convert` write it.
@@ -168,7 +169,7 @@ def push_folder(
     with one_sentence_errors(repo_id, token):
         files = find_checkpoint_files(folder)
         repo_id = check_name(repo_id, token, dry_run)
-        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token=token, **options)
+        return _push(Path(folder), files, repo_id, metrics, dry_run, handler, token, **options)
 
 
 def check_name(repo_id: str, token: str | None, dry_run: bool) -> str:
@@ -204,8 +205,11 @@ def _push(
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
-    **metadata,
+    base_model=None,
+    license=None,
+    datasets=None,
 ) -> str:
+    metadata = {"base_model": base_model, "license": license, "datasets": datasets}
     files: dict[str, Path | bytes] = {name: content() for name, content in _HANDLER.items()} if handler else {}
     files |= {name: folder / name for name in names}
     if "README.md" not in files:

@@ -7,12 +7,17 @@ counted from 1 in messages, without a table's header.
 import os
 import random
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..modeling.images import read_image
 from .columns import ALIASES, IMAGES, TASK_COLUMNS, missing_column, read_value
 from .sources import TABLES, Row, Rows, TarRows, find_files, open_rows
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["Row", "Rows", "load_rows", "load_table", "open_rows"]
 
@@ -89,13 +94,13 @@ def load_rows(
 
 
 def load_table(
-    path,
+    path: str | Path | Sequence[str | Path],
     task: str,
-    image_dir=None,
+    image_dir: str | Path | None = None,
     columns: dict[str, str] | None = None,
     where: dict | None = None,
     on_error: str = "raise",
-):
+) -> "Dataset":
     """Read a table of your own as a `datasets.Dataset` for a task's collator.
 
     Args:
@@ -255,9 +260,10 @@ def _one_sample_an_image(good: dict[int, dict]) -> dict[int, dict]:
 
 def _to_dataset(rows: Rows, good: dict[int, dict], order: list[str]):
     """Build the data set of these rows, with columns in this order."""
-    from datasets import Dataset, Features, Image, Sequence, Value
+    from datasets import Dataset, Features, Image, Value
+    from datasets import Sequence as ListOf
 
-    kinds = {"answers": Sequence(Value("string")), "captions": Sequence(Value("string")), "label": Value("int64")}
+    kinds = {"answers": ListOf(Value("string")), "captions": ListOf(Value("string")), "label": Value("int64")}
     kinds = {name: Image() if name in IMAGES else kinds.get(name, Value("string")) for name in order}
     texts = {name: [row.get(name) for row in good.values()] for name in order if name not in IMAGES or rows.in_memory}
     if rows.in_memory:

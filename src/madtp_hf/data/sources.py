@@ -1,7 +1,8 @@
 """Rows of images and texts from any source: folders, lists, tables, WebDataset tars and `datasets` data sets.
 
-All are opened by `open_rows`, have a length, yield the rows of any range in order, and have a fingerprint that changes
-with what they hold. Texts and paths are kept in memory; the bytes of images are read in place when their rows are.
+All are opened by `open_rows`, have a length, yield the rows of any range in order, and say by a number for each row
+whether what it holds has changed. Texts and paths are kept in memory; the bytes of images are read in place when their
+rows are.
 """
 
 import copy
@@ -51,7 +52,7 @@ class Row:
 
 
 class Rows:
-    """A source's rows. Subclasses have `rows(start, stop)` and what the fingerprint is made of.
+    """A source's rows. Subclasses have `rows(start, stop)` and what identifies a row.
 
     columns: the wanted columns that the source has, by our names, and the source's names for them. found: all names.
     name: for messages. folder: the image folder. in_memory: whether images are files, which reading rows doesn't read.
@@ -64,12 +65,18 @@ class Rows:
         self.name, self.columns, self.found = str(name), columns, [*found]
         self.folder = folder and os.path.abspath(folder)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for part in (len(self), *self.columns.items(), *self._parts()):
-            digest.update(str(part).encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()[:16]
+    def identities(self) -> np.ndarray:
+        """Return an int64 for each row, which changes with its texts, its image's name, size or modification time.
+
+        Rows of the same content have the same. For images in Parquet files, tars and data sets, the file that holds a
+        row and its place there count.
+        """
+        columns = sorted(item for item in self.columns.items() if item[0] != "key")
+        digests = (
+            hashlib.blake2b(repr((columns, origin)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            for origin in self._origins()
+        )
+        return np.frombuffer(b"".join(digests), np.int64)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -78,7 +85,8 @@ class Rows:
         """Yield the rows from `start` up to `stop`."""
         raise NotImplementedError
 
-    def _parts(self) -> Iterable:
+    def _origins(self) -> Iterable[tuple]:
+        """Yield, for each row, what its result depends on."""
         raise NotImplementedError
 
     def without_images(self) -> "Self":
@@ -130,7 +138,7 @@ def open_rows(source, *, columns=None, image_dir=None, split: str | None = None,
         wanted (`tuple[str]`, *optional*): The columns to read: names of `columns.ALIASES`, or a table's own.
 
     Returns:
-        `Rows` with `len`, `rows(start, stop)`, `keys()`, `fingerprint`, `columns`, `name` and `folder`.
+        `Rows` with `len`, `rows(start, stop)`, `keys()`, `identities()`, `columns`, `name` and `folder`.
 
     Raises:
         ValueError, FileNotFoundError: if the source is not one of these, can't be read, has no row, or lacks a column
@@ -245,11 +253,10 @@ class TableRows(Rows):
             else:
                 yield self._row(index, values)
 
-    def _parts(self):
-        for name, of_rows in (*self.values.items(), ("problems", self.problems.items())):
-            yield from (name, *of_rows)
+    def _origins(self):
         for row in self.rows(0, len(self)):
-            yield from _stamps(row.values[name] for name in IMAGES if row.values.get(name))
+            raw = [of_rows[row.index] for name, of_rows in self.values.items() if name != "key"]
+            yield row.error, raw, *_stamps(row.values[name] for name in IMAGES if row.values.get(name))
 
 
 def _images(name, names: list[str], folder, problems: dict[int, str] | None = None) -> TableRows:
@@ -387,9 +394,11 @@ class ParquetRows(Rows):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_reader": (None, None)}  # open files can't move to another process
 
-    def _parts(self):
-        yield from (file.name for file in self.files)
-        yield from _stamps(self.files)
+    def _origins(self):
+        stamps = [(file.name, *stamp) for file, stamp in zip(self.files, _stamps(self.files))]
+        stops = [*(first for first, _, _ in self._groups[1:]), self._total]
+        for (first, number, of_file), stop in zip(self._groups, stops):
+            yield from ((stamps[number], of_file, place) for place in range(stop - first))
 
     @cached_property
     def dataset(self):
@@ -483,9 +492,10 @@ class TarRows(Rows):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def _parts(self):
-        yield from (file.name for file in self.files)
-        yield from _stamps(self.files)
+    def _origins(self):
+        stamps = [(file.name, *stamp) for file, stamp in zip(self.files, _stamps(self.files))]
+        for index, (number, *place) in enumerate(self._places.tolist()):
+            yield stamps[number], place, self._problems.get(index)
 
     def keys(self) -> list[str]:
         return list(self._keys)
@@ -550,8 +560,8 @@ class DatasetRows(Rows):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _parts(self):
-        return (self._fingerprint, *_stamps(self._saved))
+    def _origins(self):
+        return ((self._fingerprint, *_stamps(self._saved), index) for index in range(len(self)))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
         for index in range(start, min(stop, len(self))):

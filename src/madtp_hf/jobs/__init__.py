@@ -1,26 +1,26 @@
-"""Bulk captioning and question answering: the parts behind `madtp-hf caption` and `madtp-hf ask`."""
+"""Bulk jobs: captions, answers, embeddings and matching scores of any number of images, resumed after a stop."""
 
-from ..data.sources import Row, open_rows
-from ..modeling.images import UnreadableImage, read_image
-from .image_to_text import Generation, ImageToText, prepare
-from .output import Counts, Output
-from .run import Batch, PreparedBatches, Summary, finish_batch, places, run_job
+from ..data.sources import open_rows
+from .outputs import FileOutput, SideFiles, make_output
+from .reading import Batch, Reader
+from .run import Summary, run_job
+from .workers import Answerer, Generation, ImageEmbedder, Matcher, TextEmbedder, Worker, Writer
 
 
 __all__ = [
+    "Answerer",
     "Batch",
-    "Counts",
+    "FileOutput",
     "Generation",
-    "ImageToText",
-    "Output",
-    "PreparedBatches",
-    "Row",
+    "ImageEmbedder",
+    "Matcher",
+    "Reader",
+    "SideFiles",
     "Summary",
-    "UnreadableImage",
-    "finish_batch",
+    "TextEmbedder",
+    "Worker",
+    "Writer",
+    "make_output",
     "open_rows",
-    "places",
-    "prepare",
-    "read_image",
     "run_job",
 ]

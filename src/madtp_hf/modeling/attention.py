@@ -180,14 +180,14 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
     mask: broadcasts to the probabilities; True where a query may attend to a key, or what is added to the logits.
     """
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if mask is not None and mask.dtype != torch.bool:
-        return (logits + mask).softmax(dim=-1)
     if is_causal:
         causal = causal_mask(logits.shape[-1], logits.device)
         mask = causal if mask is None else mask & causal
-    if mask is not None:
+    if mask is not None and mask.dtype != torch.bool:
+        logits = logits + mask
+    elif mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    return logits.softmax(dim=-1)
+    return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(query.dtype)
 
 
 def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, is_causal: bool, dropout: float = 0.0):

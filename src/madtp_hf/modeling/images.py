@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+MAX_PIXELS: int = Image.MAX_IMAGE_PIXELS or 2**30 // 12  # Pillow's own, unless that is switched off
 _LOCK = threading.Lock()  # Pillow's size limit and the warnings are the process's, not a thread's
 
 

@@ -36,11 +36,11 @@ class AnswerRanking:
     @torch.no_grad()
     def rank_answers(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
-        attention_mask: torch.LongTensor | None,
-        answer_input_ids: torch.LongTensor,
-        answer_attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None,
+        answer_input_ids: torch.Tensor,
+        answer_attention_mask: torch.Tensor | None = None,
         k: int = 128,
     ) -> torch.LongTensor:
         """Choose the answer to each question from a fixed list, as BLIP evaluates VQA.

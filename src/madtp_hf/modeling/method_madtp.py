@@ -102,7 +102,11 @@ class MadtpAlignment(nn.Module):
 
     per_layer: whether every layer of both branches has a projection of its own; `forward` then returns a list with one
     entry per layer.
+    schedule: in an adapter's copy, the configuration's calibrated schedule as the bytes of its JSON, since adapters
+        are saved without a configuration. It goes with the tokens that it was calibrated for.
     """
+
+    schedule: torch.Tensor | None = None
 
     def __init__(self, config, per_layer: bool = False):
         super().__init__()
@@ -142,6 +146,13 @@ class MadtpAlignment(nn.Module):
             return [self._for_layer(projection, folded) for projection in branch]
         return self._for_layer(branch, folded)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.schedule is not None:
+            destination[prefix + "schedule"] = self.schedule
+            if not prefix:  # peft, which asks what to save, after the whole model; when loading, it must not be listed
+                self.schedule = None
+
     def _for_layer(self, projection: nn.Module | None, folded: bool) -> AlignmentTokens:
         if not folded:
             return AlignmentTokens(self.tokens, projection)
@@ -151,7 +162,7 @@ class MadtpAlignment(nn.Module):
 
 
 @torch.no_grad()
-def init_alignment(module: nn.Module) -> None:
+def init_alignment(module: nn.Module, initializer_range: float) -> None:
     """Initialise a `MadtpAlignment` or an `AlignmentProjection`; other modules are left alone.
 
     Alignment tokens are drawn at random, with norms that fall geometrically to a hundredth of the first. At a given
@@ -162,8 +173,9 @@ def init_alignment(module: nn.Module) -> None:
     if isinstance(module, MadtpAlignment):
         scale = torch.logspace(0, -2, module.tokens.shape[0], device=module.tokens.device)
         init.copy_(module.tokens, torch.randn_like(module.tokens) * scale.unsqueeze(1))
-    elif isinstance(module, AlignmentProjection) and module.of_layer:
-        init.normal_(module.weight, std=module.in_features**-0.5)
+    elif isinstance(module, AlignmentProjection):
+        init.normal_(module.weight, std=module.in_features**-0.5 if module.of_layer else initializer_range)
+        init.zeros_(module.bias)
 
 
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan

@@ -186,9 +186,9 @@ class MadtpBlipForQuestionAnswering(AnswerRanking, MadtpBlipPreTrainedModel, Gen
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
@@ -338,8 +338,8 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_embeds: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
@@ -681,8 +681,8 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
         )
 
 
-# sentence-transformers embeds by `forward` if it is annotated to return a `last_hidden_state`, and only otherwise by
-# the `get_*_features` methods. This `forward` needs an image and a text.
+# sentence-transformers embeds by `forward` if its annotation names an output with a `last_hidden_state`, and only
+# otherwise by the `get_*_features` methods. This `forward` needs an image and a text.
 MadtpBlipForImageTextRetrieval.forward.__annotations__["return"] = tuple | ImageClassifierOutput
 
 

@@ -100,6 +100,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         if isinstance(module, MadtpClipModel):
             for projection in (module.visual_projection, module.text_projection):
                 init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     @classmethod
     def from_clip(cls, source: PreTrainedModel | str | Path, **config_overrides) -> "Self":

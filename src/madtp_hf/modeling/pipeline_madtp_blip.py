@@ -207,8 +207,9 @@ class MadtpBlipPipeline(Pipeline):
 
     # Model inputs
 
-    def _read_images(self, images: list, timeout: float | None, last: dict) -> torch.Tensor:
+    def _read_images(self, images: list, timeout: float | None, last: dict | None) -> torch.Tensor:
         """Read images into pixel_values (len(images), 3, H, W); the same paths or URLs as last are not read again."""
+        last = {} if last is None else last
         are_named = all(isinstance(image, (str, os.PathLike)) for image in images)
         if are_named and last.get("names") == images:
             return last["pixels"]
@@ -217,8 +218,9 @@ class MadtpBlipPipeline(Pipeline):
         last.update(names=images if are_named else None, pixels=pixels)
         return pixels
 
-    def _encode_images(self, pixel_values: torch.Tensor, last: dict) -> dict[str, torch.Tensor]:
+    def _encode_images(self, pixel_values: torch.Tensor, last: dict | None) -> dict[str, torch.Tensor]:
         """Encode images for `generate`; one that equals its predecessor, also in the batch before, is not encoded."""
+        last = {} if last is None else last
         predecessors = torch.cat([last.get("pixels", pixel_values[:1]), pixel_values[:-1]])
         is_new = (pixel_values != predecessors).flatten(1).any(dim=1)
         is_new[0] |= not last
@@ -250,7 +252,7 @@ class MadtpBlipPipeline(Pipeline):
         room = self.model.config.text_config.max_position_embeddings - prompt_length
         return {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
 
-    def preprocess(self, inputs, padding=False, truncation=False, timeout=None, *, last):
+    def preprocess(self, inputs, padding=False, truncation=False, timeout=None, last=None):
         image, text = self._check_pair(inputs, "the pair").values()
         read = self._read_texts(text, padding, truncation)
         return {**read, "pixel_values": self._read_images([image], timeout, last)}
@@ -296,7 +298,7 @@ class MadtpBlipVisualQuestionAnsweringPipeline(MadtpBlipPipeline):
         """
         return self._ask(image, question, **kwargs)
 
-    def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None, *, last):
+    def _forward(self, model_inputs, top_k=1, max_new_tokens=10, generate_kwargs=None, last=None):
         images = self._encode_images(model_inputs.pop("pixel_values"), last)
         defaults = {"num_beams": top_k, "do_sample": False, "max_new_tokens": max_new_tokens}
         fixed = {"num_return_sequences": top_k, "return_dict_in_generate": True, "output_scores": True}
@@ -375,7 +377,7 @@ class MadtpBlipImageToTextPipeline(MadtpBlipPipeline):
         pair = {"image": pair} if _is_image(pair) else pair
         return super()._check_pair({"prompt": "", **pair} if isinstance(pair, dict) else pair, where)
 
-    def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None, *, last):
+    def _forward(self, model_inputs, max_new_tokens=20, generate_kwargs=None, last=None):
         images, number = self._encode_images(model_inputs.pop("pixel_values"), last), len(model_inputs["input_ids"])
         options = {"max_new_tokens": max_new_tokens, **(generate_kwargs or {}), "return_dict_in_generate": False}
         options = self._generation_options(model_inputs["input_ids"].shape[1] - 1, options)  # the model drops [SEP]
@@ -401,10 +403,7 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
     sentence, the likeliest first; defaults to all).
     """
 
-    parts = {
-        "images": (_is_two_images, "a pair [left, right] of images"),
-        "text": (_is_string, _STRING),
-    }
+    parts = {"images": (_is_two_images, "a pair [left, right] of images"), "text": (_is_string, _STRING)}
     parameters = (("padding", "truncation", "timeout"), ("reduction",), ("top_k",))
 
     def __call__(self, images=None, text=None, **kwargs):
@@ -423,7 +422,7 @@ class MadtpBlipImagesAndTextClassificationPipeline(MadtpBlipPipeline):
         """
         return self._ask(images, text, **kwargs)
 
-    def preprocess(self, inputs, padding=False, truncation=False, timeout=None, *, last):
+    def preprocess(self, inputs, padding=False, truncation=False, timeout=None, last=None):
         images, text = self._check_pair(inputs, "the pair").values()
         read = self._read_texts(text, padding, truncation)
         return {**read, "pixel_values": self._read_images(list(images), timeout, last).unsqueeze(0)}
@@ -478,7 +477,7 @@ class MadtpBlipImageTextRetrievalPipeline(MadtpBlipPipeline):
             text = self._as_list("text", text)  # such as an array of strings
         return self._ask(image, text, **kwargs)
 
-    def preprocess(self, inputs, truncation=False, timeout=None, *, last):
+    def preprocess(self, inputs, truncation=False, timeout=None, last=None):
         image, text = self._check_pair(inputs, "the pair").values()
         texts = [text] if _is_string(text) else list(text)
         input_ids = self._read_texts(texts, False, truncation, return_tensors=None)["input_ids"]

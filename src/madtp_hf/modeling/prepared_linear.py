@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 # Weights of at least this many elements always gain. Smaller ones stay in cache, and oneDNN's preparation for each new
 # number of rows costs more than a small map saves.
 LARGE = 2**18
-SAMPLED_ROWS, SAMPLED_COLUMNS = 4, 16  # each row sampled reads one line of the cache
+SAMPLED_ROWS, SAMPLED_COLUMNS = 2, 32  # few rows: what a system reads around each, from a file, stays in memory
 MADV_PAGEOUT = 21  # Linux: memory that a file backs is read from it again when needed
 
 
@@ -91,7 +91,8 @@ def _prepack(weight: torch.Tensor):
 
 def _quantize(weight: torch.Tensor):
     """Quantize a weight per output channel, and states per token when they are multiplied."""
-    scales = weight.abs().amax(dim=1).double().clamp_(min=1e-12) / 127
+    least, most = torch.aminmax(weight, dim=1)
+    scales = torch.maximum(-least, most).double().clamp_(min=1e-12) / 127
     quantized = torch.quantize_per_channel(weight, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, None)
     # Without VNNI, sums of two products of 8 bits may overflow.
@@ -145,12 +146,18 @@ class PreparedForward:
             return F.gelu(states) if gelu else states
         prepared = self.prepared
         if prepared is None or not prepared[0].is_current(weight):
-            product = self.make(weight.detach().to(self.dtype))
-            if self.mapped_at == weight.data_ptr():
-                release(weight)
-            prepared = self.prepared = Source(weight), product
+            prepared = self.prepare()
         result = prepared[1](states.to(self.dtype), None if bias is None else bias.float(), gelu)
         return result.to(states.dtype if dtype is None else dtype)
+
+    @torch.no_grad()
+    def prepare(self) -> tuple:
+        weight = self.linear.weight
+        prepared = Source(weight), self.make(weight.detach().to(self.dtype))
+        if self.mapped_at == weight.data_ptr():
+            release(weight)
+        self.prepared = prepared
+        return prepared
 
     def __getstate__(self):
         # Copied and unpickled models prepare weights of their own.
@@ -220,6 +227,9 @@ def prepare_linear_maps(model: nn.Module, precision: str, fused: dict[type, tupl
             address = weight.data_ptr()
             mapped_at = address if any(start <= address < end for start, end in mapped) else None
             module.forward = PreparedForward(module, precision if module in in_layers else "float32", mapped_at)
+            if module not in in_layers and precision != "float32" and not module.training:
+                # The largest, such as a head of all words, at once: while the others take no memory yet.
+                module.forward.prepare()
         elif type(module) in fused:
             module.forward = FusedForward(module, *fused[type(module)])
 

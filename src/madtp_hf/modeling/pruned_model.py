@@ -1,6 +1,7 @@
 """What all pruned models share: the switch for pruning, the method, and conversion from a dense model."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -170,7 +171,7 @@ class PrunedModelMixin(_Host):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        init_alignment(module)
+        init_alignment(module, getattr(self.config, "initializer_range", 0.02))
 
     if TYPE_CHECKING:
 
@@ -388,6 +389,23 @@ class PrunedModelMixin(_Host):
                 " the Trainer's `bf16` or `fp16` compute in half precision."
             )
 
+    # Adapters
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # peft saves no configuration: the schedule goes with its copy of the alignment tokens.
+        schedule = self.config.pruning_schedule
+        content = torch.tensor(list(json.dumps(schedule).encode()), dtype=torch.uint8) if schedule else None
+        for name, module in self.named_modules():
+            if isinstance(module, MadtpAlignment):
+                module.schedule = content if "modules_to_save." in name else None
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if name.startswith(prefix + "alignment.")]:
+            if name.endswith(".schedule"):
+                self.config.pruning_schedule = json.loads(bytes(state_dict.pop(name).tolist()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # Inference
 
     def prepare_for_inference(self, precision: str | None = "auto") -> "Self":
@@ -453,8 +471,8 @@ class PrunedModelMixin(_Host):
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(
-                f"{pretrained_model_name_or_path} has tensors of other shapes than a {cls.__name__}: expected a checkpoint"
-                f" of this class. A dense model becomes one by {cls.__name__}.{cls._from_dense_name}(source)."
+                f"{pretrained_model_name_or_path} has tensors of other shapes than a {cls.__name__}: expected a"
+                f" checkpoint of this class. A dense model becomes one by {cls._from_dense_name}(source)."
             ) from error
 
     # From a dense model

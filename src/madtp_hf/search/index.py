@@ -1,39 +1,34 @@
 """Search images by words or by an image: an on-disk index of image embeddings, and queries of it.
 
-An index is a folder of three files. `index.json` says how the index was made and names the other two: the vectors
-(FAISS, inner product) and the images' names (Parquet, one row per vector). `index.json` is replaced last and in one
-step, so the folder holds a complete index at any time.
+An index is a folder. `index.json` says how the index was made and names two other files: the vectors (FAISS, inner
+product) and the images' names (Parquet, one row per vector). `index.json` is replaced last and in one step, so the
+folder holds a complete index at any time. `job` holds the embeddings (`jobs.state`), from which the index is built.
 """
 
-import hashlib
 import json
 import os
-import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..budgets.evaluation import prepared
 from ..budgets.passes import restored
 from ..checkpoints.load import Loaded, load
 from ..data.sources import open_rows
+from ..jobs.outputs import FileOutput
+from ..jobs.reading import Reader, prepare
+from ..jobs.run import run_job
+from ..jobs.state import State, sync, write_atomically
+from ..jobs.workers import ImageEmbedder, Matcher, describe_model
 from ..modeling.images import read_image
 from ..modeling.prepared_linear import PRECISIONS
 from ..modeling.versions import VERSION as __version__
-from .embedding import (
-    EMBEDDING_TASKS,
-    embed_images,
-    embedding_size,
-    encode_images,
-    encode_texts,
-    progress,
-    tokenize,
-)
+from .embedding import encode_images, encode_texts
 
-
-__all__ = ["ImageIndex", "encode_images", "encode_texts", "index_images", "load_index", "search"]
 
 KINDS = ("flat", "hnsw", "ivf")
 _DESCRIPTION = "index.json"
@@ -45,12 +40,12 @@ class ImageIndex:
     """An index of image embeddings.
 
     vectors (`faiss.Index`): row i is the embedding of the image `names[i]`, a path relative to `info["root"]`. info
-    (`dict`): the content of `index.json`: `model`, `revision`, `weights` (a fingerprint), `dtype`, `reduction`, ...,
+    (`dict`): the content of `index.json`: `model`, `revision`, `weights` (a fingerprint), `dtype`, `pruning`, ...,
     and `unreadable`, from names to reasons. embedded, kept, removed: how many images the run that made the index
     embedded, reused and dropped.
     """
 
-    vectors: object
+    vectors: Any
     names: list[str]
     info: dict
     embedded: int = 0
@@ -62,7 +57,63 @@ class ImageIndex:
         return len(self.names)
 
     def path(self, row: int) -> str:
-        return os.path.join(self.info["root"], self.names[row])
+        return os.path.join(self.info["root"] or "", self.names[row])
+
+
+class IndexOutput(FileOutput):
+    """The index of a job's embeddings: `made`, once it is written."""
+
+    made: ImageIndex
+
+    def __init__(self, folder, kind: str, info: dict):
+        if kind not in KINDS:
+            raise ValueError(f"Unknown kind of index {kind!r}: expected {', '.join(KINDS)}.")
+        self.out = Path(folder).expanduser()
+        self.folder, self.kind, self.info = self.out / "job", kind, info
+
+    def check(self, manifest: dict | None) -> None:
+        if manifest is None and not (self.out / _DESCRIPTION).is_file() and self.out.exists():
+            if not self.out.is_dir() or any(one.name != "job" for one in self.out.iterdir()):
+                raise ValueError(f"{self.out} is not empty and not an index: choose another folder.")
+
+    def write(self, state: State, tables, errors) -> None:
+        """Write the embeddings as an index that replaces the one in the folder."""
+        names, vectors = [], []
+        for keys, table in tables:
+            names += keys
+            vectors.append(_vectors(table["embedding"]))
+        unreadable = {row["key"]: row["error"] for row in errors}
+        if not names:
+            reason = next(iter(unreadable.values()))
+            raise ValueError(f"None of the {len(unreadable)} images can be read ({reason}): no index was written.")
+        once = {name: row for row, name in enumerate(names)}  # a list may name an image twice
+        self.build([*once], np.concatenate(vectors)[[*once.values()]], unreadable)
+
+    def build(self, names: list[str], vectors: np.ndarray, unreadable: dict[str, str]) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        index, mark = _make_vectors(vectors, self.kind), uuid.uuid4().hex[:8]
+        files = {"vectors": f"vectors-{mark}.faiss", "images": f"images-{mark}.parquet"}
+        info = {**self.info, "kind": self.kind, "images": len(names), "unreadable": unreadable, "files": files}
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            _faiss().write_index(index, str(self.out / files["vectors"]))
+            # As bytes, since names of files need not be UTF-8.
+            columns = {"name": pyarrow.array([os.fsencode(name) for name in names], pyarrow.binary())}
+            pyarrow.parquet.write_table(pyarrow.table(columns), self.out / files["images"])
+            for name in files.values():
+                sync(self.out / name)
+            write_atomically(self.out / _DESCRIPTION, json.dumps(info, indent=1).encode())
+        except BaseException:
+            for name in files.values():
+                (self.out / name).unlink(missing_ok=True)
+            raise
+        for pattern in ("vectors-*.faiss", "images-*.parquet"):
+            for path in self.out.glob(pattern):  # left by the previous index or a killed run
+                if path.name not in files.values():
+                    path.unlink(missing_ok=True)
+        self.made = ImageIndex(index, names, info)
 
 
 def index_images(
@@ -77,7 +128,6 @@ def index_images(
     num_workers: int = 0,
     force: bool = False,
     show_progress_bar: bool | None = None,
-    save_interval: float = 300.0,
 ) -> ImageIndex:
     """Embed images into an on-disk index, or update an index: embed only images that are new or have changed.
 
@@ -87,9 +137,9 @@ def index_images(
         model, processor:
             As `encode_images` takes them.
         images (`str`, `Path` or `list`):
-            A folder, searched recursively for files with an image suffix; a text file with one path per line, or a
-            table, with paths relative to its folder and inside it; or a list of paths. Images that can't be read are
-            left out and listed, with the reason, in `info["unreadable"]`.
+            Images, as `open_rows` takes them: a folder, a list or table of paths, tars, ...; or a Parquet file of
+            embeddings that `madtp-hf embed` has written with this model. Images that can't be read are left out and
+            listed, with the reason, in `info["unreadable"]`.
         folder (`str` or `Path`):
             The index's folder: a new or empty one, or an index of the same model.
         kind (`str`, *optional*, defaults to `"flat"`):
@@ -101,9 +151,6 @@ def index_images(
             As for `encode_images`.
         force (`bool`, *optional*, defaults to `False`):
             Embed all images again, whatever the folder's index holds.
-        save_interval (`float`, *optional*, defaults to 300):
-            Seconds between saves. An interrupted run also saves what it has embedded, and the next run continues from
-            there.
 
     Returns:
         `ImageIndex`: the index, as written.
@@ -112,41 +159,83 @@ def index_images(
         ValueError: if there is no image, if the index is of another model or of other images, or if the folder holds
             something else.
     """
+    with restored(model), prepared(model):
+        worker = ImageEmbedder(model, processor, reduction)
+        options = {"batch_size": batch_size, "num_workers": num_workers, "force": force}
+        return build_index(worker, images, folder, kind, show_progress=show_progress_bar, **options)
+
+
+def build_index(worker: ImageEmbedder, images, folder, kind: str = "flat", *, image_dir=None, **options):
+    """Build or update an index with a worker; see `index_images`. options: of `run_job`.
+
+    Returns: `ImageIndex` in the first process of several, None in others.
+    """
     _faiss()
-    if kind not in KINDS:
-        raise ValueError(f"Unknown kind of index {kind!r}: expected {', '.join(KINDS)}.")
-    folder = Path(folder).expanduser()
-    root, names, unreadable = _find_images(images)
-    table = _Table(root, names, embedding_size(model))
-    table.unreadable.update(unreadable)
-    with restored(model):
-        if reduction is not None:
-            model.set_pruning(reduction=reduction)
-        info = {"root": root, "kind": kind, "reduction": reduction, **_describe(model)}
-        old_names = _take_over(table, folder, info, force)
-        kept = int(table.done.sum())
-        todo = np.array([row for row in np.flatnonzero(~table.done) if names[row] not in unreadable], int)
-        batches = embed_images(model, processor, [table.path(row) for row in todo], batch_size, num_workers)
-        saved = time.monotonic()
-        try:
-            with progress(len(todo), "image", show_progress_bar) as bar:
-                for positions, features, failed in batches:
-                    table.add(todo[positions], features, {todo[position]: why for position, why in failed.items()})
-                    bar.update(len(positions) + len(failed))
-                    if time.monotonic() - saved > save_interval:
-                        _write(table, folder, {**info, "kind": "flat"})
-                        saved = time.monotonic()
-        except BaseException:
-            if table.done.sum() > kept:
-                _write(table, folder, {**info, "kind": "flat"})
-            raise
-    if not table.done.any():
-        reason = next(iter(table.unreadable.values()))
-        raise ValueError(f"None of the {len(names)} images can be read ({reason}): nothing was written.")
-    index = _write(table, folder, info)
-    index.kept, index.embedded = kept, len(index) - kept
-    index.removed = len(set(old_names) - set(index.names))
+    config = worker.model.config
+    info = {
+        "model": config.name_or_path or type(worker.model).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "reduction": worker.reduction,
+        "pruning": worker.pruning_note(),
+        **describe_model(worker.model),
+        "version": __version__,
+    }
+    output, embedded = IndexOutput(folder, kind, info), 0
+    try:
+        before = load_index(output.out).names
+    except (OSError, ValueError):
+        before = []
+    made_of = _read_embeddings(images, worker)
+    if made_of is not None:
+        info["root"], names, vectors = made_of
+        force = options.get("force", False)
+        state = State(output.folder, output.out, worker.column, worker.value_type())
+        output.check(None if force else state.read_manifest())
+        settings = {**worker.settings(), "embeddings": True}
+        state.begin(settings, os.path.abspath(images), {"model": info["model"]}, force)
+        output.build(names, vectors, {})
+        state.write_manifest()
+        state.release()
+    else:
+        source = open_rows(images, image_dir=image_dir, wanted=worker.wanted())
+        info["root"] = source.folder if source.in_memory else None
+        summary = run_job(Reader(source, worker.processor.image_processor), worker, output, **options)
+        if summary is None:
+            return None
+        embedded = summary.done_now - summary.failed_now
+    index = output.made
+    index.embedded, index.kept, index.removed = embedded, len(index) - embedded, len({*before} - {*index.names})
     return index
+
+
+def _read_embeddings(images, worker: ImageEmbedder) -> tuple[str | None, list[str], np.ndarray] | None:
+    """Return the image folder, names and vectors of a file that a job has written; None for anything else.
+
+    Raises: `ValueError` if another model has made them.
+    """
+    if isinstance(images, (list, tuple)) or Path(images).suffix != ".parquet" or not os.path.isfile(images):
+        return None
+    import pyarrow.parquet
+
+    noted = (pyarrow.parquet.read_schema(images).metadata or {}).get(b"madtp_hf")
+    if noted is None:
+        return None
+    noted = json.loads(noted)
+    _check_same_model({**noted["settings"], "model": noted["model"]}, _described(worker.model))
+    if "image_processor" not in noted["settings"] or noted["settings"]["output"] != worker.column:
+        raise ValueError(
+            f"{images} holds no embeddings of images: expected what `madtp-hf embed` has written of them."
+        )
+    table = pyarrow.parquet.read_table(images, columns=["key", worker.column])
+    return noted["folder"], table["key"].to_pylist(), _vectors(table[worker.column])
+
+
+def _vectors(column) -> np.ndarray:
+    """Return an Arrow column of lists of one length as (N, E)."""
+    size = column.type.list_size
+    return np.concatenate(
+        [np.empty((0, size), np.float32)] + [c.flatten().to_numpy().reshape(-1, size) for c in column.chunks]
+    )
 
 
 def load_index(folder) -> ImageIndex:
@@ -161,21 +250,23 @@ def load_index(folder) -> ImageIndex:
         raise FileNotFoundError(f"{folder} is not an index: expected a folder that `madtp-hf index` has written.")
     import pyarrow.parquet
 
-    try:
-        info = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-        vectors = faiss.read_index(str(folder / info["files"]["vectors"]))
-        names = pyarrow.parquet.read_table(folder / info["files"]["images"], columns=["name"])["name"].to_pylist()
-        if len(names) != vectors.ntotal:
-            raise ValueError(f"{vectors.ntotal} vectors of {len(names)} images")
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
-    return ImageIndex(vectors, names, info)
+    text = None
+    while True:
+        try:
+            before, text = text, (folder / _DESCRIPTION).read_text(encoding="utf-8")
+            info = json.loads(text)
+            vectors = faiss.read_index(str(folder / info["files"]["vectors"]))
+            names = pyarrow.parquet.read_table(folder / info["files"]["images"], columns=["name"])["name"].to_pylist()
+            if len(names) != vectors.ntotal:
+                raise ValueError(f"{vectors.ntotal} vectors of {len(names)} images")
+            return ImageIndex(vectors, [os.fsdecode(name) for name in names], info)
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+            if text == before:  # else it has just been replaced: read it again
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"The index {folder} is damaged ({reason}): rebuild it with `force=True`.") from error
 
 
-def search(
-    index, query, top_k: int = 10, rerank: bool | int | None = None, model=None, processor=None
-) -> list[dict] | list[list[dict]]:
+def search(index, query, top_k: int = 10, rerank: bool | int | None = None, model=None, processor=None) -> list[Any]:
     """Find the images of an index that are nearest to a query.
 
     Args:
@@ -193,8 +284,9 @@ def search(
             The index's model and processor, if they are loaded already; by default `search` loads them.
 
     Returns:
-        A list of `{"path", "score", "similarity", "matching"}`, best first: the score that orders them, the cosine
-        similarity, and the matching logit or `None`. A list of queries gives a list of such lists.
+        A list of `{"path", "similarity", "matching", "score"}`, best first: the cosine similarity; the matching logit,
+        and the sum of both, which orders the images that were re-ranked, before all others. For these both are `None`.
+        A list of queries gives a list of such lists.
 
     Raises:
         ValueError: for a model other than the index's, an image that can't be read, or an empty query.
@@ -216,45 +308,48 @@ def search(
     if rerank is None:
         rerank = is_text and has_head
     depth = min(top_k if rerank is True else int(rerank), len(index))
-    with restored(model):
-        model.config.pruning_setting = index.info["pruning_setting"]
+    with restored(model), _pruning_of(index, model):
         encode = encode_texts if is_text else encode_images
-        embedding = encode(model, processor, query)
-        found = _nearest(index, embedding, max(top_k, depth))
+        found = _nearest(index, encode(model, processor, query), max(top_k, depth))
         if depth:
-            found[:depth] = _reranked(model, processor, query, found[:depth])
+            found[:depth] = _reranked(Matcher(model, processor), query, found[:depth])
     return found[:top_k]
+
+
+def _pruning_of(index: ImageIndex, model):
+    """Prune as the index's images were, within a `with` block."""
+    setting = index.info["pruning_setting"]
+    return model.pruning(None) if setting is None else model.pruning(**setting)
 
 
 def _nearest(index: ImageIndex, embedding: np.ndarray, count: int) -> list[dict]:
     similarities, rows = index.vectors.search(embedding[None], min(count, len(index)))
     return [
-        {"path": index.path(row), "score": similarity, "similarity": similarity, "matching": None}
+        {"path": index.path(row), "similarity": similarity, "matching": None, "score": None}
         for similarity, row in zip(similarities[0].tolist(), rows[0].tolist())
         if row >= 0  # FAISS fills up with -1 if the probed clusters hold too few vectors
     ]
 
 
-@torch.inference_mode()
-def _reranked(model, processor, text: str, found: list[dict], batch_size: int = 32) -> list[dict]:
+@torch.no_grad()
+def _reranked(matcher: Matcher, text: str, found: list[dict], batch_size: int = 32) -> list[dict]:
     """Order images by matching logit plus similarity; images that can no longer be read come last."""
-    readable, images = [], []
+    readable, pixels = [], []
     for one in found:
         try:
-            images.append(read_image(one["path"]))
+            pixels.append(prepare(read_image(one["path"]), matcher.processor.image_processor))
             readable.append(one)
         except ValueError:
             continue
-    encoded = tokenize(model, processor, [text])
     scored = []
-    for start in range(0, len(images), batch_size):
-        some = images[start : start + batch_size]
-        pixels = processor.image_processor(images=some, input_data_format="channels_last", return_tensors="pt")
-        pixels = pixels.pixel_values.to(model.device, model.dtype)
-        logits = model(**encoded, pixel_values=pixels).itm_score[:, 1].float().tolist()
+    for start in range(0, len(readable), batch_size):
+        logits = matcher.logits(np.stack(pixels[start : start + batch_size]), [text])[:, 1].tolist()
         for one, logit in zip(readable[start:], logits):
             scored.append({**one, "matching": logit, "score": logit + one["similarity"]})
     return sorted(scored, key=lambda one: -one["score"]) + [one for one in found if one not in readable]
+
+
+# The index's model
 
 
 def load_of_index(info: dict, source=None, device=None) -> Loaded:
@@ -263,15 +358,10 @@ def load_of_index(info: dict, source=None, device=None) -> Loaded:
     info: the index's; source: a folder or Hub id, by default the index's own.
     """
     revision = info["revision"] if source in (None, info["model"]) else None
+    precision = info["precision"] if info["precision"] in PRECISIONS else "auto"
+    options = {"revision": revision, "dtype": info["dtype"], "device": device, "precision": precision}
     try:
-        return load(
-            source or info["model"],
-            EMBEDDING_TASKS,
-            revision=revision,
-            dtype=info["dtype"],
-            device=device,
-            precision=info["precision"] if info["precision"] in PRECISIONS else "auto",
-        )
+        return load(source or info["model"], ImageEmbedder.tasks, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{error} The index was made by {info['model']}.") from error
 
@@ -283,166 +373,26 @@ def _model_of(index: ImageIndex, model, processor):
     if id(model) not in index._models:
         given = model
         if given is None:
-            info = index.info
-            loaded = load_of_index(info)
+            loaded = load_of_index(index.info)
             model, processor = loaded.model, loaded.processor
-        with restored(model):
+        with _pruning_of(index, model):
             # Pruning is set as in the index, so that only a difference of weights or dtype is an error.
-            model.config.pruning_setting = index.info["pruning_setting"]
-            _check_same_model(index.info, _describe(model))
+            _check_same_model(index.info, _described(model))
         index._models[id(given)] = model, processor  # kept alive, so that its id isn't reused
         index._models[id(model)] = model, processor
     return index._models[id(model)]
 
 
-# What an index depends on
-
-
-def _describe(model) -> dict:
-    """Describe what a model's embeddings depend on: its name, Hub revision, weights and pruning."""
-    config, host, alignment = model.config, hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest = alignment if name.startswith("alignment.") else host
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {
-        "model": config.name_or_path or type(model).__name__,
-        "revision": getattr(config, "_commit_hash", None),
-        "weights": host.hexdigest(),
-        # With pruning off, alignment tokens have no effect, and those of a dense model are random.
-        "alignment": alignment.hexdigest() if model.is_pruning else None,
-        "dtype": dtype,
-        "precision": model.inference_precision or dtype,
-        "pruning_method": config.pruning_method,
-        "pruning_setting": config.pruning_setting,
-    }
+def _described(model) -> dict:
+    return {**describe_model(model), "model": model.config.name_or_path or type(model).__name__}
 
 
 def _check_same_model(theirs: dict, ours: dict) -> None:
     """Raise a `ValueError` that names both models, unless their embeddings can be compared."""
-
-    def shown(info):
-        revision = f" at {info['revision'][:8]}" if info["revision"] else ""
-        return f"{info['model']}{revision} ({info['dtype']}, {info['precision']}, weights {info['weights'][:8]})"
-
-    def differ(*names):
-        return any(theirs[name] != ours[name] for name in names)
-
-    settings = ("pruning_method", "pruning_setting")
-    if differ("weights", "dtype", "precision") or (differ("alignment") and not differ(*settings)):
-        raise ValueError(f"The index was made by {shown(theirs)}, and this is {shown(ours)}. {_HINT}")
-    if differ(*settings):
-
-        def pruning(info):
-            if info.get("reduction") is not None:
-                return f"pruning to reduction {info['reduction']}"
-            setting = info["pruning_setting"]
-            return "pruning off" if setting is None else f"{info['pruning_method']} pruning, {setting}"
-
-        raise ValueError(f"The index was made with {pruning(theirs)}, and this is {pruning(ours)}. {_HINT}")
-
-
-# Files
-
-
-def _find_images(images) -> tuple[str, list[str], dict[str, str]]:
-    """Return the root folder, the images' names without duplicates, and the names that can't be read, with reasons."""
-    rows = open_rows(images, wanted=("image",))
-    if not rows.in_memory:
-        raise ValueError(f"{rows.name} holds images in its rows: expected a folder of image files, or a list of them.")
-    found = {row.key: row for row in rows.rows(0, len(rows))}
-    return rows.folder, list(found), {name: row.error for name, row in found.items() if row.error}
-
-
-class _Table:
-    """The images to index: their names, sizes and modification times, and the embeddings computed so far."""
-
-    def __init__(self, root: str, names: list[str], size: int):
-        self.root, self.names = root, names
-        self.vectors, self.done = np.zeros((len(names), size), np.float32), np.zeros(len(names), bool)
-        self.unreadable: dict[str, str] = {}
-        self.sizes, self.times = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-        for row in range(len(names)):
-            try:
-                status = os.stat(self.path(row))
-            except OSError:  # reading it later gives the reason
-                continue
-            self.sizes[row], self.times[row] = status.st_size, status.st_mtime_ns
-
-    def path(self, row: int) -> str:
-        return os.path.join(self.root, self.names[row])
-
-    def add(self, rows, vectors, unreadable: dict[int, str]) -> None:
-        if len(rows):
-            self.vectors[rows], self.done[rows] = vectors, True
-        self.unreadable.update({self.names[row]: reason for row, reason in unreadable.items()})
-
-
-def _take_over(table: _Table, folder: Path, info: dict, force: bool) -> list[str]:
-    """Copy the embeddings of unchanged images from the index in `folder`, if any; return the names in that index."""
-    if not (folder / _DESCRIPTION).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is not empty and not an index: choose another folder.")
-        return []
-    if force:
-        return []
-    import pyarrow.parquet
-
-    old = load_index(folder)
-    _check_same_model(old.info, info)
-    stored = pyarrow.parquet.read_table(folder / old.info["files"]["images"]).to_pydict()
-    known = {
-        name: (row, size, changed)
-        for row, (name, size, changed) in enumerate(zip(stored["name"], stored["size"], stored["mtime_ns"]))
-    }
-    same = [
-        (row, known[name][0])
-        for row, name in enumerate(table.names)
-        if name in known and known[name][1:] == (table.sizes[row], table.times[row])
-    ]
-    if not same and old.info["root"] != table.root:
-        raise ValueError(
-            f"{folder} is an index of {old.info['root']}, and none of its images is in {table.root}: choose another"
-            " folder, or replace it with `force=True`."
-        )
-    if same:
-        if old.info["kind"] == "ivf":
-            old.vectors.make_direct_map()
-        new_rows, old_rows = map(list, zip(*same))
-        table.vectors[new_rows] = old.vectors.reconstruct_n(0, len(old))[old_rows]
-        table.done[new_rows] = True
-    return old.names
-
-
-def _write(table: _Table, folder: Path, info: dict) -> ImageIndex:
-    """Write the embeddings computed so far as an index that replaces the one in `folder`."""
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = np.flatnonzero(table.done)
-    names = [table.names[row] for row in rows]
-    vectors = _make_vectors(table.vectors[rows], info["kind"])
-    mark = uuid.uuid4().hex[:8]
-    files = {"vectors": f"vectors-{mark}.faiss", "images": f"images-{mark}.parquet"}
-    info = {**info, "images": len(names), "unreadable": table.unreadable, "files": files, "version": __version__}
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _faiss().write_index(vectors, str(folder / files["vectors"]))
-        columns = {"name": names, "size": table.sizes[rows], "mtime_ns": table.times[rows]}
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / files["images"])
-        description = folder / f"{_DESCRIPTION}.{mark}"
-        description.write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(description, folder / _DESCRIPTION)
-    except BaseException:
-        for path in folder.glob(f"*{mark}*"):
-            path.unlink()
-        raise
-    for pattern in ("vectors-*.faiss", "images-*.parquet"):
-        for path in folder.glob(pattern):  # left by the previous index or a killed run
-            if path.name not in files.values():
-                path.unlink(missing_ok=True)
-    return ImageIndex(vectors, names, info)
+    names = [name for name in ours if name != "model" and theirs.get(name) != json.loads(json.dumps(ours[name]))]
+    if names:
+        changes = "; ".join(f"{name} {theirs.get(name)!r}, here {ours[name]!r}" for name in names)
+        raise ValueError(f"The index was made by {theirs['model']}, and this is {ours['model']} ({changes}). {_HINT}")
 
 
 def _make_vectors(vectors: np.ndarray, kind: str):

@@ -373,19 +373,19 @@ def _follow(client: httpx.Client, url: httpx.URL, deadline: float, limits: Limit
 
 def _connect(client: httpx.Client, url: httpx.URL) -> httpx.Response:
     """Request a URL from an address of its host, whose name is resolved once and whose addresses are all public."""
-    addresses = []
+    host, addresses = url.raw_host.decode("ascii"), []
     with contextlib.suppress(OSError, UnicodeError):
         port = url.port or (443 if url.scheme == "https" else 80)
-        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)]
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(is_public, addresses)):
-        raise ValueError(f"{_shown(url.host)} has no public address")
+        raise ValueError(f"{_shown(host)} has no public address")
     headers = {"Host": url.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
-    extensions = {"sni_hostname": url.host}  # the certificate is the name's
+    extensions = {"sni_hostname": host}  # the certificate is the name's
     for address in addresses:
         with contextlib.suppress(httpx.ConnectError):
             there = url.copy_with(host=address)
             return client.send(client.build_request("GET", there, headers=headers, extensions=extensions), stream=True)
-    raise ValueError(f"{_shown(url.host)} doesn't accept the connection")
+    raise ValueError(f"{_shown(host)} doesn't accept the connection")
 
 
 class EndpointHandler:

@@ -1,10 +1,11 @@
 """Find the checkpoint from which to resume an interrupted training."""
 
 import json
+import os
 from pathlib import Path
 
 
-def last_checkpoint(output_dir) -> str | None:
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """Return the newest complete checkpoint in a `Trainer`'s output folder, or None if there is none.
 
     Pass it to `trainer.train(resume_from_checkpoint=...)`. `resume_from_checkpoint=True` takes the newest folder,

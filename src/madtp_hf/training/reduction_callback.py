@@ -1,7 +1,7 @@
 """Control how much a model prunes during training, so that it holds a target reduction of FLOPs."""
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..budgets.passes import measure
@@ -56,13 +56,13 @@ class ReductionCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        target_reduction,
+        target_reduction: float | tuple[float, float],
         num_targets: int = 5,
         gain: float | None = None,
         seed: int = 0,
         dense_pass: bool = True,
         largest_pass: bool = False,
-        teacher=None,
+        teacher: PreTrainedModel | None = None,
     ):
         given = target_reduction if isinstance(target_reduction, (tuple, list)) else (target_reduction,)
         if len(given) not in (1, 2) or not all(is_number(target) for target in given):

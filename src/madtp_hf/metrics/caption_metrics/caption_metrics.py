@@ -166,10 +166,7 @@ class CaptionMetrics(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
             ),
             homepage="https://cocodataset.org/#captions-eval",
             codebase_urls=["https://github.com/salaniz/pycocoevalcap"],

@@ -128,10 +128,7 @@ class RetrievalRecall(evaluate.Metric):
                 f"text_to_image has shape {text_to_image.shape}: expected {relevant.T.shape}, one row per text"
                 " and one column per image"
             )
-        ranks = {
-            "image_to_text": _ranks(image_to_text, relevant),
-            "text_to_image": _ranks(text_to_image, relevant.T),
-        }
+        ranks = {"image_to_text": _ranks(image_to_text, relevant), "text_to_image": _ranks(text_to_image, relevant.T)}
         result = {f"{way}_recall@{k}": float((ranks[way] < k).mean()) for way in ranks for k in KS}
         result["mean_recall"] = sum(result.values()) / len(result)
         return result

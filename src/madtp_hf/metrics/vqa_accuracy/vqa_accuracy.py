@@ -108,10 +108,7 @@ class VqaAccuracy(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
             ),
             homepage="https://visualqa.org/evaluation.html",
             reference_urls=["https://github.com/GT-Vision-Lab/VQA"],
