@@ -153,8 +153,9 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         self, pixel_values, with_feature=False, interpolate_pos_encoding=False, pruning=None, **outputs
     ) -> BranchOutput:
         """Encode pixel_values (B, 3, H, W); `pruning` is the pass's, `outputs` are further vision model arguments."""
-        method = self.make_method(pruning or self.start_pass(), "vision", with_feature)
-        return self.vision_model(pixel_values, interpolate_pos_encoding, as_branch=True, method=method, **outputs)
+        pruning = pruning or self.start_pass()
+        outputs["method"] = self.make_method(pruning, "vision", with_feature)
+        return pruning.encode("vision", self.vision_model, pixel_values, interpolate_pos_encoding, **outputs)
 
     def _images(self, pixel_values, image_embeds, image_mask, **options) -> BranchOutput:
         """Encode pixel_values, or take images that were encoded before: image_embeds (B, M, D), image_mask (B, M)."""
@@ -194,10 +195,8 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         if images and self.config.encoder_token_id is not None:
             input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.encoder_token_id)
         method = self.make_method(pruning, "text", with_feature)
-        layout = pruning.text_layout
-        return self.text_encoder(
-            input_ids, as_branch=True, images=images, mask=mask, layout=layout, method=method, **outputs
-        )
+        outputs |= {"images": images, "mask": mask, "layout": pruning.text_layout, "method": method}
+        return pruning.encode("text", self.text_encoder, input_ids, **outputs)
 
     def _generation_config(self, given: GenerationConfig | None) -> GenerationConfig:
         """Return a copy of the given generation configuration, or of the model's own.

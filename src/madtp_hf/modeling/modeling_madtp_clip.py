@@ -128,8 +128,9 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         self, pixel_values, with_feature=False, interpolate_pos_encoding=False, pruning=None, **outputs
     ):
         """Encode pixel_values (B, 3, H, W); `outputs` are further arguments of `run_layers`."""
-        method = self.make_method(pruning or self.start_pass(), "vision", with_feature)
-        return self.vision_model(pixel_values, interpolate_pos_encoding, as_branch=True, method=method, **outputs)
+        pruning = pruning or self.start_pass()
+        outputs["method"] = self.make_method(pruning, "vision", with_feature)
+        return pruning.encode("vision", self.vision_model, pixel_values, interpolate_pos_encoding, **outputs)
 
     def _encode_text(
         self, input_ids, attention_mask=None, position_ids=None, with_feature=False, pruning=None, **outputs
@@ -143,7 +144,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
             layout = "varlen" if puts_back else layout
         method = self.make_method(pruning, "text", with_feature)
         options = {"layout": layout, "puts_back": puts_back, "method": method, **outputs}
-        return self.text_model(input_ids, attention_mask, position_ids, as_branch=True, **options)
+        return pruning.encode("text", self.text_model, input_ids, attention_mask, position_ids, **options)
 
     @can_return_tuple
     def get_text_features(

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention import CLASS_TOKEN_FIRST
-from .encoder import Tower
+from .encoder import BranchOutput, Tower
 from .method_class_attention import ClassAttentionMethod  # noqa: F401 (importing a method registers it)
 from .method_code import carry_code, is_own
 from .method_evit import EvitMethod  # noqa: F401
@@ -23,6 +23,7 @@ from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
 from .prepared_linear import PRECISIONS, can_prepack, check_kernels, prepare_linear_maps, restore_linear_maps
 from .pruning_method import PruningMethod, get_method
+from .sequences import Sequences
 from .token_pruning import alignment_loss
 from .training_passes import TrainingPasses
 
@@ -73,6 +74,20 @@ IGNORED_ARGUMENTS = {"token_type_ids", "use_cache"}
 _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
 
 
+@torch.compiler.disable(reason="a pruned encoder's shapes depend on values; to compile it, freeze its token counts")
+def _run_eagerly(tower: Tower, *args, **options) -> BranchOutput:
+    """Run an encoder outside of compiled code, which would be compiled anew for other lengths of the sequences.
+
+    The output is padded, because lists of lengths are constants of compiled code.
+    """
+    output = tower(*args, as_branch=True, **options)
+    layout = output.sequences
+    if not layout.is_varlen:
+        return output
+    padded = Sequences.padded(layout.batch_size, layout.max_seqlen, layout.device, layout.mask, layout.lengths)
+    return output._replace(states=output.hidden_states.flatten(0, 1), sequences=padded)
+
+
 class PruningPass:
     """Pruning in one forward pass: what is read from the configuration, once.
 
@@ -95,9 +110,21 @@ class PruningPass:
     def is_on(self) -> bool:
         return self.setting is not None
 
+    def depends_on_values(self, modality: str) -> bool:
+        """Return whether the shapes of a branch, `"vision"` or `"text"`, depend on values and not on shapes alone."""
+        if not self.is_on or self.granularity == "frozen":
+            return False
+        return modality == "text" or not self.method.has_fixed_counts
+
     def prunes(self, modality: str) -> bool:
         """Return whether a branch, `"vision"` or `"text"`, loses tokens."""
         return self.is_on and modality in self.modalities
+
+    def encode(self, modality: str, tower: Tower, *args, **options) -> BranchOutput:
+        """Run a branch's encoder; within compiled code, eagerly if its shapes depend on values."""
+        if torch.compiler.is_compiling() and self.depends_on_values(modality):
+            return _run_eagerly(tower, *args, **options)
+        return tower(*args, as_branch=True, **options)
 
     @property
     def text_layout(self) -> str:
@@ -316,7 +343,15 @@ class PrunedModelMixin(_Host):
         method, setting = self.pruning_method, self.config.pruning_setting
         if not torch.compiler.is_compiling():  # compiled code can't read a thread's own value
             method, setting = (_OVERRIDES.get() or {}).get(id(self), (method, setting))
-        return PruningPass(self.config, method, setting)
+        found = PruningPass(self.config, method, setting)
+        is_exporting = getattr(torch.compiler, "is_exporting", bool)() or torch.jit.is_tracing()
+        if is_exporting and any(map(found.depends_on_values, self.branch_specs)):
+            raise RuntimeError(
+                "A pruned pass has shapes that depend on values, which torch.export and torch.jit.trace can't record:"
+                " fix the token counts by madtp_hf.calibrate(model, dataloader, reductions, freeze=True) and set one"
+                " of these reductions, or turn pruning off."
+            )
+        return found
 
     @property
     def is_pruning(self) -> bool:
