@@ -1,13 +1,16 @@
 """CLIP with pruning off is transformers'; with pruning on, a sample's result is its own."""
 
+import copy
+
 import pytest
 import torch
+from transformers import CLIPModel
 
-from madtp_hf import MadtpClipModel
+from madtp_hf import MadtpClipConfig, MadtpClipModel
 from madtp_hf.modeling.sequences import Sequences
 
 from .conftest import close
-from .helpers.clip import END, make_clip, make_clip_inputs, make_clip_model, make_texts
+from .helpers.clip import END, clip_config, make_clip, make_clip_inputs, make_clip_model, make_texts
 
 
 LENGTHS = (9, 2, 7, 16, 5, 4, 12, 3)
@@ -258,3 +261,34 @@ def test_the_last_row_of_each_sequence():
     assert Sequences.padded(2, 3, "cpu").last(states)[:, 0].tolist() == [4, 10]
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert Sequences.padded(2, 3, "cpu", mask).last(states)[:, 0].tolist() == [2, 6]
+
+
+def test_a_new_model_is_initialised_as_transformers_clip():
+    fields = {name: value for name, value in clip_config().to_dict().items() if name != "model_type"}
+    clip, model = CLIPModel(clip_config()), MadtpClipModel(MadtpClipConfig(**fields))
+    mine = dict(model.named_parameters())
+    for name, parameter in clip.named_parameters():
+        if parameter.numel() > 200:
+            assert mine[name].std().item() == pytest.approx(parameter.std().item(), rel=0.3), name
+        elif parameter.ndim < 2 and "embedding" not in name:
+            assert mine[name].equal(parameter), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_in_half_precision_eager_and_sdpa_are_as_close_as_in_transformers(dtype):
+    inputs = make_clip_inputs((9, 5, 7, 9, 6, 8, 4))
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    apart = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        clip, distances = CLIPModel(clip_config()).eval(), []
+        for model in (clip, MadtpClipModel.from_clip(clip, num_alignment_tokens=12)):
+            model, found = copy.deepcopy(model).to(dtype).eval(), []
+            for attention in ("eager", "sdpa"):
+                model.set_attn_implementation(attention)
+                found.append(model(**inputs).logits_per_text.float())
+            distances.append((found[0] - found[1]).abs().mean())
+        apart.append(torch.stack(distances))
+    theirs, mine = torch.stack(apart).mean(dim=0)
+    assert mine < 1.5 * theirs

@@ -168,6 +168,11 @@ class PrunedModelMixin(_Host):
             if isinstance(tower, Tower):
                 tower.belong_to(self)
 
+    def _initialize_weights(self, module, *custom_code):
+        # In custom code, transformers leaves out modules without parameters of their own, such as CLIP's attention,
+        # which initialise their children. Ours goes by the flags of loaded weights, as transformers' own models do.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
