@@ -268,7 +268,8 @@ def wait(children: list[int]) -> list[int]:
 
 def kill_again_and_again(job: TinyJob, processes: int, kills: int, expected, generator) -> dict:
     """Kill a job at random moments; whenever it ends before, compare its output, and begin another."""
-    number, ended, wrong = 0, 0, 0
+    number, ended, wrong, grown, parts = 0, 0, 0, 0, set()
+    state = job.out / "job" if job.kind == "index" else job.out.with_name(job.out.name + ".job")
     longest = 0.6 if processes == 1 else 2.0
     while number < kills or not ended:
         children, patience = job.start(processes, pause=0.01), generator.uniform(0, longest)
@@ -286,13 +287,21 @@ def kill_again_and_again(job: TinyJob, processes: int, kills: int, expected, gen
         wait([*running])
         if running:
             number += 1
+            found = {file.name for file in state.glob("part-*")}
+            grown, parts = grown + bool(found - parts), found
             if job.kind == "index" and (job.out / "index.json").is_file():
                 wrong += job.result()[0] != expected[0]  # the last good one
         else:
             ended += 1
             wrong += any(codes) or job.result() != expected
             job.clear()
-    return {"kills": number, "runs to the end": ended, "rows lost or doubled, or index damaged": wrong}
+            parts = set()
+    return {
+        "kills": number,
+        "kills after new rows were saved": grown,
+        "runs to the end": ended,
+        "rows lost or doubled, or index damaged": wrong,
+    }
 
 
 # Checks

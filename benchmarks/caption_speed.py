@@ -47,7 +47,7 @@ def save_models(folder: Path, args) -> None:
     images = photograph_crops(args.calibration_images, side, seed=1)
     start = torch.full((4, NEW_TOKENS), text.bos_token_id)
     batches = [{"pixel_values": part, "input_ids": start[: len(part)]} for part in images.split(4)]
-    model.prepack_for_inference()
+    model.prepare_for_inference()
     calibrate(model, batches, list(REDUCTIONS))
     model.generation_config.min_new_tokens = NEW_TOKENS
     for name, saved in (("dense", dense), ("pruned", model)):

@@ -58,7 +58,7 @@ def test_an_unknown_name_is_an_error():
 
 def test_a_missing_evaluate_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(ImportError, match="pip install evaluate"):
+    with pytest.raises(ImportError, match="pip install 'madtp_hf"):
         load_metric("nlvr2")
 
 
@@ -489,5 +489,5 @@ def test_caption_errors(inputs, message):
 
 def test_a_missing_pycocoevalcap_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-    with pytest.raises(ImportError, match="pip install pycocoevalcap"):
+    with pytest.raises(ImportError, match="pip install 'madtp_hf"):
         load_metric("caption_metrics")
