@@ -16,6 +16,7 @@ from ..data.sources import require
 from ..modeling.images import UnreadableImage
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.modeling_madtp_clip import MadtpClipModel
+from ..modeling.padding import tokenize
 from ..tasks import TASKS
 from .reading import Batch
 
@@ -167,9 +168,8 @@ class Worker:
     def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Tokenize texts: input_ids and attention_mask (B, L) on the model's device."""
         longest = self.model.config.text_config.max_position_embeddings
-        encoded = self.processor.tokenizer(
-            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
-        )
+        # With a warning: one row that is too long doesn't stop a job.
+        encoded = tokenize(self.processor.tokenizer, texts, longest, True, padding=True, return_tensors="pt")
         return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def batch_size(self, memory: int | None = None) -> int:
