@@ -213,8 +213,8 @@ class PruningConfigMixin:
                 return {modality: tuple(entry[modality]) for modality in MODALITIES}
 
         def named(setting):
-            shown = {name: value for name, value in setting.items() if (name, value) != ("factor", 1.0)}
-            return " with ".join(f"{name} {value}" for name, value in shown.items())
+            first = sorted(setting.items(), key=lambda item: item[0] == "factor")  # named last, and not if it is 1
+            return " with ".join(f"{name} {value}" for name, value in first if (name, value) != ("factor", 1.0))
 
         raise ValueError(
             f"pruning_granularity='frozen' has no token counts for {named(present)}, only for"
