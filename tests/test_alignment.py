@@ -64,7 +64,7 @@ def test_what_has_nothing_to_look_at_is_named():
     with pytest.raises(ValueError, match="expected batches as the model takes them"):
         init_alignment_from(model, [])
     assert torch.equal(model.alignment.tokens, before)
-    assert model._pruning_method is None and not model.is_pruning
+    assert model.config.pruning_method == "madtp" and not model.is_pruning
 
 
 def test_patches_that_are_attended_to_become_the_important_ones():

@@ -102,6 +102,8 @@ def test_the_model_file_imports_all_others_itself():
 
 
 def test_there_is_a_frozen_checkpoint():
+    if f"## {VERSION} (unreleased)" in (Path(__file__).parents[1] / "CHANGELOG.md").read_text():
+        pytest.skip(f"{VERSION} is not released: its frozen checkpoint is made with the release")
     assert f"checkpoint-v{VERSION}" in [folder.name for folder in FIXTURES], (
         "a release has a frozen checkpoint: run `python -m tests.helpers.make_frozen_checkpoint`"
     )

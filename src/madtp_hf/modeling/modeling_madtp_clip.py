@@ -72,7 +72,7 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
     base_model_prefix = "madtp_clip"
     model_tags = ["clip", "madtp", "token-pruning"]  # in a model card's metadata
     task = "clip"
-    distilled = {"logits_per_image": "classes", "image_embeds": "features", "text_embeds": "features"}
+    distilled = {"image_embeds": "features", "text_embeds": "features"}  # whose comparison needs no other sample
     _dense_classes = (CLIPModel,)
     _from_dense_name = "from_clip"
     _task_auto_class = "AutoModelForZeroShotImageClassification"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -70,6 +70,7 @@ class PruningOutput:
 # What transformers' processors and callers also pass to BLIP and CLIP, where it changes nothing.
 IGNORED_ARGUMENTS = {"token_type_ids", "use_cache"}
 
+NOT_GIVEN: Any = object()  # `reduction=None` is off, as `None` is; no argument at all is an error
 # By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
 _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
 
@@ -211,7 +212,7 @@ class PrunedModelMixin(_Host):
 
     # Pruning
 
-    def set_pruning(self, *args: None, reduction: float | None = None, **setting: float | None) -> None:
+    def set_pruning(self, *args: None, reduction: float | None = NOT_GIVEN, **setting: float | None) -> None:
         """Set how much the model prunes, from the next forward pass on. The setting is stored in the configuration.
 
         `set_pruning(None)` turns pruning off.
@@ -238,7 +239,7 @@ class PrunedModelMixin(_Host):
         self,
         *args: None,
         method: str | type[PruningMethod] | None = None,
-        reduction: float | None = None,
+        reduction: float | None = NOT_GIVEN,
         **setting: float | None,
     ) -> "Iterator[Self]":
         """Prune as in `set_pruning`, within a `with` block and in this thread alone.
@@ -267,7 +268,7 @@ class PrunedModelMixin(_Host):
         return method if isinstance(method, type) and issubclass(method, PruningMethod) else get_method(method)
 
     def _read_setting(self, method: type[PruningMethod], args: tuple, reduction, setting: dict) -> dict | None:
-        if not args and reduction is None and not setting:
+        if not args and reduction is NOT_GIVEN and not setting:
             fields = " or ".join(f"{name}=..." for name in ("reduction", *method.fields))
             raise TypeError(f"set_pruning got no setting: expected {fields}; set_pruning(None) is off.")
         if args and args != (None,):
@@ -277,7 +278,7 @@ class PrunedModelMixin(_Host):
                 f" FLOPs to save, or set_pruning({next(iter(method.fields))}={args[0]!r}), the method's own setting;"
                 " set_pruning(None) is off."
             )
-        if reduction is None:
+        if reduction is None or reduction is NOT_GIVEN:
             return method.read_setting(setting)
         given = {name: value for name, value in setting.items() if value is not None}
         if given:
