@@ -77,7 +77,7 @@ _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thr
 
 @torch.compiler.disable(reason="a pruned encoder's shapes depend on values; to compile it, freeze its token counts")
 def _run_eagerly(tower: Tower, *args, **options) -> BranchOutput:
-    """Run an encoder outside of compiled code, which would be compiled anew for other lengths of the sequences.
+    """Run an encoder outside of compiled code, which would be compiled again for other lengths of the sequences.
 
     The output is padded, because lists of lengths are constants of compiled code.
     """
