@@ -64,17 +64,21 @@ def main():
     )
 
     # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
-    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
+    pruning_args.prepare(model, train_batches, validation_batches, training_args)
     trainer = RetrievalTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
         data_collator=collator,
         callbacks=pruning_args.callbacks(),
-        optimizers=(create_optimizer(model, training_args.learning_rate), None),
+        optimizers=(
+            create_optimizer(model, training_args.learning_rate, weight_decay=training_args.weight_decay),
+            None,
+        ),
         queue_size=args.queue_size,
         momentum=args.momentum,
         distillation=args.distillation,
+        distillation_warmup_steps=args.distillation_warmup_steps,
     )
 
     def score_at(reduction, queries=queries):

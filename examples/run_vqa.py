@@ -89,14 +89,17 @@ def main():
     )
 
     # 2. Set up fine-tuning. Under pruning, the callback controls the temperature, starting from the calibrated one.
-    pruning_args.prepare(model, train_batches, validation_batches, training_args.do_train)
+    pruning_args.prepare(model, train_batches, validation_batches, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=train,
         data_collator=collator,
         callbacks=pruning_args.callbacks(),
-        optimizers=(create_optimizer(model, training_args.learning_rate), None),
+        optimizers=(
+            create_optimizer(model, training_args.learning_rate, weight_decay=training_args.weight_decay),
+            None,
+        ),
     )
     # 3. Define predictions and their score before training.
     answers = json.loads(Path(args.answer_list).read_text()) if args.answer_list else None

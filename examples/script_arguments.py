@@ -3,12 +3,23 @@
 import argparse
 import inspect
 import json
+import re
+import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from madtp_hf import MadtpBlipConfig, ReductionCallback, RetrievalTrainer, calibrate, init_alignment_from
+from madtp_hf import (
+    MadtpBlipConfig,
+    ReductionCallback,
+    RetrievalTrainer,
+    calibrate,
+    init_alignment_from,
+    last_checkpoint,
+)
 from madtp_hf.budgets.evaluation import conservative_budget, public_name, report
 from madtp_hf.checkpoints.card import write_model_card
 from madtp_hf.checkpoints.load import load
@@ -29,7 +40,9 @@ class _HelpAll(argparse.Action):
 
 
 class ScriptParser(HfArgumentParser):
-    """`HfArgumentParser` whose `--help` shows a script's own options; `--help-all` shows all of them.
+    """`HfArgumentParser` that reads a recipe, a YAML file of options, from the first argument.
+
+    Options after the recipe override its own. `--help` shows a script's own options; `--help-all` shows all of them.
 
     dataclass_types: as in `HfArgumentParser`; defaults (`dict`): values that override those below and the classes'
     own.
@@ -37,7 +50,10 @@ class ScriptParser(HfArgumentParser):
 
     def __init__(self, dataclass_types, description: str, **defaults):
         super().__init__(
-            dataclass_types, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            dataclass_types,
+            usage="%(prog)s [RECIPE.yaml] [options]",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         own = [cls for cls in dataclass_types if not issubclass(cls, TrainingArguments)]
         self._own = {"help", "help_all", "output_dir", *(name.name for cls in own for name in fields(cls))}
@@ -58,9 +74,39 @@ class ScriptParser(HfArgumentParser):
             "save_strategy": "no",
             "report_to": "none",
             "remove_unused_columns": False,
+            "weight_decay": default_of(torch.optim.AdamW, "weight_decay"),
             "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU, torch warns with every loader
         }
         self.set_defaults(**{**training, **defaults})
+
+    def parse_args_into_dataclasses(self, args=None, **options) -> tuple:
+        args = sys.argv[1:] if args is None else list(args)
+        if args and not args[0].startswith("-"):
+            args = [*self.read_recipe(args[0]), *args[1:]]
+        parsed = super().parse_args_into_dataclasses(args, look_for_args_file=False, **options)
+        training = next((part for part in parsed if isinstance(part, TrainingArguments)), None)
+        if training is not None and training.resume_from_checkpoint == "last":
+            training.resume_from_checkpoint = last_checkpoint(training.output_dir)
+        return parsed
+
+    def read_recipe(self, file: str) -> list[str]:
+        """Return the options of a YAML file as arguments; exit with a message if it can't be read or has others."""
+        try:
+            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(
+                f"can't read the recipe {file}: expected a YAML file of options as the first argument ({error})"
+            )
+        if not isinstance(recipe, dict):
+            self.error(f"{file} holds {type(recipe).__name__}: expected lines of the form `option: value`")
+        known = {name.name for cls in self.dataclass_types for name in fields(cls)}
+        if unknown := [str(name) for name in recipe if name not in known]:
+            self.error(f"{file} has unknown options {', '.join(unknown)}: expected those that --help-all lists")
+        arguments = []
+        for name, value in recipe.items():
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            arguments += [f"--{name}", *map(str, values)]
+        return arguments
 
     def print_all_help(self) -> None:
         """Print the help of all options."""
@@ -76,6 +122,22 @@ class ScriptParser(HfArgumentParser):
         finally:
             for action, text in zip(hidden, texts):
                 action.help = text
+
+
+def clean_texts(data):
+    """Return the rows with questions, sentences and captions in lower case, without the punctuation BLIP drops."""
+
+    def clean(text, space: str):
+        if not isinstance(text, str):
+            return [clean(one, space) for one in text]
+        return " ".join(re.sub(r'[.!"()*#:;~]', space, text.lower()).split())
+
+    for name, space in {"question": "", "sentence": " ", "captions": " "}.items():
+        if name in data.column_names:
+            data = data.map(
+                lambda texts, name=name, space=space: {name: clean(texts, space)}, input_columns=name, batched=True
+            )
+    return data
 
 
 @dataclass
@@ -96,6 +158,10 @@ class DataArguments:
         default="test", metadata={"help": "The split to evaluate on; `validation` to choose settings."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Truncate texts to this many tokens."})
+    clean_texts: bool = field(
+        default=False,
+        metadata={"help": "Lower-case the data set's texts and drop their punctuation, as BLIP's own code does."},
+    )
 
     def load(self, load_digits, load_published) -> tuple:
         """Return the rows to train, calibrate and evaluate on: of the digit scenes, or of the published data set."""
@@ -110,7 +176,8 @@ class DataArguments:
                 parts.append(load_digits(split, rows))
                 continue
             data = load_published(self.dataset, split, image_dir=self.image_dir, columns=columns)
-            parts.append(data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data)
+            data = data.shuffle(seed=0).select(range(min(rows, len(data)))) if rows else data
+            parts.append(clean_texts(data) if self.clean_texts else data)
         return tuple(parts)
 
     def facts(self, example: str) -> dict:
@@ -135,6 +202,10 @@ class ContrastiveArguments:
         default=default_of(RetrievalTrainer, "distillation"),
         metadata={"help": "The momentum encoder's share in the targets."},
     )
+    distillation_warmup_steps: int | None = field(
+        default=default_of(RetrievalTrainer, "distillation_warmup_steps"),
+        metadata={"help": "The steps over which that share grows; two epochs if not given."},
+    )
 
 
 @dataclass
@@ -148,6 +219,10 @@ class PruningArguments:
     )
     num_targets: int = field(
         default=default_of(ReductionCallback, "num_targets"), metadata={"help": "The number of targets in that range."}
+    )
+    without_dense_pass: bool = field(
+        default=False,
+        metadata={"help": "Leave out the dense pass of each training step, from which the pruned one learns."},
     )
     reductions: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
@@ -171,20 +246,24 @@ class PruningArguments:
         loaded = load(source, task, device="cpu", **shape)  # in float32: weights in half precision don't train
         return loaded.model, loaded.processor
 
-    def prepare(self, model, train_batches, validation_batches, do_train: bool) -> None:
-        """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation."""
+    def prepare(self, model, train_batches, validation_batches, training_args) -> None:
+        """Fit new alignment tokens to training batches, and calibrate the starting point of training or evaluation.
+
+        Both run on the device that the model is trained on, where it stays.
+        """
         if self.dense:
             return
+        model.to(training_args.device)
         if not model.config.pruning_schedule and not self.random_alignment:
             init_alignment_from(model, train_batches)
-        calibrate(model, validation_batches, self.target_reduction if do_train else self.reductions)
+        calibrate(model, validation_batches, self.target_reduction if training_args.do_train else self.reductions)
 
     def callbacks(self) -> list:
         """Return the callbacks that control the temperature during training."""
         if self.dense:
             return []
         target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
-        return [ReductionCallback(target, num_targets=self.num_targets)]
+        return [ReductionCallback(target, num_targets=self.num_targets, dense_pass=not self.without_dense_pass)]
 
     def budgets(self, model) -> list[float]:
         """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""

@@ -20,6 +20,7 @@ RUN = (
     "prune",
     "publish",
     "question_answering",
+    "reproduce",
     "retrieval",
     "visual_reasoning",
 )
