@@ -61,7 +61,8 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        is_itself = bool(args) and result is args[0] and not name.endswith("_")  # a conversion without effect
+        # A conversion without effect returns its argument; so does an operation that writes to it, by name or `out`.
+        is_itself = bool(args) and result is args[0] and not name.endswith("_") and "out" not in (kwargs or {})
         if not self.paused and name not in FREE and not is_itself:
             self.add(name)
         return result

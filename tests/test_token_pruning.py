@@ -20,7 +20,6 @@ from madtp_hf.modeling.token_pruning import (
     alignment_loss,
     alignment_scores,
     importance_threshold,
-    keep_all_or_enough,
     merge_weights,
     most_important,
     select_tokens,
@@ -196,7 +195,7 @@ def test_the_scores_of_a_protected_last_token_decide_nothing(temperature):
 @pytest.mark.parametrize("min_kept, merges", [(1, True), (2, True), (3, False)])
 def test_a_layer_prunes_only_if_as_many_stay_as_the_host_wants(min_kept, merges):
     importance = torch.tensor([[0.1, 0.2, 0.4, 0.3, 0.1]])
-    stays, merging = select_tokens(importance, torch.tensor([[0.25]]), min_kept=min_kept)
+    stays, merging = select_tokens(importance <= 0.25, min_kept=min_kept)
     assert merging.item() == merges and stays.sum() == (2 if merges else 5)
 
 
@@ -302,11 +301,11 @@ def test_the_alignment_feature_is_of_the_tokens_that_can_go(kind, spec, path):
     ],
 )
 def test_what_stays(importance, threshold, kept):
-    stays, merges = select_tokens(torch.tensor([importance]), torch.tensor([[threshold]]))
+    stays, merges = select_tokens(torch.tensor([importance]) <= threshold)
     assert stays.sum() == kept and merges.item() == (kept < 4)
     # And with padding behind it, however important.
     mask = torch.tensor([[True] * 4 + [False] * 2])
-    stays, merges = select_tokens(torch.tensor([[*importance, 9.0, 9.0]]), torch.tensor([[threshold]]), mask)
+    stays, merges = select_tokens(torch.tensor([[*importance, 9.0, 9.0]]) <= threshold, mask)
     assert stays.sum() == kept and not stays[:, 4:].any() and merges.item() == (kept < 4)
 
 
@@ -440,7 +439,7 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
         importance = token_importance(of_samples, scores[:number], weights)
         threshold = importance_threshold(scores[:number], importance, 50.0, weights)
         assert importance.isfinite().all() and threshold[0].isfinite().all()
-        stays, merges = select_tokens(importance, threshold, tokens)
+        stays, merges = select_tokens(importance <= threshold, tokens)
         states, sequences = lay_out(padded[:number], lengths[:number], kind)
         decision = answer(stays, importance, merges)
         result, left, _ = apply(states, sequences, [decision], BLIP)
@@ -471,7 +470,7 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, spec
     if not uniform:
         importance = importance * weights
     keep = most_important(importance, length - 2 - spec.num_suffix_tokens, tokens)
-    stays, merges = keep_all_or_enough(keep, tokens, spec.counts(sequences))
+    stays, merges = select_tokens(~keep, tokens, spec.counts(sequences))
     decision = answer(stays, importance, merges, length=length)
     result, left, move = apply(states, sequences, [decision], spec)
 
@@ -545,7 +544,7 @@ def test_gradients_of_merging_are_those_of_a_loop_over_samples(lengths, kind, fi
         keep = most_important(importance.detach(), 4, tokens)
     else:  # a different number in each
         keep = (importance.detach() > torch.linspace(0.2, 0.8, len(lengths))[:, None]) & tokens
-    stays, merges = keep_all_or_enough(keep, tokens, tokens.sum(1, keepdim=True))
+    stays, merges = select_tokens(~keep, tokens, tokens.sum(1, keepdim=True))
     expected = merged_in_a_loop(padded, lengths, stays, importance, spec)
     length = 6 + spec.num_suffix_tokens if fixed else None
     states, sequences = lay_out(padded, lengths, kind)

@@ -88,7 +88,7 @@ def gate(
             )
             s = token_importance(statistics, scores[None, tokens])
             theta = importance_threshold(scores[None, tokens], s, temperature, factor=factor)
-            stays, merges = select_tokens(s, theta, min_kept=min_kept)
+            stays, merges = select_tokens(s <= theta, min_kept=min_kept)
             importance[tokens] = s[0]
         stays, merges = stays[0].int(), bool(merges)
         num_kept = int(stays.sum())

@@ -21,7 +21,6 @@ from .token_pruning import (
     alignment_feature,
     alignment_scores,
     importance_threshold,
-    keep_all_or_enough,
     merge_weights,
     most_important,
     select_tokens,
@@ -378,19 +377,15 @@ class MadtpMethod(PruningMethod):
         if self.token_counts is not None:
             length = min(self.token_counts[layer], chunk.max_seqlen)
             number = length - spec.num_protected - 1  # `length` includes the merged token
-            keep = most_important(importance, min(max(number, 1), spec.num_removable(chunk)), mask)
-            stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
+            goes = ~most_important(importance, min(max(number, 1), spec.num_removable(chunk)), mask)
         else:
             if mask is not None and (spec.num_suffix_tokens or not chunk.is_varlen):
                 scores = scores.where(mask.unsqueeze(-1), scores[:, :1])  # padding may have scores of any size
-            threshold = importance_threshold(scores, importance, self.temperature, float_mask, self.factor)
+            goes = importance <= importance_threshold(scores, importance, self.temperature, float_mask, self.factor)
             if self.granularity == "batch":
-                keep = importance > threshold
-                number = (keep if mask is None else keep & mask).sum(dim=1).amax()
-                keep = most_important(importance, number, mask)
-                stays, merges = keep_all_or_enough(keep, mask, counts, self.min_kept)
-            else:
-                stays, merges = select_tokens(importance, threshold, mask, counts, self.min_kept)
+                number = (~goes if mask is None else mask & ~goes).sum(dim=1).amax()
+                goes = ~most_important(importance, number, mask)
+        stays, merges = select_tokens(goes, mask, counts, self.min_kept)
         return Decision(merge_weights(importance, stays, merges), stays, merges, length=length)
 
     def to(self, device, non_blocking: bool = False) -> "MadtpMethod":

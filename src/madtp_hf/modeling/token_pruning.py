@@ -83,9 +83,11 @@ def token_importance(
 
     mask (B, N): 1.0 at real tokens, 0.0 at padding. So are all masks below unless they are described as boolean.
     """
-    by_alignment = strongest_alignment(scores, mask)
-    importance = pooling_importance(statistics).addcdiv(statistics.received, sum_over_tokens(statistics.received))
-    return importance.addcdiv(by_alignment, sum_over_tokens(by_alignment)) / 3
+    by_pooling = pooling_importance(statistics)
+    terms = torch.stack([statistics.received, strongest_alignment(scores, mask), by_pooling], dim=1)
+    normed = terms[:, :2]
+    normed.div_(sum_over_tokens(normed))  # two at once, because on a GPU each operation costs a launch
+    return terms.mean(dim=1)
 
 
 @torch.no_grad()  # importance is only compared with the threshold, which needs no gradient
@@ -127,34 +129,25 @@ def without_autocast(device_type: str):
 
 
 def select_tokens(
-    importance: torch.Tensor,
-    threshold: torch.Tensor,
+    goes: torch.Tensor,
     mask: torch.Tensor | None = None,
     num_tokens: torch.Tensor | int | None = None,
     min_kept: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 6: select the tokens that stay (B, N), False at padding, and the samples that merge the others (B, 1).
 
-    All tokens of a sample stay if fewer than `min_kept` would stay, or if fewer than two would go. mask (B, N):
-    boolean; num_tokens (B, 1): the number of removable tokens, by default all that are real.
+    All tokens of a sample stay if fewer than `min_kept` would stay, or if fewer than two would go. goes, mask (B, N):
+    boolean, the tokens that would go, and the real ones; num_tokens (B, 1): the number of removable tokens, by default
+    all that are real.
     """
-    keep = importance > threshold
-    return keep_all_or_enough(keep if mask is None else keep & mask, mask, num_tokens, min_kept)
-
-
-def keep_all_or_enough(
-    keep: torch.Tensor,
-    mask: torch.Tensor | None,
-    num_tokens: torch.Tensor | int | None = None,
-    min_kept: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the limits of `select_tokens` to the tokens (B, N) that would stay, and return what it returns."""
     if num_tokens is None:
-        num_tokens = keep.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
-    num_kept = keep.sum(dim=1, keepdim=True)
-    merges = (num_kept >= min_kept) & (num_kept < num_tokens - 1)
-    # Boolean operators, because ONNX Runtime lacks `torch.where` for booleans.
-    return keep | (~merges if mask is None else mask & ~merges), merges
+        num_tokens = goes.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
+    if mask is not None:
+        goes = goes & mask
+    num_gone = goes.sum(dim=1, keepdim=True)
+    merges = (num_gone > 1) & (num_gone <= num_tokens - min_kept)
+    goes = goes & merges
+    return ~goes if mask is None else mask ^ goes, merges
 
 
 def most_important(importance: torch.Tensor, number: torch.Tensor | int, mask: torch.Tensor | None) -> torch.Tensor:
