@@ -67,6 +67,8 @@ def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):
         look(model, processor, picture(), QUESTION, 0.9)
     with pytest.raises(ValueError, match="The question is empty"):
         look(model, processor, picture(), " ", 0.5)
+    with pytest.raises(ValueError, match=r"62 tokens long: this model reads at most \d+\. Shorten it\.$"):
+        look(model, processor, picture(), "seven " * 60, 0.5)
 
 
 def test_what_a_model_writes_is_escaped(processor, monkeypatch):

@@ -123,7 +123,8 @@ def test_converted_by_the_command(tmp_path, monkeypatch):
         to_original(make_clip(text_config={**sizes, "vocab_size": 120}, vision_config=sizes), False), "clip.pth"
     )
     result = CliRunner().invoke(app, [*arguments, "--force"])
-    assert result.exit_code == 1 and "has 98 tokens" in result.output and "openai/clip-vit-base-patch32" in result.output
+    assert result.exit_code == 1
+    assert "has 98 tokens" in result.output and "openai/clip-vit-base-patch32" in result.output
 
 
 def test_the_card_of_a_dense_clip_says_how_to_prune_it():

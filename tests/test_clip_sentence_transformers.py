@@ -37,7 +37,7 @@ def test_the_documented_lines_encode_images_and_texts(checkpoint, tmp_path, monk
     names = {}
     # The test's tokenizer reads letters, and its model 24 of them.
     texts = ["red seven", "blue one"]
-    block = re.sub(r"encode\(\[\"digits.*?\]", f"encode({texts}", block)
+    block = re.sub(r"captions = \[.*?\n\]", f"captions = {texts}", block, flags=re.DOTALL)
     exec(block.replace("./outputs/clip", str(checkpoint)), names)
     assert "tensor" in capsys.readouterr().out
 
@@ -66,9 +66,9 @@ def test_what_is_saved_keeps_its_reduction(checkpoint, tmp_path):
     encoder.save(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True)
     assert again[0].model.config.pruning_temperature == 4.0
-    torch.testing.assert_close(
-        torch.as_tensor(again.encode(["red seven"])), torch.as_tensor(expected), atol=1e-5, rtol=0
-    )
+    for reduction in (None, 0.6):  # what sentence-transformers saves takes one as well
+        found = again.encode(["red seven"], reduction=reduction)
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -88,7 +88,13 @@ def test_blip_retrieval_embeds_texts_and_images(tmp_path):
         model.set_pruning(reduction=reduction)
         expected = model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
         found.append(model.get_image_features(pixels).pooler_output)
-        with encoder[0].model.pruning(reduction=reduction):  # for these calls alone
+        with encoder[0].model.pruning(reduction=reduction):
             torch.testing.assert_close(torch.as_tensor(encoder.encode(texts)), expected, atol=1e-4, rtol=0)
-            torch.testing.assert_close(torch.as_tensor(encoder.encode([image])), found[-1], atol=1e-4, rtol=0)
+        # For this call alone, whatever applies otherwise.
+        with encoder[0].model.pruning(reduction=0.5 - reduction):
+            for given, features in ((texts, expected), ([image], found[-1])):
+                embedded = torch.as_tensor(encoder.encode(given, reduction=reduction))
+                torch.testing.assert_close(embedded, features, atol=1e-4, rtol=0)
     assert not torch.allclose(*found, atol=1e-3)
+    with pytest.raises(ValueError, match="reduction"):
+        encoder.encode(texts, reduction=0.9)

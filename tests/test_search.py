@@ -17,6 +17,7 @@ pytest.importorskip("faiss", reason="image search needs the extra `search`")
 pytest.importorskip("pyarrow", reason="image search needs the extra `search`")
 pytest.importorskip("typer", reason="the command needs the extra `cli`")
 pytest.importorskip("sklearn", reason="digit scenes need the extra `digits`")
+from transformers.utils.logging import warning_once
 from typer.testing import CliRunner
 
 from madtp_hf.checkpoints.load import load
@@ -85,10 +86,23 @@ def test_images_are_embedded_whatever_they_come_as(blip, photos):
 
 
 def test_texts_of_any_length_keep_their_order(blip):
-    texts = ["red seven", "blue nine green seven white one " * 20, "red"]
+    texts = ["red seven", "blue nine green seven white one " * 3, "red"]
     together = encode_texts(*blip, texts, batch_size=2)
     for text, embedding in zip(texts, together):
         np.testing.assert_allclose(encode_texts(*blip, text), embedding, atol=1e-5)
+
+
+def test_a_text_that_is_too_long_is_an_error_or_truncated_on_request(blip, index, caplog):
+    warning_once.cache_clear()
+    longest = blip[0].config.text_config.max_position_embeddings
+    texts, message = ["seven " * longest, "red"], f"{longest + 2} tokens long: this model reads at most {longest}"
+    with pytest.raises(ValueError, match=rf"{message}\..*truncation=True"):
+        encode_texts(*blip, texts)
+    with pytest.raises(ValueError, match=rf"{message}\. Shorten it\.$"):
+        search(index, texts[0], model=blip[0], processor=blip[1])
+    found = encode_texts(*blip, texts, truncation=True)
+    assert caplog.text.count(f"more than {longest} tokens") == 1
+    np.testing.assert_allclose(found[0], encode_texts(*blip, "seven " * (longest - 2)), atol=1e-5)
 
 
 def test_embeddings_of_clip_are_its_normalised_features(photos):

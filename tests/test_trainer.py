@@ -1,6 +1,5 @@
 """What people switch on in `Trainer`, with pruning and `ReductionCallback`; resuming is in `test_resuming.py`."""
 
-
 import datasets
 import pytest
 import torch

@@ -34,8 +34,10 @@ _PROCESSOR_FILES = (
     "processor_config.json preprocessor_config.json tokenizer.json tokenizer_config.json special_tokens_map.json"
     " added_tokens.json vocab.txt vocab.json merges.txt chat_template.json chat_template.jinja"
 ).split()
+_SENTENCE_TRANSFORMERS_FILES = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 _ALONGSIDE = (
     *_PROCESSOR_FILES,
+    *_SENTENCE_TRANSFORMERS_FILES,
     *"generation_config.json README.md LICENSE LICENSE.md LICENSE.txt NOTICE results.json".split(),
     *"handler.py images.py requirements.txt".split(),
 )
@@ -51,6 +53,7 @@ _LINK = re.compile(r"""\]\(<?(?:\./)?([^)>\s]+)|\b(?:src|href)=["'](?:\./)?([^"'
 # it are kept.
 _STALE = (
     *_PROCESSOR_FILES,
+    *_SENTENCE_TRANSFORMERS_FILES,
     "generation_config.json",
     PICTURE,
     "model.safetensors",

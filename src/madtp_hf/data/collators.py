@@ -16,6 +16,7 @@ import torch.utils.data
 from transformers import ProcessorMixin
 
 from ..modeling.images import read_image
+from ..modeling.texts import tokenize
 
 
 def _column(rows: list[dict], name: str) -> list:
@@ -102,16 +103,19 @@ def _pixels(processor, rows: list[dict], *names: str) -> torch.Tensor:
     return processor.image_processor(images=images, return_tensors="pt").pixel_values
 
 
-def _tokens(processor, texts: list[str], max_length: int | None = None, **options) -> dict[str, torch.Tensor]:
-    encoded = processor.tokenizer(
-        texts, padding=True, truncation=max_length is not None, max_length=max_length, return_tensors="pt", **options
-    )
+def read_texts(processor, texts: list[str], max_length: int | None = None, **options) -> dict[str, torch.Tensor]:
+    """Tokenize texts, padded; those of more than `max_length` tokens are truncated, with one warning."""
+    options |= {"padding": True, "return_tensors": "pt"}
+    if max_length is None:
+        encoded = processor.tokenizer(texts, **options)
+    else:
+        encoded = tokenize(processor.tokenizer, texts, max_length, True, **options)
     return {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
 
 
 def _decoder_tokens(processor, texts, start_token_id: int, max_length: int | None = None) -> dict[str, torch.Tensor]:
     """Tokenize with padding on the right, whatever the tokenizer's default; the first token is `start_token_id`."""
-    encoded = _tokens(processor, texts, max_length, padding_side="right")
+    encoded = read_texts(processor, texts, max_length, padding_side="right")
     encoded["input_ids"][:, 0] = start_token_id
     return encoded
 
@@ -154,7 +158,7 @@ class QuestionAnsweringCollator:
     _seen: Counter = field(init=False, repr=False, default_factory=Counter)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = _tokens(self.processor, _texts(rows, "question"), self.max_length)
+        batch = read_texts(self.processor, _texts(rows, "question"), self.max_length)
         batch["pixel_values"] = _pixels(self.processor, rows, "image")
         given = _answers(rows)
         if given is not None:
@@ -177,7 +181,7 @@ class VisualReasoningCollator:
     max_length: int | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = _tokens(self.processor, _texts(rows, "sentence"), self.max_length)
+        batch = read_texts(self.processor, _texts(rows, "sentence"), self.max_length)
         batch["pixel_values"] = _pixels(self.processor, rows, "left_image", "right_image").unflatten(0, (-1, 2))
         labels = _labels(rows)
         return batch if labels is None else {**batch, "labels": labels}
@@ -232,7 +236,7 @@ class RetrievalCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | bool]:
         image_ids, captions = _texts(rows, "image_id"), _captions(rows)
         draw = _generator(self.seed, self._seen, list(zip(image_ids, captions)))
-        batch = _tokens(self.processor, [draw.choice(of_image) for of_image in captions], self.max_length)
+        batch = read_texts(self.processor, [draw.choice(of_image) for of_image in captions], self.max_length)
         batch["pixel_values"] = _pixels(self.processor, rows, "image")
         batch["image_ids"] = torch.tensor([_hash(image_id) for image_id in image_ids])
         return {**batch, "return_loss": True}

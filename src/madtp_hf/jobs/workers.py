@@ -16,7 +16,7 @@ from ..data.sources import require
 from ..modeling.images import UnreadableImage
 from ..modeling.modeling_madtp_blip import MadtpBlipForImageTextRetrieval
 from ..modeling.modeling_madtp_clip import MadtpClipModel
-from ..modeling.padding import tokenize
+from ..modeling.texts import tokenize
 from ..tasks import TASKS
 from .reading import Batch
 
@@ -165,11 +165,13 @@ class Worker:
         values = torch.from_numpy(pixels).to(self.model.device).float()
         return values.mul_(self._scale).sub_(self._mean).div_(self._std).to(self.model.dtype)
 
-    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Tokenize texts: input_ids and attention_mask (B, L) on the model's device."""
+    def tokens(self, texts: list[str], truncation: bool | None = True) -> dict[str, torch.Tensor]:
+        """Tokenize texts: input_ids and attention_mask (B, L) on the model's device.
+
+        They are truncated with a warning, so that one row that is too long doesn't stop a job.
+        """
         longest = self.model.config.text_config.max_position_embeddings
-        # With a warning: one row that is too long doesn't stop a job.
-        encoded = tokenize(self.processor.tokenizer, texts, longest, True, padding=True, return_tensors="pt")
+        encoded = tokenize(self.processor.tokenizer, texts, longest, truncation, padding=True, return_tensors="pt")
         return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def batch_size(self, memory: int | None = None) -> int:
@@ -276,8 +278,8 @@ class TextEmbedder(ImageEmbedder):
     def settings(self):
         return {**super().settings(), "tokenizer": _tokenizer_digest(self.processor)}
 
-    def embed(self, texts: list[str]) -> np.ndarray:
-        return self.features(self.model.get_text_features(**self.tokens(texts)))
+    def embed(self, texts: list[str], truncation: bool | None = True) -> np.ndarray:
+        return self.features(self.model.get_text_features(**self.tokens(texts, truncation)))
 
     def compute(self, pixels, texts, rows):
         return _finite(self.embed(texts))

@@ -542,15 +542,16 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        reduction: float | None = None,
         **kwargs,
     ) -> tuple | EncoderOutput:
         """Return the L2-normalised features (B, image_text_hidden_size) of images as `pooler_output`.
 
-        pixel_values (B, 3, H, W). The output also holds the last hidden states and, on request, all of them and the
-        attentions.
+        pixel_values (B, 3, H, W). `reduction`: the share of FLOPs to save in this call. The output also holds the last
+        hidden states and, on request, all of them and the attentions.
         """
         self._check_arguments(kwargs)
-        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass(reduction)
         images = self._encode_images(pixel_values, False, interpolate_pos_encoding, pruning, **outputs)
         return as_model_output(images, self._image_feature(images), pruning.is_on)
 
@@ -561,14 +562,15 @@ class MadtpBlipForImageTextRetrieval(RetrievalLosses, MadtpBlipPreTrainedModel):
         attention_mask: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        reduction: float | None = None,
         **kwargs,
     ) -> tuple | EncoderOutput:
         """Return the L2-normalised features (B, image_text_hidden_size) of texts as `pooler_output`.
 
-        input_ids, attention_mask (B, L); the output's other fields are those of `get_image_features`.
+        input_ids, attention_mask (B, L); `reduction` and the output's other fields are those of `get_image_features`.
         """
         self._check_arguments(kwargs)
-        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass(reduction)
         texts = self._encode_text(input_ids, attention_mask, pruning=pruning, **outputs)
         return as_model_output(texts, self._text_feature(texts), pruning.is_on)
 

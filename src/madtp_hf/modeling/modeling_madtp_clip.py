@@ -154,15 +154,16 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        reduction: float | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
         """Return unnormalised text features (B, projection_dim) as `pooler_output`, and the surviving hidden states.
 
-        input_ids, attention_mask, position_ids (B, L). Without pruning, outputs equal `CLIPModel`'s, but for zeros at
-        the padding of a mask.
+        input_ids, attention_mask, position_ids (B, L). `reduction`: the share of FLOPs to save in this call. Without
+        pruning, outputs equal `CLIPModel`'s, but for zeros at the padding of a mask.
         """
         self._check_arguments(kwargs)
-        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass(reduction)
         texts = self._encode_text(input_ids, attention_mask, position_ids, pruning=pruning, **outputs)
         return as_model_output(texts, self.text_projection(texts.pooled), pruning.is_on)
 
@@ -173,14 +174,16 @@ class MadtpClipModel(PrunedModelMixin, CLIPPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        reduction: float | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
         """Return unnormalised image features (B, projection_dim) as `pooler_output`, and the surviving hidden states.
 
-        pixel_values (B, 3, H, W). Without pruning, outputs equal `CLIPModel`'s.
+        pixel_values (B, 3, H, W). `reduction`: the share of FLOPs to save in this call. Without pruning, outputs equal
+        `CLIPModel`'s.
         """
         self._check_arguments(kwargs)
-        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass()
+        outputs, pruning = self._outputs(output_hidden_states, output_attentions), self.start_pass(reduction)
         images = self._encode_images(pixel_values, False, interpolate_pos_encoding, pruning, **outputs)
         return as_model_output(images, self.visual_projection(images.pooled), pruning.is_on)
 

@@ -1,10 +1,8 @@
 """Checks of the models' inputs, and functions that move the padding of texts."""
 
 import torch
-from transformers.utils import logging
 
 
-logger = logging.get_logger("transformers.models.madtp")
 LONGER_THAN_ANY = 2**20  # more tokens than any sequence has
 
 
@@ -43,25 +41,6 @@ def check_text_length(length: int, longest: int) -> None:
             f"input_ids holds a text of {length} tokens: this model reads at most {longest}. Tokenize with"
             f" truncation=True, max_length={longest}."
         )
-
-
-def tokenize(tokenizer, texts, longest: int, truncation: bool | str = False, **options):
-    """Tokenize texts of at most `longest` tokens; longer ones raise an error or, on request, are truncated.
-
-    Truncating warns once. options: further arguments of the tokenizer.
-    """
-    read = tokenizer(texts, max_length=longest, truncation=False, verbose=False, **options)
-    rows = read["input_ids"]
-    rows = rows if len(rows) and hasattr(rows[0], "__len__") else [rows]
-    length = max(map(len, rows))
-    if length <= longest:
-        return read
-    if not truncation:
-        raise ValueError(
-            f"A text is {length} tokens long: this model reads at most {longest}. Shorten it, or pass truncation=True."
-        )
-    logger.warning_once(f"Texts of more than {longest} tokens, the longest for this model, are truncated.")
-    return tokenizer(texts, max_length=longest, truncation=truncation, **options)
 
 
 def text_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[int]:

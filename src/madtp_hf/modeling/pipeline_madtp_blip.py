@@ -18,7 +18,7 @@ from transformers import Pipeline
 from transformers.image_utils import httpx  # the client that transformers itself fetches images with
 
 from .images import UnreadableImage, read_image
-from .padding import tokenize
+from .texts import tokenize
 
 
 _IMAGE = "a PIL image, a uint8 array (height, width, 3), or a path, URL or base64 string of an image"

@@ -70,6 +70,19 @@ class PruningOutput:
 # What transformers' processors and callers also pass to BLIP and CLIP, where it changes nothing.
 IGNORED_ARGUMENTS = {"token_type_ids", "use_cache"}
 
+# sentence-transformers reads these files of a checkpoint; with them, its `encode` takes a `reduction`.
+_TRANSFORMER = "sentence_transformers.models.Transformer"
+_SENTENCE_TRANSFORMERS_FILES = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER, "kwargs": ["reduction"]}],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
+            for modality in ("text", "image")
+        },
+        "module_output_name": "sentence_embedding",
+    },
+}
 NOT_GIVEN: Any = object()  # `reduction=None` is off, as `None` is; no argument at all is an error
 # By model (its id), the method and the setting of `with model.pruning(...)`. Each thread sees its own.
 _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thread", default=None)
@@ -339,11 +352,13 @@ class PrunedModelMixin(_Host):
             self.config.pruning_setting = None
             self.config.pruning_schedule = self.config.pruning_token_counts = None
 
-    def start_pass(self) -> PruningPass:
-        """Return the pruning of a forward pass that begins: this thread's, else the configuration's."""
+    def start_pass(self, reduction: float | None = None) -> PruningPass:
+        """Return the pruning of a forward pass that begins: its own, else this thread's, else the configuration's."""
         method, setting = self.pruning_method, self.config.pruning_setting
         if not torch.compiler.is_compiling():  # compiled code can't read a thread's own value
             method, setting = (_OVERRIDES.get() or {}).get(id(self), (method, setting))
+        if reduction is not None:
+            setting = self._read_setting(method, (), reduction, {})
         found = PruningPass(self.config, method, setting)
         is_exporting = getattr(torch.compiler, "is_exporting", bool)() or torch.jit.is_tracing()
         if is_exporting and any(map(found.depends_on_values, self.branch_specs)):
@@ -386,13 +401,20 @@ class PrunedModelMixin(_Host):
     # Saving
 
     def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """Save as transformers does, and with it the file of a pruning method of one's own."""
-        carries = is_own(self.pruning_method)
-        super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not carries, **kwargs)
-        if carries and kwargs.get("is_main_process", True):
-            carry_code(self.pruning_method, Path(save_directory), f"modeling_{self.config.model_type}.py")
+        """Save as transformers does, and with it what transformers doesn't know.
+
+        This is the file of a pruning method of one's own and, for models that embed, what sentence-transformers reads.
+        """
+        carries, embeds = is_own(self.pruning_method), hasattr(self, "get_text_features")
+        super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub and not (carries or embeds), **kwargs)
+        if (carries or embeds) and kwargs.get("is_main_process", True):
+            if carries:
+                carry_code(self.pruning_method, Path(save_directory), f"modeling_{self.config.model_type}.py")
+            if embeds:
+                for name, content in _SENTENCE_TRANSFORMERS_FILES.items():
+                    Path(save_directory, name).write_text(json.dumps(content, indent=2) + "\n")
             if push_to_hub:
-                names = ("commit_message", "private", "token", "revision", "create_pr")
+                names = ("commit_message", "private", "token", "revision", "create_pr", "max_shard_size")
                 options = {name: kwargs[name] for name in names if name in kwargs}
                 self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name, **options)
 

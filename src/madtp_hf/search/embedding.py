@@ -89,19 +89,24 @@ def encode_texts(
     batch_size: int = 64,
     reduction: float | None = None,
     show_progress_bar: bool | None = None,
+    truncation: bool | None = False,
 ) -> np.ndarray:
-    """Embed texts as L2-normalised vectors; arguments and result are those of `encode_images`.
+    """Embed texts as L2-normalised vectors; other arguments and the result are those of `encode_images`.
 
-    Texts longer than the model's maximum length are truncated.
+    truncation: whether to truncate texts that are longer than the model reads, with one warning.
+
+    Raises:
+        ValueError: for a text that is too long, unless `truncation` is True.
     """
     if isinstance(texts, str):
-        return encode_texts(model, processor, [texts], 1, reduction)[0]
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # similar lengths share a batch
+        return encode_texts(model, processor, [texts], 1, reduction, truncation=truncation)[0]
+    # Similar lengths share a batch, the longest first, so that one that is too long is an error at once.
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
     with restored(model), progress(len(texts), "text", show_progress_bar) as bar:
         worker = TextEmbedder(model, processor, reduction)
         found = np.empty((len(texts), worker.size), np.float32)
         for start in range(0, len(texts), batch_size):
             rows = order[start : start + batch_size]
-            found[rows] = worker.embed([texts[row] for row in rows])
+            found[rows] = worker.embed([texts[row] for row in rows], truncation)
             bar.update(len(rows))
     return found

@@ -309,8 +309,13 @@ def search(index, query, top_k: int = 10, rerank: bool | int | None = None, mode
         rerank = is_text and has_head
     depth = min(top_k if rerank is True else int(rerank), len(index))
     with restored(model), _pruning_of(index, model):
-        encode = encode_texts if is_text else encode_images
-        found = _nearest(index, encode(model, processor, query), max(top_k, depth))
+        # A query that is too long is an error.
+        embedding = (
+            encode_texts(model, processor, query, truncation=None)
+            if is_text
+            else encode_images(model, processor, query)
+        )
+        found = _nearest(index, embedding, max(top_k, depth))
         if depth:
             found[:depth] = _reranked(Matcher(model, processor), query, found[:depth])
     return found[:top_k]

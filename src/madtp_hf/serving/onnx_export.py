@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..modeling import images as image_decoder
+from ..modeling import texts as text_reader
 from ..modeling.madtp_blip_decoder import TAKES_FINISHED_MASKS
 from ..modeling.versions import VERSION as __version__
 from ..tasks import TASKS
@@ -315,7 +316,7 @@ def export_onnx(model, processor, out, *, precision: str = "float32", force: boo
             graphs = _write_graphs(model, made, precision)
         processor.save_pretrained(made)
         (made / onnx_runner.DESCRIPTION).write_text(json.dumps(_describe(model, graphs, precision), indent=2) + "\n")
-        for module in (onnx_runner, image_decoder):
+        for module in (onnx_runner, image_decoder, text_reader):
             shutil.copy(inspect.getfile(module), made)
         if out.exists():
             out.rename(Path(scratch, "replaced"))

@@ -1,7 +1,8 @@
 """Run the ONNX graphs that `madtp-hf export` writes, with onnxruntime.
 
-This file lies beside the graphs, with `images.py`, which decodes images. They need numpy, onnxruntime, Pillow and
-transformers, whose processor preprocesses texts and images; they need neither torch nor madtp_hf.
+This file lies beside the graphs, with `images.py`, which decodes images, and `texts.py`, which tokenizes. They need
+numpy, onnxruntime, Pillow and transformers, whose processor preprocesses texts and images; they need neither torch nor
+madtp_hf.
 
     from onnx_runner import OnnxModel
 
@@ -10,7 +11,6 @@ transformers, whose processor preprocesses texts and images; they need neither t
 """
 
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,10 @@ import numpy as np
 
 try:
     from ..modeling.images import read_image
+    from ..modeling.texts import tokenize
 except ImportError:  # beside the graphs
     from images import read_image  # type: ignore[no-redef]
+    from texts import tokenize  # type: ignore[no-redef]
 
 DESCRIPTION = "onnx.json"
 _CLASSES = {"clip": "CLIPProcessor"}  # processor classes by task; BlipProcessor for all others
@@ -64,7 +66,6 @@ class OnnxModel:
         if missing:
             raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its {DESCRIPTION} lists: export again.")
         processor_class = getattr(transformers, _CLASSES.get(self.task, "BlipProcessor"))
-        self._has_warned = False  # of truncated texts
         self.processor = processor_class.from_pretrained(self.folder)
         self.sessions = {
             name: onnxruntime.InferenceSession(
@@ -134,22 +135,7 @@ class OnnxModel:
 
     def _tokenize(self, texts: list[str], truncation: bool, room: int = 0):
         """Tokenize texts of different lengths, which leave `room` for tokens that the model adds."""
-        longest = self.description["max_text_length"] - room
-        read = self.processor.tokenizer(texts, verbose=False)
-        number = max(map(len, read["input_ids"]))
-        if number <= longest:
-            return read
-        if not truncation:
-            raise ValueError(
-                f"A text is {number} tokens long: this model takes at most {longest}. Shorten it, or pass"
-                " truncation=True."
-            )
-        if not self._has_warned:
-            warnings.warn(
-                f"Texts of more than {longest} tokens, the longest for this model, are truncated.", stacklevel=4
-            )
-            self._has_warned = True
-        return self.processor.tokenizer(texts, truncation=True, max_length=longest)
+        return tokenize(self.processor.tokenizer, texts, self.description["max_text_length"] - room, truncation)
 
     @staticmethod
     def _for_each(texts, number: int) -> list[str]:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..budgets.evaluation import record_branches
 from ..budgets.passes import encode
 from ..modeling.images import read_image
+from ..modeling.texts import tokenize
 from ..tasks import TASKS
 
 
@@ -87,7 +88,10 @@ def preprocess(model, processor, images, texts) -> tuple[dict[str, torch.Tensor]
     seen = seen.pixel_values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     if len(samples[0]) > 1:
         pixel_values = pixel_values.unflatten(0, (len(samples), -1))
-    text = processor.tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
+    longest = model.config.text_config.max_position_embeddings
+    text = tokenize(processor.tokenizer, list(texts), longest, None, padding=True, return_tensors="pt").to(
+        model.device
+    )
     batch = {
         "input_ids": text.input_ids,
         "attention_mask": text.attention_mask,

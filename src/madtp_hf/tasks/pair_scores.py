@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch.utils.data import DataLoader
 
+from ..data.collators import read_texts
 from ..metrics import load_metric
 from ..modeling.images import read_image
 
@@ -25,11 +26,8 @@ class CaptionedImages:
     def __init__(self, rows, processor, max_length: int | None = None, batch_size: int = 64):
         self._captions = _captions(rows)
         self.texts = list(itertools.chain.from_iterable(self._captions))
-        cuts = max_length is not None
-        encoded = processor.tokenizer(
-            self.texts, padding=True, truncation=cuts, max_length=max_length, return_tensors="pt"
-        )
-        self.input_ids, self.attention_mask = encoded.input_ids, encoded.attention_mask
+        encoded = read_texts(processor, self.texts, max_length)
+        self.input_ids, self.attention_mask = encoded["input_ids"], encoded["attention_mask"]
 
         def to_pixels(rows):
             images = [read_image(row["image"]) for row in rows]
