@@ -22,6 +22,7 @@ LAYERS = (
     "jobs",
     "search",
     "serving",
+    "standard_benchmarks",
     "__init__",
     "madtp_hf_cli",
 )
