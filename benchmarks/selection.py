@@ -174,6 +174,7 @@ def study_parser(description: str, output: str, methods, tasks):
         "--model", type=Path, help="a dense model's folder, for the one task of --tasks; default: examples/"
     )
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--photographs", type=Path, help="the study is about garments, in this folder; needs --model")
     parser.add_argument("--validation_samples", type=int, default=512)
     parser.add_argument("--redo", nargs="+", choices=methods, default=[], help="make the rows of these methods again")
     return parser
@@ -183,6 +184,12 @@ def parse_study(parser, arguments):
     args = parser.parse_args(arguments)
     if args.model and len(args.tasks) != 1:
         parser.error("--model needs one task: add --tasks TASK.")
+    if args.photographs and not args.model:
+        parser.error("--photographs needs a model that knows garments: add --model FOLDER.")
+    if args.photographs:
+        from garment_tasks import use_photographs
+
+        use_photographs(args.photographs)
     torch.set_num_threads(1)
     return args
 

@@ -31,7 +31,7 @@ from madtp_hf.modeling.pruning_method import METHODS as PRUNING_METHODS
 
 
 TARGETS = [0.5, 0.65, 0.8]  # of a training step
-REDUCTIONS = [0.5, 0.7, 0.8]  # evaluated
+REDUCTIONS = [0.0, 0.5, 0.7, 0.8]  # evaluated; 0: with pruning off
 METHODS = (
     "dense",
     "dense_finetuned",
@@ -45,9 +45,11 @@ METHODS = (
 )
 LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py, for all methods
 LEARNING_RATE = 5e-5
+SETTINGS = ("steps", "validation_samples", "test_samples", "split")
+SETTINGS += ("teacher", "distillation_weight", "largest_pass", "pruned_only", "pruning_layers")
 
 
-def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int) -> list:
+def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int, **passes) -> list:
     """Set a model up for training by a method; its callbacks."""
     if method.startswith("dense"):
         return []
@@ -57,14 +59,17 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])
-    return [ReductionCallback(target, num_targets=len(TARGETS), seed=seed)]
+    return [ReductionCallback(target, num_targets=len(TARGETS), seed=seed, **passes)]
 
 
 def make_points(args, task, folder, method, seed, evaluation, validation) -> tuple[list[dict], dict]:
     """Train and evaluate; the points, and the seconds of the training alone."""
     set_seed(seed)
-    model, collator = load_model(task, folder, seed), evaluation.collator
-    callbacks = prepare(model, method, task, collator, validation, seed)
+    overrides = {"distillation_weight": args.distillation_weight, "pruning_layers": args.pruning_layers}
+    model, collator = load_model(task, folder, seed, **overrides), evaluation.collator
+    passes = {"dense_pass": not args.pruned_only, "largest_pass": args.largest_pass}
+    passes["teacher"] = load_model(task, folder) if args.teacher and not args.pruned_only else None
+    callbacks = prepare(model, method, task, collator, validation, seed, **passes)
     dataset = LOADERS[task]("train", args.steps * BATCH_SIZE, seed)
     started = time.perf_counter()
     if method != "dense":
@@ -74,7 +79,7 @@ def make_points(args, task, folder, method, seed, evaluation, validation) -> tup
     if method.startswith("dense"):
         return evaluation.at(model, [0.0]), seconds
     reductions = [float(method.removeprefix("own_"))] if method.startswith("own_") else REDUCTIONS
-    calibrate_all(model, validation, reductions)
+    calibrate_all(model, validation, [reduction for reduction in reductions if reduction > 0])
     return evaluation.at(model, reductions), seconds
 
 
@@ -109,8 +114,13 @@ def main(arguments=None):
     parser.add_argument("--test_samples", type=int, default=1000, help="to evaluate on")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="of which they are")
     parser.add_argument("--learning_rate", type=float, help="of all tasks and methods; default: what was chosen")
+    parser.add_argument("--teacher", action="store_true", help="all passes learn from the frozen dense model")
+    parser.add_argument("--distillation_weight", type=float, default=1.0, help="of learning from dense outputs")
+    parser.add_argument("--largest_pass", action="store_true", help="each step has a pass at the largest target too")
+    parser.add_argument("--pruning_layers", type=int, help="how many layers prune, with MADTP; default: all")
+    parser.add_argument("--pruned_only", action="store_true", help="no dense pass, no learning from dense outputs")
     args = parse_study(parser, arguments)
-    settings = {name: getattr(args, name) for name in ("steps", "validation_samples", "test_samples", "split")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {
         "batch_size": BATCH_SIZE,
         "learning_rate": args.learning_rate or LEARNING_RATE,

@@ -301,10 +301,11 @@ def test_attention_maps_are_returned(method):
 # What the package does with a method
 
 
-def calibrated(task, method, reductions, **options):
+def calibrated(task, method, reductions, pruning_layers=None, **options):
     # Enough of a vision encoder for half of the FLOPs to be its own, and enough tokens to come near any reduction.
     model = make_task_model(task, text_config={"num_hidden_layers": 2}, vision_config={"image_size": 96})
     model.set_pruning_method(method)
+    model.config.pruning_layers = pruning_layers
     batches = [TASKS[task].make_inputs((9, 5, 7, 12), seed=seed, image_size=96) for seed in range(2)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The schedule rests on")
@@ -331,6 +332,34 @@ def test_each_method_is_calibrated_for_each_task(task, method):
     assert 0.2 < found < 0.4
 
 
+@every_task
+@torch.no_grad()
+def test_the_first_layers_alone_prune(task, tmp_path):
+    model, batches = calibrated(task, "madtp", [0.2, 0.4], pruning_layers=1)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path).eval()
+    assert model.config.pruning_layers == 1
+    for reduction in (0.2, 0.4):
+        model.set_pruning(reduction=reduction)
+        outputs = [model(**batch) for batch in batches]
+        found = torch.cat([measure(model, batch, output) for batch, output in zip(batches, outputs)])
+        assert found.mean().item() == pytest.approx(reduction, abs=0.01)
+        for counts in (outputs[0].vision_tokens, outputs[0].text_tokens):
+            assert counts is None or (counts[1:] == counts[1]).all()
+        assert (outputs[0].vision_tokens[1] < outputs[0].vision_tokens[0]).any()
+
+
+def test_pruning_most_in_one_layer_takes_a_factor_above_1():
+    config = make_task_model("vqa", pruning_layers=1).config
+    path = METHODS["madtp"].path(config)
+    config.pruning_layers = None
+    every_layer = METHODS["madtp"].path(config)
+    assert path.setting(path.points[-1])["factor"] == 1.25
+    assert every_layer.setting(every_layer.points[-1])["factor"] == 1
+    for point in path.points:
+        assert path.point(path.setting(point)) == pytest.approx(point)
+
+
 @every_method
 def test_what_a_method_adds_is_counted(method):
     model = make_task_model("vqa")
@@ -349,6 +378,11 @@ def test_what_a_method_adds_is_counted(method):
         "random": 0,
     }
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(added[method], abs=200)
+    config.pruning_layers = 1
+    of_first = {"madtp": (LENGTH + 9) * 12 * width, "class_attention": (LENGTH + 9) * 12 * width}
+    in_first = count_flops(config, "vqa", vision, text).item() - off.item()
+    assert in_first == pytest.approx(of_first.get(method, added[method]), abs=200)
+    config.pruning_layers = None
     config.pruning_modalities = ("text",)
     of_text = 3 * 9 * 12 * width if method in ("madtp", "class_attention") else 0
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(of_text, abs=200)

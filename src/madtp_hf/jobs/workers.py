@@ -338,6 +338,7 @@ def describe_model(model) -> dict:
     if pruning.is_on:
         described |= {"alignment": alignment.hexdigest(), "pruning_method": pruning.method.name}
         described |= {"pruning_setting": pruning.setting, "pruning_modalities": [*pruning.modalities]}
+        described |= {} if config.pruning_layers is None else {"pruning_layers": config.pruning_layers}
         described |= {"pruning_granularity": pruning.granularity, "pruning_token_counts": pruning.token_counts}
     return described
 

@@ -32,6 +32,9 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             The temperature in `pruning_setting`: 0 switches pruning off, larger values prune more.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
             The encoders that prune.
+        pruning_layers (`int`, *optional*):
+            With MADTP or class attention, how many layers of a branch prune: the first so many. By default all do, as
+            in the paper.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every sample keeps its own number of tokens, so its output doesn't depend on the batch.
             `"batch"`, for comparison: every sample keeps the largest count in the batch. `"frozen"`: each layer leaves

@@ -19,6 +19,7 @@ class MadtpClipConfig(PruningConfigMixin, CLIPConfig):
         pruning_setting (`dict[str, float]`, *optional*): How much the method prunes; `None` is off.
         pruning_temperature (`float`, *optional*, defaults to 0.0): The temperature in `pruning_setting`.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`): The towers that prune.
+        pruning_layers (`int`, *optional*): As in [`MadtpBlipConfig`].
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every image or text keeps its own number of tokens. `"batch"`, for comparison: each keeps
             the largest count in the batch. `"frozen"`: layers leave what `calibrate(..., freeze=True)` has fixed.

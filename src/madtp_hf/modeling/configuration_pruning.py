@@ -32,7 +32,7 @@ def _is_setting(setting) -> bool:
         and len(setting) > 0
         and all(isinstance(key, str) and is_number(number) for key, number in setting.items())
         and setting.get("temperature", 1.0) > 0
-        and 0 < setting.get("factor", 1.0) <= 1
+        and 0 < setting.get("factor", 1.0) <= 1.25
     )
 
 
@@ -87,7 +87,7 @@ _CHECKS = {
     "pruning_method": (lambda value: isinstance(value, str) and value != "", "the name of a pruning method"),
     "pruning_setting": (
         lambda value: value is None or _is_setting(value),
-        "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0, 0 < factor <= 1",
+        "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0, 0 < factor <= 1.25",
     ),
     "distillation_weight": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "pruning_temperature": (
@@ -98,11 +98,12 @@ _CHECKS = {
         lambda value: isinstance(value, (list, tuple)) and set(value) <= set(MODALITIES),
         f"a tuple of some of {', '.join(MODALITIES)}",
     ),
+    "pruning_layers": (lambda value: value is None or is_count(value), "a whole number of at least 1, or None"),
     "pruning_granularity": (lambda value: value in GRANULARITIES, f"one of {', '.join(GRANULARITIES)}"),
     "pruning_schedule": (
         lambda value: value is None or _is_schedule(value),
         'None or entries {"reduction": ..., and the setting that reaches it} in order of reduction, 0 < reduction < 1,'
-        " temperature > 0, 0 < factor <= 1",
+        " temperature > 0, 0 < factor <= 1.25",
     ),
 }
 
@@ -129,6 +130,7 @@ class PruningConfigMixin:
         pruning_setting: dict[str, float] | None = None,
         pruning_temperature: float | None = None,
         pruning_modalities: Sequence[str] = MODALITIES,
+        pruning_layers: int | None = None,
         pruning_granularity: str = "instance",
         pruning_schedule: list[dict[str, float]] | None = None,
         pruning_token_counts: list[dict] | None = None,
@@ -144,6 +146,7 @@ class PruningConfigMixin:
         self.distillation_weight = distillation_weight
         self.pruning_method = pruning_method
         self.pruning_modalities = pruning_modalities
+        self.pruning_layers = pruning_layers
         self.pruning_schedule = pruning_schedule
         self.pruning_token_counts = pruning_token_counts
         self.pruning_granularity = pruning_granularity

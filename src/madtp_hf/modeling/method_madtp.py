@@ -179,6 +179,7 @@ def init_alignment(module: nn.Module, initializer_range: float) -> None:
 
 SCAN = [10.0**exponent for exponent in range(-12, 7)]  # temperatures of the first scan
 FACTORS = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # of the threshold, at the path's first temperature
+ABOVE = (1.05, 1.1, 1.15, 1.2, 1.25)  # factors at the path's last temperature, if only some layers prune
 ALMOST_1 = 1 - 1e-5
 STEADY = 0.003  # a smaller difference of two reductions counts as none
 
@@ -186,8 +187,8 @@ STEADY = 0.003  # a smaller difference of two reductions counts as none
 class MadtpMethod(PruningMethod):
     """MADTP: keep the tokens whose importance is above a threshold, and merge the others into one.
 
-    Its setting is the threshold's temperature (0 is off, larger values prune more) and a factor in (0, 1] of the
-    threshold (1 in the paper; smaller values prune less).
+    Its setting is the threshold's temperature (0 is off, larger values prune more) and a factor of the threshold: 1 in
+    the paper; smaller values prune less, and larger ones, if only the first layers prune, more than any temperature.
 
     Args:
         spec (`BranchSpec`):
@@ -201,6 +202,8 @@ class MadtpMethod(PruningMethod):
             the largest of these counts in the batch. `"frozen"`: each layer leaves its number in `token_counts`.
         token_counts (`list[int]`, *optional*):
             How many tokens each layer leaves, protected and merged tokens included.
+        num_layers (`int`, *optional*):
+            How many layers prune: the first so many. All do by default.
         min_kept (`int`, *optional*, defaults to 1):
             A layer prunes a sample only if at least this many of its removable tokens stay.
         with_feature (`bool`, *optional*, defaults to `False`):
@@ -208,7 +211,7 @@ class MadtpMethod(PruningMethod):
     """
 
     name = "madtp"
-    fields = {"temperature": Field(0, math.inf), "factor": Field(1e-12, 1, default=1.0)}
+    fields = {"temperature": Field(0, math.inf), "factor": Field(1e-12, ABOVE[-1], default=1.0)}
     off = 0.0
 
     def __init__(
@@ -218,12 +221,14 @@ class MadtpMethod(PruningMethod):
         alignment: AlignmentTokens | list[AlignmentTokens],
         granularity: str = "instance",
         token_counts: list[int] | None = None,
+        num_layers: int | None = None,
         min_kept: int = 1,
         with_feature: bool = False,
     ):
         self.spec, self.alignment, self.granularity = spec, alignment, granularity
         self.temperature, self.factor = float(setting["temperature"]), float(setting.get("factor", 1.0))
-        self.token_counts, self.min_kept, self.with_feature = token_counts, min_kept, with_feature
+        self.token_counts, self.num_layers = token_counts, num_layers
+        self.min_kept, self.with_feature = min_kept, with_feature
 
     @classmethod
     def for_branch(cls, model, pruning, modality, with_feature):
@@ -237,6 +242,7 @@ class MadtpMethod(PruningMethod):
             model.alignment(modality, folded=not with_feature),
             pruning.granularity,
             token_counts=None if counts is None or not prunes else counts[modality],
+            num_layers=model.config.pruning_layers,
             min_kept=model.min_kept,
             with_feature=with_feature,
         )
@@ -249,19 +255,23 @@ class MadtpMethod(PruningMethod):
 
         The factor first rises to 1 at the temperature `start`, then the temperature rises with factor 1. The first
         part covers reductions that no temperature reaches, because all tokens that the alignment tokens attend to may
-        have a high importance. The reduction starts at 0 and changes along the path without a jump.
+        have a high importance. The reduction starts at 0 and changes along the path without a jump. If only some
+        layers prune, the path ends with factors above 1, at a temperature at which the threshold hardly changes.
         """
         moderate = config.text_config.hidden_size**0.5 / 4
         if start is None:
             with_factor = [setting["temperature"] for setting in settings if setting["factor"] < 1]
             start = min(with_factor or (moderate / 100, *(setting["temperature"] for setting in settings)))
+        goes_above = config.pruning_layers is not None
+        last = max(start, 64 * moderate) if goes_above else SCAN[-1]
 
         def setting(point):
             product = math.exp(point)
-            temperature = max(product, start)
-            return {"temperature": temperature, "factor": min(product / temperature, 1.0)}
+            temperature = min(max(product, start), last)
+            return {"temperature": temperature, "factor": min(product / temperature, ABOVE[-1] if goes_above else 1.0)}
 
-        products = [*(start * factor for factor in FACTORS), start, *(t for t in SCAN if t > start)]
+        products = [*(start * factor for factor in FACTORS), start, *(t for t in SCAN if start < t < last), last]
+        products += [last * factor for factor in ABOVE] if goes_above else []
         return Path(
             tuple(map(math.log, products)),
             setting,
@@ -279,22 +289,25 @@ class MadtpMethod(PruningMethod):
         threshold equals that token's importance to the last bit: factor 1 drops the token and any smaller factor keeps
         it, in all layers and samples at once.
         """
-
-        def at(temperature, factor=1.0):
-            return measure({"temperature": temperature, "factor": factor})
-
         if start is None:
             start = next((setting["temperature"] for setting in settings if setting["factor"] < 1), None)
-        temperatures = SCAN if start is None else [start, *(t for t in SCAN if t > start)]
-        scan = [(math.log(temperature), at(temperature)) for temperature in temperatures]
+        measured = {}
+
+        def at(temperature, factor=1.0):
+            key = f"{temperature:.9g} {factor:.9g}"  # points are logarithms: they come back rounded
+            if key not in measured:
+                measured[key] = measure({"temperature": temperature, "factor": factor})
+            return measured[key]
+
         if start is None:
-            top = max(range(len(scan)), key=lambda i: scan[i][1])
-            bottom = min(range(top + 1), key=lambda i: scan[i][1])
-            while bottom < top and scan[bottom][1] - at(SCAN[bottom], ALMOST_1) > STEADY:
+            reductions = [at(temperature) for temperature in SCAN]
+            top = max(range(len(SCAN)), key=reductions.__getitem__)
+            bottom = min(range(top + 1), key=reductions.__getitem__)
+            while bottom < top and reductions[bottom] - at(SCAN[bottom], ALMOST_1) > STEADY:
                 bottom += 1
-            start, scan = SCAN[bottom], scan[bottom:]
-        below = [(math.log(start * factor), at(start, factor)) for factor in FACTORS]
-        return cls.path(config, start=start), below + scan
+            start = SCAN[bottom]
+        path = cls.path(config, start=start)
+        return path, [(point, at(*path.setting(point).values())) for point in path.points]
 
     @classmethod
     def between(cls, low, high, share):
@@ -302,17 +315,20 @@ class MadtpMethod(PruningMethod):
 
     @classmethod
     def layer_flops(cls, config, branch, layer, tokens):
-        """Count the alignment scores of all tokens, protected ones included.
+        """Count the alignment scores of all tokens, protected ones included, in the layers that prune.
 
         If the branch's width differs from the alignment tokens', inference folds the projection into the alignment
         tokens, once per pass (not counted). Each token is then multiplied with T columns of the branch's width.
         """
-        return tokens * config.num_alignment_tokens * branch.hidden_size
+        prunes = config.pruning_layers is None or layer < config.pruning_layers
+        return tokens * config.num_alignment_tokens * branch.hidden_size if prunes else 0.0
 
     # A layer
 
     def prunes(self, layer: int, sequences: Sequences) -> bool:
-        """Return whether pruning is on and, of the removable tokens, `min_kept` can stay and two more can go."""
+        """Return whether the layer prunes and, of the removable tokens, `min_kept` can stay and two more can go."""
+        if self.num_layers is not None and layer >= self.num_layers:
+            return False
         return self.temperature > 0 and self.spec.num_removable(sequences) >= self.min_kept + 2
 
     def divide(self, sequences, width):

@@ -1,0 +1,320 @@
+"""Train small dense models on photographs of garments, on a CPU: a BLIP that answers questions, and a CLIP.
+
+Nothing prepares them for pruning: no patch is dropped by its content, no attention is guided. As BLIP's and CLIP's own
+towers, the vision tower first learns from labelled images, its class token naming the garment; patches are dropped at
+random meanwhile, as in FLIP (arXiv 2212.00794), which is for speed. Then BLIP learns questions, and CLIP captions.
+The tower starts from `blip-vqa-digits-plain`.
+
+    python examples/train_dense_garments.py --photographs FOLDER --output_dir outputs/garments
+
+FOLDER: see garments.py. Validation photographs choose nothing here; they and the test's are never trained on.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from garments import CAPTIONS, GARMENTS, IS_IT, WHAT, ask, load_garments
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from train_dense_blip import answer_ids, schedule, to_pixels
+from transformers import (
+    BertTokenizer,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+
+SIZE = 96  # pixels; 12 x 12 patches
+SOURCE_SIZE = 128  # of the photographs that crops are taken from
+MAX_LENGTH = 16
+NAMES = list(GARMENTS.values())
+
+
+# Photographs
+
+
+def decode(folder, split: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Return a split's photographs (n, size, size, 3) uint8, squeezed to a square as BLIP does, and labels (n,)."""
+    rows = load_garments(folder, split)
+    images = np.stack([np.asarray(image.convert("RGB").resize((size, size), 3)) for image in rows["image"]])
+    return images, torch.tensor([NAMES.index(label) for label in rows["label"]])
+
+
+def augment(pixels: torch.Tensor, generator) -> torch.Tensor:
+    """Crop and flip images (B, 3, H, W) at random, and change their contrast and colours; returns SIZE x SIZE."""
+    n = len(pixels)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    scale, angle = uniform(0.65, 1.0), uniform(-0.15, 0.15)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    shift = uniform(-1, 1, 2) * (1 - scale)[:, None]
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = torch.stack([torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(rows, [n, 3, SIZE, SIZE], align_corners=False)
+    pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return pixels * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.3, 0.3, 3, 1, 1)
+
+
+class Photographs:
+    """Batches of augmented training photographs, over and over."""
+
+    def __init__(self, folder, image_processor, batch_size: int, seed: int):
+        self.images, self.labels = decode(folder, "train", SOURCE_SIZE)
+        self.image_processor, self.batch_size = image_processor, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def draw(self):
+        """Return pixel_values (B, 3, SIZE, SIZE) and labels (B,)."""
+        if len(self.order) < self.batch_size:
+            self.order = torch.randperm(len(self.images), generator=self.generator)
+        chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        return augment(to_pixels(self.images[chosen.numpy()], self.image_processor), self.generator), self.labels[chosen]
+
+
+# Models
+
+
+def build_blip(start, tower_seed: int):
+    """Build a BLIP for questions about garments and its processor; towers and text stacks start from the one at `start`.
+
+    Words are new, and positions are those of a larger image, interpolated.
+    """
+    words = " ".join((*WHAT, *IS_IT, *CAPTIONS)).replace("{}", " ").replace("?", " ? ").split()
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*words, *NAMES, "yes", "no"])]
+    vocab += ["[DEC]", "[ENC]"]
+    tokenizer = BertTokenizer(
+        vocab={word: index for index, word in enumerate(vocab)},
+        bos_token="[DEC]",
+        additional_special_tokens=["[ENC]"],
+        model_max_length=MAX_LENGTH,
+    )
+    processor = BlipProcessor(BlipImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer)
+    trained = BlipForQuestionAnswering.from_pretrained(start).float()
+    config = trained.config
+    config.vision_config.image_size = SIZE
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.bos_token_id = tokenizer.bos_token_id
+    model = BlipForQuestionAnswering(config)
+    weights, expected = trained.state_dict(), model.state_dict()
+    name = "vision_model.embeddings.position_embedding"
+    side = int((weights[name].shape[1] - 1) ** 0.5)
+    grid = weights[name][:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(SIZE // 8, SIZE // 8), mode="bicubic").flatten(2).transpose(1, 2)
+    weights[name] = torch.cat([weights[name][:, :1], grid], dim=1)
+    model.load_state_dict({k: v if v.shape == expected[k].shape else expected[k] for k, v in weights.items()})
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    return model, processor
+
+
+def build_clip(blip: BlipForQuestionAnswering):
+    """Build a CLIP with the vision tower of `blip`, and a new text tower and vocabulary; returns its processor too."""
+    letters = sorted(ByteLevel.alphabet())
+    trained = CLIPTokenizer().backend_tokenizer
+    trainer = BpeTrainer(
+        vocab_size=2 * len(letters) + 100, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    trained.train_from_iterator([caption.format(name) for caption in CAPTIONS for name in NAMES], trainer)
+    learned = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+    words = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *learned])
+    words = [word for word in words if not word.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    tokenizer = CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=MAX_LENGTH
+    )
+    size = {"height": SIZE, "width": SIZE}
+    processor = CLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer)
+    tower = blip.config.vision_config
+    sizes = {name: getattr(tower, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    text = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
+    vision = {name: getattr(tower, name) for name in ("num_hidden_layers", "image_size", "patch_size", "hidden_act")}
+    model = CLIPModel(CLIPConfig(text_config={**sizes, **text}, vision_config={**sizes, **vision}, projection_dim=64))
+    weights = {}
+    for name, tensor in blip.vision_model.state_dict().items():
+        if ".qkv." in name:
+            weights |= {name.replace("qkv", f"{kind}_proj"): part for kind, part in zip("qkv", tensor.chunk(3))}
+        else:
+            weights[name.replace("self_attn.projection", "self_attn.out_proj")] = tensor.clone()
+    # CLIP's patch embedding has no bias: add it to the position embeddings.
+    positions = weights.pop("embeddings.position_embedding")[0]
+    positions[1:] += weights.pop("embeddings.patch_embedding.bias")
+    weights["embeddings.position_embedding.weight"] = positions
+    weights["embeddings.class_embedding"] = weights["embeddings.class_embedding"].flatten()
+    missing, unexpected = model.vision_model.load_state_dict(weights, strict=False)
+    assert not unexpected and all("pre_layrnorm" in name for name in missing), (missing, unexpected)
+    with torch.no_grad():  # BLIP has no norm here: hidden states keep about the same scale
+        model.vision_model.pre_layrnorm.weight.fill_(positions[1:].std() * 2)
+    return model, processor
+
+
+def encode(vision_model, pixels, kept: int | None):
+    """Return the tower's states (B, L, D) of images of which `kept` random patches are left, all with None."""
+    states = vision_model.embeddings(pixels)
+    if kept is not None:
+        key = torch.rand(states.shape[:2])
+        key[:, 0] = 2  # the class token
+        order = key.topk(kept + 1, dim=1).indices
+        states = states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+    if hasattr(vision_model, "pre_layrnorm"):
+        states = vision_model.pre_layrnorm(states)
+    return vision_model.post_layernorm(vision_model.encoder(inputs_embeds=states).last_hidden_state)
+
+
+# Training
+
+
+def label_loss(blip, head, photographs, kept):
+    pixels, labels = photographs.draw()
+    logits = head(encode(blip.vision_model, pixels, kept)[:, 0])
+    return F.cross_entropy(logits.float(), labels, label_smoothing=0.1), (logits.argmax(-1) == labels)
+
+
+def question_loss(blip, processor, photographs, kept, rng):
+    """Compute the loss of two questions about each photograph, one of each kind."""
+    pixels, labels = photographs.draw()
+    asked = [ask(NAMES[label], kind, rng) for label in labels.tolist() for kind in ("what", "is it")]
+    questions, answers = zip(*asked)
+    text = processor.tokenizer(list(questions), padding=True, return_tensors="pt")
+    ids, targets = answer_ids(processor.tokenizer, list(answers))
+    states = encode(blip.vision_model, pixels, kept).repeat_interleave(2, dim=0)
+    states = blip.text_encoder(
+        input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=states
+    ).last_hidden_state
+    logits = blip.text_decoder(
+        input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=text.attention_mask, is_decoder=True
+    ).logits
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
+    )
+    return loss, (logits[:, 0].argmax(-1) == targets[:, 1])
+
+
+def caption_loss(clip, processor, photographs, kept, rng):
+    """Compute CLIP's loss of photographs of different garments, drawn from a batch, and a caption of each."""
+    pixels, labels = photographs.draw()
+    captions = [str(rng.choice(CAPTIONS)).format(name) for name in NAMES]
+    text = processor.tokenizer(captions, padding=True, return_tensors="pt")
+    images = clip.visual_projection(encode(clip.vision_model, pixels, kept)[:, 0])
+    texts = clip.get_text_features(**text).pooler_output
+    images, texts = (F.normalize(features.float(), dim=-1) for features in (images, texts))
+    logits = images @ texts.T * clip.logit_scale.exp().clamp(max=30)
+    return F.cross_entropy(logits, labels, label_smoothing=0.1), (logits.argmax(-1) == labels)
+
+
+def train(stage: str, parameters: list, steps: int, args, step_loss, say, evaluate) -> None:
+    """Train for some steps; `step_loss()` returns the loss and which predictions were right."""
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
+    scheduler, right = schedule(optimizer, max(steps, 1)), []
+    for step in range(1, steps + 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+            loss, hits = step_loss()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        right.append(hits.float().mean().item())
+        if step % 100 == 0 or step == steps:
+            say(stage=stage, step=step, loss=round(loss.item(), 3), training=round(float(np.mean(right[-100:])), 3))
+        if step % 500 == 0 or step == steps:
+            say(stage=stage, step=step, **evaluate())
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", type=Path, required=True, help="the folder of the data set")
+    parser.add_argument("--output_dir", type=Path, required=True, help="gets blip-vqa-garments and clip-garments")
+    parser.add_argument("--start_from", type=Path, default=Path(__file__).parent / "blip-vqa-digits-plain")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--label_steps", type=int, default=3000)
+    parser.add_argument("--question_steps", type=int, default=800)
+    parser.add_argument("--caption_steps", type=int, default=600)
+    parser.add_argument("--kept_patches", type=int, default=64, help="of 144, while labels are learned")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rng, started = np.random.default_rng(args.seed), time.time()
+    folders = {name: args.output_dir / f"{name}-garments" for name in ("blip-vqa", "clip")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    log = open(folders["blip-vqa"] / "train.log", "w")
+
+    def say(**record):
+        record["seconds"] = round(time.time() - started)
+        print(json.dumps(record), flush=True)
+        print(json.dumps(record), file=log, flush=True)
+
+    say(args={key: value for key, value in vars(args).items() if not isinstance(value, Path)})
+    blip, processor = build_blip(args.start_from, args.seed)
+    photographs = Photographs(args.photographs, processor.image_processor, args.batch_size, args.seed)
+    validation = to_pixels(decode(args.photographs, "validation", SIZE)[0], processor.image_processor)
+    labels = decode(args.photographs, "validation", SIZE)[1]
+    head = torch.nn.Linear(blip.config.vision_config.hidden_size, len(NAMES))
+
+    @torch.no_grad()
+    def named(predict):
+        return {"validation": round((predict() == labels).float().mean().item(), 3)}
+
+    def by_head():
+        return head(encode(blip.vision_model, validation, None)[:, 0]).argmax(-1)
+
+    def by_answer():
+        text = processor.tokenizer([WHAT[0]] * len(labels), return_tensors="pt")
+        written = blip.generate(text.input_ids, validation, text.attention_mask, max_new_tokens=3)
+        answers = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return torch.tensor([NAMES.index(answer) if answer in NAMES else -1 for answer in answers])
+
+    parameters = [*blip.vision_model.parameters(), *head.parameters()]
+    train(
+        "label",
+        parameters,
+        args.label_steps,
+        args,
+        lambda: label_loss(blip, head, photographs, args.kept_patches),
+        say,
+        lambda: named(by_head),
+    )
+    clip, clip_processor = build_clip(blip)
+
+    def by_caption():
+        text = clip_processor.tokenizer([f"a photo of a {name}" for name in NAMES], padding=True, return_tensors="pt")
+        return clip(pixel_values=validation, **text).logits_per_image.argmax(-1)
+
+    args.learning_rate /= 3
+    ask_blip = lambda: question_loss(blip, processor, photographs, None, rng)  # noqa: E731
+    train("question", list(blip.parameters()), args.question_steps, args, ask_blip, say, lambda: named(by_answer))
+    processor.save_pretrained(folders["blip-vqa"])
+    blip.half().save_pretrained(folders["blip-vqa"])
+    describe = lambda: caption_loss(clip, clip_processor, photographs, None, rng)  # noqa: E731
+    train("caption", list(clip.parameters()), args.caption_steps, args, describe, say, lambda: named(by_caption))
+    clip_processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
+    clip_processor.save_pretrained(folders["clip"])
+    clip.half().save_pretrained(folders["clip"])
+
+
+if __name__ == "__main__":
+    main()
