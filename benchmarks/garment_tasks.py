@@ -10,7 +10,7 @@ from reporting import EXAMPLES
 
 
 sys.path.append(str(EXAMPLES))
-from garments import GARMENTS, load_garment_captions, load_garment_questions  # noqa: E402
+from garments import GARMENTS, load_garment_captions, load_garment_questions
 
 
 PROMPT = "a photo of a {}"

@@ -36,19 +36,20 @@ MAX_LENGTH = 32
 NUM_MERGES = 150  # more than the captions' words need
 
 
-def build_processor() -> CLIPProcessor:
-    """Build CLIP's image processor and a tokenizer of all bytes and the captions' pairs; special tokens come last."""
-    scenes = ds.draw_scenes(512, "train", np.random.default_rng(0))
-    captions = [caption for i in range(len(scenes)) for caption in ds.describe_from_all_sides(scenes, i)]
+def build_processor(texts: list[str], size: int, num_merges: int, max_length: int, **options) -> CLIPProcessor:
+    """Build CLIP's image processor and a tokenizer of all bytes and the texts' pairs; special tokens come last.
+
+    size: of images, in pixels; options: the image processor's.
+    """
     letters = sorted(ByteLevel.alphabet())
     trained = CLIPTokenizer().backend_tokenizer
     trainer = BpeTrainer(
-        vocab_size=2 * len(letters) + NUM_MERGES,
+        vocab_size=2 * len(letters) + num_merges,
         initial_alphabet=letters,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    trained.train_from_iterator(captions, trainer)
+    trained.train_from_iterator(texts, trainer)
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().get)
     words = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *learned])
     words = [word for word in words if not word.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
@@ -56,46 +57,34 @@ def build_processor() -> CLIPProcessor:
     tokenizer = CLIPTokenizer(
         vocab={word: index for index, word in enumerate(words)},
         merges=[tuple(pair) for pair in merges],
-        model_max_length=MAX_LENGTH,
+        model_max_length=max_length,
     )
-    images = CLIPImageProcessor(
-        size={"shortest_edge": ds.CANVAS_SIZE}, crop_size={"height": ds.CANVAS_SIZE, "width": ds.CANVAS_SIZE}
-    )
-    return CLIPProcessor(images, tokenizer)
+    square = {"height": size, "width": size}
+    return CLIPProcessor(CLIPImageProcessor(**{"size": square, "crop_size": square, **options}), tokenizer)
 
 
-def start_from(path, processor: CLIPProcessor) -> CLIPModel:
-    """Build a CLIP whose image tower has the weights of the BLIP at `path`."""
-    blip = BlipForImageTextRetrieval.from_pretrained(path).float()
+def build_model(blip, processor: CLIPProcessor, projection_dim: int) -> CLIPModel:
+    """Build a CLIP whose image tower has the sizes of a BLIP's; its text tower has 4 layers."""
     tower, tokenizer = blip.config.vision_config, processor.tokenizer
-    same = ("hidden_size", "intermediate_size", "num_attention_heads")
-    sizes = {name: getattr(tower, name) for name in same}
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={
-                **sizes,
-                "num_hidden_layers": blip.config.text_config.num_hidden_layers,
-                "vocab_size": len(tokenizer),
-                "max_position_embeddings": MAX_LENGTH,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id,
-            },
-            vision_config={
-                **sizes,
-                "num_hidden_layers": tower.num_hidden_layers,
-                "image_size": tower.image_size,
-                "patch_size": tower.patch_size,
-            },
-            projection_dim=blip.config.image_text_hidden_size,
-        )
+    sizes = {name: getattr(tower, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"num_hidden_layers": blip.config.text_config.num_hidden_layers, "vocab_size": len(tokenizer)}
+    text |= {"max_position_embeddings": tokenizer.model_max_length, **tokens}
+    vision = {name: getattr(tower, name) for name in ("num_hidden_layers", "image_size", "patch_size")}
+    return CLIPModel(
+        CLIPConfig(text_config={**sizes, **text}, vision_config={**sizes, **vision}, projection_dim=projection_dim)
     )
+
+
+@torch.no_grad()
+def copy_tower(blip, model: CLIPModel, pixels: torch.Tensor) -> None:
+    """Give a CLIP the image tower of a BLIP. The norm that BLIP lacks keeps about the scale of these images' states."""
     weights = {}
     for name, tensor in blip.vision_model.state_dict().items():
         if ".qkv." in name:
             weights |= {name.replace("qkv", f"{kind}_proj"): part for kind, part in zip("qkv", tensor.chunk(3))}
         else:
-            weights[name.replace("self_attn.projection", "self_attn.out_proj")] = tensor
+            weights[name.replace("self_attn.projection", "self_attn.out_proj")] = tensor.clone()
     # CLIP's patch embedding has no bias: add it to the position embeddings.
     positions = weights.pop("embeddings.position_embedding")[0]
     positions[1:] += weights.pop("embeddings.patch_embedding.bias")
@@ -103,14 +92,23 @@ def start_from(path, processor: CLIPProcessor) -> CLIPModel:
     weights["embeddings.class_embedding"] = weights["embeddings.class_embedding"].flatten()
     missing, unexpected = model.vision_model.load_state_dict(weights, strict=False)
     assert not unexpected and all("pre_layrnorm" in name for name in missing), (missing, unexpected)
+    model.vision_model.pre_layrnorm.weight.fill_(model.vision_model.embeddings(pixels).std(dim=-1).mean())
+
+
+def start_from(path) -> tuple[CLIPModel, CLIPProcessor]:
+    """Build a CLIP whose image tower has the weights of the BLIP at `path`, and its processor."""
+    scenes = ds.draw_scenes(512, "train", np.random.default_rng(0))
+    captions = [caption for i in range(len(scenes)) for caption in ds.describe_from_all_sides(scenes, i)]
+    size = {"shortest_edge": ds.CANVAS_SIZE}
+    processor = build_processor(captions, ds.CANVAS_SIZE, NUM_MERGES, MAX_LENGTH, size=size)
+    blip = BlipForImageTextRetrieval.from_pretrained(path).float()
+    model = build_model(blip, processor, blip.config.image_text_hidden_size)
+    scenes = ds.draw_scenes(8, "train", np.random.default_rng(0))
+    copy_tower(blip, model, to_pixels(scenes.images, processor.image_processor))
     with torch.no_grad():
-        # BLIP has no norm here: initialise this one so that hidden states keep about the same scale.
-        scenes = ds.draw_scenes(8, "train", np.random.default_rng(0))
-        states = model.vision_model.embeddings(to_pixels(scenes.images, processor.image_processor))
-        model.vision_model.pre_layrnorm.weight.fill_(states.std(dim=-1).mean())
         model.visual_projection.weight.copy_(blip.vision_proj.weight)
     model.set_attn_implementation({"vision_config": "eager"})  # training reads the attention maps
-    return model
+    return model, processor
 
 
 def encode_images(model: CLIPModel, pixels, is_digit, rng):
@@ -170,8 +168,8 @@ def main():
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng([args.seed, 8])
     with opened_log(args) as say:
-        processor = build_processor()
-        model = start_from(args.start_from, processor).train()
+        model, processor = start_from(args.start_from)
+        model.train()
         train(
             list(model.parameters()),
             lambda: pair_loss(model, processor, args.batch_size, rng),

@@ -20,26 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from garments import CAPTIONS, GARMENTS, IS_IT, WHAT, ask, load_garments
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from train_dense_blip import answer_ids, schedule, to_pixels
-from transformers import (
-    BertTokenizer,
-    BlipForQuestionAnswering,
-    BlipImageProcessor,
-    BlipProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
-)
-from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+from train_dense_clip import build_model, build_processor, copy_tower
+from transformers import BertTokenizer, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
 
 
 SIZE = 96  # pixels; 12 x 12 patches
 SOURCE_SIZE = 128  # of the photographs that crops are taken from
 MAX_LENGTH = 16
+NUM_MERGES = 100  # more than the captions' words need
 NAMES = list(GARMENTS.values())
 
 
@@ -64,7 +53,9 @@ def augment(pixels: torch.Tensor, generator) -> torch.Tensor:
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     shift = uniform(-1, 1, 2) * (1 - scale)[:, None]
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = torch.stack([torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)], 1)
+    rows = torch.stack(
+        [torch.stack([cos * flip, -sin, shift[:, 0]], 1), torch.stack([sin * flip, cos, shift[:, 1]], 1)], 1
+    )
     grid = F.affine_grid(rows, [n, 3, SIZE, SIZE], align_corners=False)
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return pixels * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.3, 0.3, 3, 1, 1)
@@ -84,16 +75,18 @@ class Photographs:
         if len(self.order) < self.batch_size:
             self.order = torch.randperm(len(self.images), generator=self.generator)
         chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        return augment(to_pixels(self.images[chosen.numpy()], self.image_processor), self.generator), self.labels[chosen]
+        return augment(to_pixels(self.images[chosen.numpy()], self.image_processor), self.generator), self.labels[
+            chosen
+        ]
 
 
 # Models
 
 
-def build_blip(start, tower_seed: int):
-    """Build a BLIP for questions about garments and its processor; towers and text stacks start from the one at `start`.
+def build_blip(start):
+    """Build a BLIP for questions about garments, and its processor, from the one at `start`.
 
-    Words are new, and positions are those of a larger image, interpolated.
+    Its words are new, and its positions are those of a larger image, interpolated.
     """
     words = " ".join((*WHAT, *IS_IT, *CAPTIONS)).replace("{}", " ").replace("?", " ? ").split()
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*words, *NAMES, "yes", "no"])]
@@ -122,44 +115,12 @@ def build_blip(start, tower_seed: int):
     return model, processor
 
 
-def build_clip(blip: BlipForQuestionAnswering):
+def build_clip(blip: BlipForQuestionAnswering, pixels: torch.Tensor):
     """Build a CLIP with the vision tower of `blip`, and a new text tower and vocabulary; returns its processor too."""
-    letters = sorted(ByteLevel.alphabet())
-    trained = CLIPTokenizer().backend_tokenizer
-    trainer = BpeTrainer(
-        vocab_size=2 * len(letters) + 100, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator([caption.format(name) for caption in CAPTIONS for name in NAMES], trainer)
-    learned = sorted(trained.get_vocab(), key=trained.get_vocab().get)
-    words = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *learned])
-    words = [word for word in words if not word.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    tokenizer = CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=MAX_LENGTH
-    )
-    size = {"height": SIZE, "width": SIZE}
-    processor = CLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer)
-    tower = blip.config.vision_config
-    sizes = {name: getattr(tower, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    text = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text |= {"num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
-    vision = {name: getattr(tower, name) for name in ("num_hidden_layers", "image_size", "patch_size", "hidden_act")}
-    model = CLIPModel(CLIPConfig(text_config={**sizes, **text}, vision_config={**sizes, **vision}, projection_dim=64))
-    weights = {}
-    for name, tensor in blip.vision_model.state_dict().items():
-        if ".qkv." in name:
-            weights |= {name.replace("qkv", f"{kind}_proj"): part for kind, part in zip("qkv", tensor.chunk(3))}
-        else:
-            weights[name.replace("self_attn.projection", "self_attn.out_proj")] = tensor.clone()
-    # CLIP's patch embedding has no bias: add it to the position embeddings.
-    positions = weights.pop("embeddings.position_embedding")[0]
-    positions[1:] += weights.pop("embeddings.patch_embedding.bias")
-    weights["embeddings.position_embedding.weight"] = positions
-    weights["embeddings.class_embedding"] = weights["embeddings.class_embedding"].flatten()
-    missing, unexpected = model.vision_model.load_state_dict(weights, strict=False)
-    assert not unexpected and all("pre_layrnorm" in name for name in missing), (missing, unexpected)
-    with torch.no_grad():  # BLIP has no norm here: hidden states keep about the same scale
-        model.vision_model.pre_layrnorm.weight.fill_(positions[1:].std() * 2)
+    texts = [caption.format(name) for caption in CAPTIONS for name in NAMES]
+    processor = build_processor(texts, SIZE, NUM_MERGES, MAX_LENGTH, do_center_crop=False)
+    model = build_model(blip, processor, projection_dim=64)
+    copy_tower(blip, model, pixels)
     return model, processor
 
 
@@ -185,14 +146,14 @@ def label_loss(blip, head, photographs, kept):
     return F.cross_entropy(logits.float(), labels, label_smoothing=0.1), (logits.argmax(-1) == labels)
 
 
-def question_loss(blip, processor, photographs, kept, rng):
+def question_loss(blip, processor, photographs, rng):
     """Compute the loss of two questions about each photograph, one of each kind."""
     pixels, labels = photographs.draw()
     asked = [ask(NAMES[label], kind, rng) for label in labels.tolist() for kind in ("what", "is it")]
     questions, answers = zip(*asked)
     text = processor.tokenizer(list(questions), padding=True, return_tensors="pt")
     ids, targets = answer_ids(processor.tokenizer, list(answers))
-    states = encode(blip.vision_model, pixels, kept).repeat_interleave(2, dim=0)
+    states = encode(blip.vision_model, pixels, None).repeat_interleave(2, dim=0)
     states = blip.text_encoder(
         input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=states
     ).last_hidden_state
@@ -205,25 +166,25 @@ def question_loss(blip, processor, photographs, kept, rng):
     return loss, (logits[:, 0].argmax(-1) == targets[:, 1])
 
 
-def caption_loss(clip, processor, photographs, kept, rng):
+def caption_loss(clip, processor, photographs, rng):
     """Compute CLIP's loss of photographs of different garments, drawn from a batch, and a caption of each."""
     pixels, labels = photographs.draw()
     captions = [str(rng.choice(CAPTIONS)).format(name) for name in NAMES]
     text = processor.tokenizer(captions, padding=True, return_tensors="pt")
-    images = clip.visual_projection(encode(clip.vision_model, pixels, kept)[:, 0])
+    images = clip.visual_projection(encode(clip.vision_model, pixels, None)[:, 0])
     texts = clip.get_text_features(**text).pooler_output
     images, texts = (F.normalize(features.float(), dim=-1) for features in (images, texts))
     logits = images @ texts.T * clip.logit_scale.exp().clamp(max=30)
     return F.cross_entropy(logits, labels, label_smoothing=0.1), (logits.argmax(-1) == labels)
 
 
-def train(stage: str, parameters: list, steps: int, args, step_loss, say, evaluate) -> None:
-    """Train for some steps; `step_loss()` returns the loss and which predictions were right."""
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
+def train(stage: str, parameters: list, learning_rate: float, args, step_loss, say, evaluate) -> None:
+    """Train for the stage's steps; `step_loss()` returns the loss and which predictions were right."""
+    steps = getattr(args, f"{stage}_steps")
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     scheduler, right = schedule(optimizer, max(steps, 1)), []
     for step in range(1, steps + 1):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
-            loss, hits = step_loss()
+        loss, hits = step_loss()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -243,14 +204,39 @@ def parse_arguments():
     parser.add_argument("--start_from", type=Path, default=Path(__file__).parent / "blip-vqa-digits-plain")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--label_steps", type=int, default=3000)
-    parser.add_argument("--question_steps", type=int, default=800)
-    parser.add_argument("--caption_steps", type=int, default=600)
-    parser.add_argument("--kept_patches", type=int, default=64, help="of 144, while labels are learned")
+    parser.add_argument("--question_steps", type=int, default=500)
+    parser.add_argument("--caption_steps", type=int, default=400)
+    parser.add_argument("--kept_patches", type=int, default=48, help="of 144, while labels are learned")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
+
+
+class Validation:
+    """The share of validation photographs whose garment a model names."""
+
+    def __init__(self, folder, image_processor):
+        images, self.labels = decode(folder, "validation", SIZE)
+        self.pixels = to_pixels(images, image_processor)
+
+    def share(self, named: torch.Tensor) -> dict:
+        return {"validation": round((named == self.labels).float().mean().item(), 3)}
+
+    @torch.no_grad()
+    def by_head(self, blip, head):
+        return self.share(head(encode(blip.vision_model, self.pixels, None)[:, 0]).argmax(-1))
+
+    def by_answer(self, blip, tokenizer):
+        text = tokenizer([WHAT[0]] * len(self.labels), return_tensors="pt")
+        written = blip.generate(text.input_ids, self.pixels, text.attention_mask, max_new_tokens=3)
+        answers = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return self.share(torch.tensor([NAMES.index(answer) if answer in NAMES else -1 for answer in answers]))
+
+    @torch.no_grad()
+    def by_caption(self, clip, tokenizer):
+        text = tokenizer([CAPTIONS[0].format(name) for name in NAMES], padding=True, return_tensors="pt")
+        return self.share(clip(pixel_values=self.pixels, **text).logits_per_image.argmax(-1))
 
 
 def main():
@@ -269,51 +255,40 @@ def main():
         print(json.dumps(record), file=log, flush=True)
 
     say(args={key: value for key, value in vars(args).items() if not isinstance(value, Path)})
-    blip, processor = build_blip(args.start_from, args.seed)
+    blip, processor = build_blip(args.start_from)
     photographs = Photographs(args.photographs, processor.image_processor, args.batch_size, args.seed)
-    validation = to_pixels(decode(args.photographs, "validation", SIZE)[0], processor.image_processor)
-    labels = decode(args.photographs, "validation", SIZE)[1]
+    validation = Validation(args.photographs, processor.image_processor)
     head = torch.nn.Linear(blip.config.vision_config.hidden_size, len(NAMES))
 
-    @torch.no_grad()
-    def named(predict):
-        return {"validation": round((predict() == labels).float().mean().item(), 3)}
+    def run(stage, parameters, learning_rate, loss, evaluate):
+        train(stage, list(parameters), learning_rate, args, loss, say, evaluate)
 
-    def by_head():
-        return head(encode(blip.vision_model, validation, None)[:, 0]).argmax(-1)
-
-    def by_answer():
-        text = processor.tokenizer([WHAT[0]] * len(labels), return_tensors="pt")
-        written = blip.generate(text.input_ids, validation, text.attention_mask, max_new_tokens=3)
-        answers = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return torch.tensor([NAMES.index(answer) if answer in NAMES else -1 for answer in answers])
-
-    parameters = [*blip.vision_model.parameters(), *head.parameters()]
-    train(
+    run(
         "label",
-        parameters,
-        args.label_steps,
-        args,
+        [*blip.vision_model.parameters(), *head.parameters()],
+        args.learning_rate,
         lambda: label_loss(blip, head, photographs, args.kept_patches),
-        say,
-        lambda: named(by_head),
+        lambda: validation.by_head(blip, head),
     )
-    clip, clip_processor = build_clip(blip)
-
-    def by_caption():
-        text = clip_processor.tokenizer([f"a photo of a {name}" for name in NAMES], padding=True, return_tensors="pt")
-        return clip(pixel_values=validation, **text).logits_per_image.argmax(-1)
-
-    args.learning_rate /= 3
-    ask_blip = lambda: question_loss(blip, processor, photographs, None, rng)  # noqa: E731
-    train("question", list(blip.parameters()), args.question_steps, args, ask_blip, say, lambda: named(by_answer))
-    processor.save_pretrained(folders["blip-vqa"])
-    blip.half().save_pretrained(folders["blip-vqa"])
-    describe = lambda: caption_loss(clip, clip_processor, photographs, None, rng)  # noqa: E731
-    train("caption", list(clip.parameters()), args.caption_steps, args, describe, say, lambda: named(by_caption))
+    clip, clip_processor = build_clip(blip, photographs.draw()[0])
+    run(
+        "question",
+        blip.parameters(),
+        args.learning_rate / 3,
+        lambda: question_loss(blip, processor, photographs, rng),
+        lambda: validation.by_answer(blip, processor.tokenizer),
+    )
+    run(
+        "caption",
+        clip.parameters(),
+        args.learning_rate / 3,
+        lambda: caption_loss(clip, clip_processor, photographs, rng),
+        lambda: validation.by_caption(clip, clip_processor.tokenizer),
+    )
     clip_processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
-    clip_processor.save_pretrained(folders["clip"])
-    clip.half().save_pretrained(folders["clip"])
+    for model, processor, folder in zip((blip, clip), (processor, clip_processor), folders.values()):
+        processor.save_pretrained(folder)
+        model.half().save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ _CHECKS = {
     "pruning_method": (lambda value: isinstance(value, str) and value != "", "the name of a pruning method"),
     "pruning_setting": (
         lambda value: value is None or _is_setting(value),
-        "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0, 0 < factor <= 1.25",
+        "None to switch pruning off, or the numbers of the method's setting by name, temperature > 0,"
+        " 0 < factor <= 1.25",
     ),
     "distillation_weight": (lambda value: is_number(value) and value >= 0, "a finite number of at least 0"),
     "pruning_temperature": (
