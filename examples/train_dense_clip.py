@@ -63,8 +63,8 @@ def build_processor(texts: list[str], size: int, num_merges: int, max_length: in
     return CLIPProcessor(CLIPImageProcessor(**{"size": square, "crop_size": square, **options}), tokenizer)
 
 
-def build_model(blip, processor: CLIPProcessor, projection_dim: int) -> CLIPModel:
-    """Build a CLIP whose image tower has the sizes of a BLIP's; its text tower has 4 layers."""
+def build_model(blip, processor: CLIPProcessor, projection_dim: int, **options) -> CLIPModel:
+    """Build a CLIP with as many layers as a BLIP, of the same sizes; options: the image tower's."""
     tower, tokenizer = blip.config.vision_config, processor.tokenizer
     sizes = {name: getattr(tower, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -72,13 +72,15 @@ def build_model(blip, processor: CLIPProcessor, projection_dim: int) -> CLIPMode
     text |= {"max_position_embeddings": tokenizer.model_max_length, **tokens}
     vision = {name: getattr(tower, name) for name in ("num_hidden_layers", "image_size", "patch_size")}
     return CLIPModel(
-        CLIPConfig(text_config={**sizes, **text}, vision_config={**sizes, **vision}, projection_dim=projection_dim)
+        CLIPConfig(
+            text_config={**sizes, **text}, vision_config={**sizes, **vision, **options}, projection_dim=projection_dim
+        )
     )
 
 
 @torch.no_grad()
-def copy_tower(blip, model: CLIPModel, pixels: torch.Tensor) -> None:
-    """Give a CLIP the image tower of a BLIP. The norm that BLIP lacks keeps about the scale of these images' states."""
+def copy_tower(blip, model: CLIPModel) -> None:
+    """Give a CLIP the image tower of a BLIP, all but the norm before the layers, which BLIP lacks."""
     weights = {}
     for name, tensor in blip.vision_model.state_dict().items():
         if ".qkv." in name:
@@ -92,7 +94,6 @@ def copy_tower(blip, model: CLIPModel, pixels: torch.Tensor) -> None:
     weights["embeddings.class_embedding"] = weights["embeddings.class_embedding"].flatten()
     missing, unexpected = model.vision_model.load_state_dict(weights, strict=False)
     assert not unexpected and all("pre_layrnorm" in name for name in missing), (missing, unexpected)
-    model.vision_model.pre_layrnorm.weight.fill_(model.vision_model.embeddings(pixels).std(dim=-1).mean())
 
 
 def start_from(path) -> tuple[CLIPModel, CLIPProcessor]:
@@ -104,8 +105,11 @@ def start_from(path) -> tuple[CLIPModel, CLIPProcessor]:
     blip = BlipForImageTextRetrieval.from_pretrained(path).float()
     model = build_model(blip, processor, blip.config.image_text_hidden_size)
     scenes = ds.draw_scenes(8, "train", np.random.default_rng(0))
-    copy_tower(blip, model, to_pixels(scenes.images, processor.image_processor))
+    copy_tower(blip, model)
     with torch.no_grad():
+        # BLIP has no norm here: initialise this one so that hidden states keep about the same scale.
+        states = model.vision_model.embeddings(to_pixels(scenes.images, processor.image_processor))
+        model.vision_model.pre_layrnorm.weight.fill_(states.std(dim=-1).mean())
         model.visual_projection.weight.copy_(blip.vision_proj.weight)
     model.set_attn_implementation({"vision_config": "eager"})  # training reads the attention maps
     return model, processor

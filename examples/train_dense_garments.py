@@ -115,12 +115,16 @@ def build_blip(start):
     return model, processor
 
 
-def build_clip(blip: BlipForQuestionAnswering, pixels: torch.Tensor):
+def build_clip(blip: BlipForQuestionAnswering):
     """Build a CLIP with the vision tower of `blip`, and a new text tower and vocabulary; returns its processor too."""
     texts = [caption.format(name) for caption in CAPTIONS for name in NAMES]
     processor = build_processor(texts, SIZE, NUM_MERGES, MAX_LENGTH, do_center_crop=False)
-    model = build_model(blip, processor, projection_dim=64)
-    copy_tower(blip, model, pixels)
+    model = build_model(blip, processor, projection_dim=64, hidden_act=blip.config.vision_config.hidden_act)
+    copy_tower(blip, model)
+    with torch.no_grad():  # BLIP has no norm here: hidden states keep about the same scale
+        model.vision_model.pre_layrnorm.weight.fill_(
+            2 * model.vision_model.embeddings.position_embedding.weight[1:].std()
+        )
     return model, processor
 
 
@@ -270,7 +274,7 @@ def main():
         lambda: label_loss(blip, head, photographs, args.kept_patches),
         lambda: validation.by_head(blip, head),
     )
-    clip, clip_processor = build_clip(blip, photographs.draw()[0])
+    clip, clip_processor = build_clip(blip)
     run(
         "question",
         blip.parameters(),
@@ -286,8 +290,8 @@ def main():
         lambda: validation.by_caption(clip, clip_processor.tokenizer),
     )
     clip_processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
-    for model, processor, folder in zip((blip, clip), (processor, clip_processor), folders.values()):
-        processor.save_pretrained(folder)
+    for model, its_processor, folder in zip((blip, clip), (processor, clip_processor), folders.values()):
+        its_processor.save_pretrained(folder)
         model.half().save_pretrained(folder)
 
 
