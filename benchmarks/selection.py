@@ -13,6 +13,7 @@ found on the validation split, the metric is of the test split. Methods:
   drawn by the seed
 - `class_attention`, `without_self`, `without_class`, `without_alignment`: MADTP with another importance, random
   alignment tokens as `madtp`
+- `first_layer`, `first_2_layers`: as `madtp_data`, but these layers alone prune
 - `tome`, `evit`, `random` (tokens drawn by the seed): see methods.py
 - `smaller_image`: the dense model on smaller images, positions interpolated; the size whose FLOPs are nearest
 
@@ -55,7 +56,10 @@ SEEDS = {
     "class_attention": 5,
     **dict.fromkeys(ABLATIONS, 3),
     "madtp_data": 5,
+    "first_layer": 5,
+    "first_2_layers": 5,
 }
+FIRST = {"first_layer": 1, "first_2_layers": 2}
 INIT_SAMPLES = 640  # of the training split, that alignment tokens are made of
 
 
@@ -77,8 +81,8 @@ def set_method(model, method: str, seed: int) -> None:
 
 def run_method(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
     """Points of a method, calibrated once for all reductions."""
-    model = load_model(task, folder, seed)
-    if method == "madtp_data":
+    model = load_model(task, folder, seed, pruning_layers=FIRST.get(method))
+    if method in ("madtp_data", *FIRST):
         init_from_training_data(model, task, evaluation.collator, seed)
     else:
         set_method(model, method, seed)

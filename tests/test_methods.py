@@ -354,7 +354,7 @@ def test_pruning_most_in_one_layer_takes_a_factor_above_1():
     path = METHODS["madtp"].path(config)
     config.pruning_layers = None
     every_layer = METHODS["madtp"].path(config)
-    assert path.setting(path.points[-1])["factor"] == 1.25
+    assert path.setting(path.points[-1])["factor"] == pytest.approx(1.25)
     assert every_layer.setting(every_layer.points[-1])["factor"] == 1
     for point in path.points:
         assert path.point(path.setting(point)) == pytest.approx(point)
@@ -378,11 +378,11 @@ def test_what_a_method_adds_is_counted(method):
         "random": 0,
     }
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(added[method], abs=200)
-    config.pruning_layers = 1
+    config.pruning_layers, config.pruning_setting = 1, SETTINGS[method]  # other layers switch pruning off
     of_first = {"madtp": (LENGTH + 9) * 12 * width, "class_attention": (LENGTH + 9) * 12 * width}
     in_first = count_flops(config, "vqa", vision, text).item() - off.item()
     assert in_first == pytest.approx(of_first.get(method, added[method]), abs=200)
-    config.pruning_layers = None
+    config.pruning_layers, config.pruning_setting = None, SETTINGS[method]
     config.pruning_modalities = ("text",)
     of_text = 3 * 9 * 12 * width if method in ("madtp", "class_attention") else 0
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(of_text, abs=200)
@@ -536,6 +536,17 @@ def test_bad_input(model):
         model.set_pruning(reduction=0.5)
     with pytest.raises(ValueError, match="pruning_method='nothing'"):
         type(model).from_blip(model, pruning_method="nothing")
+
+
+def test_other_layers_switch_pruning_off_and_drop_the_schedule(model):
+    model.config.pruning_schedule = [{"reduction": 0.5, "temperature": 2.0, "factor": 1.0}]
+    model.set_pruning(reduction=0.5)
+    model.config.pruning_layers = None  # as it is
+    assert model.is_pruning
+    model.config.pruning_layers = 2
+    assert not model.is_pruning and model.config.pruning_schedule is None
+    with pytest.raises(ValueError, match="pruning_layers=0: expected a whole number of at least 1"):
+        model.config.pruning_layers = 0
 
 
 def test_another_method_switches_pruning_off_and_drops_the_schedule(model):

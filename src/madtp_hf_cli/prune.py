@@ -59,6 +59,9 @@ def prune(
     seed: options.Seed = 0,
     task: options.Task = None,
     method: options.Method = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Prune in the first N layers alone; by default in all.")
+    ] = None,
     alignment: Annotated[
         str | None,
         typer.Option(metavar="fit|keep", help="Fit alignment tokens to the data; by default new ones."),
@@ -94,6 +97,8 @@ def prune(
     pruned, processor = loaded.model, loaded.processor
     if method is not None:
         pruned.set_pruning_method(method)
+    if layers is not None:
+        pruned.config.pruning_layers = layers
     method = pruned.config.pruning_method
     how = options.how_to_read(image_dir, columns, skip_unreadable)
     how |= {"samples": samples, "seed": seed, "batch_size": batch_size, "alignment": alignment, "freeze": freeze}

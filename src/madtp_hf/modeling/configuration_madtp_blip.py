@@ -34,7 +34,7 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             The encoders that prune.
         pruning_layers (`int`, *optional*):
             With MADTP or class attention, how many layers of a branch prune: the first so many. By default all do, as
-            in the paper.
+            in the paper. Another number drops the setting and the schedule: calibrate again.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every sample keeps its own number of tokens, so its output doesn't depend on the batch.
             `"batch"`, for comparison: every sample keeps the largest count in the batch. `"frozen"`: each layer leaves

@@ -198,6 +198,9 @@ class PruningConfigMixin:
                     f" {layers[1]} counts, and the setting that they belong to}}, each count at least {least[0]} for"
                     f" vision and {least[1]} for text."
                 )
+        if name == "pruning_layers" and value != getattr(self, name, value):
+            # What was calibrated with other layers saves something else.
+            self.pruning_setting = self.pruning_schedule = self.pruning_token_counts = None
         super().__setattr__(name, value)
 
     def token_counts(self, setting: dict | None = None) -> dict[str, tuple[int, ...]] | None:
