@@ -30,7 +30,7 @@ def name_garments(model, collator, batch) -> list[str]:
 
 
 def score_names(predictions, rows) -> float:
-    return 100 * sum(name == row["label"] for name, row in zip(predictions, rows)) / len(rows)
+    return sum(name == row["label"] for name, row in zip(predictions, rows)) / len(rows)
 
 
 def use_photographs(folder) -> None:

@@ -21,6 +21,8 @@ LABELS = {
     "dense": "dense",
     "dense_finetuned": "dense, fine-tuned",
     "madtp_data": "MADTP, alignment tokens from data",
+    "first_layer": "the same, in the first layer alone",
+    "first_2_layers": "the same, in the first two layers",
     "madtp": "MADTP, random alignment tokens",
     "without_self": "MADTP without patches' attention",
     "without_class": "MADTP without class attention",
@@ -47,6 +49,8 @@ BEGIN, END = "<!-- tables: python benchmarks/selection.py --table docs -->", "<!
 # By method: color, marker and line of its curve.
 STYLES = {
     "madtp_data": ("tab:blue", "o", "-"),
+    "first_layer": ("tab:blue", "1", "--"),
+    "first_2_layers": ("tab:blue", "2", ":"),
     "madtp": ("tab:cyan", "o", "-"),
     "without_self": ("tab:gray", "1", ":"),
     "without_class": ("tab:gray", "2", ":"),
