@@ -10,13 +10,16 @@ same round. Weights are random, sizes are BLIP-base's; images are crops of real 
     python benchmarks/speed.py --tasks --training_step --output benchmarks/results/speed_cpu.json
     python benchmarks/speed.py --tasks clip clip-large --baselines tome \\
         --output benchmarks/results/speed_clip_cpu.json
+    python benchmarks/speed.py --tasks vqa --precisions bfloat16 int8 --layers 2 --calibrate_on_batch \\
+        --output benchmarks/results/speed_precisions_cpu.json
     python benchmarks/speed.py --size tiny --rounds 2 --tasks vqa --batch_sizes 4   # a quick trial
 
 Runs: `transformers`, its BLIP (for NLVR2, which it lacks, a reference built from its parts); `off`, ours without
-pruning; `instance` and `batch`, pruned in that granularity; `tome`, `evit` and `random`, see methods.py. Captioning is
-timed twice, as a teacher-forced forward pass (`captioning`) and as generation (`captioning-generate`); retrieval is
-the pass that matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at 336; texts are
-padded to CLIP's 77 tokens, a common use of its tokenizer, and are timed alone as well (`clip-text`).
+pruning; `instance` and `batch`, pruned in that granularity, also in another precision or in the first layers alone;
+`tome`, `evit` and `random`, see methods.py. Captioning is timed twice, as a teacher-forced forward pass
+(`captioning`) and as generation (`captioning-generate`); retrieval is the pass that matches an image and a text.
+`clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at 336; texts are padded to CLIP's 77 tokens, a common
+use of its tokenizer, and are timed alone as well (`clip-text`).
 
 Columns: `times faster` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise and exact for the
 timed batch; `efficiency`, times faster over FLOPs ratio, 1 if the speed-up equals the FLOPs reduction; `memory
@@ -25,6 +28,7 @@ layers computed over those that had to be computed. Token counts per layer are i
 largest batch size, are not timed: they show how images of different kinds in one batch affect the token counts.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -96,10 +100,10 @@ MORE_CALLS = {"captioning": {"-generate": generate}, "clip": {"-text": encode_te
 def make_runs(task: str, dense, model, inputs: dict, call: Callable, args, reductions, baselines) -> list[Run]:
     """Return the runs of a round: the dense models, each granularity at each reduction, and each baseline.
 
-    All of ours use `model`'s weights.
+    All of ours have `model`'s weights.
     """
 
-    def run(labels, setting=None, granularity="instance", method="madtp"):
+    def run(labels, setting=None, granularity="instance", method="madtp", model=model):
         def setup():
             model.config.pruning_granularity, model.config.pruning_method = granularity, method
             model.config.pruning_setting = setting
@@ -111,6 +115,17 @@ def make_runs(task: str, dense, model, inputs: dict, call: Callable, args, reduc
         for reduction in reductions:
             runs.append(run({"run": granularity, "asked": reduction}, model.setting_for(reduction), granularity))
     schedule = model.config.pruning_schedule
+    for name, other in other_models(model, args).items():
+        other.config.pruning_layers = args.layers if name.startswith("first") else None
+        calibrated = calibrate_all(other, [inputs], args.reductions) if name.startswith("first") else reductions
+        runs.append(run({"run": f"off, {name}"}, model=other))
+        for reduction in calibrated:
+            labels = {"run": f"instance, {name}", "asked": reduction}
+            runs.append(run(labels, other.setting_for(reduction), model=other))
+    if "bfloat16" in args.precisions:
+        half = copy.deepcopy(dense).to(torch.bfloat16)
+        halved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+        runs.append(Run({"run": "transformers, bfloat16"}, functools.partial(call, half, halved), model=half))
     for name in baselines:
         model.set_pruning_method(name)
         for reduction in calibrate_all(model, [inputs], args.baseline_reductions):
@@ -118,6 +133,14 @@ def make_runs(task: str, dense, model, inputs: dict, call: Callable, args, reduc
     model.set_pruning_method("madtp")
     model.config.pruning_schedule = schedule
     return runs
+
+
+def other_models(model, args) -> dict:
+    """Return copies of a model by name: in other precisions, and one that prunes in the first layers alone."""
+    others = {name: copy.deepcopy(model).prepare_for_inference(name) for name in args.precisions}
+    if args.layers:
+        others[f"first {args.layers} layers"] = copy.deepcopy(model).prepare_for_inference("float32")
+    return others
 
 
 # What is measured
@@ -164,7 +187,7 @@ def inspect(run: Run, call: Callable, inputs: dict) -> tuple[dict, object]:
     for hook in hooks:
         hook.remove()
     row = {**run.labels, "memory_mb": memory / 1e6}
-    if run.labels["run"] == "transformers":
+    if run.labels["run"].startswith("transformers"):
         return {**row, "flops_ratio": 1.0}, output
     told = output if call in (forward, training_step) else forward(run.model, inputs)
     row["flops_ratio"] = 1 / (1 - reduction_reached(run.model, inputs, told, call))
@@ -301,6 +324,14 @@ def parse_arguments(arguments=None):
         action="store_true",
         help="on the timed batch itself, whose reduction then is the one asked for; else on other crops and texts",
     )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("bfloat16", "int8"),
+        default=[],
+        help="time ours in these as well and, with bfloat16, transformers' in it",
+    )
+    parser.add_argument("--layers", type=int, help="time ours pruning in the first so many layers alone as well")
     parser.add_argument("--plain_weights", action="store_true", help="don't prepack weights for the CPU")
     parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
     parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")
