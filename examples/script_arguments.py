@@ -126,18 +126,21 @@ class ScriptParser(HfArgumentParser):
 
 def clean_texts(data):
     """Return the rows with questions, sentences and captions in lower case, without the punctuation BLIP drops."""
-
-    def clean(text, space: str):
-        if not isinstance(text, str):
-            return [clean(one, space) for one in text]
-        return " ".join(re.sub(r'[.!"()*#:;~]', space, text.lower()).split())
-
     for name, space in {"question": "", "sentence": " ", "captions": " "}.items():
         if name in data.column_names:
-            data = data.map(
-                lambda texts, name=name, space=space: {name: clean(texts, space)}, input_columns=name, batched=True
-            )
+            options = {"name": name, "space": space}
+            data = data.map(_clean_column, input_columns=name, batched=True, fn_kwargs=options)
     return data
+
+
+def _clean_column(texts, name: str, space: str) -> dict:
+    return {name: [_clean(text, space) for text in texts]}
+
+
+def _clean(text, space: str):
+    if not isinstance(text, str):
+        return [_clean(one, space) for one in text]
+    return " ".join(re.sub(r'[.!"()*#:;~]', space, text.lower()).split())
 
 
 @dataclass
