@@ -1,6 +1,7 @@
 """What the `run_*.py` scripts share: their options for data and pruning, and the folder that they write."""
 
 import argparse
+import copy
 import inspect
 import json
 import re
@@ -227,6 +228,15 @@ class PruningArguments:
         default=False,
         metadata={"help": "Leave out the dense pass of each training step, from which the pruned one learns."},
     )
+    teacher: bool = field(
+        default=False,
+        metadata={"help": "All passes learn from the frozen model that training starts from."},
+    )
+    distillation_weight: float = field(
+        default=MadtpBlipConfig().distillation_weight,
+        metadata={"help": "The weight of learning from dense outputs, relative to the task loss."},
+    )
+    pruning_layers: int = field(default=0, metadata={"help": "Prune in the first so many layers; 0 for all."})
     reductions: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
     )
@@ -240,12 +250,16 @@ class PruningArguments:
     )
 
     def __post_init__(self):
+        self._frozen = None
         if self.dense:
             self.reductions = []
 
     def load(self, source: str, task: str):
         """Load a task's model and processor: a pruned one unchanged, a dense one with new alignment tokens."""
         shape = {"num_alignment_tokens": self.num_alignment_tokens, "alignment_dim": self.alignment_dim or None}
+        shape["distillation_weight"] = self.distillation_weight
+        if self.pruning_layers:
+            shape["pruning_layers"] = self.pruning_layers
         loaded = load(source, task, device="cpu", **shape)  # in float32: weights in half precision don't train
         return loaded.model, loaded.processor
 
@@ -257,6 +271,7 @@ class PruningArguments:
         if self.dense:
             return
         model.to(training_args.device)
+        self._frozen = copy.deepcopy(model) if self.teacher else None
         if not model.config.pruning_schedule and not self.random_alignment:
             init_alignment_from(model, train_batches)
         calibrate(model, validation_batches, self.target_reduction if training_args.do_train else self.reductions)
@@ -266,7 +281,8 @@ class PruningArguments:
         if self.dense:
             return []
         target = self.target_reduction[0] if len(self.target_reduction) == 1 else tuple(self.target_reduction)
-        return [ReductionCallback(target, num_targets=self.num_targets, dense_pass=not self.without_dense_pass)]
+        options = {"num_targets": self.num_targets, "dense_pass": not self.without_dense_pass}
+        return [ReductionCallback(target, teacher=self._frozen, **options)]
 
     def budgets(self, model) -> list[float]:
         """Return the reductions to evaluate: 0, and the requested ones that calibration reached."""
