@@ -20,10 +20,10 @@ Each stage runs in a process of its own, so that a stage that crashes the device
 - `compiled`: transformers' BLIP with torch.compile, and ours frozen with torch.compile(mode="reduce-overhead").
 
 Runs of a task and batch size are interleaved and timed by CUDA events. Columns: `images/s` and `ms`, medians;
-`faster`, transformers' time over the run's, median over rounds; `FLOPs`, the reduction reached on the batch; `MB`,
-peak memory above the memory in use before (for CUDA graphs and compiled models, with everything they keep); `ops`,
-`launches` and `waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and 8);
-`idle`, the share of the time in which the device is idle; `differs`, the difference from the same model neither
+`times faster`, transformers' time over the run's, median over rounds; `FLOPs`, the reduction reached on the batch;
+`MB`, peak memory above the memory in use before (for CUDA graphs and compiled models, with everything they keep);
+`ops`, `launches` and `waits`: operations on the device, calls that launch them, waits of the host (batches of 1 and
+8); `idle`, the share of the time in which the device is idle; `differs`, the difference from the same model neither
 captured nor compiled, on images that it wasn't captured with, relative to the largest output (for generated tokens,
 the share that differs). Results are written to `--output` as they come; it names what was not reached in time.
 """
@@ -247,7 +247,7 @@ def main(arguments=None) -> None:
 COLUMNS = {
     "images/s": ("images_per_second", ".1f"),
     "ms": ("milliseconds", ".2f"),
-    "faster": ("time_ratio", ".2f"),
+    "times faster": ("time_ratio", ".2f"),
     "FLOPs": ("reduction", ".2f"),
     "MB": ("memory_mb", ".0f"),
     "ops": ("device operations", "d"),

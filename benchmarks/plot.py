@@ -65,7 +65,7 @@ def draw_panel(axes, panel: tuple[str, list[dict]]) -> None:
     # A run that prunes almost nothing has more FLOPs than the dense model, because of its scores.
     widest = max([1.05, *(1.05 * row["flops_ratio"] for row in rows)])
     axes.plot([0, widest], [0, widest], color="gray", linestyle=":", label="time as FLOPs")
-    axes.set(title=title, xlim=(0, widest), ylim=(0, highest), xlabel="FLOPs ratio", ylabel="time ratio")
+    axes.set(title=title, xlim=(0, widest), ylim=(0, highest), xlabel="FLOPs ratio", ylabel="times faster")
 
 
 def main(arguments=None):

@@ -18,8 +18,8 @@ timed twice, as a teacher-forced forward pass (`captioning`) and as generation (
 the pass that matches an image and a text. `clip` is ViT-B/16 at 224 pixels and `clip-large` ViT-L/14 at 336; texts are
 padded to CLIP's 77 tokens, a common use of its tokenizer, and are timed alone as well (`clip-text`).
 
-Columns: `time ratio` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise and exact for the
-timed batch; `efficiency`, time ratio over FLOPs ratio, 1 if the speed-up equals the FLOPs reduction; `memory
+Columns: `times faster` and its quartiles, transformers' time over the run's; `FLOPs ratio`, likewise and exact for the
+timed batch; `efficiency`, times faster over FLOPs ratio, 1 if the speed-up equals the FLOPs reduction; `memory
 ratio`, the run's peak memory of activations over transformers'; `computed`, tokens that the encoders' feed-forward
 layers computed over those that had to be computed. Token counts per layer are in the file. `mixed` rows, at the
 largest batch size, are not timed: they show how images of different kinds in one batch affect the token counts.
@@ -269,7 +269,8 @@ def print_rows(title: str, rows: list[dict]) -> None:
         quartiles = "{:.3f}-{:.3f}".format(*row["time_quartiles"]) if "time_quartiles" in row else None
         name = row["run"] + (", mixed" if row["images"] == "mixed" else "")
         lines.append([name, *(show({**row, "quartiles": quartiles}.get(key), form) for key, form in forms.items())])
-    print_table(title, ["run", *(name.replace("_", " ") for name in forms)], lines)
+    names = {"time_ratio": "times faster"}
+    print_table(title, ["run", *(names.get(name, name.replace("_", " ")) for name in forms)], lines)
 
 
 def parse_arguments(arguments=None):

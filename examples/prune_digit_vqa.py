@@ -161,6 +161,7 @@ def main():
         dataset={"name": "digit scenes", "split": "test", "example": test[0]["question"]},
         settings={
             "steps": steps,
+            "training data": "digit scenes",
             **{name: value for name, value in vars(args).items() if name not in not_of_training},
         },
         base_model=args.model,

@@ -9,7 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from madtp_hf import MadtpBlipConfig, ReductionCallback, RetrievalTrainer, calibrate, init_alignment_from
-from madtp_hf.budgets.evaluation import conservative_budget, public_name, report
+from madtp_hf.budgets.evaluation import bare_name, conservative_budget, public_name, report
 from madtp_hf.checkpoints.card import write_model_card
 from madtp_hf.checkpoints.load import load
 
@@ -198,6 +198,7 @@ class PruningArguments:
         if steps:
             batch_size = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
             settings |= {
+                "training data": public_name(args.dataset) if args.dataset else "digit scenes",
                 "training rows": args.train_samples or "all",
                 "batch size": batch_size,
                 "learning rate": training.learning_rate,
@@ -238,7 +239,7 @@ def save_run(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_model_card(folder, base_model=base_model, datasets=datasets)
-    name, points = metric.removesuffix("%").strip(), f"{100 * MAX_LOSS:g} point below that of pruning off"
+    name, points = bare_name(metric), f"{100 * MAX_LOSS:g} point below that of pruning off"
     if len(scores) == 1:
         loads = "with pruning off"
     elif reduction:

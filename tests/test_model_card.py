@@ -102,6 +102,24 @@ def test_a_card_shows_every_budget_to_people_and_to_the_hub(tmp_path):
     assert str(tmp_path) not in card.content
 
 
+def test_a_card_says_how_the_checkpoint_was_made_and_which_method_prunes():
+    dataset = {"name": "digit scenes", "split": "test"}
+    results = {"title": "48 samples of digit scenes", "dataset": dataset, "versions": {"torch": "2.13.0"}}
+    results["results"] = [{"reduction asked": 0.5, "accuracy %": 0.9, "GFLOPs": 1.0, "times faster": 2.0}]
+    pruned = create_model_card(pruned_config(pruning_schedule=SCHEDULE), "m", metrics=results, base_model="org/blip")
+    assert "Made from `org/blip`." in pruned.text and "rained" not in pruned.text.replace("released, was trained", "")
+    assert "On 48 samples of digit scenes, test split." in pruned.text and "| 90.0% | 1 | 2 |" in pruned.text
+    settings = {"from": "blip", "steps": 150, "training data": "digit scenes"}
+    trained = create_model_card(pruned_config(), "m", metrics={**results, "settings": settings})
+    assert (
+        "Fine-tuned from `blip` on digit scenes, 150 steps." in trained.text and "How it was trained" in trained.text
+    )
+    only_evaluated = create_model_card(pruned_config(), "m", metrics={**results, "settings": {**settings, "steps": 0}})
+    assert "Fine-tuned" not in only_evaluated.text and "How it was made" in only_evaluated.text
+    evit = create_model_card(pruned_config(pruning_method="evit"), "m")
+    assert "by [EViT]" in evit.text and evit.data.tags == ["blip", "evit", "token-pruning"]
+
+
 def test_without_metrics_nothing_is_claimed():
     for config in (pruned_config(), BlipConfig(architectures=["BlipForImageTextRetrieval"])):
         card = create_model_card(config, "model")

@@ -195,11 +195,11 @@ def print_table(title: str, rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from madtp_hf.budgets.evaluation import show_number
+    from madtp_hf.budgets.evaluation import bare_name, show_number
 
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(bare_name(name), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*("-" if value is None else show_number(name, value) for name, value in row.items()))
     Console(width=max(80, 14 * len(rows[0]))).print(table)

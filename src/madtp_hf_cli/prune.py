@@ -72,7 +72,7 @@ def prune(
 ) -> None:
     """Prune a BLIP or CLIP without training: calibrate thresholds on a few unlabelled images.
 
-    To recover what pruning costs, fine-tune: examples/run_*.py.
+    To recover what pruning costs, fine-tune with transformers' Trainer and madtp_hf.ReductionCallback.
 
     Example: madtp-hf prune Salesforce/blip-vqa-base out --data photos --question "what is it?"
     """
@@ -91,7 +91,7 @@ def prune(
     if method is not None:
         get_method(method)
     loaded = load(model, task, device=device).require_trained()
-    pruned, processor, entry = loaded.model, loaded.processor, loaded.task
+    pruned, processor = loaded.model, loaded.processor
     if method is not None:
         pruned.set_pruning_method(method)
     method = pruned.config.pruning_method
@@ -111,7 +111,7 @@ def prune(
         write_model_card(folder, out.name, base_model=model, notes=notes)
     print_table(f"{type(pruned).__name__}, calibrated on {len(rows)} samples", table)
     typer.echo(
-        f"Wrote {out}. Nothing was trained; fine-tune it to recover what pruning costs:"
-        f" examples/{entry.script} --model {out.name}."
+        f"Wrote {out}. Nothing was trained. Measure what pruning costs: `madtp-hf evaluate {out.name} --data ...`; to"
+        " recover it, fine-tune with the Trainer and madtp_hf.ReductionCallback."
     )
     exit_if_rows_were_left_out(messages)

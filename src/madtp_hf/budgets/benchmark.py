@@ -205,7 +205,8 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
         calibrate(model, batches, reductions or DEFAULT_REDUCTIONS)
         reductions = model.config.calibrated_reductions
     results = benchmark(model, processor, rows, reductions, batch_sizes, rounds)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    machine = f"{platform.processor() or platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
     machine = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else machine
     facts = {
         "model": public_name(loaded.source),

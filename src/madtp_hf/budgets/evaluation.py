@@ -186,7 +186,7 @@ def evaluate_task(
 
     Returns:
         `list[dict]`: one row per budget: `precision` if one was given, `reduction asked`, `reached`, the metric's
-        scores (shares where the name ends in "%"), `GFLOPs` of a sample and `time / dense`.
+        scores (shares where the name ends in "%"), `GFLOPs` of a sample and `times faster`.
 
     Raises:
         ValueError: if a row has no target, or a reduction is not in the schedule.
@@ -220,12 +220,12 @@ def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[f
     """Build the rows of a results table, one per budget.
 
     Args:
-        results (`list[BudgetResult]`): What [`evaluate_budgets`] returned; times are relative to the first.
+        results (`list[BudgetResult]`): What [`evaluate_budgets`] returned; `times faster` is than the first.
         scores (`list[dict]`): The metric's values by name, one dictionary per result.
         seconds (`list[float]`, *optional*): Times to show instead of the results' own.
 
     Returns:
-        `list[dict]`: `reduction asked`, `reached`, the scores, `GFLOPs` of a sample and `time / dense`.
+        `list[dict]`: `reduction asked`, `reached`, the scores, `GFLOPs` of a sample and `times faster`.
     """
     seconds = seconds or [result.seconds for result in results]
     return [
@@ -234,7 +234,7 @@ def budget_rows(results: list[BudgetResult], scores: list[dict], seconds: list[f
             "reached": result.reduction_reached,
             **score,
             "GFLOPs": result.gflops,
-            "time / dense": time / seconds[0],
+            "times faster": seconds[0] / time,
         }
         for result, score, time in zip(results, scores, seconds)
     ]
@@ -273,6 +273,11 @@ def public_name(source) -> str:
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
+def bare_name(column: str) -> str:
+    """Return a column's name without the "%" that says that it holds shares: each of its cells has one."""
+    return column.removesuffix("%").strip()
+
+
 def show_number(name: str, value: float | str) -> str:
     """Format a number of a results table: as a percentage if its column's name says that it is a share."""
     if isinstance(value, str):
@@ -292,13 +297,13 @@ def report(title: str, rows: list[dict], folder, **facts) -> None:
 
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, justify="right")
+        table.add_column(bare_name(name), justify="right")
     for row in rows:
         table.add_row(*(show_number(name, value) for name, value in row.items()))
     Console(width=max(80, 16 * len(rows[0]))).print(table)
     for name, fact in facts.items():
         if isinstance(fact, dict) and all(isinstance(value, (int, float)) for value in fact.values()):
-            shown = (f"{key.removesuffix('%').strip()} {show_number(key, value)}" for key, value in fact.items())
+            shown = (f"{bare_name(key)} {show_number(key, value)}" for key, value in fact.items())
             print(f"{name.replace('_', ' ')}: " + ", ".join(shown))
         elif isinstance(fact, (int, float)):
             print(f"{name.replace('_', ' ')}: {fact:.4g}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from ..budgets.evaluation import public_name, show_number
+from ..budgets.evaluation import bare_name, public_name, show_number
 from ..tasks import Task, task_of
 
 
@@ -18,7 +18,17 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 # Columns of a results table that aren't metrics.
 _BUDGET = "reduction asked"
-_NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")
+_NO_METRICS = (_BUDGET, "reached", "GFLOPs", "times faster", "time / dense")  # the last one is version 0.1.0's
+# What a card says of a pruning method; of one's own, its name.
+_METHODS = {
+    "madtp": "[MADTP](https://arxiv.org/abs/2403.02991): each layer drops the image and text tokens that matter to"
+    " neither modality",
+    "class_attention": "class attention under [MADTP](https://arxiv.org/abs/2403.02991)'s threshold",
+    "evit": "[EViT](https://arxiv.org/abs/2202.07800): three layers drop the tokens that the class token attends to"
+    " least",
+    "tome": "[ToMe](https://arxiv.org/abs/2210.09461): each layer merges tokens that are alike",
+    "random": "random choice, a baseline for other methods",
+}
 
 
 def _hub_ids(sources) -> list[str] | None:
@@ -117,13 +127,9 @@ def _main_metric(results: dict) -> str:
     return named if named in metrics else metrics[0]
 
 
-def _bare(name: str) -> str:
-    return name.removesuffix("%").strip()
-
-
 def _table(rows: list[dict]) -> str:
     columns = _columns(rows)
-    lines = ["| " + " | ".join(map(_bare, columns)) + " |", "|" + "---:|" * len(columns)]
+    lines = ["| " + " | ".join(map(bare_name, columns)) + " |", "|" + "---:|" * len(columns)]
     lines += [
         "| " + " | ".join(show_number(name, row[name]) if name in row else "" for name in columns) + " |"
         for row in rows
@@ -133,7 +139,7 @@ def _table(rows: list[dict]) -> str:
 
 def _sentence(metrics: dict) -> str:
     return ", ".join(
-        f"{_bare(name)} {show_number(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
+        f"{bare_name(name)} {show_number(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
     )
 
 
@@ -154,7 +160,7 @@ def _remarks(results: dict, task: Task) -> list[str]:
         remarks.append(f"Before fine-tuning: {before}.")
     default = results.get("default_budget")
     if default:
-        on = f"{_bare(default['metric'])} on {default['samples']} validation samples is"
+        on = f"{bare_name(default['metric'])} on {default['samples']} validation samples is"
         points = f"{100 * default['loss']:g} point below that of pruning off"
         if default["reduction"]:
             remarks.append(f"Saved at {default['reduction']:g}, the largest reduction whose {on} at most {points}.")
@@ -166,7 +172,8 @@ def _remarks(results: dict, task: Task) -> list[str]:
         remarks.append(f"{task.baseline}: {_sentence(baseline)}.")
     if _is_number(results.get("seconds")):
         machine = f" ({results['machine']})" if results.get("machine") else ""
-        remarks.append(f"Training and evaluation took {results['seconds']:.0f} s{machine}.")
+        what = "Evaluation" if (results.get("settings") or {}).get("steps") == 0 else "Training and evaluation"
+        remarks.append(f"{what} took {results['seconds']:.0f} s{machine}.")
     if results.get("source"):
         remarks.append(f"Source: {results['source']}.")
     return remarks
@@ -187,9 +194,9 @@ def _eval_results(results: dict, task: Task) -> list[EvalResult]:
             dataset_type=dataset.get("type") or re.sub(r"[^\w/.]+", "-", name.lower()),
             dataset_name=name,
             dataset_split=dataset.get("split"),
-            metric_type=_bare(column),
+            metric_type=bare_name(column),
             metric_value=value,
-            metric_name=f"{_bare(column)}{_at(row)}",
+            metric_name=f"{bare_name(column)}{_at(row)}",
             metric_args={"reduction": row[_BUDGET]} if _BUDGET in row else None,
         )
         for row in results["results"]
@@ -251,20 +258,37 @@ def _pruning(config) -> dict:
     }
 
 
+def _made(results: dict, base_model) -> str | None:
+    """Return the sentence that says how a checkpoint was made: what it was trained on, and from which model."""
+    settings = results.get("settings") or {}
+    source = base_model or settings.get("from") or settings.get("model")
+    source = f" from `{public_name(source)}`" if source else ""
+    if settings.get("steps"):
+        data = f" on {settings['training data']}" if settings.get("training data") else ""
+        return f"Fine-tuned{source}{data}, {settings['steps']} steps."
+    return f"Made{source}." if source else None
+
+
 def _measured(results: dict, task) -> dict:
     """Return the template's values that say what was measured, on which data and with which settings."""
     dataset, settings = _dataset(results), results.get("settings") or {}
-    where = f"On {dataset['name']}" if dataset.get("name") else "On data that is not recorded"
+    name, title = dataset.get("name"), results.get("title")
+    if name and title and name in title:
+        where, title = f"On {title}", None
+    else:
+        where = f"On {name}" if name else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
     shown = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
     rows = ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
     return {
+        "has_times": bool(results) and "times faster" in _columns(results["results"]),
         "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
         "table": _table(results["results"]) if results else None,
-        "measured": where + (f": {results['title']}." if results.get("title") else "."),
-        "metric": _bare(_main_metric(results)) if results else None,
+        "measured": where + (f": {title}." if title else "."),
+        "metric": bare_name(_main_metric(results)) if results else None,
         "remarks": _remarks(results, task) if results else [],
         "settings": "\n".join(rows) if settings else None,
+        "is_trained": settings.get("steps", 1) != 0,
         "versions": ", ".join(f"{package} {version}" for package, version in (results.get("versions") or {}).items()),
     }
 
@@ -307,10 +331,11 @@ def create_model_card(
         and not getattr(config, "pruning_schedule", None)
         and not getattr(config, "pruning_setting", None)
     )
+    method = getattr(config, "pruning_method", "madtp")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
-        tags=[task.family.name.lower(), *([] if dense else ["madtp", "token-pruning"]), *task.tags],
+        tags=[task.family.name.lower(), *([] if dense else [method, "token-pruning"]), *task.tags],
         base_model=next(iter(_hub_ids(base_model) or ()), None),
         datasets=_hub_ids(datasets),
         license=license,
@@ -331,7 +356,8 @@ def create_model_card(
         family=task.family.name,
         pruned_class=task.model_class.__name__,
         image_size=config.vision_config.image_size,
-        made_from=public_name(base_model) if base_model else None,
+        made=_made(results, base_model),
+        method=_METHODS.get(method, f"the method `{method}`, whose code the checkpoint carries"),
         notes=notes.strip() if notes else None,
         plot=plot,
         license=license,

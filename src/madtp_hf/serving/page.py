@@ -130,7 +130,7 @@ def cost_html(found: Look) -> str:
     times = [f"{s * 1000:.1f} ms" if s < 1 else f"{s:.2f} s" for s in (pruned.seconds, dense.seconds)]
     tiles = [
         ("GFLOPs", f"{pruned.gflops:.3g}", f"dense {dense.gflops:.3g}: {saved:.0%} saved"),
-        ("Time", times[0], f"dense {times[1]}: {faster:.2f} times as fast"),
+        ("Time", times[0], f"dense {times[1]}: {faster:.2f} times faster"),
     ]
     return (
         f'<div style="font-size: 1.8em; font-weight: 600">{html.escape(pruned.text) or "(nothing)"}</div>'
