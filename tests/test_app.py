@@ -6,11 +6,13 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from madtp_hf.serving import page
 from madtp_hf.serving.page import check_shown, cost_html, layers_to_draw, look, make_app
 
 from .conftest import make_processor, make_task_model
@@ -53,6 +55,21 @@ def test_a_look_is_what_the_model_says(task, processor, monkeypatch):
     assert (found.survivors.words is None) == (task == "captioning")
     assert found.pruned.gflops < found.dense.gflops
     assert "dense" in cost_html(found)
+
+
+def test_a_click_is_timed_several_times_after_a_warm_up(monkeypatch):
+    monkeypatch.setattr(page, "TIMED_SECONDS", 0.0)
+    model, calls, clock = pruned_model(), [], iter(range(1000))
+    # A slow machine: a warm-up takes 100 seconds, the calls after it 0, 1, 2, ...
+    now = [0]
+
+    def write():
+        calls.append(1)
+        now[0] += 100 if len(calls) <= 2 else next(clock)
+
+    monkeypatch.setattr(page, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert page._time_in_turns(model, write, [0.0, 0.5]) == [2, 3]  # medians of 0, 2, 4 and of 1, 3, 5
+    assert len(calls) == 8
 
 
 def test_a_larger_reduction_leaves_fewer_patches(processor, monkeypatch):

@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, code runs as printed, messages are those of the package."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,28 @@ def test_links_lead_to_files_and_headings(page):
         assert target.is_relative_to(ROOT), f"{name_of(page)}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{name_of(page)}: {link}, expected one of {sorted(anchors(target))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fits_the_column(page):
+    """The site's column shows this much without scrolling."""
+    blocks = re.findall(r"^```.*?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 76] == []
+
+
+def test_the_examples_page_lists_every_file():
+    page = (ROOT / "examples/README.md").read_text()
+    files = subprocess.run(
+        ["git", "ls-files", "examples"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    names = {Path(file).relative_to("examples").parts[0] for file in files} - {"README.md"}
+    assert [name for name in sorted(names) if f"({name}" not in page] == []
+
+
+def test_the_owner_is_a_placeholder_in_few_places():
+    """What `RELEASING.md` replaces: other pages don't name the repository."""
+    named = [name_of(page) for page in PAGES if "OWNER" in page.read_text()]
+    assert named == ["RELEASING.md"]
 
 
 def test_the_site_has_every_page():

@@ -33,10 +33,10 @@ def test_the_code_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
     blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(block, names)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-    assert len(printed) == 10
+    assert len(printed) == 11
     assert names["answer"].task == "vqa" and len(names["handler"](names["request"])) == 1

@@ -18,7 +18,8 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 # Columns of a results table that aren't metrics.
 _BUDGET = "reduction asked"
-_NO_METRICS = (_BUDGET, "reached", "GFLOPs", "times faster", "time / dense")  # the last one is version 0.1.0's
+_NO_METRICS = (_BUDGET, "reached", "GFLOPs", "time / dense")  # the last one is version 0.1.0's
+_FASTER = "times faster"  # the beginning of columns of speed, for which a table may name the model's size
 # What a card says of a pruning method; of one's own, its name.
 _METHODS = {
     "madtp": "[MADTP](https://arxiv.org/abs/2403.02991): each layer drops the image and text tokens that matter to"
@@ -37,6 +38,10 @@ def _hub_ids(sources) -> list[str] | None:
     return [str(source) for source in sources if not os.path.exists(source)] or None
 
 
+def _is_metric(column: str) -> bool:
+    return column not in _NO_METRICS and not column.startswith(_FASTER)
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -45,7 +50,7 @@ def _is_row(row) -> bool:
     # A budget isn't the name of a metric: such a dictionary has another form.
     return (
         isinstance(row, dict)
-        and any(name not in _NO_METRICS for name in row)
+        and any(map(_is_metric, row))
         and not any(name == "reduction" or _as_budget(name) is not None for name in row)
         and all(map(_is_number, row.values()))
     )
@@ -122,7 +127,7 @@ def _columns(rows) -> list[str]:
 
 def _main_metric(results: dict) -> str:
     """Return the column of the main metric: the one that the results name, or their first metric."""
-    metrics = [name for name in _columns(results["results"]) if name not in _NO_METRICS]
+    metrics = list(filter(_is_metric, _columns(results["results"])))
     named = results.get("metric")
     return named if named in metrics else metrics[0]
 
@@ -139,7 +144,7 @@ def _table(rows: list[dict]) -> str:
 
 def _sentence(metrics: dict) -> str:
     return ", ".join(
-        f"{bare_name(name)} {show_number(name, value)}" for name, value in metrics.items() if name not in _NO_METRICS
+        f"{bare_name(name)} {show_number(name, value)}" for name, value in metrics.items() if _is_metric(name)
     )
 
 
@@ -201,7 +206,7 @@ def _eval_results(results: dict, task: Task) -> list[EvalResult]:
         )
         for row in results["results"]
         for column, value in row.items()
-        if column not in _NO_METRICS
+        if _is_metric(column)
     ]
 
 
@@ -281,7 +286,7 @@ def _measured(results: dict, task) -> dict:
     shown = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
     rows = ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
     return {
-        "has_times": bool(results) and "times faster" in _columns(results["results"]),
+        "has_times": bool(results) and any(name.startswith(_FASTER) for name in _columns(results["results"])),
         "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
         "table": _table(results["results"]) if results else None,
         "measured": where + (f": {title}." if title else "."),
