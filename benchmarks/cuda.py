@@ -15,7 +15,9 @@ Each stage runs in a process of its own, so that a stage that crashes the device
   same sample in a batch; Triton's kernels against the plain path; generation; a training step. See gpu/cuda_checks.py.
 - `speed`: question answering (a forward pass with one decoder token), captioning (a teacher-forced forward pass) and
   caption generation (ten tokens, greedy) in bfloat16: transformers' BLIP with its defaults and, where supported, with
-  sdpa; ours with pruning off, pruned ("instance"), pruned to fixed token counts ("frozen"), and these as CUDA graphs.
+  sdpa; ours with pruning off, pruned ("instance"), pruned to fixed token counts ("frozen"), and these as CUDA graphs;
+  pruned without torch's `varlen_attn`; transformers' and ours in int8, if torchao is installed. transformers' BLIP has
+  eager attention alone: how far "off" is ahead of it says what attention without maps gains, before any pruning.
   Weights are random, images are crops of photographs. See gpu/cuda_speed.py.
 - `compiled`: transformers' BLIP with torch.compile, and ours frozen with torch.compile(mode="reduce-overhead").
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from madtp_hf.modeling import attention as attention_module
 from madtp_hf.modeling.attention import attend
 from madtp_hf.modeling.sequences import Sequences, unpad
 
@@ -401,3 +402,85 @@ def test_keys_and_values_of_what_is_read_are_computed_once_and_on_no_padding(tas
         for index in range(model.config.text_config.num_hidden_layers):
             assert rows[index, "key"] == rows[index, "value"] == [read]
             assert rows[index, "query"] == [len(LENGTHS) * copies] * len(scores)
+
+
+# torch's varlen attention
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """In the place of torch's varlen attention, one of the same arguments in plain torch; remembers its calls."""
+    calls = []
+
+    def attention(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), num_splits=None, scale=None
+    ):
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        assert query.ndim == 3 and key.shape == value.shape and query.shape[1:] == key.shape[1:]  # (rows, H, d)
+        assert query.stride(2) == key.stride(2) == value.stride(2) == 1
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q[0] == cu_seq_k[0] == 0
+        queries, keys = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+        assert (sum(queries), sum(keys)) == (len(query), len(key))
+        assert (type(max_q), type(max_k)) == (int, int) and (max(queries), max(keys)) == (max_q, max_k)
+        assert num_splits == 1 and scale is None  # a sample does not depend on its batch
+        calls.append((queries, keys, window_size))
+        samples = zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in sample), is_causal=window_size == (-1, 0))
+            for sample in samples
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    monkeypatch.setattr(attention_module, "varlen_attn", attention)
+    monkeypatch.setattr(attention_module, "has_varlen_attn", lambda device: True)
+    monkeypatch.setattr(attention_module, "VARLEN_OPTIONS", {"num_splits": 1})
+    return calls
+
+
+@pytest.mark.parametrize("is_causal, is_cross", [(False, False), (True, False), (False, True)])
+def test_attention_through_torchs_varlen_attention(is_causal, is_cross, varlen, monkeypatch):
+    lengths, others = list(LENGTHS), [6] * len(LENGTHS) if is_cross else list(LENGTHS)
+    sequences, context = Sequences.varlen(lengths, "cpu"), Sequences.varlen(others, "cpu")
+    query_key_value = torch.randn(sum(lengths), 3, 2, 8).bfloat16()
+    query, key, value = query_key_value.unbind(1)
+    if is_cross:
+        key, value = torch.randn(2, sum(others), 2, 8).bfloat16()
+    arguments = (None, "sdpa", query, key, value, sequences, context)
+    found = attend(*arguments, is_causal=is_causal)
+    assert varlen == [(lengths, others, (-1, 0 if is_causal else -1))]
+    monkeypatch.setattr(attention_module, "has_varlen_attn", lambda device: False)
+    torch.testing.assert_close(found, attend(*arguments, is_causal=is_causal), atol=0.02, rtol=0)
+    assert len(varlen) == 1
+
+
+@torch.no_grad()
+def test_what_torchs_varlen_attention_does_not_get(varlen):
+    """float32, dropout, narrow heads, padding, and batches of one length, which fused attention takes as they are."""
+    query, sequences = torch.randn(40, 2, 8), Sequences.varlen(list(LENGTHS), "cpu")
+    padded = Sequences.padded(2, 20, "cpu", torch.arange(20) < torch.tensor([[20], [9]]))
+    for states, layout, dropout in (
+        (query, sequences, 0.0),
+        (query.bfloat16(), sequences, 0.1),
+        (query[..., :4].bfloat16(), sequences, 0.0),
+        (query.bfloat16(), padded, 0.0),
+        (query.bfloat16(), Sequences.varlen([20, 20], "cpu"), 0.0),
+    ):
+        attend(None, "sdpa", states, states, states, layout, dropout=dropout)
+    assert not varlen
+
+
+@torch.no_grad()
+def test_a_model_through_torchs_varlen_attention(varlen, monkeypatch):
+    """The text's cross-attention to images of different lengths."""
+    model = make_model("vqa", 3.0, ("vision",)).bfloat16()
+    inputs = TASKS["vqa"].make_inputs(LENGTHS)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    output = model(**inputs)
+    assert len(varlen) == 2 * model.config.text_config.num_hidden_layers
+    assert {tuple(keys) for _, keys, _ in varlen} == {LENGTHS, tuple(output.vision_tokens[-1].tolist())}
+    monkeypatch.setattr(attention_module, "has_varlen_attn", lambda device: False)
+    assert (output.logits - model(**inputs).logits).abs().max() < 0.1
+
+
+def test_on_a_cpu_torchs_varlen_attention_is_left_alone():
+    assert not attention_module.has_varlen_attn(torch.device("cpu"))

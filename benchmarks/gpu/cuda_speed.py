@@ -20,11 +20,13 @@ from timing import Run, compare, peak_memory, time_runs
 from torch.profiler import ProfilerActivity, profile
 
 from madtp_hf.budgets.passes import encode, measure
+from madtp_hf.modeling import attention
 
 
 GENERATION = {"max_new_tokens": 10, "min_new_tokens": 10, "num_beams": 1, "do_sample": False}
 PROFILED_BATCHES = (1, 8)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+HAS_VARLEN_ATTN = attention.has_varlen_attn
 TASK_OF = {"vqa": "vqa", "captioning": "captioning", "captioning-generate": "captioning"}
 
 
@@ -107,10 +109,22 @@ def compiled(name: str, model, inputs: dict, mode: str | None) -> Callable:
     return pass_of(name, torch.compile(model, dynamic=False, **how), inputs)
 
 
+def quantized(model):
+    """A copy whose linear maps are int8: weights per channel, activations dynamically, per token."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise Skipped("skipped: no torchao") from error
+    other = copy.deepcopy(model)
+    quantize_(other, Int8DynamicActivationInt8WeightConfig())
+    return other
+
+
 # The runs of a cell
 
 
-def set_up(model, granularity: str, reduction: float) -> None:
+def set_up(model, granularity: str, reduction: float, varlen_attn: bool = True) -> None:
+    attention.has_varlen_attn = HAS_VARLEN_ATTN if varlen_attn else lambda device: False
     model.config.pruning_granularity = "instance"  # whose settings are free
     model.set_pruning(reduction=reduction)
     model.config.pruning_granularity = granularity
@@ -124,7 +138,10 @@ def copy_of(model, granularity: str, reduction: float):
 
 
 def plain_runs(name: str, models: dict, reductions: list[float], inputs: dict, device) -> list[Cell]:
-    """transformers' as it ships and with sdpa, ours off and pruned, frozen, and frozen as a CUDA graph."""
+    """transformers' as it ships and with sdpa, ours off and pruned, frozen, and frozen as a CUDA graph; int8.
+
+    Without torch's varlen attention, other operations do what it does in the pruned run of the same reduction.
+    """
     model = models["ours"]
     runs = [
         Cell(label, lambda dense=dense: pass_of(name, dense, inputs))
@@ -142,6 +159,39 @@ def plain_runs(name: str, models: dict, reductions: list[float], inputs: dict, d
         runs.append(Cell(label, lambda: pass_of(name, model, inputs), model, setup))
         if granularity == "frozen":
             runs.append(Cell(f"{label} CUDA graph", lambda: graphed(name, model, inputs), model, setup))
+    for asked in reductions:
+
+        def without(reduction=asked):
+            set_up(model, "instance", reduction, varlen_attn=False)
+
+        def call():
+            if not HAS_VARLEN_ATTN(device):
+                raise Skipped("skipped: no varlen_attn")
+            return pass_of(name, model, inputs)
+
+        runs.append(Cell(f"instance {asked:.2g} without varlen_attn", call, model, without))
+    return runs + int8_runs(name, models, reductions, inputs)
+
+
+def int8_runs(name: str, models: dict, reductions: list[float], inputs: dict) -> list[Cell]:
+    """transformers' and ours in int8: off, and pruned."""
+    try:
+        dense, model = quantized(models["transformers"]), quantized(models["ours"])
+    except Exception as error:
+        message = message_of(error)
+
+        def fail():
+            raise Skipped(message)
+
+        return [Cell("int8", fail)]
+    runs = [Cell("transformers int8", lambda: pass_of(name, dense, inputs))]
+    for asked in (0.0, *reductions):
+
+        def setup(reduction=asked):
+            set_up(model, "instance", reduction)
+
+        label = f"instance {asked:.2g} int8" if asked else "off int8"
+        runs.append(Cell(label, lambda: pass_of(name, model, inputs), model, setup))
     return runs
 
 

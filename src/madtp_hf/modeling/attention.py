@@ -4,6 +4,7 @@ Shapes: R rows of all sequences; in a chunk of the batch, n sequences of up to L
 heads, d head width.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,8 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .chunks import divide, takes_chunks, whole
 from .sequences import Sequences, join
 from .token_pruning import AttentionStatistics
-from .triton_kernels import KERNEL_ERRORS, disable, is_available, varlen_attention
+from .triton_kernels import COMPUTE_CAPABILITY, KERNEL_ERRORS, disable, is_available, varlen_attention
 
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
 
 ATTENTION_BLOCK = 3 * 2**19  # attention probabilities computed at a time on a CPU: 6 MB, which fit into the cache
 
@@ -59,17 +65,42 @@ class BranchSpec(NamedTuple):
         """Return `mask` as floats."""
         return None if sequences.mask is None else sequences.float_mask[:, self.num_protected :]
 
-    def counts(self, sequences: Sequences) -> torch.Tensor | int:
-        """Return the number of removable tokens of each sequence, (n, 1), or N if it is the same for all."""
-        if sequences.mask is None:
-            return self.num_removable(sequences)
-        return sequences.lengths.unsqueeze(1) - self.num_protected
-
 
 CLASS_TOKEN_FIRST = BranchSpec()
 
 
-# Triton or torch
+# Kernels: torch's varlen attention, or Triton's
+
+
+# The option that makes a sample's result independent of its batch, where this torch has it.
+_OPTIONS: dict = {} if varlen_attn is None else dict(inspect.signature(varlen_attn).parameters)
+VARLEN_OPTIONS = {"num_splits": 1} if "num_splits" in _OPTIONS else {}
+
+
+def has_varlen_attn(device: torch.device) -> bool:
+    """Return whether torch's varlen attention, which is flash attention, runs on a device."""
+    return (
+        "window_size" in _OPTIONS  # its first versions had other arguments
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= COMPUTE_CAPABILITY
+    )
+
+
+def takes_varlen_attn(query: torch.Tensor, *layouts: Sequences, dropout: float = 0.0) -> bool:
+    """Return whether torch's varlen attention can take queries (R, H, d) like these, of batches laid out like these.
+
+    It takes half precision only.
+    """
+    return (
+        not dropout
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and has_varlen_attn(query.device)
+        and all(layout.has_only_real_rows for layout in layouts)
+    )
 
 
 def takes_kernels(query: torch.Tensor, *layouts: Sequences, dropout: float = 0.0) -> bool:
@@ -122,6 +153,10 @@ def attend(
     varlen = sequences.is_varlen or context.is_varlen
     if "flash" in implementation and sequences.has_only_real_rows and context.has_only_real_rows:
         return _flash_attention(attention, implementation, query, key, value, sequences, context, dropout, is_causal)
+    if varlen and takes_varlen_attn(query, sequences, context, dropout=dropout):
+        lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen, context.max_seqlen)
+        window = (-1, 0 if is_causal else -1)
+        return varlen_attn(query, key, value, *lengths, window_size=window, **VARLEN_OPTIONS).flatten(1)
     if varlen and takes_kernels(query, sequences, context, dropout=dropout):
         lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen)
         output = in_kernels(varlen_attention, query, key, value, *lengths, is_causal)
