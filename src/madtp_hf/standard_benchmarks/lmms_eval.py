@@ -128,6 +128,7 @@ class LmmsEvalModel(lmms):
                 question = {"question": remove_instructions(context), "answer": text.strip()}
                 rows.append({"image": self._image(*rest), "captions": [text.strip()], **question})
             batch = {name: tensor.to(self.device) for name, tensor in collator(rows).items()}
+            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
             logits, labels = self.model(**batch).logits[:, :-1].float(), batch["labels"][:, 1:]
             losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
             is_greedy = ((logits.argmax(dim=-1) == labels) | (labels == -100)).all(dim=1)
