@@ -331,7 +331,7 @@ def parse_arguments(arguments=None):
         default=[],
         help="time ours in these as well and, with bfloat16, transformers' in it",
     )
-    parser.add_argument("--layers", type=int, help="time ours pruning in the first so many layers alone as well")
+    parser.add_argument("--layers", type=int, help="time ours pruning in this many of the first layers alone as well")
     parser.add_argument("--plain_weights", action="store_true", help="don't prepack weights for the CPU")
     parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
     parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")

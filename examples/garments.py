@@ -66,8 +66,8 @@ def load_garment_questions(folder, split: str, num_questions: int | None = None,
     """Return questions about photographs: `image`, `question`, `answer` and `kind`.
 
     Each photograph has a question "what garment is this?" and one to be answered by yes or no. Without `num_questions`
-    there is one of each for every photograph; else so many rows, photographs in an order drawn by the seed, over again
-    when all are through.
+    there is one of each for every photograph; else
+    that many rows, photographs in an order drawn by the seed, over again when all are through.
     """
     photographs = load_garments(folder, split)
     rng = np.random.default_rng([seed, SPLITS.index(split)])

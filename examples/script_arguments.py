@@ -236,7 +236,7 @@ class PruningArguments:
         default=MadtpBlipConfig().distillation_weight,
         metadata={"help": "The weight of learning from dense outputs, relative to the task loss."},
     )
-    pruning_layers: int = field(default=0, metadata={"help": "Prune in the first so many layers; 0 for all."})
+    pruning_layers: int = field(default=0, metadata={"help": "How many of the first layers prune; 0 for all."})
     reductions: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
     )

@@ -33,7 +33,7 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
             The encoders that prune.
         pruning_layers (`int`, *optional*):
-            With MADTP or class attention, how many layers of a branch prune: the first so many. By default all do, as
+            With MADTP or class attention, how many of the first layers of a branch prune. By default all do, as
             in the paper. Another number drops the setting and the schedule: calibrate again.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every sample keeps its own number of tokens, so its output doesn't depend on the batch.

@@ -203,7 +203,7 @@ class MadtpMethod(PruningMethod):
         token_counts (`list[int]`, *optional*):
             How many tokens each layer leaves, protected and merged tokens included.
         num_layers (`int`, *optional*):
-            How many layers prune: the first so many. All do by default.
+            How many of the first layers prune. All do by default.
         min_kept (`int`, *optional*, defaults to 1):
             A layer prunes a sample only if at least this many of its removable tokens stay.
         with_feature (`bool`, *optional*, defaults to `False`):
