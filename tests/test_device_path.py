@@ -78,23 +78,6 @@ def test_a_training_step(task, mode, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_small_batch_that_stays_padded(task, monkeypatch):
-    """Large ones lose their padding: outputs and gradients are the same."""
-    model, found = make_model(task, "instance").train(), []
-    inputs = {**TASKS[task].make_inputs(LENGTHS), **TASKS[task].to_train}
-    for most_rows in (chunks.PADDED_ROWS, 0):
-        monkeypatch.setattr(chunks, "PADDED_ROWS", most_rows)
-        model.zero_grad()
-        torch.manual_seed(3)
-        output = model(**inputs, output_hidden_states=True, output_positions=True)
-        output.loss.backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        found.append([value for value in output.values() if value is not None] + gradients)
-    for padded, varlen in zip(*found, strict=True):
-        torch.testing.assert_close(padded, varlen, atol=1e-5, rtol=1e-4)
-
-
 @MODES
 @pytest.mark.parametrize("settings", BEAMS.values(), ids=BEAMS)
 @pytest.mark.parametrize("task", ["vqa", "captioning", "captioning with a prompt"])

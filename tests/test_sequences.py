@@ -355,8 +355,7 @@ def rows_expected(name, output):
 @pytest.mark.parametrize("modalities", [("vision", "text"), ("vision",), ("text",)], ids="+".join)
 @pytest.mark.parametrize("task", TASKS)
 @torch.no_grad()
-def test_no_linear_map_of_the_encoders_computes_padding(task, modalities, path, monkeypatch):
-    monkeypatch.setattr(chunks_module, "PADDED_ROWS", 0)  # small batches do, on other devices
+def test_no_linear_map_of_the_encoders_computes_padding(task, modalities, path):
     layers = (
         {"text_config": {"num_hidden_layers": 7}} if task == "nlvr2" else {}
     )  # the last of seven has a merge layer

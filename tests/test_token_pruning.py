@@ -470,7 +470,7 @@ def test_with_a_fixed_length_every_sample_has_as_many_rows(lengths, length, spec
     if not uniform:
         importance = importance * weights
     keep = most_important(importance, length - 2 - spec.num_suffix_tokens, tokens)
-    stays, merges = select_tokens(~keep, tokens)
+    stays, merges = select_tokens(~keep, tokens, spec.counts(sequences))
     decision = answer(stays, importance, merges, length=length)
     result, left, move = apply(states, sequences, [decision], spec)
 

@@ -65,6 +65,12 @@ class BranchSpec(NamedTuple):
         """Return `mask` as floats."""
         return None if sequences.mask is None else sequences.float_mask[:, self.num_protected :]
 
+    def counts(self, sequences: Sequences) -> torch.Tensor | int:
+        """Return the number of removable tokens of each sequence, (n, 1), or N if it is the same for all."""
+        if sequences.mask is None:
+            return self.num_removable(sequences)
+        return sequences.lengths.unsqueeze(1) - self.num_protected
+
 
 CLASS_TOKEN_FIRST = BranchSpec()
 

@@ -17,8 +17,6 @@ CHUNK_PADDING_SHARE = 1 / 8  # padding up to this share of a chunk's rows is alw
 CHUNK_PADDING = 2**16  # more padding is accepted up to this many elements of the states
 CHUNK_AREA = 2**15  # and, at the same time, up to this many elements of an attention map
 
-PADDED_ROWS = 2**12  # on other devices, a pruned batch of up to this many rows stays padded
-
 
 # If False, a CPU takes the path of other devices.
 CPU_TAKES_CHUNKS = True
@@ -30,15 +28,6 @@ def takes_chunks(device: torch.device) -> bool:
     Other devices take the whole batch at once and avoid waiting for values.
     """
     return CPU_TAKES_CHUNKS and device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def stays_padded(device: torch.device, num_rows: int) -> bool:
-    """Return whether a pruned batch of this many rows, padding included, stays padded.
-
-    A small one does on devices where an operation costs its launch rather than its arithmetic: padding takes part in
-    the arithmetic, but is not moved out and in again around each attention.
-    """
-    return not takes_chunks(device) and num_rows <= PADDED_ROWS
 
 
 class Chunking(NamedTuple):

@@ -386,7 +386,7 @@ class MadtpMethod(PruningMethod):
     def decide(self, layer, statistics, scores, chunk) -> Decision:
         """Decide which tokens of a chunk stay, from its statistics and the batch's alignment scores (R, T)."""
         spec = self.spec
-        mask, float_mask = spec.mask(chunk), spec.float_mask(chunk)
+        mask, float_mask, counts = spec.mask(chunk), spec.float_mask(chunk), spec.counts(chunk)
         scores = chunk.pad(scores)[:, spec.removable(chunk)]
         importance = self.importance(statistics, scores, float_mask)
         length = None
@@ -401,8 +401,7 @@ class MadtpMethod(PruningMethod):
             if self.granularity == "batch":
                 number = (~goes if mask is None else mask & ~goes).sum(dim=1).amax()
                 goes = ~most_important(importance, number, mask)
-        num_tokens = chunk.max_seqlen if mask is None else chunk.lengths.unsqueeze(1)
-        stays, merges = select_tokens(goes, mask, num_tokens, self.min_kept + spec.num_protected)
+        stays, merges = select_tokens(goes, mask, counts, self.min_kept)
         return Decision(merge_weights(importance, stays, merges), stays, merges, length=length)
 
     def to(self, device, non_blocking: bool = False) -> "MadtpMethod":

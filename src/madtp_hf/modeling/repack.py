@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from .attention import BranchSpec
-from .chunks import stays_padded
 from .padding import LONGER_THAN_ANY
 from .pruning_method import Attended, Decision
 from .sequences import Sequences, scatter_rows, take_tokens
@@ -111,19 +110,14 @@ def repack(states: torch.Tensor, sequences: Sequences, attended: Attended, spec:
     first, chunking = attended.decisions[0], attended.chunking
     if first.destination is not None:
         return _repack_in_kernel(states, sequences, first)
-    if first.length == sequences.max_seqlen:
-        return Repacked(states, sequences)
     if first.length is not None:
-        return _repack_to_length(states, sequences, first, spec, columns_that_stay(first, sequences, spec))
+        return _repack_to_length(states, sequences, first, spec)
     chunks = chunking.chunks(sequences)
     tables = [columns_that_stay(decision, chunk, spec) for chunk, decision in zip(chunks, attended.decisions)]
     lengths = chunking.join_samples([table.sum(dim=1) for table in tables])
     row_counts = lengths.tolist()
-    if row_counts == (sequences.real_counts or sequences.row_counts):  # a sequence that merges loses tokens
+    if sum(row_counts) == sequences.num_rows:  # a sequence that merges loses rows
         return Repacked(states, sequences)
-    if stays_padded(states.device, sequences.batch_size * max(row_counts)):
-        decision = first._replace(length=max(row_counts))
-        return _repack_to_length(states, sequences, decision, spec, tables[0], lengths, row_counts)
     ordered = row_counts if chunking.order is None else [row_counts[sample] for sample in chunking.order]
     outputs, repackings = [], []
     for chunk, start, decision, table in zip(chunks, chunking.bounds, attended.decisions, tables):
@@ -140,27 +134,21 @@ def repack(states: torch.Tensor, sequences: Sequences, attended: Attended, spec:
     return Repacked(states, Sequences.varlen(row_counts, states.device, lengths, before=sequences), moved)
 
 
-def _repack_to_length(
-    states, sequences: Sequences, decision: Decision, spec: BranchSpec, table, lengths=None, row_counts=None
-) -> Repacked:
-    """Repack to `decision.length` rows for each sequence, padded.
-
-    table (n, C): the columns that become rows. lengths, row_counts: how many real tokens each sequence keeps, on the
-    device and on the host; without them, as many as the table says.
-    """
+def _repack_to_length(states, sequences: Sequences, decision: Decision, spec: BranchSpec) -> Repacked:
     length = decision.length
+    if length == sequences.max_seqlen:
+        return Repacked(states, sequences)
+    table = columns_that_stay(decision, sequences, spec)
+    num_columns = table.shape[1]
     # The columns that become rows come first, in their order. `topk` can be exported to ONNX, unlike a stable sort.
-    order = sequences.numbers.where(table, LONGER_THAN_ANY).topk(length, largest=False).indices
+    order = (table * LONGER_THAN_ANY - torch.arange(num_columns, device=table.device)).topk(length).indices
     repacking = ChunkRepacking(sequences, sequences.batch_size * length, spec, order=order)
-    if row_counts is None and sequences.mask is not None:
+    mask = lengths = None
+    if sequences.mask is not None:
         lengths = table.sum(dim=1)
-    mask = None
-    if lengths is not None and (row_counts is None or min(row_counts) < length):
-        mask = sequences.numbers[:length] < lengths.unsqueeze(1)
+        mask = torch.arange(length, device=table.device) < lengths.unsqueeze(1)
     states = repacking(*merge_tokens(sequences.pad(states), decision, spec))
     layout = Sequences.padded(sequences.batch_size, length, states.device, mask, lengths)
-    layout.reuse(sequences)
-    layout.real_counts = row_counts
     return Repacked(states, layout, lambda positions: _move(repacking, positions))
 
 

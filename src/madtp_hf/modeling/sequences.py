@@ -33,8 +33,6 @@ class Sequences:
     *varlen*: the rows are the real tokens only. Those of sequence i go from `offsets[i]` to `offsets[i + 1]`.
 
     num_rows: the number of rows.
-    real_counts: in padded sequences that were pruned, the number of real tokens of each, which the host knows; their
-        padding holds no values of interest, and is zero in outputs.
     first_row: in a chunk of a batch, the chunk's first row in the batch.
     batch_rows: in a chunk whose rows are not contiguous, their numbers in the batch, padded; else None.
     """
@@ -47,7 +45,6 @@ class Sequences:
             self.mask = mask  # replaces the cached property's value
         if lengths is not None:
             self.lengths = lengths
-        self.real_counts: list[int] | None = None
         self.batch_rows: torch.Tensor | None = None
         self.chunks: dict = {}  # by `Chunking`, which makes them
 
@@ -69,7 +66,7 @@ class Sequences:
             first_row (`int`, *optional*, defaults to 0):
                 For a chunk of a batch, its first row in the batch.
             before (`Sequences`, *optional*):
-                The layout that the tokens were pruned from, whose numbers are reused.
+                The layout that the tokens were pruned from, whose `indices` are reused.
         """
         longest = max(lengths, default=0)
         if min(lengths, default=0) == longest:
@@ -80,14 +77,9 @@ class Sequences:
         for length in lengths:
             offsets.append(offsets[-1] + length)
         sequences = cls(len(lengths), longest, device, offsets=offsets, lengths=device_lengths, first_row=first_row)
-        if before is not None:
-            sequences.reuse(before)
+        if before is not None and not torch.compiler.is_compiling():
+            sequences.indices = before.indices[:longest]
         return sequences
-
-    def reuse(self, before: "Sequences") -> None:
-        """Take the numbers of the layout that the tokens were pruned from, instead of making new ones."""
-        if not torch.compiler.is_compiling():
-            self.numbers = before.numbers[: self.max_seqlen + 1]
 
     @property
     def is_varlen(self) -> bool:
@@ -130,14 +122,9 @@ class Sequences:
         return self.indices < self.lengths.unsqueeze(1)
 
     @cached_property
-    def numbers(self) -> torch.Tensor:
-        """0, 1, 2, ..., one for each token of a longest sequence and one for a merged token: (max_seqlen + 1,)."""
-        return torch.arange(self.max_seqlen + 1, device=self.device)
-
-    @property
     def indices(self) -> torch.Tensor:
         """The indices (max_seqlen,): 0, 1, 2, ..."""
-        return self.numbers[: self.max_seqlen]
+        return torch.arange(self.max_seqlen, device=self.device)
 
     @cached_property
     def float_mask(self) -> torch.Tensor | None:
@@ -181,12 +168,9 @@ class Sequences:
         return states.unflatten(dim, (self.batch_size, self.max_seqlen))
 
     def pad_zeros(self, states: torch.Tensor) -> torch.Tensor:
-        """Gather rows (R, ...) into padded states (B, max_seqlen, ...); varlen sequences are padded with zeros.
-
-        So are those whose padding holds no values of interest.
-        """
+        """Gather rows (R, ...) into padded states (B, max_seqlen, ...); varlen sequences are padded with zeros."""
         padded = self.pad(states)
-        if not self.is_varlen and (self.real_counts is None or self.mask is None):
+        if not self.is_varlen:
             return padded
         return padded.masked_fill(~self.mask.view(self.mask.shape + (1,) * (padded.ndim - 2)), 0)
 
@@ -231,7 +215,6 @@ class Sequences:
         if torch.device(device) == self.device:
             return self
         moved = Sequences(self.batch_size, self.max_seqlen, device, offsets=self.offsets, first_row=self.first_row)
-        moved.real_counts = self.real_counts
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(moved, name, value.to(device, non_blocking=non_blocking))

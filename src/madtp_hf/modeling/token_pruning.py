@@ -137,8 +137,8 @@ def select_tokens(
     """Step 6: select the tokens that stay (B, N), False at padding, and the samples that merge the others (B, 1).
 
     All tokens of a sample stay if fewer than `min_kept` would stay, or if fewer than two would go. goes, mask (B, N):
-    boolean, the tokens that would go, and the real ones; num_tokens (B, 1): the number of tokens, by default all that
-    are real. It may count protected tokens if `min_kept` does.
+    boolean, the tokens that would go, and the real ones; num_tokens (B, 1): the number of removable tokens, by default
+    all that are real.
     """
     if num_tokens is None:
         num_tokens = goes.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
