@@ -6,15 +6,22 @@
     python benchmarks/selection_finetuned.py --tasks vqa --seeds 0 --split validation --learning_rate 5e-5 \\
         --output benchmarks/results/selection_validation_5e-5.json
 
+    python benchmarks/selection_finetuned.py --tasks vqa --model examples/blip-vqa-digits-plain \\
+        --methods dense dense_finetuned first_2_layers --steps 600 --learning_rate 3e-4 --teacher \\
+        --distillation_weight 4 --output benchmarks/results/selection_finetuned_plain.json
+
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the
-better one of 5e-5 and 2e-4 on validation samples, which the last command measures; it is the same for all methods.
+better one of 5e-5 and 2e-4 on validation samples, which the fourth command measures; it is the same for all methods.
 Methods, tables and the rest as in selection.py. Beside them:
 
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
+- `first_layer`, `first_2_layers`: MADTP that prunes in these layers alone
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
-All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`.
+All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`. Each step also trains the
+dense model unless `--pruned_only` is given, as it was for the rows in selection_finetuned.json. The last command's
+learning rate, distillation and layers were chosen on validation samples.
 """
 
 import functools
@@ -23,7 +30,7 @@ import time
 from calibrating import calibrate_all
 from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
 from reporting import environment
-from selection import init_from_training_data, parse_study, set_method, study_parser
+from selection import FIRST, init_from_training_data, parse_study, set_method, study_parser
 from transformers import set_seed
 
 from madtp_hf import ReductionCallback
@@ -40,13 +47,14 @@ METHODS = (
     "random",
     "class_attention",
     "madtp_data",
+    *FIRST,
     "own_0.5",
     "own_0.8",
 )
 LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py, for all methods
 LEARNING_RATE = 5e-5
 SETTINGS = ("steps", "validation_samples", "test_samples", "split")
-SETTINGS += ("teacher", "distillation_weight", "largest_pass", "pruned_only", "pruning_layers")
+SETTINGS += ("teacher", "distillation_weight", "largest_pass", "pruned_only")
 
 
 def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int, **passes) -> list:
@@ -65,7 +73,7 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
 def make_points(args, task, folder, method, seed, evaluation, validation) -> tuple[list[dict], dict]:
     """Train and evaluate; the points, and the seconds of the training alone."""
     set_seed(seed)
-    overrides = {"distillation_weight": args.distillation_weight, "pruning_layers": args.pruning_layers}
+    overrides = {"distillation_weight": args.distillation_weight, "pruning_layers": FIRST.get(method)}
     model, collator = load_model(task, folder, seed, **overrides), evaluation.collator
     passes = {"dense_pass": not args.pruned_only, "largest_pass": args.largest_pass}
     passes["teacher"] = load_model(task, folder) if args.teacher and not args.pruned_only else None
@@ -117,7 +125,6 @@ def main(arguments=None):
     parser.add_argument("--teacher", action="store_true", help="all passes learn from the frozen dense model")
     parser.add_argument("--distillation_weight", type=float, default=1.0, help="of learning from dense outputs")
     parser.add_argument("--largest_pass", action="store_true", help="each step has a pass at the largest target too")
-    parser.add_argument("--pruning_layers", type=int, help="how many layers prune, with MADTP; default: all")
     parser.add_argument("--pruned_only", action="store_true", help="no dense pass, no learning from dense outputs")
     args = parse_study(parser, arguments)
     settings = {name: getattr(args, name) for name in SETTINGS}

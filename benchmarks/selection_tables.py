@@ -102,14 +102,15 @@ def cell(summary: dict | None, asked: float) -> str:
 
 def budget_table(summaries: dict, methods) -> list[str]:
     """A line a method, a column a budget."""
-    budgets = sorted({asked for of in summaries.values() for asked in of if asked > 0})
+    pruned = [of for method, of in summaries.items() if not method.startswith("dense")]
+    budgets = sorted({asked for of in pruned for asked in of})
     lines = []
     for method in methods:
         if method in summaries and not method.startswith("dense"):
             of = summaries[method]
             seeds = max(summary["seeds"] for summary in of.values())
             lines.append([LABELS[method], seeds, *(cell(of.get(budget), budget) for budget in budgets)])
-    return markdown(["method", "seeds", *(f"{budget:g}" for budget in budgets)], lines)
+    return markdown(["method", "seeds", *(f"{budget:g}" if budget else "off" for budget in budgets)], lines)
 
 
 def heading(task: str, model: str, summaries: dict) -> str:
@@ -162,18 +163,26 @@ def settings_line(content: dict) -> str:
     return text + (f", {settings['steps']} steps of {settings['batch_size']}" if "steps" in settings else "")
 
 
+# Further files of the studies, beside selection.json: what its table is headed, and a method that it has.
+MORE = {
+    "selection_finetuned_plain": "After fine-tuning, a model that nobody prepared",
+    "selection_photographs": "Photographs, without training",
+}
+
+
 def all_tables(path: Path) -> list[str]:
     content, tuned = load(path), load(path.with_name(f"{path.stem}_finetuned.json"))
-    parts = []
+    more = {title: load(path.with_name(f"{name}.json")) for name, title in MORE.items()}
+    parts = [(title, found, tables_of(found, "dense")) for title, found in more.items() if found]
     if content:
         parts.append(("Without training", content, tables_of(content, "dense")))
     if tuned:
-        parts.append(("After fine-tuning", tuned, tables_of(tuned, "tome")))
+        parts.append(("After fine-tuning, prepared models", tuned, tables_of(tuned, "tome")))
         parts.append(("One checkpoint for all budgets, or one per budget", tuned, [*own_table(tuned), ""]))
     return [
         line
         for title, of, lines in parts
-        if len(lines) > 1 or title == "After fine-tuning"
+        if len(lines) > 1 or title.startswith("After")
         for line in (f"### {title}", "", f"{settings_line(of)}.", "", *lines)
     ]
 
