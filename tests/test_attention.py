@@ -410,6 +410,7 @@ def test_keys_and_values_of_what_is_read_are_computed_once_and_on_no_padding(tas
 @pytest.fixture
 def varlen(monkeypatch):
     """In the place of torch's varlen attention, one of the same arguments in plain torch; remembers its calls."""
+    pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen attention")
     calls = []
 
     def attention(
@@ -431,10 +432,11 @@ def varlen(monkeypatch):
         ]
         return torch.cat(outputs, dim=1).transpose(0, 1)
 
-    monkeypatch.setattr(attention_module, "varlen_attn", attention)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention)
     monkeypatch.setattr(attention_module, "has_varlen_attn", lambda device: True)
-    monkeypatch.setattr(attention_module, "VARLEN_OPTIONS", {"num_splits": 1})
-    return calls
+    attention_module.varlen_parameters.cache_clear()
+    yield calls
+    attention_module.varlen_parameters.cache_clear()
 
 
 @pytest.mark.parametrize("is_causal, is_cross", [(False, False), (True, False), (False, True)])

@@ -47,7 +47,7 @@ def test_an_exported_tower_takes_any_batch(model, modality):
         torch.testing.assert_close(program.module()(others), tower(others))
 
 
-@pytest.mark.parametrize("modality", ("vision", "text"))
+@pytest.mark.parametrize("modality", ("vision", pytest.param("text", marks=pytest.mark.slow)))
 def test_onnx_runtime_gives_what_torch_gives(model, modality, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")

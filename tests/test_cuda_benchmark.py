@@ -26,6 +26,7 @@ from random_models import Setup, make_inputs, make_models  # noqa: E402
 whole = pytest.mark.slow  # a benchmark, whole
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_cell(monkeypatch):
     """In this process, one round of a tiny model; where torchao is missing, its row says so."""
     device = torch.device("cpu")

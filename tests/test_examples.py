@@ -120,6 +120,7 @@ def test_defaults_are_the_classes_own():
     assert {name: value.default for name, value in defaults.items() if hasattr(contrastive, name)} == vars(contrastive)
 
 
+@pytest.mark.slow
 def test_help_shows_a_scripts_own_options_and_help_all_the_trainers():
     shown = {}
     for option in ("--help", "--help-all"):

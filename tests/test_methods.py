@@ -388,7 +388,9 @@ def test_what_a_method_adds_is_counted(method):
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(of_text, abs=200)
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method", [name if name in ("madtp", "evit") else pytest.param(name, marks=pytest.mark.slow) for name in OURS]
+)
 @torch.no_grad()
 def test_each_method_is_frozen_and_exported(method):
     model, _ = calibrated("vqa", method, [0.3], freeze=True)

@@ -108,7 +108,9 @@ def test_with_pruning_off_a_model_exports_and_compiles_in_one_piece(task):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("task", ["captioning", "nlvr2", "retrieval"])
+@pytest.mark.parametrize(
+    "task", ["nlvr2", *(pytest.param(task, marks=pytest.mark.slow) for task in ("captioning", "retrieval"))]
+)
 def test_a_frozen_model_of_every_task_exports_and_compiles(task):
     model, inputs = frozen(task), without_labels(TASKS[task].make_inputs())
     with torch.no_grad():

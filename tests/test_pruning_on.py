@@ -377,7 +377,7 @@ def test_set_pruning(model):
 def test_set_pruning_with_a_factor_on_the_threshold(model):
     config = model.config
     model.set_pruning(temperature=2.0, factor=0.5)
-    for bad in ({"temperature": 3.0, "factor": 0.0}, {"temperature": 3.0, "factor": 1.1}, {"temperature": -1.0}):
+    for bad in ({"temperature": 3.0, "factor": 0.0}, {"temperature": 3.0, "factor": 1.3}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="expected"):
             model.set_pruning(**bad)
         assert config.pruning_setting == {"temperature": 2.0, "factor": 0.5}

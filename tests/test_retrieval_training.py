@@ -590,5 +590,5 @@ def test_a_report_is_printed_and_written(tmp_path, capsys):
         "raw": [1],
     }
     printed = capsys.readouterr().out
-    for text in ("7 questions", "91.5%", "12.35", "accuracy %", "baseline: 0.41", "chance: mean 10.0%"):
+    for text in ("7 questions", "91.5%", "12.35", "accuracy", "baseline: 0.41", "chance: mean 10.0%"):
         assert text in printed

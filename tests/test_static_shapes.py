@@ -204,9 +204,8 @@ def test_training_with_the_callback_asks_for_what_is_not_frozen():
 
 
 # What is exported to answer is tested for every task in test_onnx_export.py.
-@pytest.mark.parametrize(
-    "name", [name if name == "captioning" else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
 def test_onnx_takes_other_batches_and_lengths(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx needs, is not installed")

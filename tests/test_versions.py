@@ -65,7 +65,7 @@ def _next_minor(version: str, step: int) -> str:
 @pytest.mark.parametrize(
     ("installed", "says"),
     [
-        (TESTED_TRANSFORMERS[0], None),
+        pytest.param(TESTED_TRANSFORMERS[0], None, marks=pytest.mark.slow),
         (TESTED_TRANSFORMERS[1].rpartition(".")[0] + ".9", None),  # a patch of what was tested
         (
             _next_minor(TESTED_TRANSFORMERS[1], 1) + ".dev0",

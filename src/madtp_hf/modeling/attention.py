@@ -4,6 +4,7 @@ Shapes: R rows of all sequences; in a chunk of the batch, n sequences of up to L
 heads, d head width.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,11 +19,6 @@ from .sequences import Sequences, join
 from .token_pruning import AttentionStatistics
 from .triton_kernels import COMPUTE_CAPABILITY, KERNEL_ERRORS, disable, is_available, varlen_attention
 
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
-    varlen_attn = None
 
 ATTENTION_BLOCK = 3 * 2**19  # attention probabilities computed at a time on a CPU: 6 MB, which fit into the cache
 
@@ -78,16 +74,33 @@ CLASS_TOKEN_FIRST = BranchSpec()
 # Kernels: torch's varlen attention, or Triton's
 
 
-# The option that makes a sample's result independent of its batch, where this torch has it.
-_OPTIONS: dict = {} if varlen_attn is None else dict(inspect.signature(varlen_attn).parameters)
-VARLEN_OPTIONS = {"num_splits": 1} if "num_splits" in _OPTIONS else {}
+@functools.cache
+def varlen_parameters() -> frozenset[str]:
+    """Return the names of the arguments of torch's varlen attention, none if this torch has no such function.
+
+    It is imported here because its import registers FLOP formulas with torch.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def varlen_attn(*args, **options) -> torch.Tensor:
+    """Call torch's varlen attention so that a sample's result is independent of its batch, where torch can."""
+    from torch.nn.attention import varlen
+
+    if "num_splits" in varlen_parameters():
+        options["num_splits"] = 1
+    return varlen.varlen_attn(*args, **options)
 
 
 def has_varlen_attn(device: torch.device) -> bool:
     """Return whether torch's varlen attention, which is flash attention, runs on a device."""
     return (
-        "window_size" in _OPTIONS  # its first versions had other arguments
-        and device.type == "cuda"
+        device.type == "cuda"
+        and "window_size" in varlen_parameters()  # its first versions had other arguments
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= COMPUTE_CAPABILITY
@@ -162,7 +175,7 @@ def attend(
     if varlen and takes_varlen_attn(query, sequences, context, dropout=dropout):
         lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen, context.max_seqlen)
         window = (-1, 0 if is_causal else -1)
-        return varlen_attn(query, key, value, *lengths, window_size=window, **VARLEN_OPTIONS).flatten(1)
+        return varlen_attn(query, key, value, *lengths, window_size=window).flatten(1)
     if varlen and takes_kernels(query, sequences, context, dropout=dropout):
         lengths = (sequences.cu_seqlens, context.cu_seqlens, sequences.max_seqlen)
         output = in_kernels(varlen_attention, query, key, value, *lengths, is_causal)

@@ -48,6 +48,7 @@ from .pruning_method import Decision  # noqa: F401
 from .repack import repack  # noqa: F401
 from .retrieval_loss import ContrastiveKeys
 from .sequences import Sequences  # noqa: F401
+from .texts import tokenize  # noqa: F401
 from .token_pruning import AttentionStatistics  # noqa: F401
 from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
