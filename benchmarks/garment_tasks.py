@@ -14,7 +14,6 @@ from garments import GARMENTS, load_garment_captions, load_garment_questions
 
 
 PROMPT = "a photo of a {}"
-NUM_TRAINED = 3068  # photographs of the training split
 
 
 @torch.no_grad()
@@ -33,10 +32,11 @@ def score_names(predictions, rows) -> float:
     return sum(name == row["label"] for name, row in zip(predictions, rows)) / len(rows)
 
 
-def use_photographs(folder) -> None:
+def use_photographs(folder, task: str) -> tuple[int, int]:
     """Let the studies' tasks `vqa` and `clip` be about the photographs in `folder`.
 
-    Of validation and test, all photographs are used, whatever number of samples is asked for.
+    Of validation and test, all photographs are used, whatever number of samples is asked for. Returns how many samples
+    of the task that makes.
     """
 
     def load(loader, split, number, seed=0):
@@ -45,3 +45,4 @@ def use_photographs(folder) -> None:
     LOADERS["vqa"] = functools.partial(load, load_garment_questions)
     LOADERS["clip"] = functools.partial(load, load_garment_captions)
     PREDICTORS["clip"], SCORES["clip"] = name_garments, score_names
+    return len(LOADERS[task]("validation", None)), len(LOADERS[task]("test", None))

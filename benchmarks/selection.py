@@ -193,7 +193,7 @@ def parse_study(parser, arguments):
     if args.photographs:
         from garment_tasks import use_photographs
 
-        use_photographs(args.photographs)
+        args.validation_samples, args.test_samples = use_photographs(args.photographs, args.tasks[0])
     torch.set_num_threads(1)
     return args
 
