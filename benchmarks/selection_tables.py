@@ -35,7 +35,7 @@ LABELS = {
 }
 README_LABELS = {
     "madtp_data": "MADTP, alignment from data",
-    "madtp": "MADTP, random alignment",
+    "first_layer": "MADTP, in the first layer alone",
     "class_attention": "class attention alone",
     "evit": "EViT",
     "tome": "ToMe",
