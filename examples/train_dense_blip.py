@@ -157,6 +157,16 @@ def encode_images(vision_model, pixels, is_digit, rng):
     return states, maps, is_digit.gather(1, order)
 
 
+def answer_logits(model, text, image_embeds, ids):
+    """Compute the decoder's logits for the answers `ids` to questions about encoded images, one for each question."""
+    states = model.text_encoder(
+        input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
+    ).last_hidden_state
+    return model.text_decoder(
+        input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=text.attention_mask, is_decoder=True
+    ).logits
+
+
 def question_loss(model, processor, scenes, rng, stage):
     """Compute the loss of one question of every kind about every scene; a scene is encoded once for all questions."""
     kinds = ds.QUESTION_KINDS
@@ -175,12 +185,7 @@ def question_loss(model, processor, scenes, rng, stage):
         vision = model.vision_model(pixels, output_attentions=stage == "settle")
         image_embeds, maps = vision.last_hidden_state, vision.attentions
     image_embeds = image_embeds.repeat_interleave(len(kinds), dim=0)
-    states = model.text_encoder(
-        input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
-    ).last_hidden_state
-    logits = model.text_decoder(
-        input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=text.attention_mask, is_decoder=True
-    ).logits
+    logits = answer_logits(model, text, image_embeds, ids)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     right = (logits[:, 0].argmax(-1) == labels[:, 1]).view(len(scenes), len(kinds)).float().mean(0)
     if stage in ("settle", "thin"):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from garments import CAPTIONS, GARMENTS, IS_IT, WHAT, ask, load_garments
-from train_dense_blip import answer_ids, schedule, to_pixels
+from train_dense_blip import answer_ids, answer_logits, schedule, to_pixels
 from train_dense_clip import build_model, build_processor, copy_tower
 from transformers import BertTokenizer, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
 
@@ -157,13 +157,8 @@ def question_loss(blip, processor, photographs, rng):
     questions, answers = zip(*asked)
     text = processor.tokenizer(list(questions), padding=True, return_tensors="pt")
     ids, targets = answer_ids(processor.tokenizer, list(answers))
-    states = encode(blip.vision_model, pixels, None).repeat_interleave(2, dim=0)
-    states = blip.text_encoder(
-        input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=states
-    ).last_hidden_state
-    logits = blip.text_decoder(
-        input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=text.attention_mask, is_decoder=True
-    ).logits
+    image_embeds = encode(blip.vision_model, pixels, None).repeat_interleave(2, dim=0)
+    logits = answer_logits(blip, text, image_embeds, ids)
     loss = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
     )
