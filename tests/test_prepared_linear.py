@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import torch.nn.functional as F
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from madtp_hf import MadtpBlipForQuestionAnswering
@@ -16,6 +17,7 @@ from madtp_hf.modeling.prepared_linear import (
     PreparedForward,
     can_prepack,
     prepare_linear_maps,
+    reorder,
     restore_linear_maps,
 )
 
@@ -449,3 +451,61 @@ def test_without_kernels_the_error_says_what_is_missing(monkeypatch):
         model.prepare_for_inference("float32")
     assert model.prepare_for_inference() is model and model.prepare_for_inference(None) is model
     assert not is_prepared(model)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_many_rows_go_through_mkl_on_intels_processors(monkeypatch, bias):
+    plain = Feed(nn.GELU(), bias)
+    states = torch.randn(7, 6)
+    results = []
+    for is_intel in (True, False):
+        monkeypatch.setattr(prepared_linear, "_is_intel", lambda is_intel=is_intel: is_intel)
+        monkeypatch.setattr(prepared_linear, "MANY_ROWS", 5)
+        prepared = nn.Sequential(copy.deepcopy(plain)).eval()
+        prepare_linear_maps(prepared, "float32", {Feed: ("fc", "act")})
+        reorders = []
+        monkeypatch.setattr(
+            prepared_linear, "reorder", lambda *args, seen=reorders: seen.append(args) or reorder(*args)
+        )
+        few, many = prepared(states[:4]), prepared(states)
+        assert len(reorders) == 1
+        prepared(states)
+        prepared[0].fc.weight.mul_(2)  # whichever product is next, it has the new weight
+        results.append((few, many, prepared(states), prepared(states[:4])))
+        torch.testing.assert_close(many, plain(states))
+        torch.testing.assert_close(prepared(states)[:4], prepared(states[:4]))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@torch.no_grad()
+def test_attention_computes_in_the_products_precision(task, monkeypatch):
+    """In bfloat16, projections are not cast before attention; an adapter on one of them brings float32 back."""
+    _, model = make_models(task, 0.0)
+    inputs, seen = TASKS[task].make_inputs(LENGTHS), set()
+    fused = F.scaled_dot_product_attention
+
+    def record(query, key, value, *args, **kwargs):
+        seen.add((query.dtype, key.dtype, value.dtype))
+        return fused(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    model.prepare_for_inference("bfloat16")(**inputs)
+    assert seen == {(torch.bfloat16,) * 3}
+    seen.clear()
+    adapted = get_peft_model(model, IA3Config(target_modules=["key", "qkv"], feedforward_modules=[])).eval()
+    output = adapted(**inputs)
+    assert (torch.float32,) * 3 in seen and all(len(set(dtypes)) == 1 for dtypes in seen)
+    assert output[TASKS[task].scores].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_as_many_tokens():
+    plain, model = make_models("vqa", 1.0)
+    inputs = make_inputs((9,) * 16)
+    expected = plain(**inputs).vision_tokens
+    got = model.prepare_for_inference("bfloat16")(**inputs).vision_tokens
+    assert expected[-1].sum() < expected[0].sum()
+    assert abs(got.sum() / expected.sum() - 1) < 0.02

@@ -300,7 +300,7 @@ def attend_with_statistics(
         seen = past if seen is None else seen & past
     space = None
     if heads < num_heads and all_maps is None and not torch.is_grad_enabled():
-        space = query.new_empty(heads * chunk.batch_size, length, length)
+        space = query.new_empty(heads * chunk.batch_size, length, length, dtype=torch.float32)
     outputs, pooled, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
         output, maps = _attention_of_heads(*block, seen, dropout, space)
@@ -350,7 +350,12 @@ def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> 
     scale = query.shape[-1] ** -0.5
     out = None if space is None else space[: query.shape[0]]
     nothing = query.new_empty(1, 1, 1)
-    logits = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale, out=out).unflatten(0, shape)
+    is_float = query.dtype == torch.float32
+    logits = torch.baddbmm(
+        nothing, query, key.transpose(1, 2), beta=0, alpha=scale, out=out if is_float else None
+    ).unflatten(0, shape)
+    if not is_float and in_place and logits.device.type == "cpu":  # where a softmax that casts is slow
+        logits = logits.float() if out is None else out.unflatten(0, shape).copy_(logits)
     if seen is not None:
         logits = logits.where(seen, torch.finfo(logits.dtype).min)
     maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)
@@ -428,7 +433,7 @@ def attend_fused(
     if needs == "pooling_attention":
         found = _pooling_attention(query, key, mask, chunk, spec).mean(dim=0)
     elif needs == "keys":
-        found = key[:, :, spec.removable(chunk)].mean(dim=1)
+        found = key[:, :, spec.removable(chunk)].float().mean(dim=1)
     return chunk.unpad(output.transpose(1, 2).flatten(2)), found
 
 

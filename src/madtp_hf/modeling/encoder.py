@@ -45,7 +45,7 @@ class PrunedLayer:
 
     A host provides:
 
-    project(states) -> query_key_value (R, 3, H, d)
+    project(states) -> query_key_value (R, 3, H, d), whose dtype attention computes in
     add_attention(output (R, H * d), states) -> states
     feed_forward(states, sequences, plan, *context) -> states, cross-attention included
     attention_dropout, a probability
@@ -54,7 +54,8 @@ class PrunedLayer:
     def forward(self, states: torch.Tensor, sequences: Sequences, plan: LayerPlan, *context) -> LayerOutput:
         """Run the layer on states (R, D), laid out as `sequences`; `context` holds more inputs of `feed_forward`."""
         attended, feature, maps = self.attend(self.project(states), states, sequences, plan)
-        repacked = repack(self.add_attention(attended.output, states), sequences, attended, plan.spec)
+        states = self.add_attention(attended.output.to(states.dtype), states)
+        repacked = repack(states, sequences, attended, plan.spec)
         states = self.feed_forward(repacked.states, repacked.sequences, plan, *context)
         return states, repacked.sequences, feature, repacked.moved, maps
 

@@ -23,6 +23,7 @@ from transformers.models.blip.modeling_blip_text import (
 
 from .attention import attention_maps, causal_mask
 from .madtp_blip_encoders import split_heads
+from .prepared_linear import keep_dtype
 from .sequences import Sequences
 
 
@@ -71,9 +72,12 @@ class DecoderAttention(BlipTextSelfAttention):
     def forward(
         self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = split_heads(self.query(hidden_states), self.num_attention_heads).transpose(1, 2)
+        query_map, *key_value_maps = keep_dtype(self.query, self.key, self.value)
+        query = split_heads(query_map(hidden_states), self.num_attention_heads).transpose(1, 2)
         is_cross = encoder_hidden_states is not None
-        key, value = self._key_and_value(hidden_states, encoder_hidden_states, kwargs.get(CACHE_ARGUMENT))
+        key, value = self._key_and_value(
+            key_value_maps, hidden_states, encoder_hidden_states, kwargs.get(CACHE_ARGUMENT)
+        )
         # Sequences generated for one sample, such as beams, share its keys and values.
         copies = query.shape[0] // key.shape[0]
         mask = attention_mask
@@ -83,7 +87,8 @@ class DecoderAttention(BlipTextSelfAttention):
             mask = mask.to(query.dtype)
         is_causal = mask is None and not is_cross and query.shape[2] > 1
         if self.config._attn_implementation == "eager" or keeps_maps():
-            return self._attend_eagerly(query, key, value, mask, is_causal, copies)
+            context, maps = self._attend_eagerly(query, key, value, mask, is_causal, copies)
+            return context.to(hidden_states.dtype), maps
         if copies > 1:
             query = query.unflatten(0, (-1, copies)).transpose(1, 2).flatten(2, 3)
             mask = None if mask is None else mask[::copies, :, :1]
@@ -91,7 +96,7 @@ class DecoderAttention(BlipTextSelfAttention):
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=is_causal)
         if copies > 1:
             context = context.unflatten(2, (copies, -1)).transpose(1, 2).flatten(0, 1)
-        return context.transpose(1, 2).flatten(2), None
+        return context.transpose(1, 2).flatten(2).to(hidden_states.dtype), None
 
     def _attend_eagerly(self, query, key, value, mask, is_causal, copies):
         key, value = key.repeat_interleave(copies, 0), value.repeat_interleave(copies, 0)
@@ -100,7 +105,7 @@ class DecoderAttention(BlipTextSelfAttention):
         maps = attention_maps(query, key, mask, is_causal)
         return (self.dropout(maps) @ value).transpose(1, 2).flatten(2), maps
 
-    def _key_and_value(self, hidden_states, encoder_hidden_states, cache) -> tuple[torch.Tensor, torch.Tensor]:
+    def _key_and_value(self, maps, hidden_states, encoder_hidden_states, cache) -> tuple[torch.Tensor, torch.Tensor]:
         """Return key and value (B, H, M, d), from the cache where it holds them already."""
         is_cross, given = encoder_hidden_states is not None, cache
         if isinstance(cache, EncoderDecoderCache):
@@ -108,9 +113,7 @@ class DecoderAttention(BlipTextSelfAttention):
         if is_cross and cache is not None and given.is_updated.get(self.layer_idx):
             return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         source = encoder_hidden_states if is_cross else hidden_states
-        key, value = (
-            split_heads(linear(source), self.num_attention_heads).transpose(1, 2) for linear in (self.key, self.value)
-        )
+        key, value = (split_heads(apply(source), self.num_attention_heads).transpose(1, 2) for apply in maps)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
             if is_cross:
@@ -198,8 +201,8 @@ def cross_attention_cache(decoder: TextDecoder, states: torch.Tensor, sequences:
     for index, layer in enumerate(decoder.bert.encoder.layer):
         attention = layer.crossattention.self
         key, value = (
-            sequences.pad_zeros(split_heads(linear(states), attention.num_attention_heads)).transpose(1, 2)
-            for linear in (attention.key, attention.value)
+            sequences.pad_zeros(split_heads(apply(states), attention.num_attention_heads)).transpose(1, 2)
+            for apply in keep_dtype(attention.query, attention.key, attention.value)[1:]
         )
         cache.update(key, value, index)
     return cache

@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 from .attention import attend
 from .encoder import BranchOutput, EncoderOutput, LayerPlan, PrunedLayer, Tower, run_layers
 from .padding import check_images, check_no_empty_text, check_text_length
+from .prepared_linear import keep_dtype
 from .pruning_method import PruningMethod
 from .sequences import Sequences, lay_out, unpad
 
@@ -28,8 +29,8 @@ class MadtpBlipVisionLayer(PrunedLayer, BlipEncoderLayer):
         return self.self_attn.dropout.p
 
     def project(self, states):
-        query_key_value = self.self_attn.qkv(self.layer_norm1(states))
-        return query_key_value.unflatten(1, (3, self.self_attn.num_heads, -1))
+        (qkv,) = keep_dtype(self.self_attn.qkv)
+        return qkv(self.layer_norm1(states)).unflatten(1, (3, self.self_attn.num_heads, -1))
 
     def add_attention(self, output, states):
         return states + self.self_attn.projection(output)
@@ -56,7 +57,8 @@ class MadtpBlipTextLayer(PrunedLayer, BlipTextLayer):
 
     def project(self, states):
         attention = self.attention.self
-        projected = torch.stack([attention.query(states), attention.key(states), attention.value(states)], dim=1)
+        maps = keep_dtype(attention.query, attention.key, attention.value)
+        projected = torch.stack([apply(states) for apply in maps], dim=1)
         return split_heads(projected, attention.num_attention_heads)
 
     def add_attention(self, output, states):
@@ -76,11 +78,11 @@ def attend_to_image(
     attention: BlipTextSelfAttention, plan: LayerPlan, states, sequences: Sequences, image_states, images: Sequences
 ) -> torch.Tensor:
     """Compute cross-attention of text states (R, D) to image states (S, E) -> (R, D)."""
-    heads = attention.num_attention_heads
-    query, key, value = attention.query(states), attention.key(image_states), attention.value(image_states)
-    projected = (split_heads(query, heads), split_heads(key, heads), split_heads(value, heads))
+    maps = keep_dtype(attention.query, attention.key, attention.value)
+    inputs = (states, image_states, image_states)
+    projected = (split_heads(apply(x), attention.num_attention_heads) for apply, x in zip(maps, inputs))
     dropout = attention.dropout.p if attention.training else 0.0
-    return attend(attention, plan.attention, *projected, sequences, images, dropout)
+    return attend(attention, plan.attention, *projected, sequences, images, dropout).to(states.dtype)
 
 
 class MergeLayer(nn.Linear):

@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple
 from .attention import BranchSpec
 from .encoder import BranchOutput, EncoderOutput, PrunedLayer, Tower, run_layers
 from .padding import check_images, check_same_shape, check_text_length, left_align, put_back
+from .prepared_linear import keep_dtype
 from .pruning_method import PruningMethod
 from .sequences import Sequences, lay_out, take_tokens
 
@@ -29,8 +30,8 @@ class MadtpClipLayer(PrunedLayer, CLIPEncoderLayer):
 
     def project(self, states):
         attention, states = self.self_attn, self.layer_norm1(states)
-        projected = [attention.q_proj(states), attention.k_proj(states), attention.v_proj(states)]
-        return torch.stack(projected, dim=1).unflatten(2, (attention.num_heads, -1))
+        maps = keep_dtype(attention.q_proj, attention.k_proj, attention.v_proj)
+        return torch.stack([apply(states) for apply in maps], dim=1).unflatten(2, (attention.num_heads, -1))
 
     def add_attention(self, output, states):
         return states + self.self_attn.out_proj(output)
