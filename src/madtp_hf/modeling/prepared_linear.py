@@ -100,10 +100,11 @@ def reorder(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _prepack(weight: torch.Tensor):
-    plain_from = sys.maxsize
+    plain_from, packed = sys.maxsize, None
     if weight.dtype == torch.float32 and torch.backends.mkl.is_available() and _is_intel():
         plain_from = MANY_ROWS * weight.shape[1]  # elements of the states
-    packed = None
+    else:
+        packed, weight = reorder(weight), None  # nothing keeps a copy in another precision
 
     def product(states, bias, gelu):
         nonlocal packed
