@@ -300,7 +300,7 @@ def attend_with_statistics(
         seen = past if seen is None else seen & past
     space = None
     if heads < num_heads and all_maps is None and not torch.is_grad_enabled():
-        space = query.new_empty(heads * chunk.batch_size, length, length, dtype=torch.float32)
+        space = query.new_empty(heads * chunk.batch_size, length, length)
     outputs, pooled, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
         output, maps = _attention_of_heads(*block, seen, dropout, space)
@@ -335,6 +335,8 @@ def _split_and_pad(query_key_value: torch.Tensor, chunk: Sequences) -> tuple[tor
     Heads come first, so that a block of heads multiplies as one batch.
     """
     states = chunk.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
+    if takes_chunks(states.device):  # in half precision, a CPU would compile its products for each new length
+        states = states.float()
     return (states if chunk.batch_size == 1 else states.contiguous()).unbind()
 
 
@@ -350,12 +352,7 @@ def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> 
     scale = query.shape[-1] ** -0.5
     out = None if space is None else space[: query.shape[0]]
     nothing = query.new_empty(1, 1, 1)
-    is_float = query.dtype == torch.float32
-    logits = torch.baddbmm(
-        nothing, query, key.transpose(1, 2), beta=0, alpha=scale, out=out if is_float else None
-    ).unflatten(0, shape)
-    if not is_float and in_place and logits.device.type == "cpu":  # where a softmax that casts is slow
-        logits = logits.float() if out is None else out.unflatten(0, shape).copy_(logits)
+    logits = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale, out=out).unflatten(0, shape)
     if seen is not None:
         logits = logits.where(seen, torch.finfo(logits.dtype).min)
     maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)
