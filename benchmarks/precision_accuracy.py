@@ -31,7 +31,7 @@ def count_tokens(model, batches: list[dict], reductions: list[float]) -> list[in
         for reduction in reductions:
             model.set_pruning(reduction=reduction)
             outputs = [encode(model, batch) for batch in batches]
-            tokens = [out[name] for out in outputs for name in ("vision_tokens", "text_tokens")]
+            tokens = [out.get(name) for out in outputs for name in ("vision_tokens", "text_tokens")]
             counts.append(sum(int(of_layers[1:].sum()) for of_layers in tokens if of_layers is not None))
     return counts
 
@@ -71,8 +71,10 @@ def main(arguments=None):
     parser.add_argument("--test_samples", type=int, default=1000, help="default: 1000")
     args = parser.parse_args(arguments)
     prepared_linear.LARGE = 1
-    results = Rows(args.output, {"settings": settings_of(args), **environment()}, KEY)
+    results = Rows(args.output, {"settings": settings_of(args, "tasks"), **environment()}, KEY)
     for task, folder in shipped_models(args.tasks):
+        if (task, folder.name, "float32") in results:  # a model's rows are added together
+            continue
         results.add(*measure_model(task, folder, args))
     print_rows(list(results.rows.values()))
 

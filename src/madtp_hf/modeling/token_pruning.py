@@ -115,7 +115,10 @@ def importance_threshold(
     # The softmax's division comes last. At small temperatures an alignment token attends to a single token, theta
     # equals that token's importance to the last bit, and rounding decides whether the token stays: this order rounds
     # as the published implementation does.
-    gate = gate.sub_(gate.amax(dim=1, keepdim=True)).exp_()
+    gate = gate.sub_(gate.amax(dim=1, keepdim=True))
+    if gate.device.type == "cpu":  # which takes 30 times as long for denormal numbers, too small to change a sum
+        gate = gate.clamp_(min=-80)
+    gate = gate.exp_()
     with without_autocast(gate.device.type):
         seen = importance.float().unsqueeze(1) @ gate
         total = gate.sum(dim=1, keepdim=True) if mask is None else mask.unsqueeze(1) @ gate
