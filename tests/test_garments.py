@@ -223,14 +223,15 @@ def test_a_study_of_validation_photographs_halves_them(parquet, models, tmp_path
 @pytest.mark.slow
 @BOTH_TASKS
 def test_studies_of_methods(task, name, parquet, models, tmp_path, digits, small):
-    options = ["--tasks", task, "--methods", "madtp_data", "random"]
+    methods = ["madtp_data", "class_attention", "tome", "evit", "random"]
+    options = ["--tasks", task, "--methods", *methods]
     free = run(selection, parquet, models / name, tmp_path / "free.json", *options, "--reductions", "0.5")
     tuned = run(selection_finetuned, parquet, models / name, tmp_path / "tuned.json", *options, "--steps", "2")
     for content in (free, tuned):
-        assert [row["method"] for row in content["rows"]] == ["madtp_data", "random"]
+        assert [row["method"] for row in content["rows"]] == methods
         for row in content["rows"]:
             *_, pruned = row["points"]
-            assert pruned["asked"] == 0.5 and 0.4 < pruned["reached"] < 0.6 and 0 <= pruned["score"] <= 1
+            assert pruned["asked"] == 0.5 and 0.35 < pruned["reached"] < 0.65 and 0 <= pruned["score"] <= 1
 
 
 @pytest.mark.parametrize("study", [selection, selection_finetuned])
