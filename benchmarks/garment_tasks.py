@@ -14,6 +14,7 @@ from garments import GARMENTS, load_garment_captions, load_garment_questions
 
 
 PROMPT = "a photo of a {}"
+QUESTIONS_AND_CAPTIONS = {"vqa": load_garment_questions, "clip": load_garment_captions}
 
 
 @torch.no_grad()
@@ -33,16 +34,23 @@ def score_names(predictions, rows) -> float:
 
 
 def use_photographs(folder, task: str) -> tuple[int, int]:
-    """Let the studies' tasks `vqa` and `clip` be about the photographs in `folder`.
+    """Let the studies' tasks `vqa` and `clip` be about the photographs in `folder`; the metric is accuracy.
 
-    Of validation and test, all photographs are used, whatever number of samples is asked for. Returns how many samples
-    of the task that makes.
+    Of validation and test, all photographs are used, whatever number of samples is asked for. They are shuffled: the
+    files have one class after another, and a batch should not be of one. Returns how many samples of the task that
+    makes.
+
+    Raises:
+        ValueError: for another task, and data that `load_garments` can't read.
+        FileNotFoundError: if the folder has no such data.
     """
+    if task not in QUESTIONS_AND_CAPTIONS:
+        raise ValueError(f"photographs have no task {task}: expected {' or '.join(QUESTIONS_AND_CAPTIONS)}.")
 
     def load(loader, split, number, seed=0):
-        return loader(folder, split, number if split == "train" else None, seed)
+        return loader(folder, split, number, seed) if split == "train" else loader(folder, split).shuffle(seed=0)
 
-    LOADERS["vqa"] = functools.partial(load, load_garment_questions)
-    LOADERS["clip"] = functools.partial(load, load_garment_captions)
+    for name, loader in QUESTIONS_AND_CAPTIONS.items():
+        LOADERS[name] = functools.partial(load, loader)
     PREDICTORS["clip"], SCORES["clip"] = name_garments, score_names
     return len(LOADERS[task]("validation", None)), len(LOADERS[task]("test", None))

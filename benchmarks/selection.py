@@ -3,6 +3,7 @@
     python benchmarks/selection.py                                   # all rows; run again, it goes on where it was
     python benchmarks/selection.py --tasks vqa nlvr2 --methods tome evit
     python benchmarks/selection.py --model FOLDER --tasks vqa        # a dense model of your own, on the digit scenes
+    python benchmarks/selection.py --model FOLDER --tasks clip --photographs FOLDER --output FILE   # or vqa
     python benchmarks/selection.py --redo madtp_data                 # makes these rows again
     python benchmarks/selection.py --table                           # tables, see selection_tables.py
 
@@ -166,7 +167,7 @@ def run(args) -> None:
     def make_points(task, folder, method, seed, *prepared):
         return points_of(method)(method, task, folder, seed, *prepared, args.reductions), {}
 
-    header = {"study": "training-free", "settings": settings, **environment()}
+    header = {"study": "training-free", "settings": settings, **metric(args), **environment()}
     run_study(args, header, keys_of(args), prepare_data, make_points)
 
 
@@ -193,9 +194,17 @@ def parse_study(parser, arguments):
     if args.photographs:
         from garment_tasks import use_photographs
 
-        args.validation_samples, args.test_samples = use_photographs(args.photographs, args.tasks[0])
+        try:
+            args.validation_samples, args.test_samples = use_photographs(args.photographs, args.tasks[0])
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     return args
+
+
+def metric(args) -> dict:
+    """What a file's tables call the metric, where it isn't the task's own."""
+    return {"metric": "accuracy"} if args.photographs else {}
 
 
 def main(arguments=None):

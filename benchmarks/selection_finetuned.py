@@ -10,6 +10,11 @@
         --methods dense dense_finetuned first_2_layers --steps 600 --learning_rate 3e-4 --teacher \\
         --distillation_weight 4 --output benchmarks/results/selection_finetuned_plain.json
 
+    python benchmarks/selection_finetuned.py --tasks vqa --photographs FOLDER \\
+        --model outputs/garments/blip-vqa-garments --output benchmarks/results/selection_finetuned_photographs.json
+    python benchmarks/selection_finetuned.py --tasks clip --photographs FOLDER \\
+        --model outputs/garments/clip-garments --output benchmarks/results/selection_finetuned_photographs_clip.json
+
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the
 better one of 5e-5 and 2e-4 on validation samples, which the fourth command measures; it is the same for all methods.
@@ -20,7 +25,7 @@ Methods, tables and the rest as in selection.py. Beside them:
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
 All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`. Each step also trains the
-dense model unless `--pruned_only` is given, as it was for the rows in selection_finetuned.json. The last command's
+dense model unless `--pruned_only` is given, as it was for the rows in selection_finetuned.json. The plain model's
 learning rate, distillation and layers were chosen on validation samples.
 """
 
@@ -30,7 +35,7 @@ import time
 from calibrating import calibrate_all
 from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
 from reporting import environment
-from selection import FIRST, init_from_training_data, parse_study, set_method, study_parser
+from selection import FIRST, init_from_training_data, metric, parse_study, set_method, study_parser
 from transformers import set_seed
 
 from madtp_hf import ReductionCallback
@@ -51,7 +56,7 @@ METHODS = (
     "own_0.5",
     "own_0.8",
 )
-LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4}  # of examples/run_TASK.py, for all methods
+LEARNING_RATES = {"captioning": 1e-4, "retrieval": 1e-4, "clip": 1e-4}  # of examples/run_TASK.py, for all methods
 LEARNING_RATE = 5e-5
 SETTINGS = ("steps", "validation_samples", "test_samples", "split")
 SETTINGS += ("teacher", "distillation_weight", "largest_pass", "pruned_only")
@@ -127,6 +132,8 @@ def main(arguments=None):
     parser.add_argument("--largest_pass", action="store_true", help="each step has a pass at the largest target too")
     parser.add_argument("--pruned_only", action="store_true", help="no dense pass, no learning from dense outputs")
     args = parse_study(parser, arguments)
+    if args.photographs and args.split == "validation":  # one half to calibrate on, one to evaluate on
+        args.validation_samples, args.test_samples = args.validation_samples // 2, -(-args.validation_samples // 2)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {
         "batch_size": BATCH_SIZE,
@@ -134,7 +141,7 @@ def main(arguments=None):
         "other_learning_rates": {} if args.learning_rate else LEARNING_RATES,
         "targets": TARGETS,
     }
-    header = {"study": "fine-tuned", "settings": settings, **environment()}
+    header = {"study": "fine-tuned", "settings": settings, **metric(args), **environment()}
     functions = (functools.partial(function, args) for function in (prepare_data, make_points))
     run_study(args, header, keys_of(args), *functions)
 

@@ -113,14 +113,14 @@ def budget_table(summaries: dict, methods) -> list[str]:
     return markdown(["method", "seeds", *(f"{budget:g}" if budget else "off" for budget in budgets)], lines)
 
 
-def heading(task: str, model: str, summaries: dict) -> str:
+def heading(task: str, model: str, summaries: dict, metric: str | None = None) -> str:
     """What is measured, and what the dense model has of it."""
     dense = [
         f"{LABELS[name]} {cell(summaries[name][0.0], 0.0)}"
         for name in ("dense", "dense_finetuned")
         if name in summaries
     ]
-    metric = f"{TASKS[task].headline_title} in percent"
+    metric = f"{metric or TASKS[task].headline_title} in percent"
     return f"**{TASKS[task].title}, `{model}`**: {metric}; {', '.join(dense) or 'dense not yet measured'}."
 
 
@@ -130,7 +130,7 @@ def tables_of(content: dict, needed: str) -> list[str]:
     for (task, model), rows in by_model(content).items():
         summaries = summarise(rows)
         if needed in summaries:
-            lines += [heading(task, model, summaries), "", *budget_table(summaries, LABELS), ""]
+            lines += [heading(task, model, summaries, content.get("metric")), "", *budget_table(summaries, LABELS), ""]
     return lines
 
 
@@ -167,6 +167,9 @@ def settings_line(content: dict) -> str:
 MORE = {
     "selection_finetuned_plain": "After fine-tuning, a model that nobody prepared",
     "selection_photographs": "Photographs, without training",
+    "selection_photographs_clip": "Photographs, CLIP without training",
+    "selection_finetuned_photographs": "Photographs, after fine-tuning",
+    "selection_finetuned_photographs_clip": "Photographs, CLIP after fine-tuning",
 }
 
 

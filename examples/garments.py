@@ -10,7 +10,7 @@ The data set is not part of the project. A folder has it in either layout:
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset, Image, load_dataset
 
 
 # By the data set's label, the name of the garment as questions and captions have it: one word.
@@ -38,16 +38,20 @@ def load_garments(folder, split: str) -> Dataset:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     folder = Path(folder)
     if (file := folder / f"{split}.parquet").is_file():
-        rows = load_dataset("parquet", data_files=str(file), split="train").cast_column("image", Image())
-        labels = list(rows["label"])
+        rows = load_dataset("parquet", data_files=str(file), split="train")
     elif (folder / split).is_dir():
         rows = load_dataset("imagefolder", data_dir=str(folder / split), split="train")
-        labels = [rows.features["label"].names[label] for label in rows["label"]]
     else:
         raise FileNotFoundError(
             f"{folder} has neither {split}.parquet nor a folder {split}: expected the clothing data set, as parquet"
             " files or as its public repository has it."
         )
+    if missing := {"image", "label"} - set(rows.column_names):
+        raise ValueError(f"{folder}: the {split} split has no {' and no '.join(sorted(missing))}: expected both.")
+    labels = list(rows["label"])
+    if isinstance(rows.features["label"], ClassLabel):
+        labels = rows.features["label"].int2str(labels)
+    rows = rows.cast_column("image", Image())
     if unknown := set(labels) - set(GARMENTS):
         raise ValueError(f"{folder}: unknown labels {sorted(unknown)}: expected {', '.join(GARMENTS)}.")
     return rows.remove_columns("label").add_column("label", [GARMENTS[label] for label in labels])
@@ -91,9 +95,15 @@ def _draw(number: int, num_questions: int | None, rng) -> tuple[list[int], list[
 
 
 def load_garment_captions(folder, split: str, num_images: int | None = None, seed: int = 0) -> Dataset:
-    """Return photographs with captions, as `load_garment_questions` draws them: `image`, `captions`, `label`."""
+    """Return photographs with captions, as `load_garment_questions` draws them.
+
+    Columns: `image`, `captions`, `label` and `image_id`. The latter is the label: a caption fits every photograph of a
+    garment, so that these must not be negatives of each other in training.
+    """
     photographs = load_garments(folder, split)
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     indices = range(len(photographs)) if num_images is None else _draw(len(photographs), num_images, rng)[0]
     rows = photographs.select(indices)
-    return rows.add_column("captions", [[caption.format(label) for caption in CAPTIONS] for label in rows["label"]])
+    labels = list(rows["label"])
+    rows = rows.add_column("captions", [[caption.format(label) for caption in CAPTIONS] for label in labels])
+    return rows.add_column("image_id", labels)

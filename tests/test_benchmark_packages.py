@@ -1,0 +1,268 @@
+"""The standard benchmarks' own packages, on digit scenes in memory: their numbers are those of `evaluate_task`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from madtp_hf import calibrate
+from madtp_hf.budgets.evaluation import evaluate_task
+from madtp_hf.checkpoints.load import load
+
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parents[1] / "examples"
+REDUCTIONS = [0.0, 0.5]
+NUM_SCENES = 24
+INSTRUCTION = "\nAnswer the question using a single word or phrase."
+
+
+def needs(package: str, extra: str):
+    return pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[{extra}]'")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The module of digit scenes."""
+    for package in ("datasets", "sklearn"):
+        pytest.importorskip(package, reason=f"the digit scenes need {package}")
+    import madtp_hf.data
+
+    return madtp_hf.data
+
+
+def pruned(shipped: str, task: str, rows, folder: Path) -> str:
+    """Save a shipped dense model, calibrated for 0.5 on some rows."""
+    torch.manual_seed(0)
+    loaded = load(str(EXAMPLES / shipped), task, device="cpu")
+    collator = loaded.task.make_collator(loaded.model, loaded.processor)
+    with pytest.warns(UserWarning):  # few samples
+        calibrate(loaded.model, [collator(list(rows))], REDUCTIONS[1:])
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip(digits, tmp_path_factory):
+    rows = digits.load_digit_captions("validation", 16)
+    return pruned("clip-digits", "clip", rows, tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="module")
+def scenes(digits):
+    """Images with four captions each; no two images share one."""
+    return digits.load_digit_captions("test", NUM_SCENES)
+
+
+def own_numbers(checkpoint: str, task: str, rows, reductions=REDUCTIONS) -> dict[float, dict]:
+    """This package's evaluation of a checkpoint, by reduction."""
+    loaded = load(checkpoint, task, device="cpu")
+    results = evaluate_task(loaded.model, loaded.processor, list(rows), reductions)
+    assert results[1]["reached"] > 0.3  # pruning is on
+    return {row["reduction asked"]: row for row in results}
+
+
+def test_mteb(clip, scenes):
+    mteb = needs("mteb", "mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    from madtp_hf.standard_benchmarks.mteb import register_with_mteb
+
+    class DigitScenes(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="DigitScenesT2IRetrieval",
+            description="Digit scenes.",
+            reference=None,
+            dataset={"path": "none", "revision": "none"},
+            type="Any2AnyRetrieval",
+            category="t2i",
+            modalities=["text", "image"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="recall_at_1",
+        )
+
+        def load_data(self, **options):
+            texts = {f"{i}-{j}": text for i, row in enumerate(scenes) for j, text in enumerate(row["captions"])}
+            images = scenes.select_columns(["image"]).add_column("id", [str(i) for i in range(len(scenes))])
+            split = {
+                "queries": Dataset.from_dict({"id": list(texts), "text": list(texts.values())}),
+                "corpus": images,
+                "relevant_docs": {query: {query.partition("-")[0]: 1} for query in texts},
+                "top_ranked": None,
+            }
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    own = own_numbers(clip, "clip", scenes)
+    for reduction in REDUCTIONS:
+        meta = register_with_mteb(clip, reduction=reduction)
+        model = mteb.get_model(meta.name)
+        results = mteb.evaluate(model, [DigitScenes()], cache=None, show_progress_bar=False)
+        (scores,) = results.task_results[0].scores["test"]
+        assert scores["recall_at_1"] == pytest.approx(own[reduction]["text_to_image@1 %"], abs=1e-5)
+
+
+def test_clip_benchmark(clip, scenes, tmp_path, monkeypatch):
+    needs("clip_benchmark", "clip-benchmark")
+    from clip_benchmark import cli
+
+    from madtp_hf.standard_benchmarks.clip_benchmark import run_clip_benchmark
+
+    def build_dataset(transform, **options):
+        return [(transform(row["image"]), row["captions"]) for row in scenes]
+
+    monkeypatch.setattr(cli, "build_dataset", build_dataset)
+    options = {"--model": clip, "--dataset": "flickr30k", "--num_workers": "0", "--model_type": "madtp_hf"}
+    options["--output"] = str(tmp_path / "{pretrained}.json")
+    arguments = [text for option in options.items() for text in option]
+    arguments += ["--no_amp", "--recall_k", "1", "5", "10", "--pretrained", *map(str, REDUCTIONS)]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "eval", *arguments])
+    run_clip_benchmark()
+    for reduction, own in own_numbers(clip, "clip", scenes).items():
+        found = json.loads((tmp_path / f"{reduction}.json").read_text())["metrics"]
+        assert found["image_retrieval_recall@1"] == pytest.approx(own["text_to_image@1 %"], abs=1e-5)
+        assert found["text_retrieval_recall@1"] == pytest.approx(own["image_to_text@1 %"], abs=1e-5)
+        mean = sum(found.values()) / len(found)
+        assert len(found) == 6 and mean == pytest.approx(own["mean %"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def vqa(digits, tmp_path_factory):
+    rows = digits.load_digit_questions("validation", 16)
+    return pruned("blip-vqa-digits", "vqa", rows, tmp_path_factory.mktemp("models") / "vqa")
+
+
+@pytest.fixture(scope="module")
+def captioning(digits, tmp_path_factory):
+    rows = digits.load_digit_captions("validation", 16)
+    return pruned("blip-captioning-digits", "captioning", rows, tmp_path_factory.mktemp("models") / "captioning")
+
+
+@pytest.fixture(scope="module")
+def questions(digits):
+    return digits.load_digit_questions("test", NUM_SCENES)
+
+
+TASK_FILES = {
+    "digit_questions.yaml": """
+task: digit_questions
+output_type: generate_until
+generation_kwargs:
+  max_new_tokens: 4
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+""",
+    "digit_choices.yaml": """
+task: digit_choices
+output_type: multiple_choice
+doc_to_choice: {choices}
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+""",
+}
+OF_BOTH = """
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+doc_to_visual: !function utils.images
+doc_to_text: !function utils.prompt
+doc_to_target: answer
+"""
+UTILS = f"""
+def images(doc):
+    return [doc["image"]]
+
+
+def prompt(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"] + {INSTRUCTION!r}
+"""
+
+
+@torch.no_grad()
+def log_likelihood(model, processor, pixels, text: str, answer: str, prompt: str = "") -> float:
+    """The log-likelihood of an answer to a question, or of a caption after a prompt, with the end of text."""
+    tokenizer, start = processor.tokenizer, model.config.text_config.bos_token_id
+    inputs = tokenizer(text, return_tensors="pt") if text else {}
+    ids = tokenizer(f"{prompt} {answer}".strip(), return_tensors="pt").input_ids
+    ids[:, 0] = start
+    if text:
+        logits = model(**inputs, pixel_values=pixels, labels=ids).logits
+    else:
+        logits = model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    chosen = logits[:, :-1].float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])
+    return chosen[0, len(tokenizer(prompt).input_ids) - 2 :].sum().item()
+
+
+def test_lmms_eval(vqa, questions, tmp_path):
+    needs("lmms_eval", "lmms-eval")
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    choices = sorted(set(questions["answer"]))
+    questions.to_parquet(str(tmp_path / "rows.parquet"))
+    (tmp_path / "utils.py").write_text(UTILS)
+    for name, text in TASK_FILES.items():
+        settings = text.format(choices=choices) + OF_BOTH.format(file=tmp_path / "rows.parquet")
+        (tmp_path / name).write_text(settings)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False, model_name="madtp_hf")
+    own = own_numbers(vqa, "vqa", questions)
+    for reduction in REDUCTIONS:
+        found = simple_evaluate(
+            "madtp_hf",
+            {"pretrained": vqa, "reduction": reduction, "device": "cpu"},
+            ["digit_questions", "digit_choices"],
+            task_manager=tasks,
+            batch_size=1,  # with pruning off, answers may depend on it
+        )["results"]
+        assert found["digit_questions"]["exact_match,none"] == pytest.approx(own[reduction]["accuracy %"], abs=1e-6)
+        loaded = load(vqa, "vqa", device="cpu")
+        loaded.model.set_pruning(reduction=reduction)
+        right = 0
+        for row in questions:
+            pixels = loaded.processor.image_processor(row["image"], return_tensors="pt").pixel_values
+            scores = [
+                log_likelihood(loaded.model, loaded.processor, pixels, row["question"], choice) for choice in choices
+            ]
+            right += choices[max(range(len(choices)), key=scores.__getitem__)] == row["answer"]
+        assert found["digit_choices"]["acc,none"] == pytest.approx(right / len(questions), abs=1e-6)
+
+
+@pytest.mark.parametrize("reduction, batch_size", [(0.0, 1), (0.5, 1), (0.5, 5)])
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_lmms_eval_s_likelihoods(task, reduction, batch_size, request, questions, scenes):
+    needs("lmms_eval", "lmms-eval")
+    from lmms_eval.api.instance import Instance
+
+    from madtp_hf.standard_benchmarks.lmms_eval import LmmsEvalModel
+
+    checkpoint = request.getfixturevalue(task)
+    lm = LmmsEvalModel(checkpoint, reduction=reduction, device="cpu", batch_size=batch_size, prompt="a picture of")
+    rows = list(questions if task == "vqa" else scenes)[:8]
+    lm.task_dict = {"task": {"test": rows}}
+    given = [(row["question"], row["answer"]) if task == "vqa" else ("", row["captions"][0]) for row in rows]
+    requests = [
+        Instance(
+            request_type="loglikelihood",
+            arguments=(text + INSTRUCTION, f" {answer}", lambda doc: [doc["image"]], index, "task", "test"),
+            idx=0,
+            metadata={"task": "task", "doc_id": index, "repeats": 1},
+        )
+        for index, (text, answer) in enumerate(given)
+    ]
+    model, processor = lm.model, lm.processor
+    for (score, is_greedy), row, (text, answer) in zip(lm.loglikelihood(requests), rows, given, strict=True):
+        pixels = processor.image_processor(row["image"], return_tensors="pt").pixel_values
+        prompt = "a picture of" if task == "captioning" else ""
+        assert score == pytest.approx(-log_likelihood(model, processor, pixels, text, answer, prompt), abs=1e-3)
+        assert isinstance(is_greedy, bool)
