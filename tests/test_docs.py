@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,19 @@ def test_the_examples_page_lists_every_file():
 
 
 def test_the_owner_is_a_placeholder_in_few_places():
-    """What `RELEASING.md` replaces: other pages don't name the repository."""
-    named = [name_of(page) for page in PAGES if "OWNER" in page.read_text()]
-    assert named == ["RELEASING.md"]
+    """What `RELEASING.md` replaces: other files don't name the repository."""
+    named = subprocess.run(["git", "grep", "-lw", "OWNER"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert named.stdout.split() == ["RELEASING.md", "pyproject.toml", "tests/test_docs.py"]
+
+
+def test_the_home_page_has_the_tables_of_the_readme():
+    hooks = runpy.run_path(str(ROOT / "docs/hooks.py"))
+    config = hooks["on_config"]({})
+    page = hooks["on_page_markdown"]((ROOT / "docs/index.md").read_text(), None, config, None)
+    assert config["repo_url"].startswith("https://github.com/") and "github.io" in config["site_url"]
+    assert page.index("surviving_patches.png") < page.index("## Speed") < page.index("## Accuracy")
+    assert "| BLIP-base, question" in page and "| plain model, fine-tuned |" in page
+    assert "](docs/" not in page and "](../" not in page and "<!--" not in page
 
 
 def test_the_site_has_every_page():
