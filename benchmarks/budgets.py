@@ -22,7 +22,9 @@ def main(arguments=None):
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["vqa"])
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for the training scripts, last")
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="Options for the training scripts; must come last."
+    )
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/budgets"))
     args = parser.parse_args(arguments)
     results = Rows(

@@ -332,7 +332,7 @@ def tiny_jobs(work: Path, models: Path, images: Path):
         for pruning in ("pruned", "dense"):
             job = TinyJob(kind, models, pruning, images, work / f"{pruning}-{name}")
             if wait(job.start(pause=0.001)) != [0]:
-                raise SystemExit(f"{kind} failed")
+                raise SystemExit(f"The job {kind} failed.")
             expected = job.result()
             job.clear()
             yield f"{kind}, {pruning}", job, expected
@@ -371,7 +371,7 @@ def check_memory(work: Path, models: Path, numbers: list[int]) -> dict:
         (child,) = job.start(batch_size=32)
         _, status, usage = os.wait4(child, 0)
         if status:
-            raise SystemExit("the job failed")
+            raise SystemExit("The job failed.")
         peaks.append(usage.ru_maxrss / 2**10)
         rates.append(number / (time.monotonic() - began))
     found = {f"MiB at {number} images": round(peak) for number, peak in zip(numbers, peaks)}
@@ -389,10 +389,10 @@ def check_ray(work: Path, models: Path, images: Path) -> dict:
 
 def main(arguments=None):
     parser = make_parser(__doc__)
-    parser.add_argument("--images", type=int, default=20000, help="how many, in the large folder")
-    parser.add_argument("--fewer", type=int, default=2000, help="how many, in the small one")
-    parser.add_argument("--resumed", type=int, default=200, help="how many, in the runs that are killed")
-    parser.add_argument("--kills", type=int, default=20, help="how often each job is killed")
+    parser.add_argument("--images", type=int, default=20000, help="Images in the large folder.")
+    parser.add_argument("--fewer", type=int, default=2000, help="Images in the small folder.")
+    parser.add_argument("--resumed", type=int, default=200, help="Images in the runs that are killed.")
+    parser.add_argument("--kills", type=int, default=20, help="How often each job is killed.")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -130,11 +130,15 @@ def main(arguments=None):
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", default="test", help="validation, to choose settings")
+    parser.add_argument("--split", default="test", help="The split to evaluate on; validation to choose settings.")
     parser.add_argument("--images", type=int, default=250)
-    parser.add_argument("--validation_images", type=int, default=512, help="to calibrate on")
-    parser.add_argument("--num_alignment_tokens", type=int, default=100, help="of training-free pruning")
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for the training script, last")
+    parser.add_argument("--validation_images", type=int, default=512, help="Images to calibrate on.")
+    parser.add_argument(
+        "--num_alignment_tokens", type=int, default=100, help="Alignment tokens of training-free pruning."
+    )
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="Options for the training script; must come last."
+    )
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/clip-digits"))
     args = parser.parse_args(arguments)
     header = {"settings": settings_of(args, "kinds", "seeds", "work_dir"), **environment(), "summary": []}

@@ -60,24 +60,28 @@ def own_modules():
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.5, help="all of it, at most; default: 8.5")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", choices=("base", "large", "tiny"), default="base", help="tiny: to try it")
+    parser.add_argument("--minutes", type=float, default=8.5, help="Time limit of the whole run; default: 8.5.")
     parser.add_argument(
-        "--tasks", nargs="+", choices=SPEED_TASKS, default=list(SPEED_TASKS), help="to time; default: all"
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="Stages to run; default: all."
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 8 64 256, on a CPU 2")
-    parser.add_argument("--reductions", type=float, nargs="+", help="default: 0.5 0.8, on a CPU 0.5")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--size", choices=("base", "large", "tiny"), default="base", help="Model size; tiny is for a trial run."
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=SPEED_TASKS, default=list(SPEED_TASKS), help="Tasks to time; default: all."
+    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="Default: 1 8 64 256; on a CPU 2.")
+    parser.add_argument("--reductions", type=float, nargs="+", help="Default: 0.5 0.8; on a CPU 0.5.")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(os.environ.get("OUT") or HERE / "results") / "cuda.json",
-        help="default: $OUT/cuda.json or benchmarks/results/cuda.json",
+        help="Default: $OUT/cuda.json or benchmarks/results/cuda.json.",
     )
     parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)  # a stage in its own process
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--no_kernels", action="store_true", help="without Triton's kernels")
+    parser.add_argument("--no_kernels", action="store_true", help="Don't use Triton kernels.")
     args = parser.parse_args(arguments)
     on_cuda = args.device == "cuda"
     args.batch_sizes = args.batch_sizes or ([1, 8, 64, 256] if on_cuda else [2])

@@ -173,10 +173,10 @@ def print_makers(title: str, rows: list[dict], key: str, number: int = 20) -> No
 def main(arguments=None):
     parser = make_parser(__doc__)
     parser.add_argument("--task", choices=MODELS, default="vqa")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 32], help="default: 1 4 32")
-    parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
-    parser.add_argument("--kernels", action="store_true", help="count the path through Triton's kernels as well")
-    parser.add_argument("--calibration_samples", type=int, default=4, help="default: 4")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 32], help="Default: 1 4 32.")
+    parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8], help="Default: 0.5 0.8.")
+    parser.add_argument("--kernels", action="store_true", help="Also count the path with Triton kernels.")
+    parser.add_argument("--calibration_samples", type=int, default=4, help="Samples to calibrate on; default: 4.")
     add_arguments(parser, size="narrow")  # as many layers and tokens as base
     args = parser.parse_args(arguments)
     rows = count_all(args)

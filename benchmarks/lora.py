@@ -60,19 +60,21 @@ def run(method: str, args, collator, train_data, calibration: list[dict], evalua
 
 def main(arguments=None):
     parser = make_parser(__doc__, "lora_digits.json")
-    parser.add_argument("--model", default=str(EXAMPLES / "blip-vqa-digits"), help="dense BLIP: a folder or Hub id")
+    parser.add_argument("--model", default=str(EXAMPLES / "blip-vqa-digits"), help="A dense BLIP: a folder or Hub id.")
     parser.add_argument("--methods", nargs="+", choices=("full", "lora"), default=["full", "lora"])
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="what to evaluate on")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="The split to evaluate on.")
     parser.add_argument("--train_questions", type=int, default=12800)
     parser.add_argument("--calibration_questions", type=int, default=512)
     parser.add_argument("--evaluation_questions", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--reduction", type=float, default=0.5)
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of full fine-tuning")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate of full fine-tuning.")
     parser.add_argument("--lora_learning_rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=int, default=8)
-    parser.add_argument("--target_modules", nargs="+", default=["all-linear"], help="names, or all-linear")
+    parser.add_argument(
+        "--target_modules", nargs="+", default=["all-linear"], help="Modules that get LoRA: names, or all-linear."
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(arguments)
     collator = make_collator("vqa", args.model)

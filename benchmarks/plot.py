@@ -70,8 +70,8 @@ def draw_panel(axes, panel: tuple[str, list[dict]]) -> None:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="the JSON file that speed.py has written")
-    parser.add_argument("--output", type=Path, help="default: the same name with .png")
+    parser.add_argument("results", type=Path, help="The JSON file that speed.py wrote.")
+    parser.add_argument("--output", type=Path, help="Default: the same name with .png.")
     args = parser.parse_args(arguments)
     rows = [row for row in json.loads(args.results.read_text())["rows"] if "time_ratio" in row]
     print("\n".join(table(rows)))

@@ -49,10 +49,12 @@ class Setup(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, size: str = "base") -> None:
     """Add the options that every benchmark of random models has."""
-    parser.add_argument("--size", choices=SIZES, default=size, help=f"narrow and tiny: to try it; default: {size}")
+    parser.add_argument(
+        "--size", choices=SIZES, default=size, help=f"Model size; narrow and tiny are for trial runs. Default: {size}."
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice.")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -123,7 +125,7 @@ def make_models(task: str, setup: Setup, attention: str | None = None) -> tuple[
     torch.manual_seed(setup.seed)
     is_clip = MODELS[task] is CLIPModel
     if attention == "sdpa" and not MODELS[task]._supports_sdpa:
-        raise ValueError(f"transformers' {MODELS[task].__name__} of this version has no sdpa")
+        raise ValueError(f"transformers' {MODELS[task].__name__} of this version has no SDPA.")
     with torch.device(setup.device):  # where weights are drawn faster
         dense = MODELS[task](clip_config(task, setup.size) if is_clip else blip_config(setup.size))
         if attention is not None:

@@ -28,7 +28,7 @@ def make_parser(description: str, output: str | None = None) -> argparse.Argumen
         "--output",
         type=Path,
         default=output and RESULTS / output,
-        help="the JSON file to write" + (f"; default: benchmarks/results/{output}" if output else ""),
+        help="The JSON file to write." + (f" Default: benchmarks/results/{output}." if output else ""),
     )
     return parser
 
@@ -87,7 +87,7 @@ def write_json(path: Path | None, content: dict) -> None:
 
 
 class Rows:
-    """The rows of a study in a JSON file, which is rewritten with every new row: a run that is cut short resumes.
+    """The rows of a study in a JSON file, which is rewritten with every new row: an interrupted run resumes.
 
     Args:
         path (`Path`, *optional*): The file; None keeps the rows in memory.
@@ -107,8 +107,8 @@ class Rows:
         for name in same:
             if before.get(name) != json.loads(json.dumps(header[name])):
                 sys.exit(
-                    f"{self.path} has rows of {name} {before.get(name)}, not {header[name]}: expected the same; ask"
-                    " for those, or give another --output."
+                    f"{self.path} has rows of {name} {before.get(name)}, not {header[name]}: expected the same."
+                    " Pass those, or another --output."
                 )
         self.rows = {self.key_of(row): row for row in before["rows"]}
 

@@ -1,6 +1,6 @@
 """Accuracy at equal FLOPs, training-free: MADTP beside other ways to choose tokens, on the same dense models.
 
-    python benchmarks/selection.py                                   # all rows; run again, it goes on where it was
+    python benchmarks/selection.py                                   # all rows; run again, it resumes
     python benchmarks/selection.py --tasks vqa nlvr2 --methods tome evit
     python benchmarks/selection.py --model FOLDER --tasks vqa        # a dense model of your own, on the digit scenes
     python benchmarks/selection.py --model FOLDER --tasks clip --photographs FOLDER --output FILE   # or vqa
@@ -176,12 +176,16 @@ def study_parser(description: str, output: str, methods, tasks):
     parser = make_parser(description, output)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
     parser.add_argument(
-        "--model", type=Path, help="a dense model's folder, for the one task of --tasks; default: examples/"
+        "--model", type=Path, help="Folder of a dense model, for the one task of --tasks; default: from examples/."
     )
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
-    parser.add_argument("--photographs", type=Path, help="the study is about garments, in this folder; needs --model")
+    parser.add_argument(
+        "--photographs", type=Path, help="Folder of photographs of garments to evaluate on; needs --model."
+    )
     parser.add_argument("--validation_samples", type=int, default=512)
-    parser.add_argument("--redo", nargs="+", choices=methods, default=[], help="make the rows of these methods again")
+    parser.add_argument(
+        "--redo", nargs="+", choices=methods, default=[], help="Measure the rows of these methods again."
+    )
     return parser
 
 
@@ -209,12 +213,16 @@ def metric(args) -> dict:
 
 def main(arguments=None):
     parser = study_parser(__doc__, "selection.json", SEEDS, TASKS)
-    parser.add_argument("--model_names", nargs="+", help="of the shipped models, these folders alone")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: as many as each method's row in SEEDS says")
+    parser.add_argument("--model_names", nargs="+", help="Use only these of the shipped models.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Default: each method's number in SEEDS.")
     parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS)
     parser.add_argument("--test_samples", type=int, default=600)
     parser.add_argument(
-        "--table", nargs="?", const="all", choices=("all", "readme", "docs"), help="tables; run nothing"
+        "--table",
+        nargs="?",
+        const="all",
+        choices=("all", "readme", "docs"),
+        help="Print tables of the results; run nothing.",
     )
     args = parse_study(parser, arguments)
     if args.table:

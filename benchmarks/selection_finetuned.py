@@ -1,6 +1,6 @@
 """Accuracy at equal FLOPs after fine-tuning: MADTP beside other ways, one checkpoint for all budgets beside one each.
 
-    python benchmarks/selection_finetuned.py --tasks vqa nlvr2     # all rows; run again, it goes on where it was
+    python benchmarks/selection_finetuned.py --tasks vqa nlvr2     # all rows; run again, it resumes
     python benchmarks/selection_finetuned.py --tasks vqa --methods tome evit --seeds 0
     python benchmarks/selection_finetuned.py --methods madtp_data own_0.5 own_0.8
     python benchmarks/selection_finetuned.py --tasks vqa --seeds 0 --split validation --learning_rate 5e-5 \\
@@ -124,13 +124,15 @@ def main(arguments=None):
     parser = study_parser(__doc__, "selection_finetuned.json", METHODS, ("vqa", "nlvr2", "captioning", "retrieval"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--test_samples", type=int, default=1000, help="to evaluate on")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="of which they are")
-    parser.add_argument("--learning_rate", type=float, help="of all tasks and methods; default: what was chosen")
-    parser.add_argument("--teacher", action="store_true", help="all passes learn from the frozen dense model")
-    parser.add_argument("--distillation_weight", type=float, default=1.0, help="of learning from dense outputs")
-    parser.add_argument("--largest_pass", action="store_true", help="each step has a pass at the largest target too")
-    parser.add_argument("--pruned_only", action="store_true", help="no dense pass, no learning from dense outputs")
+    parser.add_argument("--test_samples", type=int, default=1000, help="Samples to evaluate on.")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="The split of these samples.")
+    parser.add_argument(
+        "--learning_rate", type=float, help="Learning rate for all tasks and methods; default: the chosen ones."
+    )
+    parser.add_argument("--teacher", action="store_true", help="All passes learn from the frozen dense model.")
+    parser.add_argument("--distillation_weight", type=float, default=1.0, help="Weight of the distillation loss.")
+    parser.add_argument("--largest_pass", action="store_true", help="Add a pass at the largest target to each step.")
+    parser.add_argument("--pruned_only", action="store_true", help="No dense pass and no distillation.")
     args = parse_study(parser, arguments)
     if args.photographs and args.split == "validation":  # one half to calibrate on, one to evaluate on
         args.validation_samples, args.test_samples = args.validation_samples // 2, -(-args.validation_samples // 2)

@@ -33,16 +33,14 @@ LABELS = {
     "random": "random tokens",
     "smaller_image": "smaller image",
 }
-README_LABELS = {
-    "madtp_data": "MADTP, alignment from data",
-    "first_layer": "MADTP, in the first layer alone",
-    "class_attention": "class attention alone",
-    "evit": "EViT",
-    "tome": "ToMe",
-    "random": "random tokens",
-}
-README_MODELS = {"prepared": "blip-vqa-digits", "plain": "blip-vqa-digits-plain"}
-README_BUDGETS = (0.5, 0.7, 0.8)
+# README's rows: what it calls them, the results beside selection.json, the dense model and the method.
+README_ROWS = (
+    ("prepared model, pruned without training", "", "blip-vqa-digits", "madtp_data"),
+    ("prepared model, fine-tuned", "_finetuned", "blip-vqa-digits", "madtp_data"),
+    ("plain model, pruned without training", "", "blip-vqa-digits-plain", "madtp_data"),
+    ("plain model, fine-tuned", "_finetuned_plain", "blip-vqa-digits-plain", "first_2_layers"),
+)
+README_BUDGETS = (0.5, 0.8)
 BEGIN, END = "<!-- tables: python benchmarks/selection.py --table docs -->", "<!-- end of tables -->"
 
 
@@ -191,15 +189,13 @@ def all_tables(path: Path) -> list[str]:
 
 
 def readme_table(path: Path) -> list[str]:
-    """Two dense models side by side."""
-    models = by_model(load(path))
-    summaries = {name: summarise(models.get(("vqa", model), [])) for name, model in README_MODELS.items()}
-    columns = {f"{name}, {budget:g}": (of, budget) for name, of in summaries.items() for budget in README_BUDGETS}
-    lines = [["dense", *(cell(of.get("dense", {}).get(0.0), 0.0) for of, _ in columns.values())]]
-    for method, label in README_LABELS.items():
-        if any(method in of for of in summaries.values()):
-            lines.append([label, *(cell(of.get(method, {}).get(budget), budget) for of, budget in columns.values())])
-    return markdown(["method", *columns], lines)
+    """Two dense models, pruned without training and fine-tuned."""
+    lines = []
+    for label, suffix, model, method in README_ROWS:
+        of = summarise(by_model(load(path.with_name(f"{path.stem}{suffix}.json"))).get(("vqa", model), []))
+        dense = cell(of.get("dense", {}).get(0.0), 0.0)
+        lines.append([label, dense, *(cell(of.get(method, {}).get(budget), budget) for budget in README_BUDGETS)])
+    return markdown(["MADTP", "dense", *(f"at {budget:g}" for budget in README_BUDGETS)], lines)
 
 
 # Pictures
@@ -253,7 +249,7 @@ def write_docs(path: Path, page: Path = ROOT / "docs" / "accuracy.md") -> None:
 
 def print_tables(path: Path, which: str) -> None:
     if not path.exists():
-        raise SystemExit(f"There is no {path}: run benchmarks/selection.py first, or give its --output.")
+        raise SystemExit(f"There is no {path}: run benchmarks/selection.py first, or pass its --output.")
     if which == "docs":
         write_docs(path)
     else:

@@ -299,43 +299,51 @@ def print_rows(title: str, rows: list[dict]) -> None:
 def parse_arguments(arguments=None):
     parser = make_parser(__doc__)
     blip_tasks = [task for task in MODELS if MODELS[task] is not CLIPModel]
-    parser.add_argument("--tasks", nargs="*", choices=MODELS, default=blip_tasks, help="default: BLIP's four")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="default: 1 8 32")
+    parser.add_argument("--tasks", nargs="*", choices=MODELS, default=blip_tasks, help="Default: BLIP's four.")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="Default: 1 8 32.")
     parser.add_argument(
         "--reductions",
         type=float,
         nargs="*",
         default=[0.3, 0.5, 0.6, 0.7, 0.8],
-        help="of FLOPs, that pruned runs are calibrated to; default: 0.3 0.5 0.6 0.7 0.8",
+        help="FLOPs reductions to calibrate to; default: 0.3 0.5 0.6 0.7 0.8.",
     )
     parser.add_argument("--granularities", nargs="+", choices=("instance", "batch"), default=["instance", "batch"])
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=["tome", "evit"])
-    parser.add_argument("--baseline_reductions", type=float, nargs="+", default=[0.5, 0.8], help="default: 0.5 0.8")
+    parser.add_argument(
+        "--baseline_reductions",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.8],
+        help="Reductions of the baselines; default: 0.5 0.8.",
+    )
     parser.add_argument(
         "--rounds",
         type=int,
         nargs="+",
-        help="how often to time everything, one number or one per batch size; default on a CPU: 15 for batches under"
-        " 4, 5 under 16, else 3",
+        help="Rounds of timing, one number or one per batch size; default on a CPU: 15 for batches under"
+        " 4, 5 under 16, else 3.",
     )
-    parser.add_argument("--calibration_samples", type=int, default=16, help="default: 16")
+    parser.add_argument("--calibration_samples", type=int, default=16, help="Default: 16.")
     parser.add_argument(
         "--calibrate_on_batch",
         action="store_true",
-        help="on the timed batch itself, whose reduction then is the one asked for; else on other crops and texts",
+        help="Calibrate on the timed batch, which then reaches the reductions exactly; by default on other data.",
     )
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=("bfloat16", "int8"),
         default=[],
-        help="time ours in these as well and, with bfloat16, transformers' in it",
+        help="Also time our model in these precisions and, with bfloat16, transformers' in bfloat16.",
     )
-    parser.add_argument("--layers", type=int, help="time ours pruning in this many of the first layers alone as well")
-    parser.add_argument("--plain_weights", action="store_true", help="don't prepack weights for the CPU")
-    parser.add_argument("--training_step", action="store_true", help="also time a training step of question answering")
-    parser.add_argument("--training_batch_size", type=int, default=16, help="default: 16")
-    parser.add_argument("--training_reduction", type=float, default=0.5, help="default: 0.5")
+    parser.add_argument("--layers", type=int, help="Also time our model pruning only in this many first layers.")
+    parser.add_argument("--plain_weights", action="store_true", help="Don't prepack weights for the CPU.")
+    parser.add_argument(
+        "--training_step", action="store_true", help="Also time a training step of question answering."
+    )
+    parser.add_argument("--training_batch_size", type=int, default=16, help="Default: 16.")
+    parser.add_argument("--training_reduction", type=float, default=0.5, help="Default: 0.5.")
     add_arguments(parser)
     return parser.parse_args(arguments)
 

@@ -41,9 +41,11 @@ def prune_digit_model(task: str, num_samples: int = 256, seed: int = 1):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a pruned checkpoint: a folder or Hub id")
-    parser.add_argument("--task", choices=list(TASKS_SHOWN), default="vqa", help="without MODEL: which one to prune")
-    parser.add_argument("--port", type=int, help="default: the first that is free from 7860")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="A pruned checkpoint: a folder or Hub id.")
+    parser.add_argument(
+        "--task", choices=list(TASKS_SHOWN), default="vqa", help="The digit model to prune if MODEL is not given."
+    )
+    parser.add_argument("--port", type=int, help="Default: the first free port from 7860.")
     args = parser.parse_args()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
     if args.model is None:

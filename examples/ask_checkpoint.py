@@ -17,18 +17,18 @@ def read_pairs(text: str) -> list[tuple[str, str]]:
     try:
         pairs = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"no JSON ({error}): {expected}") from error
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not JSON ({error}): {expected}") from error
     is_list = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
     if not is_list or not all(isinstance(part, str) for pair in pairs for part in pair):
-        raise argparse.ArgumentTypeError(f"got {text[:200]}: {expected}")
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} has another form: {expected}")
     return [tuple(pair) for pair in pairs]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="the folder of a saved question answering checkpoint; no Hub id")
+    parser.add_argument("checkpoint", help="The folder of a saved question answering checkpoint; not a Hub id.")
     parser.add_argument(
-        "asked", type=read_pairs, help="what to ask: a JSON list of pairs, an image's path and a question"
+        "asked", type=read_pairs, help="Questions: a JSON list of pairs of an image path and a question."
     )
     args = parser.parse_args()
     if not os.path.isdir(args.checkpoint):  # a Hub id would run whatever code that repository holds at that time

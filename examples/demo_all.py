@@ -50,7 +50,7 @@ def main():
     Console(width=120).print(table)
     seconds = round(time.time() - started)
     (args.output_dir / "results.json").write_text(json.dumps({"tasks": summary, "seconds": seconds}, indent=2))
-    print(f"One checkpoint a task for all budgets. Wrote {args.output_dir / 'results.json'} in {seconds} s.")
+    print(f"One checkpoint per task serves all budgets. Wrote {args.output_dir / 'results.json'} in {seconds} s.")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SPLITS = ("train", "validation", "test")
 def load_garments(folder, split: str) -> Dataset:
     """Return all photographs of a split with the columns `image` and `label` (the garment's name, one word)."""
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}.")
     folder = Path(folder)
     if (file := folder / f"{split}.parquet").is_file():
         rows = load_dataset("parquet", data_files=str(file), split="train")

@@ -130,16 +130,18 @@ def time_at_base_size(processor, scenes: list[dict], reductions: list[float], fo
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HERE / "blip-vqa-digits"), help="dense BLIP: a folder or Hub id")
+    parser.add_argument("--model", default=str(HERE / "blip-vqa-digits"), help="A dense BLIP: a folder or Hub id.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--train_questions", type=int, default=9600)
     parser.add_argument("--test_questions", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--target_reduction", type=float, nargs="+", default=[0.5, 0.8], help="one, or two: a range")
-    parser.add_argument("--num_targets", type=int, default=5, help="the number of targets in that range")
+    parser.add_argument(
+        "--target_reduction", type=float, nargs="+", default=[0.5, 0.8], help="Target reduction, or two for a range."
+    )
+    parser.add_argument("--num_targets", type=int, default=5, help="The number of targets in that range.")
     parser.add_argument("--num_alignment_tokens", type=int, default=100)
-    parser.add_argument("--alignment_dim", type=int, help="default: the width of the text encoder")
+    parser.add_argument("--alignment_dim", type=int, help="Default: the width of the text encoder.")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no_timing", action="store_true", help="don't time a BLIP of the published size at the end")

@@ -26,7 +26,7 @@ from madtp_hf.metrics import load_metric
 class Arguments(DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "blip-captioning-digits"),
-        metadata={"help": "A dense BLIP for captioning, or a pruned model to go on with: a folder or Hub id."},
+        metadata={"help": "A dense BLIP for captioning, or a pruned model to continue with: a folder or Hub id."},
     )
     test_samples: int | None = field(default=1000, metadata={"help": "Images to evaluate on; 0 for all."})
     prompt: str = field(default="a picture of", metadata={"help": "The text before each caption."})

@@ -27,7 +27,7 @@ from madtp_hf.tasks.pair_scores import CaptionedImages, shown_recalls
 class Arguments(ContrastiveArguments, DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "clip-digits"),
-        metadata={"help": "A dense CLIP, or a pruned model to go on with: a folder or Hub id."},
+        metadata={"help": "A dense CLIP, or a pruned model to continue with: a folder or Hub id."},
     )
     test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
 

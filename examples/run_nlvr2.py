@@ -29,8 +29,8 @@ class Arguments(DataArguments):
         default=str(Path(__file__).parent / "blip-nlvr2-digits"),
         metadata={
             "help": (
-                "A dense BLIP for NLVR2, as `madtp-hf convert` makes one, BLIP for retrieval or question answering to"
-                " start from, or a pruned model to go on with: a folder or Hub id."
+                "A dense BLIP for NLVR2, as `madtp-hf convert` writes it, a BLIP for retrieval or question answering"
+                " to start from, or a pruned model to continue with: a folder or Hub id."
             )
         },
     )

@@ -27,7 +27,7 @@ from madtp_hf.tasks.retrieval import score_images_and_texts
 class Arguments(ContrastiveArguments, DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "blip-retrieval-digits"),
-        metadata={"help": "A dense BLIP for retrieval, or a pruned model to go on with: a folder or Hub id."},
+        metadata={"help": "A dense BLIP for retrieval, or a pruned model to continue with: a folder or Hub id."},
     )
     test_samples: int | None = field(default=250, metadata={"help": "Images to evaluate on; 0 for all."})
     k: int = field(

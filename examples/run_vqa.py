@@ -28,7 +28,9 @@ from madtp_hf.metrics import load_metric
 class Arguments(DataArguments):
     model: str = field(
         default=str(Path(__file__).parent / "blip-vqa-digits"),
-        metadata={"help": "A dense BLIP for question answering, or a pruned model to go on with: a folder or Hub id."},
+        metadata={
+            "help": "A dense BLIP for question answering, or a pruned model to continue with: a folder or Hub id."
+        },
     )
     answer_list: str | None = field(
         default=None,

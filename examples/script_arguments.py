@@ -63,7 +63,7 @@ class ScriptParser(HfArgumentParser):
             action=_HelpAll,
             nargs=0,
             default=argparse.SUPPRESS,
-            help="show the options of `TrainingArguments` as well",
+            help="Also show the options of `TrainingArguments`.",
         )
         training = {
             "do_train": True,
@@ -96,13 +96,13 @@ class ScriptParser(HfArgumentParser):
             recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(
-                f"can't read the recipe {file}: expected a YAML file of options as the first argument ({error})"
+                f"The recipe {file} can't be read ({error}): expected a YAML file of options as the first argument."
             )
         if not isinstance(recipe, dict):
-            self.error(f"{file} holds {type(recipe).__name__}: expected lines of the form `option: value`")
+            self.error(f"{file} holds {type(recipe).__name__}: expected lines of the form `option: value`.")
         known = {name.name for cls in self.dataclass_types for name in fields(cls)}
         if unknown := [str(name) for name in recipe if name not in known]:
-            self.error(f"{file} has unknown options {', '.join(unknown)}: expected those that --help-all lists")
+            self.error(f"{file} has unknown options {', '.join(unknown)}: expected those that --help-all lists.")
         arguments = []
         for name, value in recipe.items():
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -151,9 +151,11 @@ class DataArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "The data set's folder, or a Hub id; the digit scenes if not given."}
     )
-    image_dir: str | None = field(default=None, metadata={"help": "Its image folder; the data set's if not given."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "The folder of its images; by default the data set's."}
+    )
     columns: str | None = field(
-        default=None, metadata={"help": "The names of a Hub data set's columns, as JSON: ours to theirs."}
+        default=None, metadata={"help": "Columns of a Hub data set, as a JSON object from our names to its names."}
     )
     train_samples: int | None = field(default=12800, metadata={"help": "Rows to train on; 0 for all."})
     validation_samples: int | None = field(default=512, metadata={"help": "Rows to calibrate on; 0 for all."})
@@ -196,15 +198,15 @@ class ContrastiveArguments:
 
     queue_size: int = field(
         default=default_of(RetrievalTrainer, "queue_size"),
-        metadata={"help": "Features of earlier batches to contrast with."},
+        metadata={"help": "Queue size: features of earlier batches to contrast with."},
     )
     momentum: float = field(
         default=default_of(RetrievalTrainer, "momentum"),
-        metadata={"help": "The share of the momentum encoder that is kept at a step."},
+        metadata={"help": "Momentum of the momentum (EMA) encoder."},
     )
     distillation: float = field(
         default=default_of(RetrievalTrainer, "distillation"),
-        metadata={"help": "The momentum encoder's share in the targets."},
+        metadata={"help": "The share of the momentum encoder's outputs in the targets."},
     )
     distillation_warmup_steps: int | None = field(
         default=default_of(RetrievalTrainer, "distillation_warmup_steps"),
@@ -236,7 +238,9 @@ class PruningArguments:
         default=MadtpBlipConfig().distillation_weight,
         metadata={"help": "The weight of learning from dense outputs, relative to the task loss."},
     )
-    pruning_layers: int = field(default=0, metadata={"help": "How many of the first layers prune; 0 for all."})
+    pruning_layers: int = field(
+        default=0, metadata={"help": "Prune only in this many first layers; 0 for all layers."}
+    )
     reductions: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.8], metadata={"help": "Reductions to calibrate and evaluate."}
     )
@@ -244,9 +248,11 @@ class PruningArguments:
         default=MadtpBlipConfig().num_alignment_tokens,
         metadata={"help": "The number of alignment tokens."},
     )
-    alignment_dim: int = field(default=0, metadata={"help": "Their width; 0 for the text's."})
+    alignment_dim: int = field(
+        default=0, metadata={"help": "Width of the alignment tokens; 0 for the text encoder's."}
+    )
     random_alignment: bool = field(
-        default=False, metadata={"help": "Start from random alignment tokens, not from what the model reads."}
+        default=False, metadata={"help": "Start from random alignment tokens instead of fitting them to data."}
     )
 
     def __post_init__(self):

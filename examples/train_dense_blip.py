@@ -3,7 +3,7 @@
 Training follows BLIP: first the vision tower on labelled images, then the whole model on captions of scenes, then on
 questions about them, with question encoder and answer decoder both initialised from the caption decoder. In the next
 stage the class token learns to attend to the digits in every layer, as class tokens of large vision towers come to do
-by themselves; in the last stage patches without a digit are also dropped at random. Scenes are drawn anew at every
+by themselves; in the last stage patches without a digit are also dropped at random. Scenes are newly drawn at every
 step. `--plain` skips these two stages: nothing prepares that model for pruning.
 
     python examples/train_dense_blip.py --output_dir examples/blip-vqa-digits
@@ -224,10 +224,10 @@ def parse_arguments():
         "--start_from",
         choices=("patch", "question", "settle", "thin"),
         default="patch",
-        help="a later stage starts from the model in the output folder",
+        help="The first stage to run; a later one starts from the model in the output folder.",
     )
     parser.add_argument(
-        "--plain", action="store_true", help="without the last two stages, which prepare a model for losing patches"
+        "--plain", action="store_true", help="Leave out the last two stages, which prepare the model for pruning."
     )
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--initializer_range", type=float, default=0.08)

@@ -1,7 +1,7 @@
 """Train the tiny dense CLIP that the examples prune: on digit scenes and their captions, on a CPU.
 
 The image tower starts from that of the BLIP for retrieval. The text tower, causal as in CLIP, starts from scratch, as
-does the vocabulary, whose byte pairs build the captions' words. Scenes are drawn anew at every step. As in
+does the vocabulary, whose byte pairs build the captions' words. Scenes are newly drawn at every step. As in
 `train_dense_tasks.py`, the class token is trained to attend to the digits, while patches without a digit are dropped
 at random.
 
@@ -163,7 +163,9 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--guidance", type=float, default=0.05, help="weight of the class token's looking at digits")
+    parser.add_argument(
+        "--guidance", type=float, default=0.05, help="Weight of the loss that makes the class token attend to digits."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()

@@ -198,14 +198,16 @@ def train(stage: str, parameters: list, learning_rate: float, args, step_loss, s
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=Path, required=True, help="the folder of the data set")
-    parser.add_argument("--output_dir", type=Path, required=True, help="gets blip-vqa-garments and clip-garments")
+    parser.add_argument("--photographs", type=Path, required=True, help="The data set's folder.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="The folder to write blip-vqa-garments and clip-garments to."
+    )
     parser.add_argument("--start_from", type=Path, default=Path(__file__).parent / "blip-vqa-digits-plain")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--label_steps", type=int, default=3000)
     parser.add_argument("--question_steps", type=int, default=500)
     parser.add_argument("--caption_steps", type=int, default=400)
-    parser.add_argument("--kept_patches", type=int, default=48, help="of 144, while labels are learned")
+    parser.add_argument("--kept_patches", type=int, default=48, help="Patches kept, of 144, while labels are learned.")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

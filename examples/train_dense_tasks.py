@@ -1,7 +1,7 @@
 """Train the tiny dense BLIPs for visual reasoning, captioning and retrieval, from the one for question answering.
 
 BLIP's own fine-tuned models start from a pretrained one; likewise, the vision tower and text encoder of the question
-answering model are trained further here, on digit scenes drawn anew at every step. As in the last stage of
+answering model are trained further here, on digit scenes newly drawn at every step. As in the last stage of
 `train_dense_blip.py`, the class token is trained to attend to the digits, while patches without a digit are dropped at
 random.
 
@@ -33,7 +33,7 @@ from madtp_hf.tasks import TASKS
 NEW_WORDS = "both only neither all an of picture".split()
 PROMPT = "a picture of"
 NUM_QUESTIONS = 3  # about each pair of scenes
-# Token counts after random dropping; only a few, since a CPU's kernels are prepared anew for each shape.
+# Token counts after random dropping; only a few, since a CPU's kernels are prepared again for each shape.
 NUM_TOKENS = (11, 21, 31, 41, 61, 81, 101)
 # The classes to save: transformers' own model where it has one.
 DENSE = {"captioning": BlipForConditionalGeneration, "retrieval": BlipForImageTextRetrieval}
@@ -286,7 +286,9 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=48)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--guidance", type=float, default=0.05, help="weight of the class token's looking at digits")
+    parser.add_argument(
+        "--guidance", type=float, default=0.05, help="Weight of the loss that makes the class token attend to digits."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()

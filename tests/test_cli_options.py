@@ -83,7 +83,7 @@ def test_options_of_several_values_take_them_at_once_and_nothing_else():
         ("--device", "meta", "'meta' is not a device"),
         ("--device", "cuda:99", r"'cuda:99' is not available \(.*\): leave it out"),
         ("--max-pixels", 0, "(0 is not in the range|.* greater than or equal to 1)"),
-        ("--temperature", 0, "0: expected a number above 0; for the likeliest words leave --do-sample out"),
+        ("--temperature", 0, "0: expected a number above 0; for greedy search, leave --do-sample out"),
         ("--temperature", "nan", "nan: expected a number above 0"),
         ("--top-p", 1.5, "1.5: expected a number above 0 and at most 1"),
         ("--memory", "much", "'much' is not a size: expected a number with a unit, such as 2GB"),

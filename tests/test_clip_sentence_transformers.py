@@ -11,6 +11,7 @@ from madtp_hf import MadtpClipModel
 
 from .conftest import make_processor, make_task_model
 from .helpers.clip import make_clip_model, make_clip_processor
+from .helpers.pages import blocks_of
 
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
@@ -26,19 +27,15 @@ def checkpoint(tmp_path):
 
 
 def test_the_documented_lines_encode_images_and_texts(checkpoint, tmp_path, monkeypatch, capsys):
-    (block,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
-        if "sentence_transformers" in block
-    )
+    (block,) = (block.code for block in blocks_of(DOCUMENT) if "sentence_transformers" in block.code)
     image = Image.effect_noise((60, 40), 90).convert("RGB")
-    image.save(tmp_path / "scene.jpg")
+    image.save(tmp_path / "scene.png")
     monkeypatch.chdir(tmp_path)
     names = {}
     # The test's tokenizer reads letters, and its model 24 of them.
     texts = ["red seven", "blue one"]
     block = re.sub(r"captions = \[.*?\n\]", f"captions = {texts}", block, flags=re.DOTALL)
-    exec(block.replace("./outputs/clip", str(checkpoint)), names)
+    exec(block.replace("./clip-madtp", str(checkpoint)), names)
     assert "tensor" in capsys.readouterr().out
 
     model, processor = MadtpClipModel.from_pretrained(checkpoint).eval(), make_clip_processor()
@@ -46,7 +43,7 @@ def test_the_documented_lines_encode_images_and_texts(checkpoint, tmp_path, monk
         for reduction in (0.5, 0.0):
             model.set_pruning(reduction=reduction)
             expected = model(
-                **processor(images=Image.open("scene.jpg"), text=texts, padding=True, return_tensors="pt")
+                **processor(images=Image.open("scene.png"), text=texts, padding=True, return_tensors="pt")
             )
             if reduction:
                 assert (expected.vision_tokens[-1] < 37).all()

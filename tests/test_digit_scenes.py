@@ -202,7 +202,7 @@ def test_a_dataset_is_the_same_for_the_same_seed():
 
 
 def test_bad_requests_are_named():
-    with pytest.raises(ValueError, match="unknown split 'dev': expected one of train"):
+    with pytest.raises(ValueError, match="split='dev': expected one of train"):
         load_digit_questions("dev", 10)
     with pytest.raises(ValueError, match="num_questions=0"):
         load_digit_questions("test", 0)

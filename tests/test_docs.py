@@ -1,34 +1,39 @@
 """The documentation: links lead somewhere, code runs as printed, messages are those of the package."""
 
+import dataclasses
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from madtp_hf.modeling.pruning_method import METHODS
+
+from .helpers.pages import blocks_of, commands_of, run_page
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path for pattern in ("*.md", "docs/*.md", "examples/*.md", ".github/*.md") for path in ROOT.glob(pattern)
 )
-RUN = (
-    "adding_a_model",
-    "captioning",
-    "fine_tune",
-    "index",
-    "method",
-    "prune",
-    "publish",
-    "question_answering",
-    "reproduce",
-    "retrieval",
-    "visual_reasoning",
-)
-SLOW = ("fine_tune", "prune")  # the other pages show as much of calibration and training
+PYTHON = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+# Blocks that can't run here, with the reason that the page gives in a comment.
+NOT_RUN = {"standard_benchmarks": "needs mteb and downloads a data set"}
+SLOW = ("clip", "compatibility", "fine_tune", "index", "methods", "prune", "see_what_it_dropped", "serving")
+ELSEWHERE = ("own_data",)  # run, and looked at more closely, by a file of its own
+# Libraries that a page's code needs without importing them.
+NEEDS = {
+    "clip": ("onnx", "onnxscript", "sentence_transformers"),
+    "compatibility": ("peft",),
+    "search": ("faiss", "pyarrow"),
+    "see_what_it_dropped": ("matplotlib",),
+    "serving": ("onnx", "onnxscript", "onnxruntime"),
+}
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]+)\)")
-_BLOCK = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def name_of(page):
@@ -69,9 +74,19 @@ def test_the_examples_page_lists_every_file():
 
 
 def test_the_owner_is_a_placeholder_in_few_places():
-    """What `RELEASING.md` replaces: other pages don't name the repository."""
-    named = [name_of(page) for page in PAGES if "OWNER" in page.read_text()]
-    assert named == ["RELEASING.md"]
+    """What `RELEASING.md` replaces: other files don't name the repository."""
+    named = subprocess.run(["git", "grep", "-lw", "OWNER"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert named.stdout.split() == ["RELEASING.md", "pyproject.toml", "tests/test_docs.py"]
+
+
+def test_the_home_page_has_the_tables_of_the_readme():
+    hooks = runpy.run_path(str(ROOT / "docs/hooks.py"))
+    config = hooks["on_config"]({})
+    page = hooks["on_page_markdown"]((ROOT / "docs/index.md").read_text(), None, config, None)
+    assert config["repo_url"].startswith("https://github.com/") and "github.io" in config["site_url"]
+    assert page.index("surviving_patches.png") < page.index("## Speed") < page.index("## Accuracy")
+    assert "| BLIP-base, question" in page and "| plain model, fine-tuned |" in page
+    assert "](docs/" not in page and "](../" not in page and "<!--" not in page
 
 
 def test_the_site_has_every_page():
@@ -88,29 +103,102 @@ def test_the_site_has_every_page():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to run a page in, with the shipped models where a clone has them."""
+    """An empty folder to run a page in; what its code registers and imports is undone."""
     pytest.importorskip("sklearn", reason="digit scenes need scikit-learn: pip install 'madtp_hf[digits]'")
     for library in ("datasets", "evaluate", "accelerate"):
         pytest.importorskip(library, reason=f"the pages use {library}: pip install 'madtp_hf[train,metrics]'")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr("madtp_hf.modeling.pruning_method.METHODS", dict(METHODS))
     monkeypatch.setattr("madtp_hf.budgets.alignment.FIT_STEPS", 2)  # that it runs is shown, not what it reaches
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
-def test_the_code_of_all_pages_is_python():
-    for page in (ROOT / "docs").glob("*.md"):
-        for _, code in _BLOCK.findall(page.read_text()):
-            compile(re.sub(r", \.\.\.\)", ")", code), page.name, "exec")
+def test_the_code_of_all_pages_is_python_and_what_is_not_run_is_listed():
+    not_run = {}
+    for page in PYTHON:
+        for block in blocks_of(page):
+            if block.language == "python":
+                compile(block.code, page.name, "exec")
+                if block.not_run:
+                    not_run[page.stem] = block.not_run
+    assert not_run == NOT_RUN
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RUN])
-def test_the_code_of_a_page_runs(name, folder):
-    blocks = _BLOCK.findall((ROOT / "docs" / f"{name}.md").read_text())
-    assert any(not reason for reason, _ in blocks)
-    namespace = {"__name__": "page"}
-    for number, (reason, code) in enumerate(blocks, 1):
-        if not reason:
-            exec(compile(code, f"{name}.md, block {number}", "exec"), namespace)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.stem in SLOW else (), id=page.stem)
+        for page in PYTHON
+        if page.stem not in (*NOT_RUN, *ELSEWHERE)
+    ],
+)
+def test_the_code_of_a_page_runs_from_its_top(page, folder):
+    for library in NEEDS.get(page.stem, ()):
+        pytest.importorskip(library)
+    assert run_page(page, folder)
+
+
+COMMANDS = [(page, *found) for page in [*PAGES, *ROOT.glob("examples/*/README.md")] for found in commands_of(page)]
+
+
+def test_the_commands_of_the_pages_are_accepted():
+    """Each `madtp-hf` line parses; `...` and words in capitals stand for the reader's own."""
+    pytest.importorskip("typer", reason="the command needs typer: pip install 'madtp_hf[cli]'")
+    import typer
+
+    from madtp_hf_cli import app
+
+    group, seen = typer.main.get_command(app), set()
+    for page, words, complete in COMMANDS:
+        start = [number for number, word in enumerate(words) if word in ("madtp-hf", "madtp_hf_cli")]
+        if not start or (arguments := words[start[0] + 1 :])[:1] in ([], ["--help"], ["--version"]):
+            continue
+        name, *arguments = arguments
+        assert name in group.commands, f"{name_of(page)}: {' '.join(words)}"
+        seen.add(name)
+        if arguments and "..." not in arguments:
+            try:
+                with group.make_context("madtp-hf", [name]) as parent:
+                    group.commands[name].make_context(name, arguments, parent=parent)
+            except Exception as error:  # click's, of which newer versions of typer have their own copy
+                is_part = type(error).__name__ in ("MissingParameter", "BadOptionUsage") and not complete
+                assert is_part, f"{name_of(page)}: {' '.join(words)}: {error!r}"
+    assert seen == set(group.commands) - {"version"}
+
+
+def test_the_scripts_of_the_pages_exist_and_have_the_options():
+    from transformers import TrainingArguments
+
+    training = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for page, words, _ in COMMANDS:
+        for number, word in enumerate(words):
+            if re.fullmatch(r"(examples|benchmarks|tests)/[\w/]+\.py", word):
+                assert (ROOT / word).is_file(), f"{name_of(page)}: {word}"
+                shared = [*ROOT.glob("examples/script_arguments.py"), *ROOT.glob("benchmarks/*.py")]
+                source = "".join(file.read_text() for file in [ROOT / word, *shared])
+                for option in re.findall(r"(?<=^--)[\w-]+", "\n".join(words[number + 1 :]), re.MULTILINE):
+                    own = re.search(rf'"--{option}"|^    {option}: ', source, re.MULTILINE)
+                    known = own or option in {*training, "help"}
+                    assert known, f"{name_of(page)}: {word} has no option --{option}"
+
+
+def test_install_lines_name_extras_of_the_project():
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE))
+    files = [*PAGES, *ROOT.glob("src/**/*.py"), *ROOT.glob("examples/**/*.ipynb")]
+    named = {
+        (name_of(file), extra)
+        for file in files
+        for found in re.findall(r"(?:madtp_hf|(?<=['\"])\.)\[([a-z_,]+)\]", file.read_text())
+        for extra in found.split(",")
+    }
+    assert len(named) > 20
+    assert sorted((file, extra) for file, extra in named if extra not in extras) == []
 
 
 def test_the_messages_of_troubleshooting_are_the_package_s():

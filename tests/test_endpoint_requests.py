@@ -136,7 +136,7 @@ HOSTILE = {
         {"inputs": {"image": PICTURE, "candidate_labels": ["a" * 2_000] * 256}},
         "tokens in its template: expected at most 24; shorten it",
     ),
-    "half a character": ("vqa", {"inputs": {"image": PICTURE, "question": "a \ud800"}}, "half a surrogate pair"),
+    "half a character": ("vqa", {"inputs": {"image": PICTURE, "question": "a \ud800"}}, "a lone surrogate"),
     "no text": ("vqa", {"inputs": {"image": PICTURE, "question": 5}}, "question is 5: expected a string"),
     "no labels": ("clip", {"inputs": {"image": PICTURE, "candidate_labels": []}}, "expected a list of at least one"),
     "labels in a string": ("clip", asking("clip", candidate_labels="cat,dog"), "candidate_labels is 'cat,dog'"),

@@ -344,7 +344,7 @@ def test_what_hinders_publishing_is_told_in_a_sentence(hub, model, processor, fo
     refused(PermissionError, "no token to publish with: log in with `hf auth login`, set HF_TOKEN", token=None)
     refused(ValueError, "'a/b/c' can't be the name of a repository", "a/b/c")
     refused(ValueError, "'org/a--b' can't be", "org/a--b")
-    refused(ValueError, "token has characters that no token has", token="hf_al\nice")
+    refused(ValueError, "token contains a character that tokens never contain", token="hf_al\nice")
     assert len(hub.requests) == requests  # none of them got as far as the hub
 
     with monkeypatch.context() as patch:  # pasted into the wrong place

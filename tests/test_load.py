@@ -143,7 +143,7 @@ def test_what_a_folder_lacks_is_named(vqa):
         (vqa / name).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="vqa has no complete processor"):
         load(vqa)
-    with pytest.raises(ValueError, match="dtype is unknown"):
+    with pytest.raises(ValueError, match=r"dtype='int3': expected float32"):
         load(vqa, dtype="int3")
     with pytest.raises(ValueError, match="expected one of 'vqa'"):
         load(vqa, "gqa")

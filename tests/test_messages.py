@@ -1,20 +1,18 @@
 """Messages are plain English: no phrase that a reader would have to translate, no option of a command in the library.
 
-`python -m tests.test_messages` lists all messages of `src/`, with file and line, to read them.
+`python -m tests.helpers.list_messages` lists all messages, with file and line, to read them.
 """
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
+from .helpers.list_messages import FILES, ROOT, messages, strings
 
-SOURCE = Path(__file__).parents[1] / "src"
-FILES = sorted(SOURCE.rglob("*.py"))
-# Calls whose strings a user sees, beside `raise`.
-CALLS = {"warn", "warning", "warning_once", "info", "error", "echo", "print", "tqdm", "Option", "Argument", "Typer"}
-CALLS |= {"BadParameter", "fail", "write"}
+
+SOURCE = ROOT / "src"
+SOURCES = [file for file in FILES if file.is_relative_to(SOURCE)]
 
 # Phrases of STYLE's table and their kin, with what to write instead.
 BAD_PHRASES = {
@@ -43,58 +41,55 @@ BAD_PHRASES = {
 }
 
 
-def joined(node) -> str | None:
-    """The text of a string, of an f-string, with {} for values, or of a sum of these; None for anything else."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else None
-    if isinstance(node, ast.JoinedStr):
-        return "".join(joined(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        parts = [joined(node.left), joined(node.right)]
-        return None if parts == [None, None] else "".join(part or "{}" for part in parts)
-    return None
+# Names that a message may start with although the file's code doesn't have them.
+NAMES = {"bfloat16", "flat", "float32", "gelu", "madtp", "transformers"}
+# Reasons that another message quotes, inside its own sentence.
+REASONS = {
+    "image path {} in tables of several folders: pass `image_dir`",
+    "image path {} leads out of the image folder {}: expected one relative to it, without '..'",
+    "label {}: expected 1 or true, 0 or false",
+    "no {}",
+    "the row has no image",
+    "the row has no {}",
+    "its classes are {}",
+    "its labels are {}",
+    "its columns are {}: expected {}",
+    "its content has changed",
+    "its outputs are {}",
+    "its text file would lie outside of {}",
+    "it has no settings or no source",
+    "it has no tensor {}",
+    "it is truncated or damaged at byte {}",
+    "it redirects more than {} times",
+    "the server answers {}",
+    "the tokenizer answered {} captions with {}",
+    "an empty file",
+    "expected (height, width, 3) and uint8",
+    "not an image, or of an unknown format",
+    "weights_only: GLOBAL __setstate__",  # torch's own, which is looked for
+    "skipped: no CUDA",  # cells of a benchmark's table
+    "skipped: no torchao",
+    "skipped: no varlen_attn",
+    "{} doesn't accept the connection",
+    "{} has no public address",
+    "{} is not a directory",
+    "{} is not an http(s) URL of a server, without a user",
+    "{} of {} rows are kept",
+    "{} vectors of {} images",
+}
 
 
-def strings(node):
-    """Yield (line, text) of each string in a syntax tree, the parts of an f-string or a sum as one; no docstrings."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-            continue
-        text = joined(child)
-        if text is not None:
-            yield child.lineno, text
-        # The values of an f-string can hold strings of their own.
-        inner = [part.value for part in ast.walk(child) if isinstance(part, ast.FormattedValue)] if text else [child]
-        for other in inner:
-            yield from strings(other)
-
-
-def name_of(call: ast.Call) -> str:
-    return getattr(call.func, "attr", getattr(call.func, "id", ""))
-
-
-def messages(tree):
-    """Yield (line, text) of each string that is raised, warned, logged, printed, or shown in `--help`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and name_of(node) in CALLS):
-            yield from strings(node)
-
-
-def collect():
-    """Return {(file, line): text} of all strings of `src/`, and the keys of those that are messages."""
-    found, shown = {}, set()
-    for file in FILES:
-        tree, name = ast.parse(file.read_text()), str(file.relative_to(SOURCE))
-        found |= {(name, line): text for line, text in strings(tree)}
-        shown |= {(name, line) for line, _ in messages(tree)}
-    return found, shown
+def collect() -> dict[tuple[str, int], str]:
+    """Return {(file, line): text} of all strings of `src/`."""
+    trees = {str(file.relative_to(SOURCE)): ast.parse(file.read_text()) for file in SOURCES}
+    return {(name, line): text for name, tree in trees.items() for line, text in strings(tree)}
 
 
 def is_prose(text: str) -> bool:
     return len(re.findall(r"[A-Za-z]{2,}", text)) > 2 and " " in text
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_messages_and_docstrings_have_no_phrase_to_translate(file):
     tree = ast.parse(file.read_text())
     found = list(strings(tree))
@@ -110,8 +105,32 @@ def test_messages_and_docstrings_have_no_phrase_to_translate(file):
     assert not wrong, "\n".join(sorted(wrong))
 
 
+def names_in(tree) -> set[str]:
+    """Return what the code of a file calls things: its variables, arguments and attributes."""
+    kinds = ("id", "arg", "attr", "name")
+    return {
+        getattr(node, kind) for node in ast.walk(tree) for kind in kinds if isinstance(getattr(node, kind, 0), str)
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_messages_are_sentences(file):
+    """They start with a capital, a value or a name of the code, and end with a period or a value."""
+    tree = ast.parse(file.read_text())
+    names, wrong = names_in(tree) | NAMES, []
+    for message in messages(tree):
+        text = " ".join(message.text.split())
+        if message.kind in ("error", "warning", "help") and message.is_whole and text not in REASONS:
+            first = re.match(r"[a-z]\w*", text)
+            if first and first[0] not in names and "_" not in first[0]:
+                wrong.append(f"line {message.line}: {text!r} starts in lower case")
+            if not re.search(r"[.?}]$", text) and " " in text:
+                wrong.append(f"line {message.line}: {text!r} has no period at its end")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_library_names_no_option_of_a_command():
-    found, _ = collect()
+    found = collect()
     wrong = [
         f"{file}, line {line}: {text}"
         for (file, line), text in found.items()
@@ -121,16 +140,10 @@ def test_the_library_names_no_option_of_a_command():
 
 
 def test_commands_name_no_python_argument():
-    found, _ = collect()
+    found = collect()
     wrong = [
         f"{file}, line {line}: {text}"
         for (file, line), text in found.items()
         if file.startswith("madtp_hf_cli/") and is_prose(text) and re.search(r"\b[a-z]\w*_\w+=|=(True|False)\b", text)
     ]
     assert not wrong, "\n".join(wrong)
-
-
-if __name__ == "__main__":
-    for (file, line), text in sorted(collect()[0].items()):
-        if is_prose(text):
-            print(f"{file}:{line}: {' '.join(text.split())}")

@@ -17,6 +17,7 @@ from madtp_hf.budgets.passes import measure
 from madtp_hf.modeling.pruning_method import METHODS, PruningMethod
 
 from .conftest import TASKS, close, make_inputs, make_task_model, one_sample, padded_otherwise
+from .helpers.pages import blocks_of
 from .test_checkpoint import run
 
 
@@ -485,9 +486,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def test_the_method_of_the_documentation_is_carried_by_its_checkpoint(tmp_path, monkeypatch):
-    """The page's first block is a file, the others run in order."""
-    definition, *blocks = [block.split("```")[0] for block in PAGE.read_text().split("```python\n")[1:]]
-    (tmp_path / "half.py").write_text(definition)
+    """Beside `half.py`, the last block runs on this test's model."""
+    *_, definition, block = [block for block in blocks_of(PAGE) if block.language == "python"]
+    (tmp_path / definition.file).write_text(definition.code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     batches = [make_inputs(lengths=(9, 5, 7, 12), seed=seed) for seed in range(2)]
@@ -495,8 +496,8 @@ def test_the_method_of_the_documentation_is_carried_by_its_checkpoint(tmp_path, 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The schedule rests on")
-            for block in blocks:
-                exec(block, {"model": model, "dataloader": batches, "__name__": "page"})
+            namespace = {"model": model, "batches": batches, "calibrate": calibrate, "__name__": "page"}
+            exec(block.code, namespace)
         assert model.config.pruning_method == "half" and model.is_pruning
         with torch.no_grad():
             output = model(**batches[0])

@@ -447,7 +447,7 @@ def test_an_adapter_on_a_packed_model_comes_before_the_activation():
 def test_without_kernels_the_error_says_what_is_missing(monkeypatch):
     model = make_task_model("vqa")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"precision='float32' needs torch with oneDNN.*the model still runs"):
+    with pytest.raises(RuntimeError, match=r"precision='float32' needs oneDNN.*the model still runs"):
         model.prepare_for_inference("float32")
     assert model.prepare_for_inference() is model and model.prepare_for_inference(None) is model
     assert not is_prepared(model)

@@ -245,8 +245,8 @@ def test_every_recipe_is_run():
         ("learning_rat: 1", "unknown options learning_rat: expected those that --help-all lists"),
         ("learning_rate: fast", "argument --learning_rate"),
         ("- a", "holds list: expected lines of the form"),
-        ("a: [", "can't read the recipe"),
-        (None, "can't read the recipe"),
+        ("a: [", "can't be read"),
+        (None, "can't be read"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_named(text, message, tmp_path, monkeypatch, capsys):

@@ -139,9 +139,9 @@ def test_tables_that_will_not_do(folder):
             ValueError,
             "no column split",
         ),
-        (file, "caption", {}, ValueError, "unknown task 'caption'"),
+        (file, "caption", {}, ValueError, "task='caption'"),
         (folder / "none.csv", "vqa", {}, FileNotFoundError, "no file"),
-        (folder / "photos", "vqa", {}, FileNotFoundError, "in the folder"),
+        (folder / "photos", "vqa", {}, FileNotFoundError, "has no table"),
         (write(folder / "e.csv", ""), "vqa", {}, ValueError, "line 1: expected names"),
         (
             write(folder / "bad.jsonl", '{"image": '),

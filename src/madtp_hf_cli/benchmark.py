@@ -12,7 +12,8 @@ from .common import check_new_file, exit_if_rows_were_left_out, print_table, war
 def benchmark(
     model: options.Model,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="As prune reads it; noise by default, which prunes differently.")
+        str | None,
+        typer.Option(metavar="PATH", help="Images, as for prune; by default noise, which prunes differently."),
     ] = None,
     text: options.Text = None,
     image_dir: options.ImageDir = None,
@@ -20,7 +21,7 @@ def benchmark(
     skip_unreadable: options.SkipUnreadable = False,
     reductions: Annotated[
         list[float] | None,
-        typer.Option(metavar="R ...", help="By default those calibrated, or 0.5 and 0.8, calibrated here."),
+        typer.Option(metavar="R ...", help="By default the calibrated ones, or 0.5 and 0.8, calibrated here."),
     ] = None,
     batch_sizes: Annotated[
         list[int] | None, typer.Option(metavar="N ...", min=1, help="Samples per forward pass. Default: 1 8.")

@@ -13,7 +13,9 @@ def caption(
     out: options.OutFile,
     suffix: options.Suffix = None,
     reduction: options.Reduction = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What captions continue; not written.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Prompt that captions continue; not part of the output.")
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 30,
     num_beams: options.NumBeams = 1,
     do_sample: options.DoSample = False,

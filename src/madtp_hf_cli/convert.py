@@ -109,22 +109,18 @@ def convert(
         Path, typer.Argument(metavar="IN", help="A .pth, .pt or .safetensors of BLIP, CLIP, open_clip or MADTP.")
     ],
     out: options.OutFolder,
-    task: Annotated[
-        str, typer.Option(metavar="TASK", help="What it was trained for: vqa, captioning, nlvr2, retrieval or clip.")
-    ],
+    task: Annotated[str, typer.Option(metavar="TASK", help="Its task: vqa, captioning, nlvr2, retrieval or clip.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|FOLDER", help="The one it was trained with; by default bert-base-uncased, or CLIP's own."
-        ),
+        typer.Option(metavar="NAME|FOLDER", help="Its tokenizer; by default bert-base-uncased, or CLIP's own."),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A config.json with what weights don't tell; by default the original's."),
+        typer.Option(metavar="FILE", help="A config.json for what weights don't tell; by default the original's."),
     ] = None,
     heads: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="VISION TEXT", help="Attention heads of either tower; by default 64 wide."),
+        typer.Option(metavar="VISION TEXT", help="Attention heads of the two towers; by default of width 64."),
     ] = None,
     activation: Annotated[
         str | None,

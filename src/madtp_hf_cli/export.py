@@ -25,7 +25,7 @@ def export(
             "--reduction",
             "--reductions",
             metavar="R",
-            help="FLOPs to save; 0 is off. by default as saved, 0.5 with --data.",
+            help="Share of FLOPs to save; 0 is off. By default as saved, or 0.5 with --data.",
         ),
     ] = None,
     data: Annotated[

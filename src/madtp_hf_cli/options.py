@@ -72,7 +72,7 @@ def _check_share(share: float | None) -> float | None:
 def _check_temperature(temperature: float | None) -> float | None:
     if temperature is not None and not 0 < temperature < float("inf"):
         raise typer.BadParameter(
-            f"{temperature:g}: expected a number above 0; for the likeliest words leave --do-sample out."
+            f"{temperature:g}: expected a number above 0; for greedy search, leave --do-sample out."
         )
     return temperature
 
@@ -123,13 +123,14 @@ Method = Annotated[
 ]
 Methods = Annotated[
     list[str] | None,
-    typer.Option(metavar="METHOD ...", help="Compare methods, each calibrated here, without labels."),
+    typer.Option(metavar="METHOD ...", help="Compare methods, each calibrated on the data, without labels."),
 ]
 Reduction = Annotated[
-    float | None, typer.Option(metavar="R", help="FLOPs to save, such as 0.5; 0 is off; else as saved.")
+    float | None, typer.Option(metavar="R", help="Share of FLOPs to save, such as 0.5; 0 is off; by default as saved.")
 ]
 Reductions = Annotated[
-    list[float] | None, typer.Option(metavar="R ...", help="FLOPs to save; by default 0 and those calibrated.")
+    list[float] | None,
+    typer.Option(metavar="R ...", help="Shares of FLOPs to save; by default 0 and the calibrated ones."),
 ]
 BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Samples per forward pass.")]
 AutoBatchSize = Annotated[
@@ -143,10 +144,12 @@ Memory = Annotated[
 Workers = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Processes that decode images; by default up to 8.")
 ]
-Ray = Annotated[int | None, typer.Option(metavar="N", min=1, help="Models to run on Ray, at RAY_ADDRESS or here.")]
+Ray = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of models on Ray, at RAY_ADDRESS or here.")]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="NAME", callback=_check_device, help="Such as cpu or cuda:1; a GPU if there is one."),
+    typer.Option(
+        metavar="NAME", callback=_check_device, help="Such as cpu or cuda:1; by default a GPU if there is one."
+    ),
 ]
 Dtype = Annotated[Dtypes, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.")]
 AutoDtype = Annotated[
@@ -154,24 +157,25 @@ AutoDtype = Annotated[
     typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU"),
 ]
 Precision = Annotated[
-    Precisions, typer.Option(metavar="TYPE", help="auto, float32, bfloat16 or int8 (CPU): how linear maps multiply.")
+    Precisions, typer.Option(metavar="TYPE", help="Of linear layers: auto, float32, bfloat16 or int8 (CPU).")
 ]
-Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Of MODEL on the Hub.")]
+Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of MODEL on the Hub.")]
 
 # How texts are generated.
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="The longest text, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest generated text, in tokens.")]
 NumBeams = Annotated[int, typer.Option(metavar="N", min=1, help="Beams to search; 1 is greedy.")]
-DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample words instead of taking the likeliest.")]
+DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample tokens instead of greedy or beam search.")]
 Temperature = Annotated[
-    float | None, typer.Option(metavar="T", callback=_check_temperature, help="Of sampling; needs --do-sample.")
+    float | None,
+    typer.Option(metavar="T", callback=_check_temperature, help="Sampling temperature; needs --do-sample."),
 ]
 TopP = Annotated[
-    float | None, typer.Option(metavar="P", callback=_check_share, help="Of sampling; needs --do-sample.")
+    float | None, typer.Option(metavar="P", callback=_check_share, help="Nucleus (top-p) sampling; needs --do-sample.")
 ]
 
 # What to write.
 OutFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: new, or empty.")]
 OutFile = Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet, .jsonl or .csv; with --suffix, a folder.")]
 Suffix = Annotated[str | None, typer.Option(metavar=".txt", help="Write a file per image: OUT/a/b.txt for a/b.jpg.")]
-RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Try rows again that have failed before.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Retry rows that failed before.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, and replace existing output.")]

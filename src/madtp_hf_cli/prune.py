@@ -49,7 +49,9 @@ def prune(
     data: options.Data,
     reductions: Annotated[
         list[float] | None,
-        typer.Option(metavar="R ...", help="FLOPs to save; it loads at the first. Default: 0.5 0.3 0.7."),
+        typer.Option(
+            metavar="R ...", help="Shares of FLOPs to save; the model loads at the first. Default: 0.5 0.3 0.7."
+        ),
     ] = None,
     text: options.Texts = None,
     image_dir: options.ImageDir = None,

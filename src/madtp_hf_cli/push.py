@@ -21,7 +21,7 @@ def push(
     handler: Annotated[
         bool, typer.Option("--handler", help="Add the handler.py that Hugging Face Inference Endpoints run.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded. Needs no token.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; needs no token.")] = False,
     space: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Also publish a Space, NAMESPACE/NAME, that shows what the model drops."),

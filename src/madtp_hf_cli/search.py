@@ -11,7 +11,7 @@ from . import options
 
 
 def search(
-    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that `madtp-hf index` has written.")],
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that `madtp-hf index` wrote.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Words, or the path of an image.")],
     top_k: Annotated[int, typer.Option("--top-k", "-k", metavar="N", min=1, help="How many images to find.")] = 10,
     rerank: Annotated[
@@ -19,7 +19,7 @@ def search(
         typer.Option(metavar="N", min=0, help="Re-rank this many by BLIP's matching head; by default as many as -k."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Where the index's model is now, if it has moved.")
+        str | None, typer.Option(metavar="MODEL", help="The index's model, if its folder has moved.")
     ] = None,
     device: options.Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

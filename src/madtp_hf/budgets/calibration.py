@@ -209,9 +209,9 @@ def _report_unreached(unreached: list[float], curve: _Curve, scan, nothing_reach
     known = {**dict((scan[0], scan[-1])), **curve.reductions}.values()
     finding = (
         f"this model can't reach {named} on this data to within {ACCEPTED}; the largest reduction that it reaches is"
-        f" about {max(known):.3f}, the smallest about {min(known):.3f}. Ask for one between these two; for a larger"
-        f" one, first fine-tune with `madtp_hf.ReductionCallback({unreached[-1]})`; for one between them that is left"
-        " out, pass more samples."
+        f" about {max(known):.3f}, the smallest about {min(known):.3f}. Ask for one between these two. To reach a"
+        f" larger one, first fine-tune with `madtp_hf.ReductionCallback({unreached[-1]})`. If one between them was"
+        " left out, pass more samples."
     )
     if nothing_reached:
         raise ValueError(f"reductions={unreached}: {finding}")

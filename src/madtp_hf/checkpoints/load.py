@@ -83,7 +83,7 @@ def load(
     wanted = [get_task(name) for name in ([task] if isinstance(task, str) else task or ())]
     to_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(to_dtype, torch.dtype) or not to_dtype.is_floating_point:
-        raise ValueError("The dtype is unknown: expected float32, bfloat16 or float16.")
+        raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16.")
     source, hub = _find(source, revision)
     found, class_name, content = _find_task(source, hub, wanted)
     model_class = found.model_class

@@ -113,7 +113,7 @@ def read_patches(state_dict: dict[str, torch.Tensor], kernel: str, positions: st
     grid = math.isqrt(number - 1)
     if grid == 0 or grid**2 != number - 1:
         raise ValueError(
-            f"The checkpoint's {positions} has {number} positions: expected one of the class token and those of"
+            f"The checkpoint's {positions} has {number} positions: expected one for the class token and n x n for"
             " a square of patches."
         )
     return width, patch_size, grid

@@ -434,7 +434,7 @@ def check_token(token: str | None) -> str:
     if not (token.isascii() and token.isprintable() and " " not in token):
         # If it were sent, a library's error message would quote it.
         raise ValueError(
-            "The token has characters that no token has, such as a space or a line break: expected `hf_` and letters."
+            "The token contains a character that tokens never contain, such as a space: expected `hf_` and letters."
         )
     return token
 

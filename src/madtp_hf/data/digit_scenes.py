@@ -85,7 +85,7 @@ def digit_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     Two thirds of each digit's scans are for training, a ninth for validation, the rest for testing.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}.")
     bunch = _imported("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
     # Of every nine scans of a digit, in shuffled order, six are for training, one for validation, two for testing.
@@ -203,7 +203,7 @@ def ask(scenes: Scenes, index: int, kind: str, rng: np.random.Generator) -> tupl
     "count" is each of zero to three a quarter of the time, colours and digits are uniform.
     """
     if kind not in QUESTION_KINDS:
-        raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(QUESTION_KINDS)}")
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(QUESTION_KINDS)}.")
     digits = scenes.digits[index]
     if kind == "exists":
         answer = ("no", "yes")[rng.integers(2)]
@@ -307,7 +307,7 @@ def state(left: Scenes, right: Scenes, index: int, kind: str, rng: np.random.Gen
         "neither": here + there == 0,
     }
     if kind not in true_of:
-        raise ValueError(f"unknown kind of statement {kind!r}: expected one of {', '.join(STATEMENT_KINDS)}")
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(STATEMENT_KINDS)}.")
     shown = (here + there > 0) | (kind == "neither")
     candidates = np.flatnonzero(shown & (true_of[kind] == truth))
     if len(candidates) == 0:
@@ -373,9 +373,9 @@ def _load(kind: str, split: str, number: int, seed: int, features: dict):
     """Return a `datasets.Dataset` of rows of a kind, cached by `datasets`."""
     datasets = _imported("datasets")
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}.")
     if number < 1:
-        raise ValueError(f"num_{kind}={number}: expected at least 1")
+        raise ValueError(f"num_{kind}={number}: expected at least 1.")
     # `datasets` identifies the generator by name and arguments only; the hash makes a changed module redraw scenes.
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     arguments = {"kind": kind, "split": split, "number": number, "seed": seed, "source": source}

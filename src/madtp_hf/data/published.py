@@ -41,7 +41,7 @@ _VQAV2_SPLITS = {"train": "train2014", "validation": "val2014", "val": "val2014"
 _VQAV2_SPLITS |= {"test": "test2015", "test-dev": "test-dev2015"}
 _KARPATHY_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
-_AS_SHIPPED = "download the file again from its publisher, or fix that entry"
+_AS_SHIPPED = "Download the file again from its publisher, or fix that entry."
 _KINDS = {str: "a string", int: "a whole number", list: "a list"}
 
 
@@ -95,11 +95,11 @@ def load_nlvr2(path, split: str, image_dir=None, columns: dict[str, str] | None 
         if not re.fullmatch(rf"{name}-\d+-\d+-\d+", identifier):
             raise ValueError(
                 f"{where}: identifier {identifier!r}: expected {name}-<set>-<pair>-<sentence> in the split {split!r} "
-                "(BLIP's follow from the images' names); choose the file's split"
+                "(BLIP's follow from the images' names). Choose the file's split."
             )
         label = _field(entry, "label", where, str)
         if label not in LABELS:
-            raise ValueError(f"{where}: unknown label {label!r}: expected {' or '.join(LABELS)}; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: unknown label {label!r}: expected {' or '.join(LABELS)}. {_AS_SHIPPED}")
         rows.append(
             {
                 "left_image": find_image(images[0], where),
@@ -131,7 +131,7 @@ def _blip_pairs(text: str, file: Path):
     for where, entry in _entries(_parse(text, file), file):
         images = _texts(entry, "images", where)
         if len(images) != 2:
-            raise ValueError(f"{where}: expected two images, left and right, got {len(images)}; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: expected two images, left and right, got {len(images)}. {_AS_SHIPPED}")
         pair = PurePosixPath(images[0]).stem.removesuffix("-img0")
         of_set = sentences[pair.rpartition("-")[0]]
         sentence = _field(entry, "sentence", where, str)
@@ -196,7 +196,7 @@ def load_vqav2(path, split: str, image_dir=None, annotations=None, columns: dict
 def _blip_questions(document: list, subset: str, file: Path, annotations):
     """Yield (place, entry, path of the image, answers) for each of BLIP's entries."""
     if annotations is not None:
-        raise ValueError(f"{file} contains its answers: leave `annotations` out")
+        raise ValueError(f"{file} contains its answers: leave `annotations` out.")
     for where, entry in _entries(document, file):
         image, unanswered = _field(entry, "image", where, str), subset.startswith("test") and "answer" not in entry
         yield where, entry, image, [] if unanswered else _texts(entry, "answer", where)
@@ -206,7 +206,7 @@ def _official_questions(document, subset: str, file: Path, annotations):
     """Yield the same as `_blip_questions` for each of the authors' questions."""
     questions = _field(document, "questions", file, list)
     if document.get("data_subtype", subset) != subset:
-        raise ValueError(f"{file} is of {document['data_subtype']!r}: expected {subset!r}; choose the file's split")
+        raise ValueError(f"{file} is of {document['data_subtype']!r}: expected {subset!r}. Choose the file's split.")
     is_test = subset.startswith("test")
     answers = {} if is_test else _official_answers(file, annotations)
     folder = "test2015" if is_test else subset  # test-dev is a subset of test
@@ -214,7 +214,8 @@ def _official_questions(document, subset: str, file: Path, annotations):
         question_id = _field(entry, "question_id", where, int)
         if not is_test and question_id not in answers:
             raise ValueError(
-                f"{where}: question_id {question_id} has no annotation; both files must be of one split and version"
+                f"{where}: question_id {question_id} has no annotation: expected both files to be of one split and"
+                " version."
             )
         image = f"{folder}/COCO_{folder}_{_field(entry, 'image_id', where, int):012d}.jpg"
         yield where, entry, image, answers.get(question_id, [])
@@ -227,7 +228,7 @@ def _official_answers(questions: Path, annotations) -> dict[int, list[str]]:
     if file == questions or not file.is_file():
         expected = "v2_mscoco_<subset>_annotations.json next to it" if file == questions else file
         raise FileNotFoundError(
-            f"no annotations of {questions}: expected {expected}; put them there or pass `annotations`, where they are"
+            f"There are no annotations of {questions}: expected {expected}. Put them there, or pass `annotations`."
         )
     answers, document = {}, _parse(_read_text(file), file)
     for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):
@@ -277,7 +278,7 @@ def load_coco_captions(
     elif isinstance(document, dict):
         entries = _karpathy_entries(document, file, {name, "restval"} if with_restval else {name})
     elif name == "train" and not include_restval:
-        raise ValueError(f"{file} does not separate restval from train; use Karpathy's dataset_coco.json")
+        raise ValueError(f"{file} does not separate restval from train: use Karpathy's dataset_coco.json.")
     else:
         entries = _entries(document, file)
     return _dataset(_caption_rows(entries, _image_finder(image_dir, file)), features, file)
@@ -310,7 +311,7 @@ def load_flickr30k(
         As `load_nlvr2`.
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
     features = _caption_features()
     if not _is_local(path, columns, where, image_dir=image_dir):
         return _load_from_hub(path, split, features, columns, where)
@@ -322,13 +323,13 @@ def load_flickr30k(
     if file.suffix in line_files:
         if name != "all":
             raise ValueError(
-                f"{file} has no splits: expected split='all', got {split!r}; for a split use dataset_flickr30k.json"
+                f"{file} has no splits: expected split='all', got {split!r}. For a split, use dataset_flickr30k.json."
             )
         entries = _line_entries(text, file, *line_files[file.suffix], on_error)
     elif isinstance(document := _parse(text, file), dict):
         entries = _karpathy_entries(document, file, {"train", "val", "test"} if name == "all" else {name})
     elif name == "all":
-        raise ValueError(f"{file} has one split: expected its name, got split='all'")
+        raise ValueError(f"{file} has one split: expected its name, got split='all'.")
     else:
         entries = _entries(document, file)
     return _dataset(
@@ -348,7 +349,7 @@ def _karpathy_entries(document: dict, file: Path, splits: set[str]):
     for where, entry in _entries(images, f"{file}, images"):
         split = _field(entry, "split", where, str)
         if split not in ("train", "restval", "val", "test"):
-            raise ValueError(f"{where}: unknown split {split!r}: expected train, restval, val or test; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: unknown split {split!r}: expected train, restval, val or test. {_AS_SHIPPED}")
         if split not in splits:
             continue
         image = _field(entry, "filename", where, str)
@@ -364,7 +365,7 @@ def _coco_entries(document: dict, file: Path, split: str):
     """Yield (place, entry in BLIP's form) for each caption of COCO's own file, then check that all images have one."""
     of_split = re.fullmatch(r"captions_(train|val)\d+\.json", file.name)
     if of_split and of_split[1] != split:
-        raise ValueError(f"{file} is for the split {of_split[1]!r}: expected {split!r}; choose the file's split")
+        raise ValueError(f"{file} is for the split {of_split[1]!r}: expected {split!r}. Choose the file's split.")
     images = {}
     for where, entry in _entries(_field(document, "images", file, list), f"{file}, images"):
         name = _field(entry, "file_name", where, str)
@@ -376,13 +377,13 @@ def _coco_entries(document: dict, file: Path, split: str):
     for where, entry in _entries(_field(document, "annotations", file, list), f"{file}, annotations"):
         number = _field(entry, "image_id", where, int)
         if number not in images:
-            raise ValueError(f"{where}: image_id {number} is not one of the file's images; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: image_id {number} is not one of the file's images. {_AS_SHIPPED}")
         captioned.add(number)
         caption = _field(entry, "caption", where, str).strip()
         yield where, {"image": images[number][1], "caption": caption, "cocoid": number}
     for number, (where, _) in images.items():
         if number not in captioned:
-            raise ValueError(f"{where}: the image {number} has no caption; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: the image {number} has no caption. {_AS_SHIPPED}")
 
 
 # For files with one caption per line: a line's pattern, its form for messages, and the header's pattern or None.
@@ -405,8 +406,8 @@ def _line_entries(text: str, file: Path, pattern: re.Pattern, form: str, heading
             continue
         problem = f"{where}: expected {form}, got {line[:60]!r}"
         if on_error == "raise":
-            raise ValueError(f"{problem}; {_AS_SHIPPED}, or leave it out with on_error='skip'")
-        warnings.warn(f"{problem}; it is left out", stacklevel=2)
+            raise ValueError(f"{problem}. {_AS_SHIPPED} To leave it out, pass on_error='skip'.")
+        warnings.warn(f"{problem}. The line is left out.", stacklevel=2)
 
 
 def _caption_rows(entries, find_image) -> list[dict]:
@@ -416,7 +417,7 @@ def _caption_rows(entries, find_image) -> list[dict]:
         image = _field(entry, "image", where, str)
         captions = _texts(entry, "caption", where)
         if not captions:
-            raise ValueError(f"{where}: expected at least one caption, got none; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: expected at least one caption, got none. {_AS_SHIPPED}")
         if image not in rows:
             stem = PurePosixPath(image).stem
             number = re.fullmatch(r"COCO_\w+_0*(\d+)", stem)
@@ -429,7 +430,7 @@ def _caption_rows(entries, find_image) -> list[dict]:
 
 def _split_name(split: str, names: dict[str, str]) -> str:
     if split not in names:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(names)}")
+        raise ValueError(f"split={split!r}: expected one of {', '.join(names)}.")
     return names[split]
 
 
@@ -439,15 +440,15 @@ def _is_local(path, columns, where=None, **local_options) -> bool:
     hub_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
     if not is_local and (not hub_id or path.endswith((".json", ".jsonl", ".token", ".csv"))):
         raise FileNotFoundError(
-            f"no file or folder {path}: expected a split's file, a folder that holds it, or a data set on the Hub"
-            " (owner/name)"
+            f"{path} does not exist: expected a split's file, a folder that holds it, or a data set on the Hub"
+            " (owner/name)."
         )
     others = {"columns": columns, "where": where} if is_local else local_options
     if given := [name for name, value in others.items() if value is not None]:
         kinds = ("data sets on the Hub", "is") if is_local else ("files", "is not")
         raise ValueError(
             f"`{'`, `'.join(given)}` is for {kinds[0]}, and {path} {kinds[1]} a local file or folder: leave it out, or"
-            " correct the path"
+            " correct the path."
         )
     return is_local
 
@@ -460,18 +461,18 @@ def _find_file(path, names: list[str]) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"none of {', '.join(names)} in the folder {path}; put one there or give the file's path")
+    raise FileNotFoundError(f"{path} has none of {', '.join(names)}: put one there, or give the file's path.")
 
 
 def _read_text(file: Path) -> str:
     data = file.read_bytes()
     if not data.strip():
-        raise ValueError(f"{file}, line 1: the file is empty; download it again")
+        raise ValueError(f"{file}, line 1: the file is empty. Download it again.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason}); download the file again") from error
+        raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason}). Download the file again.") from error
 
 
 def _lines(text: str):
@@ -487,8 +488,8 @@ def _parse(text: str, file: Path, line: int = 1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}); download the file"
-            " again or fix that line"
+            f"{file}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg}). Download the file"
+            " again, or fix that line."
         ) from error
 
 
@@ -496,7 +497,7 @@ def _entries(items, where):
     """Yield (place, entry) for each entry of a JSON list; `_field` checks that it is an object."""
     if not isinstance(items, list) or not items:
         got = "an empty one" if items == [] else type(items).__name__
-        raise ValueError(f"{where}: expected a JSON list of objects, got {got}; {_AS_SHIPPED}")
+        raise ValueError(f"{where}: expected a JSON list of objects, got {got}. {_AS_SHIPPED}")
     shown = tqdm(items, desc=Path(where).name, leave=False, disable=len(items) <= 10_000)
     return ((f"{where}, entry {number}", entry) for number, entry in enumerate(shown, 1))
 
@@ -504,12 +505,12 @@ def _entries(items, where):
 def _field(entry: dict, name: str, where, *kinds: type):
     """Return a field of an entry, which must have one of the types `kinds` (`str`, `int`, `list`)."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {repr(entry)[:60]}; {_AS_SHIPPED}")
+        raise ValueError(f"{where}: expected a JSON object, got {repr(entry)[:60]}. {_AS_SHIPPED}")
     if type(entry.get(name)) not in kinds:  # not isinstance: JSON's true is no number
         got = f"an entry without it (fields: {', '.join(entry) or 'none'})"
         got = repr(entry[name])[:60] if name in entry else got
         expected = " or ".join(_KINDS[kind] for kind in kinds)
-        raise ValueError(f"{where}: field {name!r}: expected {expected}, got {got}; {_AS_SHIPPED}")
+        raise ValueError(f"{where}: field {name!r}: expected {expected}, got {got}. {_AS_SHIPPED}")
     return entry[name]
 
 
@@ -519,7 +520,7 @@ def _texts(entry: dict, name: str, where) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{where}: field {name!r}: expected only strings, got {repr(text)[:60]}; {_AS_SHIPPED}")
+            raise ValueError(f"{where}: field {name!r}: expected only strings, got {repr(text)[:60]}. {_AS_SHIPPED}")
     return texts
 
 
@@ -528,7 +529,7 @@ def _image_finder(image_dir, file: Path, *subfolders: str):
     folder = os.path.abspath(file.parent if image_dir is None else Path(image_dir).expanduser())
     if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"image_dir={image_dir} is not a directory: expected the folder where image paths start"
+            f"image_dir={image_dir} is not a directory: expected the folder where image paths start."
         )
     known = {}
 
@@ -537,14 +538,14 @@ def _image_finder(image_dir, file: Path, *subfolders: str):
             try:
                 path_inside(image, folder, allow_absolute=False)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}; {_AS_SHIPPED}") from None
+                raise ValueError(f"{where}: {error}. {_AS_SHIPPED}") from None
             names = (image, *(f"{folder}/{image}" for folder in subfolders), PurePosixPath(image).name)
             tried = [os.path.normpath(name) for name in names]
             name = next((name for name in tried if os.path.isfile(os.path.join(folder, name))), None)
             if name is None:
                 raise FileNotFoundError(
-                    f"{where}: no image {' or '.join(dict.fromkeys(tried))} in {folder}; pass `image_dir`, the folder"
-                    " of the images, or add this one"
+                    f"{where}: {folder} has no image {' or '.join(dict.fromkeys(tried))}. Pass `image_dir`, the"
+                    " folder of the images, or add this one."
                 )
             known[image] = os.path.join(folder, name)
         return known[image]
@@ -556,7 +557,7 @@ def _dataset(rows: list[dict], features, file: Path):
     from datasets import Dataset
 
     if not rows:
-        raise ValueError(f"{file} contains nothing of the split; choose another split or file")
+        raise ValueError(f"{file} contains nothing of the split: choose another split or file.")
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
@@ -566,7 +567,7 @@ def _rows_where(dataset, where: dict, name: str):
     chosen = [row for row in range(len(dataset)) if all(values[key][row] == wanted for key, wanted in where.items())]
     if not chosen:
         found = {key: sorted(set(map(str, values[key])))[:10] for key in where}
-        raise ValueError(f"{name} has no row where {where}: its values are {found}")
+        raise ValueError(f"{name} has no row where {where}: its values are {found}.")
     return dataset.select(chosen)
 
 
@@ -577,7 +578,7 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
     theirs = {ours: ours for ours in features} | (columns or {})
     if len(theirs) > len(features) or len(set(theirs.values())) < len(features):
         raise ValueError(
-            f"columns={columns}: expected for each of {', '.join(features)} a column of its own, and no more"
+            f"columns={columns}: expected for each of {', '.join(features)} a column of its own, and no more."
         )
     try:
         dataset = load_dataset(name, split=split)
@@ -588,8 +589,8 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
     missing = [column for column in (*theirs.values(), *(where or {})) if column not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"{name} has no column {', '.join(missing)}: it has {', '.join(dataset.column_names)}; "
-            f"pass `columns`, a dict from {', '.join(features)} to its names"
+            f"{name} has no column {', '.join(missing)}: it has {', '.join(dataset.column_names)}. "
+            f"Pass `columns`, a dict from {', '.join(features)} to its names."
         )
     if where:
         dataset = _rows_where(dataset, where, name)
@@ -601,8 +602,8 @@ def _load_from_hub(name: str, split: str, features, columns: dict[str, str] | No
             dataset = _cast(dataset, column, feature)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(
-                f"{name}: column {theirs[column]!r} is {given}: expected {feature} for {column!r} ({error}); "
-                "load it with datasets.load_dataset and convert that column"
+                f"{name}: column {theirs[column]!r} is {given}: expected {feature} for {column!r} ({error}). "
+                "Load it with datasets.load_dataset and convert that column."
             ) from error
     return dataset
 

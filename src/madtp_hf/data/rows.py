@@ -128,13 +128,13 @@ def load_table(
         ValueError: for a table that can't be read, a missing column or value, an unknown task.
     """
     if task not in TASK_COLUMNS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASK_COLUMNS)}")
+        raise ValueError(f"task={task!r}: expected one of {', '.join(TASK_COLUMNS)}.")
     wanted = [name.rstrip("*") for name in TASK_COLUMNS[task]]
     folder = Path(path).expanduser() if isinstance(path, (str, os.PathLike)) else None
     if folder is not None and folder.is_dir() and not (folder / "state.json").is_file():
         path = find_files(folder, TABLES)
         if not path:
-            raise FileNotFoundError(f"no table in the folder {folder}: expected {', '.join(TABLES)} files")
+            raise FileNotFoundError(f"The folder {folder} has no table: expected {', '.join(TABLES)} files.")
     rows = open_rows(path, image_dir=image_dir, columns=columns, wanted=_wanted(wanted, where))
     for name in TASK_COLUMNS[task]:
         if not name.endswith("*") and name not in rows.columns:
@@ -190,7 +190,7 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
     needed: columns that no row may lack, besides images. decode: whether to read each image.
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'.")
     good: dict[int, dict] = {}
     problems: list[str] = []
     others: dict[str, set[str]] = {name: set() for name in where or ()}
@@ -210,7 +210,7 @@ def _usable(rows: Rows, found, wanted, needed, where, on_error: str, decode: boo
             problems.append(problem)
     if not good and where and not problems:
         values = {name: sorted(values)[:10] for name, values in others.items()}
-        raise ValueError(f"{rows.name} has no row where {where}: its values are {values}")
+        raise ValueError(f"{rows.name} has no row where {where}: its values are {values}.")
     if not good:
         raise ValueError(f"{rows.name} has no row that can be used ({'; '.join(problems[:1]) or 'it is empty'}).")
     if problems:

@@ -118,8 +118,8 @@ class State:
                 begun["model"], now["model"] = known.get("model"), notes.get("model")
             changes = "; ".join(f"{name} was {begun.get(name)!r}, now {now.get(name)!r}" for name in names)
             raise ValueError(
-                f"{self.out} was started with other settings: {changes}. Repeat the same, choose another output, or"
-                " start over with `force=True`."
+                f"{self.out} was started with other settings: {changes}. Repeat the earlier settings, choose another"
+                " output, or start over with `force=True`."
             )
 
     # One writer

@@ -25,7 +25,7 @@ def load_metric(name: str, **kwargs):
         ImportError: if `evaluate` is not installed.
     """
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")
+        raise ValueError(f"There is no metric {name!r}: expected one of {', '.join(METRICS)}.")
     try:
         import evaluate
     except ImportError as error:

@@ -227,13 +227,13 @@ class MadtpBlipPreTrainedModel(PrunedModelMixin, BlipPreTrainedModel):
         kind, assistant = setting("cache_implementation"), generate_kwargs.get("assistant_model")
         if kind not in (None, "dynamic", "offloaded", "hybrid"):
             raise ValueError(
-                f"cache_implementation={kind!r}: BLIP's decoder takes no cache of that kind, in transformers neither."
+                f"cache_implementation={kind!r}: BLIP's decoder does not support it, nor does transformers'."
                 ' Expected "dynamic", which caches as it grows, or "offloaded".'
             )
         if assistant is not None and not isinstance(assistant, TextDecoder):
             raise ValueError(
-                f"assistant_model is a {type(assistant).__name__}: expected the `text_decoder` of such a model, which"
-                " reads what this model's encoder returns."
+                f"assistant_model is a {type(assistant).__name__}: expected the `text_decoder` of a model of this"
+                " class, which cross-attends to this model's encoder states."
             )
         states = None
         if setting("use_cache") is not False and generate_kwargs.get(CACHE_ARGUMENT) is None:

@@ -280,9 +280,8 @@ class MadtpBlipForConditionalGeneration(MadtpBlipPreTrainedModel, GenerationMixi
         if input_ids is None:
             if labels is None or (labels[:, 0] == -100).any():
                 raise ValueError(
-                    "input_ids is missing: expected the captions that the decoder reads, and labels beside them to"
-                    " train (labels alone will"
-                    " do if none of their first tokens is at -100, as a prompt's are); to get a caption, call"
+                    "input_ids is missing: expected the captions that the decoder reads, and labels to train (labels"
+                    " alone suffice unless their first tokens are -100, as a prompt's are); to get a caption, call"
                     " generate."
                 )
             input_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id)

@@ -41,12 +41,12 @@ def check_kernels(precision: str) -> None:
     """Raise a RuntimeError if this build of torch lacks the kernels of a precision on a CPU."""
     if precision == "int8" and torch.backends.quantized.engine == "none":
         raise RuntimeError(
-            "precision='int8' needs torch with quantized products, and this one has none: expected a build where"
+            "precision='int8' needs quantized operators, which this build of torch lacks: expected one where"
             " torch.backends.quantized.engine is not 'none'. Without it, the model still runs."
         )
     if precision != "int8" and not can_prepack():
         raise RuntimeError(
-            f"{precision=} needs torch with oneDNN, and this one has none: expected a build where"
+            f"{precision=} needs oneDNN, which this build of torch lacks: expected one where"
             " torch.backends.mkldnn.is_available(). Without it, the model still runs."
         )
 

@@ -224,7 +224,7 @@ def _read_embeddings(images, worker: ImageEmbedder) -> tuple[str | None, list[st
     _check_same_model({**noted["settings"], "model": noted["model"]}, _described(worker.model))
     if "image_processor" not in noted["settings"] or noted["settings"]["output"] != worker.column:
         raise ValueError(
-            f"{images} holds no embeddings of images: expected what `madtp-hf embed` has written of them."
+            f"{images} holds no embeddings of images: expected a file that `madtp-hf embed` wrote for images."
         )
     table = pyarrow.parquet.read_table(images, columns=["key", worker.column])
     return noted["folder"], table["key"].to_pylist(), _vectors(table[worker.column])
@@ -247,7 +247,7 @@ def load_index(folder) -> ImageIndex:
     """
     faiss, folder = _faiss(), Path(folder).expanduser()
     if not (folder / _DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder} is not an index: expected a folder that `madtp-hf index` has written.")
+        raise FileNotFoundError(f"{folder} is not an index: expected a folder that `madtp-hf index` wrote.")
     import pyarrow.parquet
 
     text = None

@@ -120,7 +120,7 @@ class Limits:
         _expect(isinstance(value, str), name, value, "a string")
         self.check("max_text_length", len(value), f"{name} has {len(value):,} characters")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{name} is {_shown(value)}, with half a surrogate pair: expected Unicode text.")
+            raise ValueError(f"{name} is {_shown(value)}, which has a lone surrogate: expected Unicode text.")
         return value
 
     def check_texts(self, name: str, value) -> list:

@@ -260,7 +260,7 @@ def _write_graphs(model, folder: Path, precision: str) -> dict[str, dict]:
             progress.set_postfix_str(name)
             graphs[name], sensitive = _write_graph(model, name, graph, folder)
             if (distance := worst(name)) > TOLERANCE:
-                raise _differs(name, f"its outputs are {distance:.2g} of their size apart")
+                raise _differs(name, f"the outputs differ by {distance:.2g} of their size")
             if precision == "int8":
                 _quantize(name, sensitive, folder)
                 graphs[name]["int8_error"] = round(worst(name), 4)

@@ -55,7 +55,7 @@ def load_for_clip_benchmark(model_name: str, pretrained: str = "saved", cache_di
         ValueError: if `pretrained` is not a reduction, or for what `load_to_evaluate` raises it.
     """
     if cache_dir is not None:
-        raise ValueError(f"{cache_dir=}: expected none. Set the environment variable HF_HUB_CACHE instead.")
+        raise ValueError(f"{cache_dir=}: expected None. Set the environment variable HF_HUB_CACHE instead.")
     try:
         reduction = None if pretrained == "saved" else float(pretrained)
     except ValueError:

@@ -152,7 +152,9 @@ class LmmsEvalModel(lmms):
     def _image(self, read_images, index, task: str, split: str):
         images = read_images(self._document(index, task, split)) or []
         if len(images) != 1:
-            raise ValueError(f"Document {index} of {task} has {len(images)} images: expected one, as BLIP reads.")
+            raise ValueError(
+                f"Document {index} of {task} has {len(images)} images: expected one, because BLIP reads one."
+            )
         return read_image(images[0])
 
 

@@ -122,15 +122,15 @@ def run_mteb() -> None:
 
     about = "Run a command of mteb, such as run, with a checkpoint of this package and mteb's own options."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    parser.add_argument("--model", "-m", required=True, help="the checkpoint's folder or Hub id")
-    parser.add_argument("--model-revision", help="the branch, tag or commit on the Hub")
+    parser.add_argument("--model", "-m", required=True, help="The checkpoint's folder or Hub id.")
+    parser.add_argument("--model-revision", help="The branch, tag or commit on the Hub.")
     parser.add_argument(
-        "--reductions", type=float, nargs="+", default=[None], help="shares of FLOPs to save; by default as saved"
+        "--reductions", type=float, nargs="+", default=[None], help="Shares of FLOPs to save; by default as saved."
     )
-    parser.add_argument("--precision", default="float32", help="float32, bfloat16 or int8")
+    parser.add_argument("--precision", default="float32", help="float32, bfloat16 or int8.")
     options, rest = parser.parse_known_args()
     if not rest or rest[0].startswith("-"):
-        parser.error("expected a command of mteb first, such as run")
+        parser.error("The first argument is missing: expected a command of mteb, such as run.")
     for reduction in options.reductions:
         meta = register_with_mteb(options.model, reduction, options.precision, options.model_revision)
         sys.argv = ["mteb", rest[0], "--model", meta.name, *rest[1:]]

@@ -183,14 +183,14 @@ class CaptionMetrics(evaluate.Metric):
         metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for metric in metrics:
             if metric not in METRICS:
-                raise ValueError(f"unknown metric {metric!r}: expected some of {', '.join(METRICS)}")
+                raise ValueError(f"metrics has {metric!r}: expected some of {', '.join(METRICS)}.")
         if tokenizer not in TOKENIZERS:
-            raise ValueError(f"unknown tokenizer {tokenizer!r}: expected one of {', '.join(TOKENIZERS)}")
+            raise ValueError(f"tokenizer={tokenizer!r}: expected one of {', '.join(TOKENIZERS)}.")
         if not predictions:
-            raise ValueError("no captions to evaluate: predictions and references are empty")
+            raise ValueError("predictions and references are empty: expected at least one caption.")
         for index, captions in enumerate(references):
             if not captions:
-                raise ValueError(f"image {index} has no reference caption: expected at least one")
+                raise ValueError(f"Image {index} has no reference caption: expected at least one.")
 
         # All captions in one call, since starting Java takes longer than tokenizing. "|||" is METEOR's separator.
         captions = [caption for group in ([predictions], references) for row in group for caption in row]
@@ -200,7 +200,7 @@ class CaptionMetrics(evaluate.Metric):
         if tokenizer != "simple":
             words, problem = _attempt(ptb_tokenize, captions)
             if problem and tokenizer == "ptb":
-                raise RuntimeError(f"the Penn Treebank tokenizer does not run: {problem}")
+                raise RuntimeError(f"The Penn Treebank tokenizer does not run: {problem}.")
             if problem:
                 differences[problem] = [
                     "captions were split by a simple tokenizer, not the Penn Treebank's, and scores may differ"
@@ -211,7 +211,7 @@ class CaptionMetrics(evaluate.Metric):
         predictions = {index: [next(rows)] for index in range(len(predictions))}
         references = {index: [next(rows) for _ in captions] for index, captions in enumerate(references)}
         if not any(caption for captions in references.values() for caption in captions):
-            raise ValueError("none of the reference captions has a word in it")
+            raise ValueError("No reference caption has a word in it: expected at least one word.")
 
         result: dict[str, float] = {}
         for metric in sorted(set(metrics), key=METRICS.index):
@@ -224,5 +224,5 @@ class CaptionMetrics(evaluate.Metric):
             result.update(scores or {})
         if differences:
             told = "; ".join(f"{', '.join(effects)} [{cause}]" for cause, effects in differences.items())
-            warnings.warn(f"caption_metrics: {told}", stacklevel=2)
+            warnings.warn(f"caption_metrics: {told}.", stacklevel=2)
         return result

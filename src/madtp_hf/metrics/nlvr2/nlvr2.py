@@ -44,7 +44,9 @@ def _sentence(identifier: str) -> tuple[str, ...]:
     """Return the parts of an identifier that name the sentence: "dev-850-0-1" -> ("dev", "850", "1")."""
     parts = identifier.split("-")
     if len(parts) != 4:
-        raise ValueError(f"identifier {identifier!r} is not of the form split-set-pair-sentence, as in 'dev-850-0-1'")
+        raise ValueError(
+            f"Identifier {identifier!r} is not of the form split-set-pair-sentence: expected e.g. 'dev-850-0-1'."
+        )
     split, image_set, _, sentence = parts
     return split, image_set, sentence
 
@@ -65,18 +67,20 @@ class Nlvr2(evaluate.Metric):
 
     def _compute(self, predictions, references, identifiers=None):
         if not predictions:
-            raise ValueError("no examples to evaluate: predictions and references are empty")
+            raise ValueError("predictions and references are empty: expected at least one example.")
         for name, labels in (("prediction", predictions), ("reference", references)):
             unknown = set(labels) - {0, 1}
             if unknown:
-                raise ValueError(f"{name} {min(unknown)}: expected 1 (true) or 0 (false)")
+                raise ValueError(f"{name} {min(unknown)}: expected 1 (true) or 0 (false).")
         right = [prediction == reference for prediction, reference in zip(predictions, references)]
         result = {"accuracy": sum(right) / len(right)}
         if identifiers is not None:
             if len(identifiers) != len(right):
-                raise ValueError(f"{len(identifiers)} identifiers for {len(right)} predictions: expected one for each")
+                raise ValueError(
+                    f"{len(identifiers)} identifiers for {len(right)} predictions: expected one for each."
+                )
             if len(set(identifiers)) != len(identifiers):
-                raise ValueError("an identifier occurs twice: evaluate each example once")
+                raise ValueError("identifiers has one of them twice: evaluate each example once.")
             consistent: dict[tuple[str, ...], bool] = {}
             for identifier, is_right in zip(identifiers, right):
                 sentence = _sentence(identifier)

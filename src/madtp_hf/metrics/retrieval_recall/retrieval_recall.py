@@ -51,14 +51,16 @@ def _score_matrix(scores, name: str) -> np.ndarray:
     lengths = {len(row) for row in scores}
     if len(lengths) > 1:
         raise ValueError(
-            f"the rows of {name} have between {min(lengths)} and {max(lengths)} scores: expected equal numbers"
+            f"The rows of {name} have between {min(lengths)} and {max(lengths)} scores: expected equal numbers."
         )
     scores = np.asarray(scores, dtype=np.float32)
     if scores.ndim != 2:
-        raise ValueError(f"{name} has shape {scores.shape}: expected a matrix with one row of scores per query")
+        raise ValueError(f"{name} has shape {scores.shape}: expected a matrix with one row of scores per query.")
     missing = np.isnan(scores).any(axis=1)
     if missing.any():
-        raise ValueError(f"row {missing.argmax()} of {name} has a score that is missing or not a number")
+        raise ValueError(
+            f"Row {missing.argmax()} of {name} has a score that is missing or not a number: expected finite scores."
+        )
     return scores
 
 
@@ -68,12 +70,12 @@ def _relevance(references, num_texts: int) -> np.ndarray:
     for image, texts in enumerate(references):
         texts = np.asarray(texts, dtype=np.int64)
         if not texts.size:
-            raise ValueError(f"image {image} has no text in references: expected at least one index")
+            raise ValueError(f"Image {image} has no text in references: expected at least one index.")
         if texts.min() < 0 or texts.max() >= num_texts:
             wrong = texts[(texts < 0) | (texts >= num_texts)][0]
             raise ValueError(
-                f"image {image} has text {wrong} in references: expected indices from 0 to {num_texts - 1}, "
-                "the columns of predictions"
+                f"Image {image} has text {wrong} in references: expected indices from 0 to {num_texts - 1}, "
+                "the columns of predictions."
             )
         relevant[image, texts] = True
     orphans = ~relevant.any(axis=0)
@@ -116,7 +118,7 @@ class RetrievalRecall(evaluate.Metric):
 
     def _compute(self, predictions, references, text_to_image=None):
         if not len(predictions):
-            raise ValueError("no images to evaluate: predictions and references are empty")
+            raise ValueError("predictions and references are empty: expected at least one image.")
         image_to_text = _score_matrix(predictions, "predictions")
         relevant = _relevance(references, image_to_text.shape[1])
         if text_to_image is None:
@@ -126,7 +128,7 @@ class RetrievalRecall(evaluate.Metric):
         if text_to_image.shape != relevant.T.shape:
             raise ValueError(
                 f"text_to_image has shape {text_to_image.shape}: expected {relevant.T.shape}, one row per text"
-                " and one column per image"
+                " and one column per image."
             )
         ranks = {"image_to_text": _ranks(image_to_text, relevant), "text_to_image": _ranks(text_to_image, relevant.T)}
         result = {f"{way}_recall@{k}": float((ranks[way] < k).mean()) for way in ranks for k in KS}

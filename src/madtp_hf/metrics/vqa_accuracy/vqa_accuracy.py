@@ -116,14 +116,13 @@ class VqaAccuracy(evaluate.Metric):
 
     def _compute(self, predictions, references, per_question=False):
         if not predictions:
-            raise ValueError("no questions to evaluate: predictions and references are empty")
+            raise ValueError("predictions and references are empty: expected at least one question.")
         for index, answers in enumerate(references):
             if len(answers) < MIN_ANSWERS:
                 raise ValueError(
-                    f"question {index} has {len(answers)} answers, and the VQA rule needs at least {MIN_ANSWERS} to"
-                    " give "
-                    "full marks (VQA has ten per question). With a single true answer, pass references=[[answer] * 10,"
-                    " ...]"
+                    f"Question {index} has {len(answers)} answers: expected at least {MIN_ANSWERS}, which the VQA rule"
+                    " needs to give full marks (VQA has ten per question). With a single true answer, pass"
+                    " references=[[answer] * 10, ...]."
                 )
         accuracies = [_question_accuracy(prediction, answers) for prediction, answers in zip(predictions, references)]
         result: dict[str, float | list[float]] = {"accuracy": sum(accuracies) / len(accuracies)}
