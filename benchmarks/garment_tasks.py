@@ -45,7 +45,7 @@ def use_photographs(folder, task: str) -> tuple[int, int]:
         FileNotFoundError: if the folder has no such data.
     """
     if task not in QUESTIONS_AND_CAPTIONS:
-        raise ValueError(f"photographs have no task {task}: expected {' or '.join(QUESTIONS_AND_CAPTIONS)}.")
+        raise ValueError(f"Photographs have no task {task}: expected {' or '.join(QUESTIONS_AND_CAPTIONS)}.")
 
     def load(loader, split, number, seed=0):
         return loader(folder, split, number, seed) if split == "train" else loader(folder, split).shuffle(seed=0)

@@ -67,8 +67,8 @@ def print_rows(rows: list[dict]) -> None:
 
 def main(arguments=None):
     parser = make_parser(__doc__, "precision_accuracy.json")
-    parser.add_argument("--tasks", nargs="+", choices=LOADERS, default=list(LOADERS), help="default: all")
-    parser.add_argument("--test_samples", type=int, default=1000, help="default: 1000")
+    parser.add_argument("--tasks", nargs="+", choices=LOADERS, default=list(LOADERS), help="Default: all.")
+    parser.add_argument("--test_samples", type=int, default=1000, help="Default: 1000.")
     args = parser.parse_args(arguments)
     prepared_linear.LARGE = 1
     results = Rows(args.output, {"settings": settings_of(args, "tasks"), **environment()}, KEY)

@@ -144,7 +144,7 @@ def parse_arguments():
     parser.add_argument("--alignment_dim", type=int, help="Default: the width of the text encoder.")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--no_timing", action="store_true", help="don't time a BLIP of the published size at the end")
+    parser.add_argument("--no_timing", action="store_true", help="Don't time a BLIP of the published size at the end.")
     return parser.parse_args()
 
 
