@@ -239,7 +239,7 @@ def test_studies_name_mistakes(study, parquet, models, tmp_path, digits, capsys)
     blip = models / "blip-vqa-garments"
     for photographs, task, message in (
         (tmp_path / "none", "vqa", "has neither validation.parquet nor a folder validation"),
-        (parquet, "nlvr2", "photographs have no task nlvr2: expected vqa or clip"),
+        (parquet, "nlvr2", "Photographs have no task nlvr2: expected vqa or clip"),
     ):
         with pytest.raises(SystemExit):
             run(study, photographs, blip, tmp_path / "study.json", "--tasks", task)
