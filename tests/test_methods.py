@@ -476,6 +476,40 @@ def test_a_saved_method_loads_without_the_package(method, tmp_path):
     assert load_elsewhere(pruned_model("vqa", method), tmp_path) == method
 
 
+LOAD_ALL = """
+inputs = torch.load(sys.argv[3], weights_only=True)
+found = {}
+for method in sys.argv[5].split():
+    model = AutoModel.from_pretrained(folder + "/" + method, trust_remote_code=True)
+    with torch.no_grad():
+        output = model(**inputs)
+    found[method] = [model.config.pruning_method, output[sys.argv[4]].tolist(), output.vision_tokens.tolist()]
+print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.mark.slow  # 20 models
+@every_task
+@torch.no_grad()
+def test_each_calibrated_method_loads_without_the_package(task, tmp_path):
+    """Calibrated to 0.5 and saved at it, a checkpoint gives the same outputs elsewhere, with pruning as it was set."""
+    expected, name = {}, TASKS[task].scores
+    for method in OURS:
+        model, batches = calibrated(task, method, [0.5])
+        (reached,) = model.config.calibrated_reductions
+        assert reached == pytest.approx(0.5, abs=0.005), method
+        model.set_pruning(reduction=reached)
+        model.save_pretrained(tmp_path / "saved" / method)
+        expected[method] = model(**batches[0])
+        assert (expected[method].vision_tokens[-1] < expected[method].vision_tokens[0]).any()
+    torch.save(batches[0], tmp_path / "inputs.pt")
+    arguments = (tmp_path / "saved", task, tmp_path / "inputs.pt", name, " ".join(OURS))
+    for method, (loaded, scores, tokens) in run(LOAD_ALL, *arguments, cache=tmp_path / "modules").items():
+        assert loaded == method
+        close(torch.tensor(scores), expected[method][name])
+        assert tokens == expected[method].vision_tokens.tolist()
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """A copy of the registry, for methods that only a test defines."""
