@@ -595,3 +595,12 @@ def test_gradients_of_a_layer_are_those_of_its_samples_alone(kind, spec, path):
         expected = torch.zeros_like(gradient) if expected is None and gradient is not None else expected
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
     assert theirs[2].abs().max() > 1e-4  # the importance of what is merged learns from the attention
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05, 1e-4])
+def test_terms_too_small_for_the_sum_do_not_change_the_threshold(temperature):
+    scores, importance = torch.randn(3, 20, 5), torch.rand(3, 20)
+    gate = scores / temperature
+    gate = (gate - gate.amax(dim=1, keepdim=True)).exp()
+    expected = ((importance.unsqueeze(1) @ gate) / gate.sum(dim=1, keepdim=True)).amin(dim=-1)
+    assert torch.equal(importance_threshold(scores, importance, temperature), expected)
