@@ -477,8 +477,9 @@ class PrunedModelMixin(_Host):
         On a CPU, linear maps in a transformer's layers multiply by prepared weights: prepacked in float32 or bfloat16,
         or quantized to int8 per channel, with states quantized per token. In bfloat16, attention that needs no maps
         computes in it as well. Everything else (embeddings, norms, the choice of tokens, heads) stays float32, small
-        weights stay as they are, and so do parameters and saved checkpoints. Prepared weights take memory of their own; that of weights mapped from a checkpoint's file is
-        released. They are used in evaluation mode without gradients, and prepared again when a weight has changed.
+        weights stay as they are, and so do parameters and saved checkpoints. Prepared weights take memory of their
+        own; that of weights mapped from a checkpoint's file is released. They are used in evaluation mode without
+        gradients, and prepared again when a weight has changed.
 
         On a GPU, `"bfloat16"` casts the model itself, and `"float32"` casts it back.
 
