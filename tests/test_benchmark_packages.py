@@ -11,6 +11,8 @@ from madtp_hf import calibrate
 from madtp_hf.budgets.evaluation import evaluate_task
 from madtp_hf.checkpoints.load import load
 
+from .helpers.likelihood import log_likelihood
+
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -138,12 +140,6 @@ def vqa(digits, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def captioning(digits, tmp_path_factory):
-    rows = digits.load_digit_captions("validation", 16)
-    return pruned("blip-captioning-digits", "captioning", rows, tmp_path_factory.mktemp("models") / "captioning")
-
-
-@pytest.fixture(scope="module")
 def questions(digits):
     return digits.load_digit_questions("test", NUM_SCENES)
 
@@ -189,21 +185,6 @@ def prompt(doc, lmms_eval_specific_kwargs=None):
 """
 
 
-@torch.no_grad()
-def log_likelihood(model, processor, pixels, text: str, answer: str, prompt: str = "") -> float:
-    """The log-likelihood of an answer to a question, or of a caption after a prompt, with the end of text."""
-    tokenizer, start = processor.tokenizer, model.config.text_config.bos_token_id
-    inputs = tokenizer(text, return_tensors="pt") if text else {}
-    ids = tokenizer(f"{prompt} {answer}".strip(), return_tensors="pt").input_ids
-    ids[:, 0] = start
-    if text:
-        logits = model(**inputs, pixel_values=pixels, labels=ids).logits
-    else:
-        logits = model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    chosen = logits[:, :-1].float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])
-    return chosen[0, len(tokenizer(prompt).input_ids) - 2 :].sum().item()
-
-
 def test_lmms_eval(vqa, questions, tmp_path):
     needs("lmms_eval", "lmms-eval")
     from lmms_eval.evaluator import simple_evaluate
@@ -236,33 +217,3 @@ def test_lmms_eval(vqa, questions, tmp_path):
             ]
             right += choices[max(range(len(choices)), key=scores.__getitem__)] == row["answer"]
         assert found["digit_choices"]["acc,none"] == pytest.approx(right / len(questions), abs=1e-6)
-
-
-@pytest.mark.parametrize("reduction, batch_size", [(0.0, 1), (0.5, 1), (0.5, 5)])
-@pytest.mark.parametrize("task", ["vqa", "captioning"])
-def test_lmms_eval_s_likelihoods(task, reduction, batch_size, request, questions, scenes):
-    needs("lmms_eval", "lmms-eval")
-    from lmms_eval.api.instance import Instance
-
-    from madtp_hf.standard_benchmarks.lmms_eval import LmmsEvalModel
-
-    checkpoint = request.getfixturevalue(task)
-    lm = LmmsEvalModel(checkpoint, reduction=reduction, device="cpu", batch_size=batch_size, prompt="a picture of")
-    rows = list(questions if task == "vqa" else scenes)[:8]
-    lm.task_dict = {"task": {"test": rows}}
-    given = [(row["question"], row["answer"]) if task == "vqa" else ("", row["captions"][0]) for row in rows]
-    requests = [
-        Instance(
-            request_type="loglikelihood",
-            arguments=(text + INSTRUCTION, f" {answer}", lambda doc: [doc["image"]], index, "task", "test"),
-            idx=0,
-            metadata={"task": "task", "doc_id": index, "repeats": 1},
-        )
-        for index, (text, answer) in enumerate(given)
-    ]
-    model, processor = lm.model, lm.processor
-    for (score, is_greedy), row, (text, answer) in zip(lm.loglikelihood(requests), rows, given, strict=True):
-        pixels = processor.image_processor(row["image"], return_tensors="pt").pixel_values
-        prompt = "a picture of" if task == "captioning" else ""
-        assert score == pytest.approx(-log_likelihood(model, processor, pixels, text, answer, prompt), abs=1e-3)
-        assert isinstance(is_greedy, bool)

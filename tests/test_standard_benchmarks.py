@@ -13,6 +13,7 @@ from madtp_hf.standard_benchmarks.mteb import MtebEncoder
 
 from .conftest import close, make_processor, make_task_model
 from .helpers.clip import make_clip_model, make_clip_processor
+from .helpers.likelihood import log_likelihood
 
 
 SCHEDULE = {"pruning_schedule": [[0.3, 1.0], [0.6, 4.0]]}
@@ -144,3 +145,18 @@ def test_lmms_eval_s_captions_continue_the_prompt(checkpoints):
     lm.task_dict["task"]["test"][0]["image"] = None
     with pytest.raises(TypeError, match="The image is a NoneType: expected a path"):
         lm.generate_until(_requests(task))
+
+
+@pytest.mark.parametrize("reduction, batch_size", [(0.0, 1), (0.5, 1), (0.5, 3)])
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_lmms_eval_s_likelihoods_are_those_of_the_logits(checkpoints, task, reduction, batch_size):
+    prompt = "the color of" if task == "captioning" else ""
+    lm = _lmms(checkpoints[task], reduction=reduction, prompt=prompt)
+    lm.batch_size = batch_size
+    texts = [QUESTION, "is there a three?", "how many sevens are there?", QUESTION] if task == "vqa" else [""] * 4
+    answers = ["yes", "seven", "one three", "two red sevens"]
+    found = lm.loglikelihood(_requests(*((text + INSTRUCTION, f" {answer}") for text, answer in zip(texts, answers))))
+    for (score, is_greedy), image, text, answer in zip(found, images(), texts, answers, strict=True):
+        pixels = lm.processor.image_processor(image, return_tensors="pt").pixel_values
+        assert score == pytest.approx(-log_likelihood(lm.model, lm.processor, pixels, text, answer, prompt), abs=1e-3)
+        assert is_greedy is False  # random weights
