@@ -129,7 +129,7 @@ def test_mistakes_in_the_data_are_named(parquet, tmp_path):
         (tmp_path, "validation", ValueError, "the validation split has no image: expected both"),
         (tmp_path, "test", ValueError, r"unknown labels \['gloves'\]: expected dress, hat"),
         (tmp_path / "none", "test", FileNotFoundError, "has neither test.parquet nor a folder test"),
-        (parquet, "dev", ValueError, "unknown split 'dev': expected one of train, validation, test"),
+        (parquet, "dev", ValueError, "split='dev': expected one of train, validation, test"),
     ):
         with pytest.raises(error, match=message):
             load_garments(folder, split)
