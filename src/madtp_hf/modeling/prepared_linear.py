@@ -25,9 +25,10 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 # Weights of at least this many elements always gain. Smaller ones stay in cache, and oneDNN's preparation for each new
 # number of rows costs more than a small map saves.
 LARGE = 2**18
-# From this many rows on, MKL multiplies in float32 at least as fast on Intel's processors, and at 577 rows, those of a
-# 384-pixel image, 1.3 times as fast: oneDNN there loses a block's time to the last row. Elsewhere MKL is slower.
-MANY_ROWS = 256
+# On Intel's processors, MKL multiplies in float32 at least as fast from this many rows on, and at 577 rows, those of a
+# 384-pixel image, 1.3 times as fast: oneDNN there loses a block's time to the last row. So it does up to this few
+# rows, as a decoder has them. Elsewhere MKL is slower.
+MANY_ROWS, FEW_ROWS = 256, 3
 SAMPLED_ROWS, SAMPLED_COLUMNS = 2, 32  # few rows: what a system reads around each, from a file, stays in memory
 MADV_PAGEOUT = 21  # Linux: memory that a file backs is read from it again when needed
 
@@ -100,15 +101,14 @@ def reorder(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _prepack(weight: torch.Tensor):
-    plain_from, packed = sys.maxsize, None
-    if weight.dtype == torch.float32 and torch.backends.mkl.is_available() and _is_intel():
-        plain_from = MANY_ROWS * weight.shape[1]  # elements of the states
-    else:
+    packed, width = None, weight.shape[1]
+    takes_mkl = weight.dtype == torch.float32 and torch.backends.mkl.is_available() and _is_intel()
+    if not takes_mkl:
         packed, weight = reorder(weight), None  # nothing keeps a copy in another precision
 
     def product(states, bias, gelu):
         nonlocal packed
-        if states.numel() >= plain_from:
+        if takes_mkl and not FEW_ROWS < states.numel() // width < MANY_ROWS:
             result = F.linear(states, weight, bias)
             return torch.ops.aten.gelu_(result) if gelu else result
         if packed is None:
