@@ -1,4 +1,4 @@
-"""The standard benchmarks' own packages, on digit scenes in memory: their numbers are those of `evaluate_task`."""
+"""CLIP_benchmark and mteb themselves, on digit scenes in memory: their numbers are those of `evaluate_task`."""
 
 import json
 import sys
@@ -11,14 +11,11 @@ from madtp_hf import calibrate
 from madtp_hf.budgets.evaluation import evaluate_task
 from madtp_hf.checkpoints.load import load
 
-from .helpers.likelihood import log_likelihood
-
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 REDUCTIONS = [0.0, 0.5]
 NUM_SCENES = 24
-INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
 
 def needs(package: str, extra: str):
@@ -131,89 +128,3 @@ def test_clip_benchmark(clip, scenes, tmp_path, monkeypatch):
         assert found["text_retrieval_recall@1"] == pytest.approx(own["image_to_text@1 %"], abs=1e-5)
         mean = sum(found.values()) / len(found)
         assert len(found) == 6 and mean == pytest.approx(own["mean %"], abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def vqa(digits, tmp_path_factory):
-    rows = digits.load_digit_questions("validation", 16)
-    return pruned("blip-vqa-digits", "vqa", rows, tmp_path_factory.mktemp("models") / "vqa")
-
-
-@pytest.fixture(scope="module")
-def questions(digits):
-    return digits.load_digit_questions("test", NUM_SCENES)
-
-
-TASK_FILES = {
-    "digit_questions.yaml": """
-task: digit_questions
-output_type: generate_until
-generation_kwargs:
-  max_new_tokens: 4
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-""",
-    "digit_choices.yaml": """
-task: digit_choices
-output_type: multiple_choice
-doc_to_choice: {choices}
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-""",
-}
-OF_BOTH = """
-dataset_path: parquet
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-doc_to_visual: !function utils.images
-doc_to_text: !function utils.prompt
-doc_to_target: answer
-"""
-UTILS = f"""
-def images(doc):
-    return [doc["image"]]
-
-
-def prompt(doc, lmms_eval_specific_kwargs=None):
-    return doc["question"] + {INSTRUCTION!r}
-"""
-
-
-def test_lmms_eval(vqa, questions, tmp_path):
-    needs("lmms_eval", "lmms-eval")
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    choices = sorted(set(questions["answer"]))
-    questions.to_parquet(str(tmp_path / "rows.parquet"))
-    (tmp_path / "utils.py").write_text(UTILS)
-    for name, text in TASK_FILES.items():
-        settings = text.format(choices=choices) + OF_BOTH.format(file=tmp_path / "rows.parquet")
-        (tmp_path / name).write_text(settings)
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False, model_name="madtp_hf")
-    own = own_numbers(vqa, "vqa", questions)
-    for reduction in REDUCTIONS:
-        found = simple_evaluate(
-            "madtp_hf",
-            {"pretrained": vqa, "reduction": reduction, "device": "cpu"},
-            ["digit_questions", "digit_choices"],
-            task_manager=tasks,
-            batch_size=1,  # with pruning off, answers may depend on it
-        )["results"]
-        assert found["digit_questions"]["exact_match,none"] == pytest.approx(own[reduction]["accuracy %"], abs=1e-6)
-        loaded = load(vqa, "vqa", device="cpu")
-        loaded.model.set_pruning(reduction=reduction)
-        right = 0
-        for row in questions:
-            pixels = loaded.processor.image_processor(row["image"], return_tensors="pt").pixel_values
-            scores = [
-                log_likelihood(loaded.model, loaded.processor, pixels, row["question"], choice) for choice in choices
-            ]
-            right += choices[max(range(len(choices)), key=scores.__getitem__)] == row["answer"]
-        assert found["digit_choices"]["acc,none"] == pytest.approx(right / len(questions), abs=1e-6)
