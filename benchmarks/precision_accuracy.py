@@ -4,7 +4,7 @@
 
 Every task's dense model is pruned without training, as in selection.py's `madtp_data`, and calibrated once, in
 float32; then each precision answers the same test samples at the same settings. All linear maps in the layers are
-prepared, although those of these small models are too small to gain: `prepare_for_inference` leaves such alone.
+prepared, although `prepare_for_inference` leaves maps as small as these models' in float32: they would gain nothing.
 `tokens` is the number of tokens that the encoders' layers keep, over that of float32: which tokens stay must not
 change with the precision.
 """

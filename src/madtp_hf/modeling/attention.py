@@ -335,7 +335,7 @@ def _split_and_pad(query_key_value: torch.Tensor, chunk: Sequences) -> tuple[tor
     Heads come first, so that a block of heads multiplies as one batch.
     """
     states = chunk.pad(query_key_value.permute(1, 2, 0, 3), dim=2)
-    if takes_chunks(states.device):  # in half precision, a CPU would compile its products for each new length
+    if takes_chunks(states.device):  # oneDNN compiles half-precision products again for each new length
         states = states.float()
     return (states if chunk.batch_size == 1 else states.contiguous()).unbind()
 

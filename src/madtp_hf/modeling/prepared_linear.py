@@ -25,9 +25,9 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 # Weights of at least this many elements always gain. Smaller ones stay in cache, and oneDNN's preparation for each new
 # number of rows costs more than a small map saves.
 LARGE = 2**18
-# On Intel's processors, MKL multiplies in float32 at least as fast from this many rows on, and at 577 rows, those of a
-# 384-pixel image, 1.3 times as fast: oneDNN there loses a block's time to the last row. So it does up to this few
-# rows, as a decoder has them. Elsewhere MKL is slower.
+# On Intel's processors, float32 products of at least MANY_ROWS or at most FEW_ROWS rows use MKL instead of prepacked
+# weights. MKL is 1.3 times as fast at 577 rows, those of a 384-pixel image, and at up to 3 rows, those of a decoder's
+# step. On other processors it is slower.
 MANY_ROWS, FEW_ROWS = 256, 3
 SAMPLED_ROWS, SAMPLED_COLUMNS = 2, 32  # few rows: what a system reads around each, from a file, stays in memory
 MADV_PAGEOUT = 21  # Linux: memory that a file backs is read from it again when needed

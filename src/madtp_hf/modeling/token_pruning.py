@@ -116,7 +116,7 @@ def importance_threshold(
     # equals that token's importance to the last bit, and rounding decides whether the token stays: this order rounds
     # as the published implementation does.
     gate = gate.sub_(gate.amax(dim=1, keepdim=True))
-    if gate.device.type == "cpu":  # which takes 30 times as long for denormal numbers, too small to change a sum
+    if gate.device.type == "cpu":  # where denormal numbers are 30 times as slow; smaller terms don't change the sums
         gate = gate.clamp_(min=-80)
     gate = gate.exp_()
     with without_autocast(gate.device.type):
