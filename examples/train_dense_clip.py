@@ -8,17 +8,14 @@ at random.
     python examples/train_dense_clip.py --output_dir examples/clip-digits
 """
 
-import argparse
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from train_dense_blip import to_pixels
-from train_dense_tasks import NUM_TOKENS, digit_patches, opened_log, train
+from train_dense_tasks import digit_patches, make_parser, opened_log, parse_arguments, train
 from transformers import (
     BlipForImageTextRetrieval,
     CLIPConfig,
@@ -36,10 +33,10 @@ MAX_LENGTH = 32
 NUM_MERGES = 150  # more than the captions' words need
 
 
-def build_processor(texts: list[str], size: int, num_merges: int, max_length: int, **options) -> CLIPProcessor:
+def build_processor(texts: list[str], image_size: int, num_merges: int, max_length: int, **options) -> CLIPProcessor:
     """Build CLIP's image processor and a tokenizer of all bytes and the texts' pairs; special tokens come last.
 
-    size: of images, in pixels; options: the image processor's.
+    image_size: in pixels; options: the image processor's.
     """
     letters = sorted(ByteLevel.alphabet())
     trained = CLIPTokenizer().backend_tokenizer
@@ -59,7 +56,7 @@ def build_processor(texts: list[str], size: int, num_merges: int, max_length: in
         merges=[tuple(pair) for pair in merges],
         model_max_length=max_length,
     )
-    square = {"height": size, "width": size}
+    square = {"height": image_size, "width": image_size}
     return CLIPProcessor(CLIPImageProcessor(**{"size": square, "crop_size": square, **options}), tokenizer)
 
 
@@ -115,14 +112,14 @@ def start_from(path) -> tuple[CLIPModel, CLIPProcessor]:
     return model, processor
 
 
-def encode_images(model: CLIPModel, pixels, is_digit, rng):
+def encode_images(model: CLIPModel, pixels, is_digit, num_tokens, rng):
     """Return image features (S, E), computed while patches without a digit are dropped at random.
 
     Also returns how far the class token's attention is from the scene's digits, averaged over layers.
     """
     tower, maps = model.vision_model, []
     states = tower.embeddings(pixels)
-    kept = int(rng.choice(NUM_TOKENS))
+    kept = int(rng.choice(num_tokens))
     key = torch.from_numpy(rng.random(is_digit.shape)) + is_digit
     key[:, 0] = 2  # the class token
     order = key.topk(kept, dim=1).indices
@@ -141,14 +138,15 @@ def encode_images(model: CLIPModel, pixels, is_digit, rng):
     return model.visual_projection(tower.post_layernorm(states[:, 0])), missed
 
 
-def pair_loss(model, processor, batch_size, rng):
+def pair_loss(model, processor, args, rng):
     """Compute the contrastive loss of one caption per scene against those of the other scenes."""
+    batch_size = args.batch_size
     scenes = ds.draw_scenes(batch_size, "train", rng)
     sides = rng.integers(0, 4, batch_size)
     captions = [ds.describe_from_all_sides(scenes, i)[side] for i, side in enumerate(sides)]
     text = processor.tokenizer(captions, padding=True, return_tensors="pt")
     pixels = to_pixels(scenes.images, processor.image_processor)
-    images, missed = encode_images(model, pixels, digit_patches(scenes), rng)
+    images, missed = encode_images(model, pixels, digit_patches(scenes), args.num_tokens, rng)
     texts = model.get_text_features(**text).pooler_output
     images, texts = (torch.nn.functional.normalize(features.float(), dim=-1) for features in (images, texts))
     similarity = texts @ images.T
@@ -157,19 +155,7 @@ def pair_loss(model, processor, batch_size, rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--start_from", type=Path, default=Path("examples/blip-retrieval-digits"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--guidance", type=float, default=0.05, help="Weight of the loss that makes the class token attend to digits."
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-
+    args = parse_arguments(make_parser(__doc__, start="blip-retrieval-digits", batch_size=64))
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng([args.seed, 8])
@@ -178,7 +164,7 @@ def main():
         model.train()
         train(
             list(model.parameters()),
-            lambda: pair_loss(model, processor, args.batch_size, rng),
+            lambda: pair_loss(model, processor, args, rng),
             args,
             say,
         )

@@ -196,6 +196,12 @@ def train(stage: str, parameters: list, learning_rate: float, args, step_loss, s
             say(stage=stage, step=step, **evaluate())
 
 
+def save(model, processor, folder: Path) -> None:
+    processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
+    processor.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", type=Path, required=True, help="The data set's folder.")
@@ -279,6 +285,7 @@ def main():
         lambda: question_loss(blip, processor, photographs, rng),
         lambda: validation.by_answer(blip, processor.tokenizer),
     )
+    save(blip, processor, folders["blip-vqa"])
     run(
         "caption",
         clip.parameters(),
@@ -286,10 +293,7 @@ def main():
         lambda: caption_loss(clip, clip_processor, photographs, rng),
         lambda: validation.by_caption(clip, clip_processor.tokenizer),
     )
-    clip_processor.tokenizer.backend_tokenizer.no_padding()  # undo the padding that training has set
-    for model, its_processor, folder in zip((blip, clip), (processor, clip_processor), folders.values()):
-        its_processor.save_pretrained(folder)
-        model.half().save_pretrained(folder)
+    save(clip, clip_processor, folders["clip"])
 
 
 if __name__ == "__main__":

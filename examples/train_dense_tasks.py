@@ -1,4 +1,4 @@
-"""Train the tiny dense BLIPs for visual reasoning, captioning and retrieval, from the one for question answering.
+r"""Train the tiny dense BLIPs for visual reasoning, captioning and retrieval, from the one for question answering.
 
 BLIP's own fine-tuned models start from a pretrained one; likewise, the vision tower and text encoder of the question
 answering model are trained further here, on digit scenes newly drawn at every step. As in the last stage of
@@ -6,6 +6,10 @@ answering model are trained further here, on digit scenes newly drawn at every s
 random.
 
     python examples/train_dense_tasks.py nlvr2 --output_dir examples/blip-nlvr2-digits
+    python examples/train_dense_tasks.py captioning --plain --start_from examples/blip-vqa-digits-plain \
+        --output_dir outputs/blip-captioning-digits-plain
+
+With `--plain`, nothing prepares the model for pruning.
 """
 
 import argparse
@@ -90,14 +94,14 @@ def start_from(path, task: str):
     return model, processor, (trained.text_decoder, old.tokenizer)
 
 
-def encode_images(vision_model, pixels, is_digit, rng):
-    """Encode images from which patches without a digit are dropped at random, down to a random number of tokens.
+def encode_images(vision_model, pixels, is_digit, num_tokens, rng):
+    """Encode images from which patches without a digit are dropped at random, down to one of `num_tokens`.
 
     Returns the tower's output, L tokens for each image, and how far the class token's attention is from the scene's
     digits, averaged over layers.
     """
     states = vision_model.embeddings(pixels)
-    kept = int(rng.choice(NUM_TOKENS))
+    kept = int(rng.choice(num_tokens))
     key = torch.from_numpy(rng.random(is_digit.shape)) + is_digit
     key[:, 0] = 2  # the class token
     order = key.topk(kept, dim=1).indices
@@ -127,13 +131,14 @@ def digit_patches(scenes) -> torch.Tensor:
     )
 
 
-def statement_loss(model, processor, batch_size, rng, answerer):
+def statement_loss(model, processor, args, rng, answerer):
     """Compute the loss of statements of every kind about every pair of scenes, and of a few questions.
 
     A pair is encoded once for all of them. A statement's truth is one bit, too little to learn from scratch what the
     words refer to. The questions ("left image: how many sevens are there?") are answered from the same hidden states
     by the question answering model's decoder, which is discarded after training.
     """
+    batch_size = args.batch_size
     pairs = ds.draw_pairs(batch_size, "train", rng)
     kinds = ds.STATEMENT_KINDS
     texts, labels, answers = [], [], []
@@ -150,7 +155,8 @@ def statement_loss(model, processor, batch_size, rng, answerer):
     text = processor.tokenizer(texts, padding=True, pad_to_multiple_of=8, return_tensors="pt")
     labels = torch.tensor(labels)
     pixels = torch.cat([to_pixels(scenes.images, processor.image_processor) for scenes in pairs])
-    images, missed = encode_images(model.vision_model, pixels, torch.cat([digit_patches(s) for s in pairs]), rng)
+    is_digit = torch.cat([digit_patches(scenes) for scenes in pairs])
+    images, missed = encode_images(model.vision_model, pixels, is_digit, args.num_tokens, rng)
     each = len(kinds) + NUM_QUESTIONS
     sides = []
     for half in images.hidden_states.chunk(2):
@@ -171,14 +177,14 @@ def statement_loss(model, processor, batch_size, rng, answerer):
     return F.cross_entropy(logits, labels) + answering, missed, found
 
 
-def caption_loss(model, processor, batch_size, rng, answerer):
+def caption_loss(model, processor, args, rng, answerer):
     """Compute the loss of all four captions of every scene."""
-    scenes = ds.draw_scenes(batch_size, "train", rng)
-    captions = [f"{PROMPT} {c}" for i in range(batch_size) for c in ds.describe_from_all_sides(scenes, i)]
+    scenes = ds.draw_scenes(args.batch_size, "train", rng)
+    captions = [f"{PROMPT} {c}" for i in range(args.batch_size) for c in ds.describe_from_all_sides(scenes, i)]
     ids, labels = answer_ids(processor.tokenizer, captions)
     labels[:, : 1 + len(PROMPT.split())] = -100
     pixels = to_pixels(scenes.images, processor.image_processor)
-    images, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    images, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), args.num_tokens, rng)
     states = images.hidden_states
     logits = model.text_decoder(input_ids=ids, encoder_hidden_states=states.repeat_interleave(4, dim=0)).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -189,23 +195,24 @@ def caption_loss(model, processor, batch_size, rng, answerer):
     return loss, missed, {"words": right.item()}
 
 
-def retrieval_loss(model, processor, batch_size, rng, answerer):
+def retrieval_loss(model, processor, args, rng, answerer):
     """Compute the contrastive loss of one caption per scene, and the matching loss with it and hard negatives."""
     from madtp_hf.modeling.retrieval_loss import contrastive_loss
 
+    batch_size = args.batch_size
     scenes = ds.draw_scenes(batch_size, "train", rng)
     sides = rng.integers(0, 4, batch_size)
     captions = [ds.describe_from_all_sides(scenes, i)[side] for i, side in enumerate(sides)]
     text = processor.tokenizer(captions, padding=True, pad_to_multiple_of=8, return_tensors="pt")
     pixels = to_pixels(scenes.images, processor.image_processor)
-    images, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), rng)
+    images, missed = encode_images(model.vision_model, pixels, digit_patches(scenes), args.num_tokens, rng)
     ids = torch.arange(batch_size)
     alone = model._encode_text(text.input_ids, text.attention_mask)
     image_feature, text_feature = model._image_feature(images), model._text_feature(alone)
     contrast = contrastive_loss(image_feature, text_feature, ids, None)
     positive = model._encode_text(text.input_ids, text.attention_mask, images.states, images.sequences)
     negative = model._score_hard_negatives(
-        text.input_ids, text.attention_mask, images, image_feature, text_feature, ids, 0.07
+        text.input_ids, text.attention_mask, images, None, image_feature, text_feature, ids, 0.07
     )
     scores = torch.cat([model.itm_head(positive.first_states), negative])
     labels = (torch.arange(len(scores)) < batch_size).long()
@@ -278,20 +285,36 @@ def train(parameters: list, draw_loss, args, say) -> None:
             say(step=step, loss=round(loss.item(), 3), missed=round(missed.item(), 3), accuracy=accuracy)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=LOSSES)
+def make_parser(description: str, start: str, batch_size: int):
+    """Return a parser with the options of training; `start` names the model in examples/ to start from."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--start_from", type=Path, default=Path("examples/blip-vqa-digits"))
+    parser.add_argument("--start_from", type=Path, default=Path("examples", start))
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--batch_size", type=int, default=batch_size)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument(
         "--guidance", type=float, default=0.05, help="Weight of the loss that makes the class token attend to digits."
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="Don't prepare the model for pruning: all patches stay, no guidance."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser
+
+
+def parse_arguments(parser):
     args = parser.parse_args()
+    args.num_tokens = NUM_TOKENS[-1:] if args.plain else NUM_TOKENS
+    args.guidance = 0.0 if args.plain else args.guidance
+    return args
+
+
+def main():
+    parser = make_parser(__doc__, start="blip-vqa-digits", batch_size=48)
+    parser.add_argument("task", choices=LOSSES)
+    args = parse_arguments(parser)
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -302,7 +325,7 @@ def main():
         answerer[0].train()
         train(
             [*model.parameters(), *answerer[0].parameters()],
-            lambda: LOSSES[args.task](model, processor, args.batch_size, rng, answerer),
+            lambda: LOSSES[args.task](model, processor, args, rng, answerer),
             args,
             say,
         )
