@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo demo-all test test-all docs docs-serve test-matrix test-mixins test-wheel lint format cards dense \
+.PHONY: install demo demo-all test test-all docs docs-serve test-matrix test-mixins test-wheel lint format cards notebooks dense \
 	bench bench-any-budget bench-budgets bench-clip bench-selection clean
 
 install: .venv/.installed
@@ -64,6 +64,10 @@ format: install
 # Writes the cards of the shipped checkpoints, examples/*-digits/README.md, from model_cards/ and the results.
 cards: install
 	$(BIN)/python model_cards/generate.py
+
+# Runs the notebooks and keeps what they print and draw.
+notebooks: install
+	$(BIN)/python -m tests.helpers.notebooks
 
 # Trains the shipped dense checkpoints anew: the first, then those that start from it.
 dense: install

@@ -200,10 +200,22 @@ def readme_table(path: Path) -> list[str]:
 
 # Pictures
 
+# By name, the studies whose panels they have.
+PICTURES = {
+    "selection": ["selection"],
+    "selection_finetuned": ["selection_finetuned", "selection_finetuned_plain"],
+    "selection_photographs": [
+        "selection_photographs",
+        "selection_finetuned_photographs",
+        "selection_photographs_clip",
+        "selection_finetuned_photographs_clip",
+    ],
+}
+
 
 def draw_panel(axes, panel: tuple) -> None:
     """Draw a task and dense model; a band is the standard deviation over seeds, lines are the dense model."""
-    (task, model), rows = panel
+    (task, model), rows, study = panel
     summaries = summarise(rows)
     for method, (color, marker, line) in STYLES.items():
         of = [summary for asked, summary in sorted(summaries.get(method, {}).items())]
@@ -221,22 +233,26 @@ def draw_panel(axes, panel: tuple) -> None:
             level = 100 * summaries[method][0.0]["mean"]
             axes.axhline(level, color="black", linestyle=line, linewidth=1, label=LABELS[method])
     axes.set(
-        title=f"{TASKS[task].title}\n{model}", xlabel="reduction of FLOPs", ylabel=f"{TASKS[task].headline_title} %"
+        title=f"{TASKS[task].title}, {study}\n{model}",
+        xlabel="reduction of FLOPs",
+        ylabel=f"{TASKS[task].headline_title} %",
     )
     axes.grid(alpha=0.25)
 
 
 def draw_all(path: Path) -> None:
-    """Draw the training-free study and, where it is there, the fine-tuned one, beside their results."""
-    for results in (path, path.with_name(f"{path.stem}_finetuned.json")):
+    """Draw each picture of `PICTURES` whose results are there, beside them."""
+    for picture, names in PICTURES.items():
         panels = [
-            (key, rows)
-            for key, rows in by_model(load(results)).items()
+            (key, rows, content["study"])
+            for name in names
+            if (content := load(path.with_name(f"{name}.json")))
+            for key, rows in by_model(content).items()
             if {"evit", "tome", "random"} & {row["method"] for row in rows}  # there is something to compare
         ]
         lines = [panels[start : start + 3] for start in range(0, len(panels), 3)]
         if lines:
-            draw_panels(lines, draw_panel, (4.2, 3.6), results.with_suffix(".png"))
+            draw_panels(lines, draw_panel, (4.2, 3.6), path.with_name(f"{picture}.png"))
 
 
 def write_docs(path: Path, page: Path = ROOT / "docs" / "accuracy.md") -> None:

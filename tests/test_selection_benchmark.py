@@ -123,11 +123,12 @@ def results(tmp_path):
     rows = [row("dense", 0, (0.0, 0.0, 0.938)), row("evit", 0, (0.5, 0.5, 0.9), (0.8, 0.67, 0.4))]
     rows += [row("madtp", seed, (0.5, 0.49, 0.92 + 0.01 * seed), (0.8, 0.81, 0.88)) for seed in range(3)]
     path = tmp_path / "selection.json"
-    path.write_text(json.dumps({"settings": settings, "rows": rows}))
+    path.write_text(json.dumps({"study": "training-free", "settings": settings, "rows": rows}))
     tuned = [row("madtp_data", seed, (0.5, 0.5, 0.93), (0.8, 0.8, 0.9)) for seed in range(2)]
     tuned.append(row("own_0.8", 1, (0.8, 0.8, 0.91)))
     settings |= {"steps": 5, "batch_size": 64}
-    (tmp_path / "selection_finetuned.json").write_text(json.dumps({"settings": settings, "rows": tuned}))
+    content = {"study": "fine-tuned", "settings": settings, "rows": tuned}
+    (tmp_path / "selection_finetuned.json").write_text(json.dumps(content))
     return path
 
 
