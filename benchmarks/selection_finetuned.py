@@ -11,9 +11,9 @@
         --distillation_weight 4 --output benchmarks/results/selection_finetuned_plain.json
 
     python benchmarks/selection_finetuned.py --tasks vqa --photographs FOLDER \\
-        --model outputs/garments/blip-vqa-garments --output benchmarks/results/selection_finetuned_photographs.json
+        --model examples/blip-vqa-garments --output benchmarks/results/selection_finetuned_photographs.json
     python benchmarks/selection_finetuned.py --tasks clip --photographs FOLDER \\
-        --model outputs/garments/clip-garments --output benchmarks/results/selection_finetuned_photographs_clip.json
+        --model examples/clip-garments --output benchmarks/results/selection_finetuned_photographs_clip.json
 
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the

@@ -1,4 +1,4 @@
-"""Write the cards of the shipped checkpoints, examples/*-digits/README.md: hand-written notes from here, figures from
+"""Write the cards of the shipped checkpoints, examples/*/README.md: hand-written notes from here, figures from
 where they were measured.
 
 python model_cards/generate.py           # write them
@@ -27,8 +27,10 @@ CHECKPOINTS = {
     "blip-captioning-digits": "captioning",
     "blip-retrieval-digits": "retrieval",
     "clip-digits": "clip",
+    "blip-vqa-garments": "vqa",
+    "clip-garments": "clip",
 }
-# An example of a text for each task; of captioning, the prompt.
+# An example of a text for each task on digit scenes; of captioning, the prompt.
 TEXTS = {
     "vqa": "how many sevens are there?",
     "nlvr2": "the left image has more sevens than the right",
@@ -74,9 +76,32 @@ def clip_metrics() -> dict:
     }
 
 
+def garment_metrics(task: str) -> dict:
+    """What `benchmarks/selection.py --photographs` measured of the dense checkpoint."""
+    path = HERE.parent / "benchmarks" / "results" / f"selection_photographs{'_clip' * (task == 'clip')}.json"
+    content = json.loads(path.read_text())
+    dense = next(row for row in content["rows"] if row["method"] == "dense")
+    samples = content["settings"]["test_samples"]
+    return {
+        "title": f"{samples} photographs, which of ten captions"
+        if task == "clip"
+        else f"{samples} questions about photographs",
+        "results": [{"accuracy %": dense["points"][0]["score"]}],
+        "metric": "accuracy %",
+        "source": f"`python benchmarks/selection.py`; [`{path.name}`](../../benchmarks/results/{path.name})",
+        "dataset": {
+            "name": "clothing-dataset-small",
+            "split": "test",
+            "example": "a photo of a dress" if task == "clip" else "what garment is this?",
+        },
+    }
+
+
 def metrics_of(name: str) -> dict:
     """What was measured of the checkpoint of that name."""
     task = CHECKPOINTS[name]
+    if name.endswith("-garments"):
+        return garment_metrics(task)
     if task == "clip":
         return clip_metrics()
     return question_answering_metrics(name) if task == "vqa" else demo_metrics(task)
@@ -85,7 +110,7 @@ def metrics_of(name: str) -> dict:
 def write_card(name: str, folder: Path) -> None:
     """Write the card of the checkpoint of that name to the folder, which has its config.json."""
     task, metrics = CHECKPOINTS[name], metrics_of(name)
-    metrics["dataset"] = {"name": "digit scenes", "split": "test", "example": TEXTS[task]}
+    metrics.setdefault("dataset", {"name": "digit scenes", "split": "test", "example": TEXTS[task]})
     write_model_card(
         folder,
         f"examples/{name}",  # loads from the root of this repository

@@ -52,6 +52,8 @@ def keep_outputs(path: Path) -> None:
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:  # a picture once, as PNG
+                output.get("data", {}).pop("image/jpeg", None)
     nbformat.write(book, path)
 
 
