@@ -21,8 +21,8 @@ LABELS = {
     "dense": "dense",
     "dense_finetuned": "dense, fine-tuned",
     "madtp_data": "MADTP, alignment tokens from data",
-    "first_layer": "the same, in the first layer alone",
-    "first_2_layers": "the same, in the first two layers",
+    "first_layer": "MADTP from data, first layer alone",
+    "first_2_layers": "MADTP from data, first two layers",
     "madtp": "MADTP, random alignment tokens",
     "without_self": "MADTP without patches' attention",
     "without_class": "MADTP without class attention",
@@ -164,6 +164,7 @@ def settings_line(content: dict) -> str:
 # Further files of the studies, beside selection.json: what its table is headed, and a method that it has.
 MORE = {
     "selection_finetuned_plain": "After fine-tuning, a model that nobody prepared",
+    "selection_finetuned_plain_150": "After fine-tuning for a quarter of the steps, a model that nobody prepared",
     "selection_photographs": "Photographs, without training",
     "selection_photographs_clip": "Photographs, CLIP without training",
     "selection_finetuned_photographs": "Photographs, after fine-tuning",
@@ -203,7 +204,7 @@ def readme_table(path: Path) -> list[str]:
 # By name, the studies whose panels they have.
 PICTURES = {
     "selection": ["selection"],
-    "selection_finetuned": ["selection_finetuned", "selection_finetuned_plain"],
+    "selection_finetuned": ["selection_finetuned", "selection_finetuned_plain_150"],
     "selection_photographs": [
         "selection_photographs",
         "selection_finetuned_photographs",
