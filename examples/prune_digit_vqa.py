@@ -135,7 +135,7 @@ def parse_arguments():
     parser.add_argument("--train_questions", type=int, default=9600)
     parser.add_argument("--test_questions", type=int, default=2000)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument(
         "--target_reduction", type=float, nargs="+", default=[0.5, 0.8], help="Target reduction, or two for a range."
     )

@@ -71,7 +71,7 @@ def parse_arguments():
         (Arguments, PruningArguments, TrainingArguments),
         description=__doc__,
         output_dir="outputs/vqa",
-        learning_rate=5e-5,
+        learning_rate=2e-5,
     )
     return parser.parse_args_into_dataclasses()
 

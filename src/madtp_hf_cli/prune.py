@@ -81,7 +81,7 @@ def prune(
 
     Example: madtp-hf prune Salesforce/blip-vqa-base out --data photos --question "what is it?"
     """
-    out = out.resolve()
+    given, out = out, out.resolve()
     check_out(out, model, force)
     if alignment not in (None, "fit", "keep"):
         raise ValueError(f"--alignment {alignment}: expected fit or keep.")
@@ -118,7 +118,7 @@ def prune(
         write_model_card(folder, out.name, base_model=model, notes=notes)
     print_table(f"{type(pruned).__name__}, calibrated on {len(rows)} samples", table)
     typer.echo(
-        f"Wrote {out}. Nothing was trained. Measure what pruning costs: `madtp-hf evaluate {out.name} --data ...`; to"
+        f"Wrote {out}. Nothing was trained. Measure what pruning costs: `madtp-hf evaluate {given} --data ...`; to"
         " recover it, fine-tune with the Trainer and madtp_hf.ReductionCallback."
     )
     exit_if_rows_were_left_out(messages)
