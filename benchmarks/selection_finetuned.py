@@ -10,14 +10,21 @@
         --methods dense dense_finetuned first_2_layers --steps 600 --learning_rate 3e-4 --teacher \\
         --distillation_weight 4 --output benchmarks/results/selection_finetuned_plain.json
 
+    python benchmarks/selection_finetuned.py --tasks vqa --model examples/blip-vqa-digits \\
+        --methods dense madtp_data --learning_rate 2e-5 \\
+        --output benchmarks/results/selection_finetuned_dense_pass.json
+
     python benchmarks/selection_finetuned.py --tasks vqa --photographs FOLDER \\
-        --model examples/blip-vqa-garments --output benchmarks/results/selection_finetuned_photographs.json
-    python benchmarks/selection_finetuned.py --tasks clip --photographs FOLDER \\
-        --model examples/clip-garments --output benchmarks/results/selection_finetuned_photographs_clip.json
+        --model examples/blip-vqa-garments --seeds 0 --learning_rate 3e-4 --teacher --distillation_weight 4 \\
+        --methods dense dense_finetuned first_2_layers class_attention tome random \\
+        --output benchmarks/results/selection_finetuned_photographs.json
+
+With `--tasks clip` and `--model examples/clip-garments`, the last writes selection_finetuned_photographs_clip.json.
 
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the
 better one of 5e-5 and 2e-4 on validation samples, which the fourth command measures; it is the same for all methods.
+Photographs have the plain model's settings: none was chosen on photographs.
 Methods, tables and the rest as in selection.py. Beside them:
 
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps

@@ -36,7 +36,7 @@ LABELS = {
 # README's rows: what it calls them, the results beside selection.json, the dense model and the method.
 README_ROWS = (
     ("prepared model, pruned without training", "", "blip-vqa-digits", "madtp_data"),
-    ("prepared model, fine-tuned", "_finetuned", "blip-vqa-digits", "madtp_data"),
+    ("prepared model, fine-tuned", "_finetuned_dense_pass", "blip-vqa-digits", "madtp_data"),
     ("plain model, pruned without training", "", "blip-vqa-digits-plain", "madtp_data"),
     ("plain model, fine-tuned", "_finetuned_plain", "blip-vqa-digits-plain", "first_2_layers"),
 )
@@ -164,6 +164,7 @@ def settings_line(content: dict) -> str:
 # Further files of the studies, beside selection.json: what its table is headed, and a method that it has.
 MORE = {
     "selection_finetuned_plain": "After fine-tuning, a model that nobody prepared",
+    "selection_finetuned_dense_pass": "After fine-tuning with a dense pass in each step, a prepared model",
     "selection_finetuned_plain_150": "After fine-tuning for a quarter of the steps, a model that nobody prepared",
     "selection_photographs": "Photographs, without training",
     "selection_photographs_clip": "Photographs, CLIP without training",

@@ -160,12 +160,15 @@ def main():
     )
     collator = QuestionAnsweringCollator(processor, model.config.text_config.bos_token_id)
     train = load_digit_questions("train", args.train_questions, args.seed)
-    validation = load_digit_questions("validation", 512, args.seed)
+    validation = load_digit_questions("validation", 1024, args.seed)
     test = load_digit_questions("test", args.test_questions, args.seed)
 
     # 2. Prune without training: initialise the alignment tokens from training questions, and calibrate the thresholds.
     init_alignment_from(model, DataLoader(train, batch_size=args.batch_size, collate_fn=collator))
-    validation_batches = DataLoader(validation, batch_size=args.batch_size, collate_fn=collator)
+    calibrated_on = validation.select(
+        range(512)
+    )  # to tell a point of accuracy, at the end, takes more than a threshold
+    validation_batches = DataLoader(calibrated_on, batch_size=args.batch_size, collate_fn=collator)
     calibrate(model, validation_batches, args.reductions)
     largest = model.config.calibrated_reductions[-1]
     untrained = evaluate(model, processor, test, collator, [0.0, largest], args.batch_size)

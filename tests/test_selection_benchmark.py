@@ -128,7 +128,8 @@ def results(tmp_path):
     tuned.append(row("own_0.8", 1, (0.8, 0.8, 0.91)))
     settings |= {"steps": 5, "batch_size": 64}
     content = {"study": "fine-tuned", "settings": settings, "rows": tuned}
-    (tmp_path / "selection_finetuned.json").write_text(json.dumps(content))
+    for name in ("selection_finetuned", "selection_finetuned_dense_pass"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return path
 
 
