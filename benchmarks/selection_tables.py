@@ -217,7 +217,7 @@ PICTURES = {
 
 def draw_panel(axes, panel: tuple) -> None:
     """Draw a task and dense model; a band is the standard deviation over seeds, lines are the dense model."""
-    (task, model), rows, study = panel
+    (task, model), rows, content = panel
     summaries = summarise(rows)
     for method, (color, marker, line) in STYLES.items():
         of = [summary for asked, summary in sorted(summaries.get(method, {}).items())]
@@ -235,9 +235,9 @@ def draw_panel(axes, panel: tuple) -> None:
             level = 100 * summaries[method][0.0]["mean"]
             axes.axhline(level, color="black", linestyle=line, linewidth=1, label=LABELS[method])
     axes.set(
-        title=f"{TASKS[task].title}, {study}\n{model}",
+        title=f"{TASKS[task].title}, {content['study']}\n{model}",
         xlabel="reduction of FLOPs",
-        ylabel=f"{TASKS[task].headline_title} %",
+        ylabel=f"{content.get('metric') or TASKS[task].headline_title} %",
     )
     axes.grid(alpha=0.25)
 
@@ -246,7 +246,7 @@ def draw_all(path: Path) -> None:
     """Draw each picture of `PICTURES` whose results are there, beside them."""
     for picture, names in PICTURES.items():
         panels = [
-            (key, rows, content["study"])
+            (key, rows, content)
             for name in names
             if (content := load(path.with_name(f"{name}.json")))
             for key, rows in by_model(content).items()

@@ -38,10 +38,11 @@ def test_committed_cards_are_current_and_a_stale_one_is_named(monkeypatch, tmp_p
     generate = runpy.run_path(str(REPOSITORY / "model_cards" / "generate.py"))["main"]
     monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
     generate()  # nothing is stale
-    for folder in sorted((REPOSITORY / "examples").glob("*-digits*")):
-        (tmp_path / folder.name).mkdir()
-        for name in ("config.json", "README.md", "train.log"):
-            (tmp_path / folder.name / name).write_text((folder / name).read_text())
+    for checkpoint in generate.__globals__["CHECKPOINTS"]:
+        (tmp_path / checkpoint).mkdir()
+        for file in (REPOSITORY / "examples" / checkpoint).iterdir():
+            if file.name in ("config.json", "README.md", "train.log"):
+                (tmp_path / checkpoint / file.name).write_text(file.read_text())
     monkeypatch.setitem(generate.__globals__, "EXAMPLES", tmp_path)
     log = tmp_path / "blip-vqa-digits" / "train.log"
     log.write_text(log.read_text().replace('"accuracy": 0.9341', '"accuracy": 0.5'))
