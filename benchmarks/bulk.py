@@ -31,6 +31,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from digit_tasks import load_model, make_batches, make_collator
 from PIL import Image
 from reporting import EXAMPLES, environment, make_parser, write_json
@@ -237,6 +238,7 @@ class TinyJob:
                 continue
             code = 1
             try:
+                PartialState._reset_state()  # the parent may have been a process of its own
                 if processes > 1:
                     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                     places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -248,6 +250,7 @@ class TinyJob:
             except BaseException:
                 traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         return children
 
