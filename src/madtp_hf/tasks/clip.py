@@ -97,7 +97,7 @@ TASK = Task(
     title="image and text features",
     what="maps images and texts to a common space",
     usage="""image = Image.open("image.jpg").convert("RGB")
-texts = [{text}, "a photo of something else"]
+texts = [{text}, "something else"]
 inputs = processor(images=image, text=texts, padding=True, return_tensors="pt")
 print(model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist())  # how well each text fits""",
     text="two dogs on a beach",
