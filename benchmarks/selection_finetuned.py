@@ -19,7 +19,7 @@
         --methods dense dense_finetuned first_2_layers class_attention tome random \\
         --output benchmarks/results/selection_finetuned_photographs.json
 
-With `--tasks clip` and `--model examples/clip-garments`, the last writes selection_finetuned_photographs_clip.json.
+With `--tasks clip` and `--model examples/clip-garments`, the last made selection_finetuned_photographs_clip.json.
 
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the

@@ -252,7 +252,8 @@ def draw_all(path: Path) -> None:
             for key, rows in by_model(content).items()
             if {"evit", "tome", "random"} & {row["method"] for row in rows}  # there is something to compare
         ]
-        lines = [panels[start : start + 3] for start in range(0, len(panels), 3)]
+        columns = 2 if len(panels) == 4 else 3
+        lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
         if lines:
             draw_panels(lines, draw_panel, (4.2, 3.6), path.with_name(f"{picture}.png"))
 
