@@ -165,9 +165,8 @@ def main():
 
     # 2. Prune without training: initialise the alignment tokens from training questions, and calibrate the thresholds.
     init_alignment_from(model, DataLoader(train, batch_size=args.batch_size, collate_fn=collator))
-    calibrated_on = validation.select(
-        range(512)
-    )  # to tell a point of accuracy, at the end, takes more than a threshold
+    # Half is enough for thresholds; telling a point of accuracy apart, below, takes all.
+    calibrated_on = validation.select(range(512))
     validation_batches = DataLoader(calibrated_on, batch_size=args.batch_size, collate_fn=collator)
     calibrate(model, validation_batches, args.reductions)
     largest = model.config.calibrated_reductions[-1]

@@ -297,7 +297,9 @@ def make_parser(description: str, start: str, batch_size: int):
         "--guidance", type=float, default=0.05, help="Weight of the loss that makes the class token attend to digits."
     )
     parser.add_argument(
-        "--plain", action="store_true", help="Don't prepare the model for pruning: all patches stay, no guidance."
+        "--plain",
+        action="store_true",
+        help="Don't prepare the model for pruning: all patches stay, no guidance. Start from a plain model as well.",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
