@@ -15,6 +15,8 @@ found on the validation split, the metric is of the test split. Methods:
 - `class_attention`, `without_self`, `without_class`, `without_alignment`: MADTP with another importance, random
   alignment tokens as `madtp`
 - `first_layer`, `first_2_layers`: as `madtp_data`, but these layers alone prune
+- `madtp_merge`, `merge_first_2_layers`: the same two, merging tokens into their like; `merge_without_distinctness`,
+  `merge_without_sizes`, `merge_into_one`: without a part of it, see methods.py
 - `tome`, `evit`, `random` (tokens drawn by the seed): see methods.py
 - `smaller_image`: the dense model on smaller images, positions interpolated; the size whose FLOPs are nearest
 
@@ -34,7 +36,7 @@ from digit_tasks import (
     shipped_models,
     smaller_images,
 )
-from methods import ABLATIONS
+from methods import ABLATIONS, MERGE_ABLATIONS
 from reporting import environment, make_parser
 from selection_tables import print_tables
 from torch.utils.data import DataLoader
@@ -59,8 +61,19 @@ SEEDS = {
     "madtp_data": 5,
     "first_layer": 5,
     "first_2_layers": 5,
+    "madtp_merge": 5,
+    "merge_first_2_layers": 5,
+    **dict.fromkeys(MERGE_ABLATIONS, 3),
 }
-FIRST = {"first_layer": 1, "first_2_layers": 2}
+# Methods whose alignment tokens are made of data: what they are called in the package, and how many layers prune.
+FROM_DATA = {
+    "madtp_data": ("madtp", None),
+    "first_layer": ("madtp", 1),
+    "first_2_layers": ("madtp", 2),
+    "madtp_merge": ("madtp_merge", None),
+    "merge_first_2_layers": ("madtp_merge", 2),
+    **{name: (name, None) for name in MERGE_ABLATIONS},
+}
 INIT_SAMPLES = 640  # of the training split, that alignment tokens are made of
 
 
@@ -82,11 +95,11 @@ def set_method(model, method: str, seed: int) -> None:
 
 def run_method(method, task, folder, seed, evaluation, validation, reductions) -> list[dict]:
     """Points of a method, calibrated once for all reductions."""
-    model = load_model(task, folder, seed, pruning_layers=FIRST.get(method))
-    if method in ("madtp_data", *FIRST):
+    name, layers = FROM_DATA.get(method, (method, None))
+    model = load_model(task, folder, seed, pruning_layers=layers)
+    if method in FROM_DATA:
         init_from_training_data(model, task, evaluation.collator, seed)
-    else:
-        set_method(model, method, seed)
+    set_method(model, name, seed)
     calibrate_all(model, validation, reductions)
     return evaluation.at(model, reductions)
 

@@ -29,6 +29,7 @@ Methods, tables and the rest as in selection.py. Beside them:
 
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
 - `first_layer`, `first_2_layers`: MADTP that prunes in these layers alone
+- `madtp_merge`, `merge_first_2_layers`: MADTP that merges tokens into their like, in all layers or in two
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
 All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`. Each step also trains the
@@ -42,11 +43,10 @@ import time
 from calibrating import calibrate_all
 from digit_tasks import BATCH_SIZE, LOADERS, Evaluation, load_model, make_batches, run_study, shipped_models, train
 from reporting import environment
-from selection import FIRST, init_from_training_data, metric, parse_study, set_method, study_parser
+from selection import FROM_DATA, init_from_training_data, metric, parse_study, set_method, study_parser
 from transformers import set_seed
 
 from madtp_hf import ReductionCallback
-from madtp_hf.modeling.pruning_method import METHODS as PRUNING_METHODS
 
 
 TARGETS = [0.5, 0.65, 0.8]  # of a training step
@@ -59,7 +59,10 @@ METHODS = (
     "random",
     "class_attention",
     "madtp_data",
-    *FIRST,
+    "first_layer",
+    "first_2_layers",
+    "madtp_merge",
+    "merge_first_2_layers",
     "own_0.5",
     "own_0.8",
 )
@@ -69,13 +72,19 @@ SETTINGS = ("steps", "validation_samples", "test_samples", "split")
 SETTINGS += ("teacher", "distillation_weight", "largest_pass", "pruned_only")
 
 
+def pruning_method(method: str) -> tuple[str, int | None]:
+    """Return what a method is called in the package, and how many layers prune."""
+    if method.startswith(("dense", "own_")):
+        return "madtp", None
+    return FROM_DATA.get(method, (method, None))
+
+
 def prepare(model, method: str, task: str, collator, validation: list[dict], seed: int, **passes) -> list:
     """Set a model up for training by a method; its callbacks."""
     if method.startswith("dense"):
         return []
     init_from_training_data(model, task, collator, seed)
-    if method in PRUNING_METHODS:
-        set_method(model, method, seed)
+    set_method(model, pruning_method(method)[0], seed)
     targets = [float(method.removeprefix("own_"))] if method.startswith("own_") else TARGETS
     calibrate_all(model, validation, targets)  # where the callback begins
     target = targets[0] if len(targets) == 1 else (targets[0], targets[-1])
@@ -85,7 +94,7 @@ def prepare(model, method: str, task: str, collator, validation: list[dict], see
 def make_points(args, task, folder, method, seed, evaluation, validation) -> tuple[list[dict], dict]:
     """Train and evaluate; the points, and the seconds of the training alone."""
     set_seed(seed)
-    overrides = {"distillation_weight": args.distillation_weight, "pruning_layers": FIRST.get(method)}
+    overrides = {"distillation_weight": args.distillation_weight, "pruning_layers": pruning_method(method)[1]}
     model, collator = load_model(task, folder, seed, **overrides), evaluation.collator
     passes = {"dense_pass": not args.pruned_only, "largest_pass": args.largest_pass}
     passes["teacher"] = load_model(task, folder) if args.teacher and not args.pruned_only else None

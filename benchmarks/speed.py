@@ -93,7 +93,7 @@ def training_step(model, inputs):
     return output
 
 
-BASELINES = ("tome", "evit", "random", "class_attention")
+BASELINES = ("madtp_merge", "tome", "evit", "random", "class_attention")
 MORE_CALLS = {"captioning": {"-generate": generate}, "clip": {"-text": encode_texts}}
 
 

@@ -33,7 +33,7 @@ def test_fixed_counts_prune_images_and_leave_texts(method, tmp_path):
     close(loaded(**inputs).logits_per_text, output.logits_per_text, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", (*METHODS, "class_attention"))
+@pytest.mark.parametrize("method", (*METHODS, "class_attention", "madtp_merge"))
 @torch.no_grad()
 def test_every_method_is_calibrated(method):
     model, inputs = make_clip_model(), make_clip_inputs((12,) * 12)

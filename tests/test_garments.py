@@ -223,7 +223,7 @@ def test_a_study_of_validation_photographs_halves_them(parquet, models, tmp_path
 @pytest.mark.slow
 @BOTH_TASKS
 def test_studies_of_methods(task, name, parquet, models, tmp_path, digits, small):
-    methods = ["madtp_data", "class_attention", "tome", "evit", "random"]
+    methods = ["madtp_data", "madtp_merge", "class_attention", "tome", "evit", "random"]
     options = ["--tasks", task, "--methods", *methods]
     free = run(selection, parquet, models / name, tmp_path / "free.json", *options, "--reductions", "0.5")
     tuned = run(selection_finetuned, parquet, models / name, tmp_path / "tuned.json", *options, "--steps", "2")

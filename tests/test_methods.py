@@ -22,12 +22,13 @@ from .test_checkpoint import run
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from methods import ABLATIONS
+from methods import ABLATIONS, MERGE_ABLATIONS
 
 
 LENGTH = 37  # of the tests' images: 6 x 6 patches and the class token
 SETTINGS = {
     "madtp": {"temperature": 3.0},
+    "madtp_merge": {"temperature": 3.0},
     "class_attention": {"temperature": 3.0},
     "tome": {"r": 6.5},
     "evit": {"keep_rate": 0.6},
@@ -35,7 +36,7 @@ SETTINGS = {
     **{name: {"temperature": 3.0} for name in ABLATIONS},
 }
 COUNTS = {"tome": [37, 31, 24, 18, 11], "evit": [37, 37, 24, 16, 11], "random": [37, 28, 21, 16, 13]}
-OURS = ("madtp", "class_attention", "evit", "tome", "random")
+OURS = ("madtp", "madtp_merge", "class_attention", "evit", "tome", "random")
 every_task = pytest.mark.parametrize("task", list(TASKS))
 every_fixed = pytest.mark.parametrize("method", list(COUNTS))
 every_method = pytest.mark.parametrize("method", OURS)
@@ -95,7 +96,7 @@ def test_off_is_the_dense_model(task, method):
     assert torch.equal(model(**inputs)[TASKS[task].scores], dense[TASKS[task].scores])
 
 
-@pytest.mark.parametrize("method", ("class_attention", "tome", "evit"))
+@pytest.mark.parametrize("method", ("madtp_merge", "class_attention", "tome", "evit"))
 @every_task
 @torch.no_grad()
 def test_an_output_depends_neither_on_its_batch_nor_on_padding(task, method):
@@ -254,7 +255,7 @@ def test_class_attention_keeps_what_the_class_token_attends_to():
 
 
 @every_task
-@pytest.mark.parametrize("method", ("class_attention", *ABLATIONS))
+@pytest.mark.parametrize("method", ("class_attention", "madtp_merge", *ABLATIONS, *MERGE_ABLATIONS))
 @torch.no_grad()
 def test_variants_prune_both_branches_otherwise_than_madtp(task, method):
     model, inputs = pruned_model(task, "madtp"), TASKS[task].make_inputs(lengths=(16, 12, 9))
@@ -288,7 +289,7 @@ def test_gradients_flow_and_are_those_of_checkpointed_layers(method):
     assert found["vision_model.embeddings.patch_embedding.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", ("evit", "tome"))
+@pytest.mark.parametrize("method", ("evit", "tome", "madtp_merge"))
 @torch.no_grad()
 def test_attention_maps_are_returned(method):
     model, inputs = pruned_model("vqa", method), make_inputs()
@@ -373,6 +374,7 @@ def test_what_a_method_adds_is_counted(method):
     scores = (4 * LENGTH + 3 * 9) * 12 * width
     added = {
         "madtp": scores,
+        "madtp_merge": scores + (4 * LENGTH**2 + 3 * 9**2) * 8,
         "class_attention": scores,
         "evit": 3 * LENGTH * width,
         "tome": 4 * (LENGTH / 2) ** 2 * 8,
@@ -380,12 +382,14 @@ def test_what_a_method_adds_is_counted(method):
     }
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(added[method], abs=200)
     config.pruning_layers, config.pruning_setting = 1, SETTINGS[method]  # other layers switch pruning off
-    of_first = {"madtp": (LENGTH + 9) * 12 * width, "class_attention": (LENGTH + 9) * 12 * width}
+    of_first = dict.fromkeys(("madtp", "class_attention"), (LENGTH + 9) * 12 * width)
+    of_first["madtp_merge"] = of_first["madtp"] + (LENGTH**2 + 9**2) * 8
     in_first = count_flops(config, "vqa", vision, text).item() - off.item()
     assert in_first == pytest.approx(of_first.get(method, added[method]), abs=200)
     config.pruning_layers, config.pruning_setting = None, SETTINGS[method]
     config.pruning_modalities = ("text",)
-    of_text = 3 * 9 * 12 * width if method in ("madtp", "class_attention") else 0
+    of_text = 3 * 9 * 12 * width if method in of_first else 0
+    of_text += 3 * 9**2 * 8 if method == "madtp_merge" else 0
     assert count_flops(config, "vqa", vision, text).item() - off.item() == pytest.approx(of_text, abs=200)
 
 
@@ -471,7 +475,7 @@ def load_elsewhere(model, tmp_path):
     return name
 
 
-@pytest.mark.parametrize("method", ("class_attention", "tome"))
+@pytest.mark.parametrize("method", ("madtp_merge", "class_attention", "tome"))
 def test_a_saved_method_loads_without_the_package(method, tmp_path):
     assert load_elsewhere(pruned_model("vqa", method), tmp_path) == method
 

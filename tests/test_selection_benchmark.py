@@ -59,7 +59,7 @@ def run_selection(dense, output, *options):
     )
 
 
-METHODS = ("dense", "tome", "random", "smaller_image", "madtp", "class_attention", "madtp_data")
+METHODS = ("dense", "tome", "random", "smaller_image", "madtp", "class_attention", "madtp_data", "madtp_merge")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from .helpers.kernel_standins import kernel_path
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_model.md"
 SETTINGS = {
     "madtp": {"temperature": 3.0},
+    "madtp_merge": {"temperature": 3.0},
     "class_attention": {"temperature": 30.0},
     "evit": {"keep_rate": 0.5},
     "tome": {"r": 5},

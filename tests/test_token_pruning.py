@@ -45,11 +45,13 @@ def apply(states, sequences, decisions, spec, chunking=None):
 LAYOUTS = pytest.mark.parametrize("kind", ["varlen", "padded"])
 
 
-def attention_written_out(query, key, value, spec):
+def attention_written_out(query, key, value, spec, sizes=None):
     """Self-attention (H, L, d) of one sample: its outputs, and what the importance of the tokens that can go needs of
-    it."""
+    it. A key of size 2 counts as two keys."""
     length = query.shape[1]
     logits = query @ key.transpose(1, 2) / math.sqrt(query.shape[2])
+    if sizes is not None:
+        logits = logits + sizes.log()
     if spec.is_causal:
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     maps = logits.softmax(dim=-1)
@@ -60,34 +62,42 @@ def attention_written_out(query, key, value, spec):
         maps.amax(dim=0)[spec.num_prefix_tokens :, removable].sum(dim=0),
         pooled[:, removable],
         outputs[:, removable].norm(dim=-1),
+        key[:, removable].mean(dim=0),
+    )
+
+
+def importance_written_out(x, alignment, statistics, tokens):
+    """Steps 1 and 4: the alignment scores and the importance of the tokens that can go, as lists."""
+    a = [[float(x[n] @ s) for s in alignment] for n in tokens]
+
+    def norm(values):
+        return [v / (sum(values) + 1e-8) for v in values]
+
+    attention, output_norm = statistics.pooling_attention, statistics.output_norm
+    s_self = norm(statistics.received.tolist())
+    s_cls = [
+        float((attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))
+    ]
+    s_tok = norm([max(row) for row in a])
+    return a, [sum(terms) / 3 for terms in zip(s_self, s_cls, s_tok)]
+
+
+def threshold_written_out(a, s, temperature):
+    """Step 5."""
+    return min(
+        sum(g * v for g, v in zip(torch.tensor([row[t] / temperature for row in a]).double().softmax(0).tolist(), s))
+        for t in range(len(a[0]))
     )
 
 
 def layer_written_out(x, states, query, key, value, alignment, temperature, spec=BLIP, min_kept=1):
     """Steps 1 to 6 for one sample, from the equations: x (L, D) the layer's input, states (L, D) what is pruned."""
     x, states, query, key, value, alignment = (t.double() for t in (x, states, query, key, value, alignment))
-    heads, length, width = query.shape
-    tokens = range(*removable_of(spec, length).indices(length))
-    _, statistics = attention_written_out(query, key, value, spec)
-    received, pooling_attention, output_norm = statistics
-    a = [[float(x[n] @ s) for s in alignment] for n in tokens]
-
-    def norm(values):
-        return [v / (sum(values) + 1e-8) for v in values]
-
-    s_self = norm(received.tolist())
-    s_cls = [
-        float((pooling_attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum())
-        for i in range(len(tokens))
-    ]
-    s_tok = norm([max(row) for row in a])
-    s = [sum(terms) / 3 for terms in zip(s_self, s_cls, s_tok)]
-    if not s:
+    tokens = range(*removable_of(spec, len(x)).indices(len(x)))
+    if not tokens:
         return states
-    theta = min(
-        sum(g * v for g, v in zip(torch.tensor([row[t] / temperature for row in a]).double().softmax(0).tolist(), s))
-        for t in range(len(alignment))
-    )
+    a, s = importance_written_out(x, alignment, attention_written_out(query, key, value, spec)[1], tokens)
+    theta = threshold_written_out(a, s, temperature)
     kept = [n for n, v in zip(tokens, s) if v > theta]
     dropped = [n for n in tokens if n not in kept]
     if len(kept) < min_kept or len(dropped) <= 1:
@@ -210,10 +220,12 @@ def test_attention_and_its_evidence_are_the_formulas(lengths, kind, spec, path):
     sequences = lay_out(stack([layer[1] for layer in layers]), lengths, kind)[1]
     chunking = divide(sequences, 15)
     chunks, order = chunking.chunks(sequences), chunking.order or range(len(layers))
-    outputs = [attend_with_statistics(project(layers, kind), chunk, spec) for chunk in chunks]
+    outputs = [attend_with_statistics(project(layers, kind), chunk, spec, with_keys=True) for chunk in chunks]
     results = [rows for (output, _), chunk in zip(outputs, chunks) for rows in samples_of(output, chunk)]
     statistics = [
-        [e[..., i, :] for e in found] for (_, found), chunk in zip(outputs, chunks) for i in range(chunk.batch_size)
+        [*(e[..., i, :] for e in found[:3]), found.keys[i]]
+        for (_, found), chunk in zip(outputs, chunks)
+        for i in range(chunk.batch_size)
     ]
     layers = [layers[sample] for sample in order]
     for layer, output, found in zip(layers, results, statistics, strict=True):
@@ -221,8 +233,9 @@ def test_attention_and_its_evidence_are_the_formulas(lengths, kind, spec, path):
         torch.testing.assert_close(output, expected.transpose(0, 1).flatten(1).float())
         removable = max(len(layer[0]) - spec.num_protected, 0)
         for name, mine, theirs in zip(AttentionStatistics._fields, found, expected_statistics, strict=True):
+            mine, theirs = (mine.T, theirs.T) if name == "keys" else (mine, theirs)
             torch.testing.assert_close(mine[..., :removable], theirs.float(), msg=lambda m, n=name: f"{n}: {m}")
-            if name != "output_norm":  # which counts where it is attended to
+            if name in ("received", "pooling_attention"):  # the others count where they are attended to
                 assert (mine[..., removable:] == 0).all(), name
 
 
@@ -247,10 +260,10 @@ def test_blocks_of_heads_add_up(heads_at_once, lengths, monkeypatch):
     query_key_value = project(layers, "varlen")
     maps = len(lengths) * 50**2  # of a head
     monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", 6 * maps)
-    at_once = attend_with_statistics(query_key_value, sequences, BLIP)
+    at_once = attend_with_statistics(query_key_value, sequences, BLIP, with_keys=True)
     monkeypatch.setattr(attention_module, "ATTENTION_BLOCK", heads_at_once * maps)
     with LargestTensor() as largest:
-        blocks = attend_with_statistics(query_key_value, sequences, BLIP)
+        blocks = attend_with_statistics(query_key_value, sequences, BLIP, with_keys=True)
     assert largest.numbers == heads_at_once * maps  # never the maps of all six
     torch.testing.assert_close(blocks[0], at_once[0])
     for mine, theirs in zip(blocks[1], at_once[1], strict=True):
@@ -434,7 +447,7 @@ def test_a_sample_without_tokens_is_no_trouble_to_its_neighbours(kind):
     padded = torch.randn(2, 5, 6, requires_grad=True)
 
     def prune(number, kind):
-        of_samples = AttentionStatistics(statistics[0][:number], *(chunk[:, :number] for chunk in statistics[1:]))
+        of_samples = AttentionStatistics(statistics[0][:number], *(chunk[:, :number] for chunk in statistics[1:3]))
         weights, tokens = (real[:number], mask[:number, 1:]) if number > 1 else (None, None)
         importance = token_importance(of_samples, scores[:number], weights)
         threshold = importance_threshold(scores[:number], importance, 50.0, weights)

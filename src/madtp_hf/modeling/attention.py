@@ -57,6 +57,12 @@ class BranchSpec(NamedTuple):
         # A removable token is real if, behind it, there are the real tokens of the suffix.
         return None if sequences.mask is None else sequences.mask[:, self.num_protected :]
 
+    def sizes(self, sequences: Sequences) -> torch.Tensor:
+        """Return the sizes (n, N) of the removable tokens, 1 if none was merged yet."""
+        if sequences.sizes is None:
+            return torch.ones(sequences.batch_size, self.num_removable(sequences), device=sequences.device)
+        return sequences.pad(sequences.sizes)[:, self.removable(sequences)]
+
     def float_mask(self, sequences: Sequences) -> torch.Tensor | None:
         """Return `mask` as floats."""
         return None if sequences.mask is None else sequences.float_mask[:, self.num_protected :]
@@ -247,10 +253,26 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
 def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, is_causal: bool, dropout: float = 0.0):
     """Compute self-attention of (R, 3, H, d); return its output (R, H * d) and its maps (B, H, L, L)."""
     query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
-    mask = None if sequences.mask is None else sequences.mask[:, None, None, :]
-    maps = attention_maps(query, key, mask, is_causal)
+    maps = attention_maps(query, key, self_attention_mask(sequences, is_causal, query.dtype))
     output = F.dropout(maps, dropout) @ value
     return sequences.unpad(output.transpose(1, 2).flatten(2)), maps
+
+
+def size_bias(chunk: Sequences) -> torch.Tensor | None:
+    """Return what is added to the attention logits of each key, the log of its size, (n, L); None without sizes."""
+    return None if chunk.sizes is None else chunk.pad(chunk.sizes).clamp(min=1).log()  # 1 at the rows of padding
+
+
+def self_attention_mask(chunk: Sequences, is_causal: bool, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the mask of self-attention, (n, 1, 1 or L, L): boolean, or with sizes what is added to the logits."""
+    mask = None if chunk.mask is None else chunk.mask[:, None, None, :]
+    if is_causal:
+        past = causal_mask(chunk.max_seqlen, chunk.device)
+        mask = past if mask is None else mask & past
+    if chunk.sizes is None:
+        return mask
+    bias = size_bias(chunk).to(dtype)[:, None, None, :]
+    return bias if mask is None else bias.where(mask, torch.finfo(dtype).min)
 
 
 def causal_mask(length: int, device) -> torch.Tensor:
@@ -267,6 +289,7 @@ def attend_with_statistics(
     spec: BranchSpec,
     dropout: float = 0.0,
     all_maps: list | None = None,
+    with_keys: bool = False,
 ) -> tuple[torch.Tensor, AttentionStatistics]:
     """Compute self-attention within a chunk of the batch, and collect the statistics that token importance needs.
 
@@ -284,6 +307,8 @@ def attend_with_statistics(
             The dropout probability of the attention maps.
         all_maps (`list`, *optional*):
             If given, the chunk's maps (n, H, L, L) are appended to it.
+        with_keys (`bool`, *optional*, defaults to `False`):
+            Whether the statistics include the keys.
 
     Returns:
         The output (rows of the chunk, H * d) and the chunk's `AttentionStatistics`.
@@ -298,12 +323,12 @@ def attend_with_statistics(
     if spec.is_causal:
         past = causal_mask(length, query.device)
         seen = past if seen is None else seen & past
-    space = None
+    bias, space = size_bias(chunk), None
     if heads < num_heads and all_maps is None and not torch.is_grad_enabled():
         space = query.new_empty(heads * chunk.batch_size, length, length)
     outputs, pooled, kept_maps, strongest = [], [], [], None
     for block in zip(query.split(heads), key.split(heads), value.split(heads)):
-        output, maps = _attention_of_heads(*block, seen, dropout, space)
+        output, maps = _attention_of_heads(*block, seen, bias, dropout, space)
         outputs.append(output)
         if all_maps is not None:
             kept_maps.append(maps)
@@ -321,7 +346,8 @@ def attend_with_statistics(
         received = (chunk.float_mask[:, None, spec.num_prefix_tokens :] @ by_query).squeeze(1)
     if spec.num_suffix_tokens and chunk.mask is not None:  # a shorter sample's suffix is among the removable positions
         received, pooling_attention = received * removable, pooling_attention * removable
-    statistics = AttentionStatistics(received, pooling_attention, output[:, :, tokens].float().norm(dim=-1))
+    keys = key[:, :, tokens].float().mean(dim=0) if with_keys else None
+    statistics = AttentionStatistics(received, pooling_attention, output[:, :, tokens].float().norm(dim=-1), keys)
     if all_maps is not None:  # the output depends on the returned maps, so that users can read their gradients
         maps = join(kept_maps).transpose(0, 1)
         all_maps.append(maps if chunk.mask is None else maps * chunk.float_mask[:, None, :, None])
@@ -340,19 +366,23 @@ def _split_and_pad(query_key_value: torch.Tensor, chunk: Sequences) -> tuple[tor
     return (states if chunk.batch_size == 1 else states.contiguous()).unbind()
 
 
-def _attention_of_heads(query, key, value, seen, dropout: float, space=None) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention_of_heads(
+    query, key, value, seen, bias, dropout: float, space=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the outputs (H, n, L, d) and float32 maps (H, n, L, L) of some heads from their (H, n, L, d) inputs.
 
-    seen: True where a query may attend to a key, or None. space: an optional buffer (H * n or more, L, L) for the
-    maps.
+    seen: True where a query may attend to a key, or None. bias (n, L): added to the logits of each key, or None.
+    space: an optional buffer (H * n or more, L, L) for the maps.
     """
     shape = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     scale = query.shape[-1] ** -0.5
     out = None if space is None else space[: query.shape[0]]
-    nothing = query.new_empty(1, 1, 1)
-    logits = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale, out=out).unflatten(0, shape)
+    added, beta = query.new_empty(1, 1, 1), 0
+    if bias is not None:
+        added, beta = bias.to(query.dtype).repeat(shape[0], 1).unsqueeze(1), 1
+    logits = torch.baddbmm(added, query, key.transpose(1, 2), beta=beta, alpha=scale, out=out).unflatten(0, shape)
     if seen is not None:
         logits = logits.where(seen, torch.finfo(logits.dtype).min)
     maps = torch.softmax(logits, -1, torch.float32, out=logits if in_place and logits.dtype == torch.float32 else None)
@@ -393,7 +423,6 @@ def attend_fused(
     chunk: Sequences,
     spec: BranchSpec,
     needs: str | None = None,
-    bias: torch.Tensor | None = None,
     dropout: float = 0.0,
     all_maps: list | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -405,8 +434,6 @@ def attend_fused(
         needs (`str`, *optional*):
             `"pooling_attention"`: what the pooling query pays to each removable token, its mean over heads, (n, N).
             `"keys"`: each removable token's key, its mean over heads, (n, N, d).
-        bias (`torch.Tensor` of shape `(n, L)`, *optional*):
-            Added to the logits of each key.
         all_maps (`list`, *optional*):
             If given, the chunk's maps (n, H, L, L) are computed and appended to it.
 
@@ -414,13 +441,7 @@ def attend_fused(
         The output (rows of the chunk, H * d), and what the method needs.
     """
     query, key, value = chunk.pad(query_key_value).permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d) each
-    mask = None if chunk.mask is None else chunk.mask[:, None, None, :]
-    if spec.is_causal:
-        past = causal_mask(chunk.max_seqlen, query.device)
-        mask = past if mask is None else mask & past
-    if bias is not None:
-        bias = bias.to(query.dtype)[:, None, None, :]
-        mask = bias if mask is None else bias.where(mask, torch.finfo(query.dtype).min)
+    mask = self_attention_mask(chunk, spec.is_causal, query.dtype)
     if all_maps is None:
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
     else:
@@ -432,6 +453,15 @@ def attend_fused(
     elif needs == "keys":
         found = key[:, :, spec.removable(chunk)].float().mean(dim=1)
     return chunk.unpad(output.transpose(1, 2).flatten(2)), found
+
+
+def attend_by_size(query_key_value: torch.Tensor, sequences: Sequences, spec: BranchSpec, dropout: float = 0.0):
+    """Compute self-attention of (R, 3, H, d) -> (R, H * d) over rows that have sizes, which no varlen kernel takes."""
+    width = query_key_value.shape[2] * query_key_value.shape[3]
+    chunking = divide(sequences, width) if sequences.is_varlen else whole(sequences)
+    chunks = chunking.chunks(sequences)
+    outputs = [attend_fused(query_key_value, chunk, spec, dropout=dropout)[0] for chunk in chunks]
+    return chunking.join_rows(outputs, sequences)
 
 
 def _pooling_attention(query, key, mask, chunk: Sequences, spec: BranchSpec) -> torch.Tensor:

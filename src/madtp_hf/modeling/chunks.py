@@ -116,6 +116,7 @@ def _chunk(sequences: Sequences, samples: list[int]) -> Sequences:
         mask = None if sequences.mask is None else sequences.mask[chosen]
         chunk = Sequences.padded(number, sequences.max_seqlen, sequences.device, mask)
         chunk.first_row = first * sequences.max_seqlen
+    chunk.sizes = sequences.sizes
     if not contiguous:
         chunk.batch_rows = _rows_of(sequences, samples, chunk.max_seqlen)
     return chunk

@@ -22,19 +22,19 @@ class MadtpBlipConfig(PruningConfigMixin, BlipConfig):
             In training with a dense pass or a teacher (see `madtp_hf.ReductionCallback`), the weight of what pruned
             passes learn from its outputs, relative to the task loss.
         pruning_method (`str`, *optional*, defaults to `"madtp"`):
-            How tokens are chosen: `"madtp"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or the name of a
-            class of your own. Set it with `model.set_pruning_method`.
+            How tokens are chosen: `"madtp"`, `"madtp_merge"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or
+            the name of a class of your own. Set it with `model.set_pruning_method`.
         pruning_setting (`dict[str, float]`, *optional*):
-            How much the method prunes: `{"temperature": ..., "factor": ...}` for MADTP and class attention,
-            `{"keep_rate": ...}` for EViT and random tokens, `{"r": ...}` for ToMe. `None` switches pruning off. Set it
-            with `model.set_pruning`.
+            How much the method prunes: `{"temperature": ..., "factor": ...}` for MADTP, `"madtp_merge"` and class
+            attention, `{"keep_rate": ...}` for EViT and random tokens, `{"r": ...}` for ToMe. `None` switches pruning
+            off. Set it with `model.set_pruning`.
         pruning_temperature (`float`, *optional*, defaults to 0.0):
             The temperature in `pruning_setting`: 0 switches pruning off, larger values prune more.
         pruning_modalities (`tuple[str]`, *optional*, defaults to `("vision", "text")`):
             The encoders that prune.
         pruning_layers (`int`, *optional*):
-            With MADTP or class attention, how many of the first layers of a branch prune. By default all do, as
-            in the paper. Another number drops the setting and the schedule: calibrate again.
+            With MADTP, merging or not, or class attention, how many of the first layers of a branch prune. By default
+            all do, as in the paper. Another number drops the setting and the schedule: calibrate again.
         pruning_granularity (`str`, *optional*, defaults to `"instance"`):
             `"instance"`: every sample keeps its own number of tokens, so its output doesn't depend on the batch.
             `"batch"`, for comparison: every sample keeps the largest count in the batch. `"frozen"`: each layer leaves

@@ -174,7 +174,7 @@ class PruningConfigMixin:
 
     def to_dict(self) -> dict:
         fields = super().to_dict()
-        if self.pruning_method in ("madtp", "class_attention"):
+        if self.pruning_method in ("madtp", "madtp_merge", "class_attention"):
             fields["pruning_temperature"] = self.pruning_temperature
         return fields
 

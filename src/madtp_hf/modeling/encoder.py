@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .attention import CLASS_TOKEN_FIRST, BranchSpec, attend, attend_and_keep_maps
+from .attention import CLASS_TOKEN_FIRST, BranchSpec, attend, attend_and_keep_maps, attend_by_size
 from .pruning_method import Attended, PruningMethod
 from .repack import repack
 from .sequences import Sequences, count_tokens
@@ -76,6 +76,8 @@ class PrunedLayer:
         elif plan.with_maps:
             output, maps = attend_and_keep_maps(query_key_value, sequences, plan.spec.is_causal, dropout)
             attended = Attended(output)
+        elif sequences.sizes is not None:
+            attended = Attended(attend_by_size(query_key_value, sequences, plan.spec, dropout))
         else:
             projected, is_causal = query_key_value.unbind(1), plan.spec.is_causal
             attended = Attended(

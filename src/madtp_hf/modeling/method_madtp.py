@@ -5,7 +5,7 @@ The equations are in `token_pruning.py`.
 
 import copy
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,6 +213,7 @@ class MadtpMethod(PruningMethod):
     name = "madtp"
     fields = {"temperature": Field(0, math.inf), "factor": Field(1e-12, ABOVE[-1], default=1.0)}
     off = 0.0
+    adds_token: ClassVar[bool] = True  # whether the removed tokens become a new one
 
     def __init__(
         self,
@@ -385,14 +386,22 @@ class MadtpMethod(PruningMethod):
 
     def decide(self, layer, statistics, scores, chunk) -> Decision:
         """Decide which tokens of a chunk stay, from its statistics and the batch's alignment scores (R, T)."""
+        scores = chunk.pad(scores)[:, self.spec.removable(chunk)]
+        importance = self.importance(statistics, scores, self.spec.float_mask(chunk))
+        stays, merges, length = self.select(layer, importance, scores, chunk)
+        return Decision(merge_weights(importance, stays, merges), stays, merges, length=length)
+
+    def select(self, layer: int, importance: torch.Tensor, scores: torch.Tensor, chunk: Sequences):
+        """Select the tokens of a chunk whose importance (n, N) is above the threshold of the scores (n, N, T).
+
+        Returns `Decision`'s stays, merges and length.
+        """
         spec = self.spec
         mask, float_mask, counts = spec.mask(chunk), spec.float_mask(chunk), spec.counts(chunk)
-        scores = chunk.pad(scores)[:, spec.removable(chunk)]
-        importance = self.importance(statistics, scores, float_mask)
         length = None
         if self.token_counts is not None:
             length = min(self.token_counts[layer], chunk.max_seqlen)
-            number = length - spec.num_protected - 1  # `length` includes the merged token
+            number = length - spec.num_protected - self.adds_token
             goes = ~most_important(importance, min(max(number, 1), spec.num_removable(chunk)), mask)
         else:
             if mask is not None and (spec.num_suffix_tokens or not chunk.is_varlen):
@@ -401,8 +410,8 @@ class MadtpMethod(PruningMethod):
             if self.granularity == "batch":
                 number = (~goes if mask is None else mask & ~goes).sum(dim=1).amax()
                 goes = ~most_important(importance, number, mask)
-        stays, merges = select_tokens(goes, mask, counts, self.min_kept)
-        return Decision(merge_weights(importance, stays, merges), stays, merges, length=length)
+        min_gone = 2 if length is None or self.adds_token else 1
+        return *select_tokens(goes, mask, counts, self.min_kept, min_gone), length
 
     def to(self, device, non_blocking: bool = False) -> "MadtpMethod":
         def moved(alignment: AlignmentTokens) -> AlignmentTokens:

@@ -24,8 +24,6 @@ class TomeMethod(FixedCountMethod):
 
     def __init__(self, spec, setting, num_layers):
         super().__init__(spec, setting, num_layers)
-        # By layer, (n, N): the number of patches in each removable token that enters the layer.
-        self.sizes: dict[int, torch.Tensor] = {}
         # By layer, (n, N): the removable tokens that enter the layer, in the order in which they are paired.
         self.orders: dict[int, torch.Tensor] = {}
 
@@ -43,17 +41,12 @@ class TomeMethod(FixedCountMethod):
         return num_removable - min(math.floor((layer + 1) * r) - math.floor(layer * r), num_removable // 2)
 
     def prunes(self, layer, sequences):
-        return super().prunes(layer, sequences) or layer in self.sizes  # attention is biased from there on
-
-    def attention_bias(self, layer, chunk):
-        if layer not in self.sizes:
-            return None
-        return F.pad(self.sizes[layer].log(), (self.spec.num_prefix_tokens, self.spec.num_suffix_tokens))
+        return super().prunes(layer, sequences) or layer in self.orders  # which it hands on
 
     def decide(self, layer, keys, scores, chunk):
         shape, device = keys.shape[:2], keys.device
         left = self.num_left(layer, shape[1])
-        sizes = self.sizes.get(layer, torch.ones(shape, device=device))
+        sizes = self.spec.sizes(chunk)
         order = self.orders.get(layer, torch.arange(shape[1], device=device).expand(shape))
         stays = torch.ones(shape, dtype=torch.bool, device=device)
         into, weight = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros_like(sizes)
@@ -63,10 +56,9 @@ class TomeMethod(FixedCountMethod):
             sizes = sizes.scatter_add(1, entered, of_leaving)
             weight = weight.scatter(1, leaving, of_leaving / sizes.gather(1, entered))
             stays, into = stays.scatter(1, leaving, False), into.scatter(1, leaving, entered)
-            sizes = sizes.gather(1, staying.sort(dim=1).values)
             order = (stays.cumsum(dim=1) - 1).gather(1, staying)
-        self.sizes[layer + 1], self.orders[layer + 1] = sizes, order
-        return Decision(weight, stays, torch.ones_like(stays[:, :1]), into, left + self.spec.num_protected)
+        self.orders[layer + 1] = order
+        return Decision(weight, stays, torch.ones_like(stays[:, :1]), into, sizes, left + self.spec.num_protected)
 
     @staticmethod
     def _pairs(keys: torch.Tensor, order: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:

@@ -39,6 +39,7 @@ from .method_class_attention import ClassAttentionMethod  # noqa: F401
 from .method_code import carry_code  # noqa: F401
 from .method_evit import EvitMethod  # noqa: F401
 from .method_madtp import MadtpMethod  # noqa: F401
+from .method_madtp_merge import MadtpMergeMethod  # noqa: F401
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
 from .padding import check_same_number, check_same_shape, read_prompts, text_lengths

@@ -19,6 +19,7 @@ from .method_class_attention import ClassAttentionMethod  # noqa: F401 (importin
 from .method_code import carry_code, is_own
 from .method_evit import EvitMethod  # noqa: F401
 from .method_madtp import AlignmentProjection, MadtpAlignment, init_alignment
+from .method_madtp_merge import MadtpMergeMethod  # noqa: F401
 from .method_random import RandomMethod  # noqa: F401
 from .method_tome import TomeMethod  # noqa: F401
 from .prepared_linear import PRECISIONS, can_prepack, check_kernels, prepare_linear_maps, restore_linear_maps
@@ -332,8 +333,8 @@ class PrunedModelMixin(_Host):
 
         Args:
             method (`str` or a subclass of `PruningMethod`):
-                `"madtp"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or a class of your own with a `name`,
-                whose file checkpoints carry.
+                `"madtp"`, `"madtp_merge"`, `"class_attention"`, `"evit"`, `"tome"`, `"random"`, or a class of your own
+                with a `name`, whose file checkpoints carry.
 
         Raises:
             TypeError: if `method` is a class without a name, or neither a name nor such a class.

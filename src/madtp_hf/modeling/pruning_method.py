@@ -28,6 +28,8 @@ class Decision(NamedTuple):
     merges (n, 1) bool: the sequences that get a merged token, placed after the removable tokens that stay.
     into (n, N) int64, optional: the removable token that each removed token is merged into, instead of a new token.
         The staying token's own weight is 1 minus the weights that are merged into it.
+    sizes (n, N), optional: how many tokens of the input each token that stays stands for; 1 at the others. Attention of
+        the layers behind weights a key by its size.
     length: the number of rows of each sequence, if it is fixed; sequences that need fewer rows are padded.
 
     Triton's gate answers for each row of a varlen batch:
@@ -42,6 +44,7 @@ class Decision(NamedTuple):
     stays: torch.Tensor | None = None
     merges: torch.Tensor | None = None
     into: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
     length: int | None = None
     destination: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
@@ -80,6 +83,7 @@ class Path(NamedTuple):
 
 
 METHODS: dict[str, type["PruningMethod"]] = {}
+WITH_STATISTICS = ("statistics", "statistics_and_keys")  # what a method needs if attention has to compute its maps
 
 
 def get_method(name: str) -> type["PruningMethod"]:
@@ -109,9 +113,10 @@ class PruningMethod:
         fields: the numbers of a setting. The first one says how much to prune.
         off: the first number's value that prunes nothing.
         modalities: the branches that the method has an answer for.
-        needs: what `decide` gets from self-attention: `"statistics"`, an `AttentionStatistics`; `"pooling_attention"`,
-            (n, N), the pooling query's attention, its mean over heads; `"keys"`, (n, N, d), their mean over heads; or
-            None. All but the first leave attention fused.
+        needs: what `decide` gets from self-attention: `"statistics"`, an `AttentionStatistics`;
+            `"statistics_and_keys"`, one with keys; `"pooling_attention"`, (n, N), the pooling query's attention, its
+            mean over heads; `"keys"`, (n, N, d), their mean over heads; or None. All but the first two leave attention
+            fused.
         has_fixed_counts: whether the number of tokens that a layer leaves depends on shapes and the setting alone.
         with_feature: whether the loss needs each layer's alignment feature.
     """
@@ -237,7 +242,7 @@ class PruningMethod:
 
     def divide(self, sequences: Sequences, width: int) -> Chunking:
         """Divide the batch into the chunks that attention takes one at a time, for states of this width."""
-        return divide(sequences, width) if self.needs == "statistics" else whole(sequences)
+        return divide(sequences, width) if self.needs in WITH_STATISTICS else whole(sequences)
 
     def read_input(self, layer: int, states: torch.Tensor, sequences: Sequences):
         """Compute the tokens' scores (R, T) and the alignment feature (B, T, E) from a layer's input (R, D).
@@ -245,9 +250,6 @@ class PruningMethod:
         Each is None if the method does not use it.
         """
         return None, None
-
-    def attention_bias(self, layer: int, chunk: Sequences) -> torch.Tensor | None:
-        """Return what is added to the attention logits of each key, (n, L), or None."""
 
     def decide(self, layer: int, found, scores: torch.Tensor | None, chunk: Sequences) -> Decision:
         """Decide which tokens of a chunk stay, from what attention found and the batch's scores (R, T)."""
@@ -272,11 +274,13 @@ class PruningMethod:
         chunking = self.divide(sequences, query_key_value.shape[2] * query_key_value.shape[3])
         outputs, decisions = [], []
         for chunk in chunking.chunks(sequences):
-            if self.needs == "statistics":
-                output, found = attend_with_statistics(query_key_value, chunk, self.spec, dropout, all_maps)
+            if self.needs in WITH_STATISTICS:
+                with_keys = self.needs == "statistics_and_keys"
+                output, found = attend_with_statistics(
+                    query_key_value, chunk, self.spec, dropout, all_maps, with_keys
+                )
             else:
-                bias = self.attention_bias(layer, chunk)
-                output, found = attend_fused(query_key_value, chunk, self.spec, self.needs, bias, dropout, all_maps)
+                output, found = attend_fused(query_key_value, chunk, self.spec, self.needs, dropout, all_maps)
             outputs.append(output)
             decisions.append(self.decide(layer, found, scores, chunk))
         return Attended(chunking.join_rows(outputs, sequences), chunking, decisions)

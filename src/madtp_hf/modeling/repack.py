@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .attention import BranchSpec
 from .padding import LONGER_THAN_ANY
@@ -45,6 +46,15 @@ class ChunkRepacking(NamedTuple):
         for states, numbers in zip(columns, self.numbers.split([states.shape[1] for states in columns], dim=1)):
             rows.index_put_((numbers,), states)
         return rows[1:]
+
+    def sizes(self, decision: Decision) -> torch.Tensor | None:
+        """Return the sizes of the new rows (num_rows,); protected tokens keep 1."""
+        if decision.sizes is None:
+            return None
+        front = self.spec.num_prefix_tokens
+        behind = self.chunk.max_seqlen - front - decision.sizes.shape[1]
+        padded = F.pad(decision.sizes, (front, behind), value=1.0).unsqueeze(-1)
+        return self(padded, torch.ones_like(padded[:, 0])).squeeze(-1)
 
     def _suffix(self, padded: torch.Tensor) -> torch.Tensor:
         number = self.spec.num_suffix_tokens
@@ -119,19 +129,22 @@ def repack(states: torch.Tensor, sequences: Sequences, attended: Attended, spec:
     if sum(row_counts) == sequences.num_rows:  # a sequence that merges loses rows
         return Repacked(states, sequences)
     ordered = row_counts if chunking.order is None else [row_counts[sample] for sample in chunking.order]
-    outputs, repackings = [], []
+    outputs, sizes, repackings = [], [], []
     for chunk, start, decision, table in zip(chunks, chunking.bounds, attended.decisions, tables):
         numbers = table.flatten().cumsum(0).view_as(table).mul_(table)
         num_rows = sum(ordered[start : start + chunk.batch_size])
         repacking = ChunkRepacking(chunk, num_rows, spec, numbers=numbers)
         outputs.append(repacking(*merge_tokens(chunk.pad(states), decision, spec)))
+        sizes.append(repacking.sizes(decision))
         repackings.append(repacking)
 
     def moved(positions: torch.Tensor) -> torch.Tensor:
         return chunking.join_rows([_move(repacking, positions) for repacking in repackings], sequences, row_counts)
 
     states = chunking.join_rows(outputs, sequences, row_counts)
-    return Repacked(states, Sequences.varlen(row_counts, states.device, lengths, before=sequences), moved)
+    layout = Sequences.varlen(row_counts, states.device, lengths, before=sequences)
+    layout.sizes = None if first.sizes is None else chunking.join_rows(sizes, sequences, row_counts)
+    return Repacked(states, layout, moved)
 
 
 def _repack_to_length(states, sequences: Sequences, decision: Decision, spec: BranchSpec) -> Repacked:
@@ -149,6 +162,7 @@ def _repack_to_length(states, sequences: Sequences, decision: Decision, spec: Br
         mask = torch.arange(length, device=table.device) < lengths.unsqueeze(1)
     states = repacking(*merge_tokens(sequences.pad(states), decision, spec))
     layout = Sequences.padded(sequences.batch_size, length, states.device, mask, lengths)
+    layout.sizes = repacking.sizes(decision)
     return Repacked(states, layout, lambda positions: _move(repacking, positions))
 
 

@@ -13,6 +13,11 @@ A pruned layer, step by step:
 5. theta = f min_t sum_n softmax_n(a / tau)[n, t] s[n]               `importance_threshold`
 6. keep s > theta, merge the rest into one token                     `select_tokens`, `most_important`, `merge_weights`
 7. (the layer's feed-forward on the remaining tokens)
+
+Merging into similar tokens changes two steps:
+
+5. s' = s (1 - max_m cos(k_n, k_m)), m: the tokens with s_m > s_n, takes s's place   `cosine_similarity`, `distinctness`
+6. keep s' > theta, merge each other token into the most similar one that stays      `merge_into_similar`
 """
 
 from contextlib import nullcontext
@@ -30,11 +35,13 @@ class AttentionStatistics(NamedTuple):
     received (B, N): the sum over queries, without those of protected tokens at the front, of A's maximum over heads
     pooling_attention (H, B, N): the pooling query's row of A
     output_norm (H, B, N): the norms of O's rows
+    keys (B, N, d): for methods that ask for them, the keys, their mean over heads
     """
 
     received: torch.Tensor
     pooling_attention: torch.Tensor
     output_norm: torch.Tensor
+    keys: torch.Tensor | None = None
 
 
 def sum_over_tokens(scores: torch.Tensor) -> torch.Tensor:
@@ -136,19 +143,20 @@ def select_tokens(
     mask: torch.Tensor | None = None,
     num_tokens: torch.Tensor | int | None = None,
     min_kept: int = 1,
+    min_gone: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 6: select the tokens that stay (B, N), False at padding, and the samples that merge the others (B, 1).
 
-    All tokens of a sample stay if fewer than `min_kept` would stay, or if fewer than two would go. goes, mask (B, N):
-    boolean, the tokens that would go, and the real ones; num_tokens (B, 1): the number of removable tokens, by default
-    all that are real.
+    All tokens of a sample stay if fewer than `min_kept` would stay, or if fewer than `min_gone` would go. goes, mask
+    (B, N): boolean, the tokens that would go, and the real ones; num_tokens (B, 1): the number of removable tokens, by
+    default all that are real.
     """
     if num_tokens is None:
         num_tokens = goes.shape[1] if mask is None else mask.sum(dim=1, keepdim=True)
     if mask is not None:
         goes = goes & mask
     num_gone = goes.sum(dim=1, keepdim=True)
-    merges = (num_gone > 1) & (num_gone <= num_tokens - min_kept)
+    merges = (num_gone >= min_gone) & (num_gone <= num_tokens - min_kept)
     goes = goes & merges
     return ~goes if mask is None else mask ^ goes, merges
 
@@ -175,3 +183,54 @@ def merge_weights(importance: torch.Tensor, stays: torch.Tensor, merges: torch.T
     weights = importance.masked_fill(stays, 0)
     total = weights.sum(dim=1, keepdim=True)
     return weights / total.where(merges, 1)
+
+
+def cosine_similarity(keys: torch.Tensor) -> torch.Tensor:
+    """Compute the cosine of each two tokens' keys (B, N, d): (B, N, N)."""
+    keys = F.normalize(keys.float(), dim=-1)
+    with without_autocast(keys.device.type):
+        return keys @ keys.transpose(1, 2)
+
+
+def distinctness(
+    importance: torch.Tensor, similarity: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute how little of each token (B, N) more important ones say: 1 - the largest similarity to one of these.
+
+    Of equally important tokens, the first counts as the more important one. The most important one has 2, as if it
+    were the opposite of all others. importance (B, N); similarity (B, N, N); mask (B, N): boolean.
+    """
+    other, own = importance.unsqueeze(1), importance.unsqueeze(2)
+    before = torch.ones_like(similarity[0], dtype=torch.bool).tril(-1)
+    is_more_important = (other > own) | ((other == own) & before)
+    if mask is not None:
+        is_more_important = is_more_important & mask.unsqueeze(1)
+    return 1 - similarity.masked_fill(~is_more_important, -1).amax(dim=-1)
+
+
+def merge_into_similar(
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    sizes: torch.Tensor,
+    stays: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Step 6: merge each removed token into the most similar one that stays.
+
+    A removed token n counts there as `sizes[n] min(1, s_n / s_m)` tokens of m's kind, so that a token of little
+    importance is not looked at more because it was merged. A merged token is the mean of its tokens by these counts,
+    and their sum is its new size.
+
+    importance, sizes (B, N); similarity (B, N, N); stays, mask (B, N): boolean.
+
+    Returns:
+        into (B, N) int64: the token that each removed token is merged into; weight (B, N): its weight there, 0 at
+        tokens that stay and at padding; sizes (B, N): the new sizes, 1 at tokens that don't stay.
+    """
+    goes = ~stays if mask is None else mask & ~stays
+    into = similarity.masked_fill(~stays.unsqueeze(1), -2).argmax(dim=-1)
+    share = (importance.clamp(min=0) / importance.gather(1, into).clamp(min=1e-8)).clamp(max=1)
+    counts = (sizes * share).masked_fill(~goes, 0)
+    total = sizes.scatter_add(1, into, counts)
+    # A size is a count, which later layers take as given.
+    return into, counts / total.gather(1, into), total.detach().masked_fill(~stays, 1)

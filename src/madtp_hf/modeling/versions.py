@@ -9,7 +9,7 @@ import transformers
 from transformers.utils import logging
 
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 # The oldest and the newest version that `make test-matrix` passed with.
 TESTED_TRANSFORMERS = ("5.0.0", "5.24.0")
 
