@@ -8,6 +8,7 @@ also counts the path through Triton's kernels: each kernel counts as one launch,
 
     python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
     python benchmarks/launches.py --size tiny --batch_sizes 4   # a quick trial
+    python benchmarks/launches.py --method madtp_merge --output benchmarks/results/launches_madtp_merge.json
 
 The counts depend on layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers per branch, and
 is narrow, so that counting is fast. `off` is our model with pruning off; the numbers are the reductions of FLOPs that
@@ -129,6 +130,7 @@ def count(model, inputs: dict, kernels: bool) -> dict:
 def count_all(args) -> list[dict]:
     setup = read_setup(args)
     dense, model = make_models(args.task, setup)
+    model.set_pruning_method(args.method)
     batches = calibration_batches(model.task, model.config, args.calibration_samples, setup)
     reductions = calibrate_all(model, batches, args.reductions)
     runs = [("transformers", dense, 0.0), ("off", model, 0.0), *((f"{r:.2g}", model, r) for r in reductions)]
@@ -175,6 +177,7 @@ def main(arguments=None):
     parser.add_argument("--task", choices=MODELS, default="vqa")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 32], help="Default: 1 4 32.")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8], help="Default: 0.5 0.8.")
+    parser.add_argument("--method", default="madtp", help="The pruning method; default: madtp.")
     parser.add_argument("--kernels", action="store_true", help="Also count the path with Triton kernels.")
     parser.add_argument("--calibration_samples", type=int, default=4, help="Samples to calibrate on; default: 4.")
     add_arguments(parser, size="narrow")  # as many layers and tokens as base

@@ -28,8 +28,8 @@ class Decision(NamedTuple):
     merges (n, 1) bool: the sequences that get a merged token, placed after the removable tokens that stay.
     into (n, N) int64, optional: the removable token that each removed token is merged into, instead of a new token.
         The staying token's own weight is 1 minus the weights that are merged into it.
-    sizes (n, N), optional: how many tokens of the input each token that stays stands for; 1 at the others. Attention of
-        the layers behind weights a key by its size.
+    sizes (n, N), optional: how many tokens of the input each token that stays stands for. Attention of the layers
+        behind weights a key by its size.
     length: the number of rows of each sequence, if it is fixed; sequences that need fewer rows are padded.
 
     Triton's gate answers for each row of a varlen batch:

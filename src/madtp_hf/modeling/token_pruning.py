@@ -197,15 +197,13 @@ def distinctness(
 ) -> torch.Tensor:
     """Compute how little of each token (B, N) more important ones say: 1 - the largest similarity to one of these.
 
-    Of equally important tokens, the first counts as the more important one. The most important one has 2, as if it
-    were the opposite of all others. importance (B, N); similarity (B, N, N); mask (B, N): boolean.
+    The most important token has 2, as if it were the opposite of all others. importance (B, N); similarity (B, N, N);
+    mask (B, N): boolean.
     """
-    other, own = importance.unsqueeze(1), importance.unsqueeze(2)
-    before = torch.ones_like(similarity[0], dtype=torch.bool).tril(-1)
-    is_more_important = (other > own) | ((other == own) & before)
+    is_no_more_important = importance.unsqueeze(1) <= importance.unsqueeze(2)
     if mask is not None:
-        is_more_important = is_more_important & mask.unsqueeze(1)
-    return 1 - similarity.masked_fill(~is_more_important, -1).amax(dim=-1)
+        is_no_more_important = is_no_more_important | ~mask.unsqueeze(1)
+    return 1 - similarity.masked_fill(is_no_more_important, -1).amax(dim=-1)
 
 
 def merge_into_similar(
@@ -218,19 +216,19 @@ def merge_into_similar(
     """Step 6: merge each removed token into the most similar one that stays.
 
     A removed token n counts there as `sizes[n] min(1, s_n / s_m)` tokens of m's kind, so that a token of little
-    importance is not looked at more because it was merged. A merged token is the mean of its tokens by these counts,
-    and their sum is its new size.
+    importance is not looked at more because it was merged; importance below 0 counts as 0. A merged token is the mean
+    of its tokens by these counts, and their sum is its new size.
 
     importance, sizes (B, N); similarity (B, N, N); stays, mask (B, N): boolean.
 
     Returns:
         into (B, N) int64: the token that each removed token is merged into; weight (B, N): its weight there, 0 at
-        tokens that stay and at padding; sizes (B, N): the new sizes, 1 at tokens that don't stay.
+        tokens that stay and at padding; sizes (B, N): the new sizes of the tokens that stay.
     """
     goes = ~stays if mask is None else mask & ~stays
-    into = similarity.masked_fill(~stays.unsqueeze(1), -2).argmax(dim=-1)
-    share = (importance.clamp(min=0) / importance.gather(1, into).clamp(min=1e-8)).clamp(max=1)
-    counts = (sizes * share).masked_fill(~goes, 0)
+    into = similarity.where(stays.unsqueeze(1), -2).argmax(dim=-1)
+    share = (importance / importance.gather(1, into).clamp(min=1e-8)).clamp(0, 1)
+    counts = sizes * share * goes
     total = sizes.scatter_add(1, into, counts)
     # A size is a count, which later layers take as given.
-    return into, counts / total.gather(1, into), total.detach().masked_fill(~stays, 1)
+    return into, counts / total.gather(1, into), total.detach()
