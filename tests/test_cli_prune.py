@@ -312,21 +312,28 @@ def test_help_fits_a_screen(command):
     assert "Example: madtp-hf" in shown and len(shown.splitlines()) <= 40
 
 
-def test_other_methods_are_pruned_to_and_compared(dense, photos, tmp_path):
+@pytest.mark.parametrize(
+    "method, note",
+    [
+        ("tome", "without labels, and tokens are chosen by the method `tome`"),
+        ("madtp_merge", "the alignment tokens are fitted to the same samples and tokens are chosen by"),
+    ],
+)
+def test_other_methods_are_pruned_to_and_compared(method, note, dense, photos, tmp_path):
     pytest.importorskip("evaluate", reason="metrics need evaluate: pip install 'madtp_hf[metrics]'")
     data = "--data", photos, "--question", QUESTION, "--reductions", 0.3
-    result = invoke("prune", dense / "vqa", tmp_path / "out", *data, "--method", "tome")
+    result = invoke("prune", dense / "vqa", tmp_path / "out", *data, "--method", method)
     assert result.exit_code == 0, result.stderr
     model = AutoModel.from_pretrained(tmp_path / "out")
-    assert model.config.pruning_method == "tome" and model.is_pruning
-    assert "tokens are chosen by the method `tome`" in ModelCard.load(tmp_path / "out" / "README.md").text
+    assert model.config.pruning_method == method and model.is_pruning
+    assert note in ModelCard.load(tmp_path / "out" / "README.md").text
     rows = [{"image": f"{index}.png", "question": QUESTION, "answers": "seven"} for index in range(4)]
     data = "--data", write_csv(tmp_path / "questions.csv", rows), "--image-dir", photos, "--reductions", 0.3
-    compared = invoke("evaluate", dense / "vqa", *data, "--methods", "madtp", "tome", "--out", tmp_path)
+    compared = invoke("evaluate", dense / "vqa", *data, "--methods", "madtp", method, "--out", tmp_path)
     assert compared.exit_code == 0, compared.stderr
     content = json.loads((tmp_path / "results.json").read_text())
     found = [(row["method"], row["reduction asked"]) for row in content["results"]]
-    assert found == [("off", 0), ("madtp", 0.3), ("tome", 0.3)]
+    assert found == [("off", 0), ("madtp", 0.3), (method, 0.3)]
     refused = invoke("evaluate", tmp_path / "nowhere", *data, "--methods", "magic", "--out", tmp_path, "--force")
     assert refused.exit_code == 1 and "--methods magic: expected one of class_attention, evit" in refused.stderr
 

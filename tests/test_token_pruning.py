@@ -75,9 +75,7 @@ def importance_written_out(x, alignment, statistics, tokens):
 
     attention, output_norm = statistics.pooling_attention, statistics.output_norm
     s_self = norm(statistics.received.tolist())
-    s_cls = [
-        float((attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))
-    ]
+    s_cls = [float((attention[:, i] * output_norm[:, i] / output_norm[:, i].sum()).sum()) for i in range(len(tokens))]
     s_tok = norm([max(row) for row in a])
     return a, [sum(terms) / 3 for terms in zip(s_self, s_cls, s_tok)]
 

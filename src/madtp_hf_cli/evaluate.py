@@ -16,6 +16,7 @@ def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[floa
     """
     from madtp_hf import calibrate, init_alignment_from
     from madtp_hf.budgets.evaluation import evaluate_task
+    from madtp_hf.modeling.pruning_method import get_method
     from madtp_hf.tasks import make_batches
 
     model, processor, table = loaded.model, loaded.processor, []
@@ -25,7 +26,7 @@ def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[floa
         0.7,
     ]
     batches = make_batches(model, processor, rows, how["batch_size"])
-    if loaded.is_dense and "madtp" in methods:
+    if loaded.is_dense and any(get_method(method).is_aligned for method in methods):
         init_alignment_from(model, batches)
     for method in methods:
         model.set_pruning_method(method)

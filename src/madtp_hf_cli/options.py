@@ -119,7 +119,9 @@ MaxPixels = Annotated[
 Task = Annotated[str | None, typer.Option(metavar="TASK", help="The task, if it isn't the checkpoint's own.")]
 Method = Annotated[
     str | None,
-    typer.Option(metavar="METHOD", help="madtp, madtp_merge, tome, evit, class_attention or random; by default as saved."),
+    typer.Option(
+        metavar="METHOD", help="madtp, madtp_merge, tome, evit, class_attention or random; by default as saved."
+    ),
 ]
 Methods = Annotated[
     list[str] | None,

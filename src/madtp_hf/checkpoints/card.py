@@ -24,8 +24,8 @@ _FASTER = "times faster"  # the beginning of columns of speed, for which a table
 _METHODS = {
     "madtp": "[MADTP](https://arxiv.org/abs/2403.02991): each layer drops the image and text tokens that matter to"
     " neither modality",
-    "madtp_merge": "[MADTP](https://arxiv.org/abs/2403.02991) with merging: each layer merges the image and text tokens"
-    " that matter to neither modality, or resemble one that matters more, into their like",
+    "madtp_merge": "[MADTP](https://arxiv.org/abs/2403.02991) with merging: each layer merges the image and text"
+    " tokens that matter to neither modality, or resemble one that matters more, into their like",
     "class_attention": "class attention under [MADTP](https://arxiv.org/abs/2403.02991)'s threshold",
     "evit": "[EViT](https://arxiv.org/abs/2202.07800): three layers drop the tokens that the class token attends to"
     " least",

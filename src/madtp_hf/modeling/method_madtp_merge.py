@@ -12,7 +12,8 @@ class MadtpMergeMethod(MadtpMethod):
     """MADTP with s' = s * distinctness in place of s; each removed token is merged into the most similar survivor.
 
     Similarity is the cosine of the keys' means over heads, as ToMe's. A token's size, the number of tokens that it
-    stands for, weights it as a key of attention from the next layer on. Its setting is MADTP's: temperature and factor.
+    stands for, weights it as a key of attention from the next layer on. Its setting is MADTP's: temperature and
+    factor.
     """
 
     name = "madtp_merge"

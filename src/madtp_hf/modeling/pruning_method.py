@@ -118,6 +118,7 @@ class PruningMethod:
             mean over heads; `"keys"`, (n, N, d), their mean over heads; or None. All but the first two leave attention
             fused.
         has_fixed_counts: whether the number of tokens that a layer leaves depends on shapes and the setting alone.
+        is_aligned: whether importance depends on the alignment tokens, so that it pays to fit them to data.
         with_feature: whether the loss needs each layer's alignment feature.
     """
 
@@ -127,6 +128,7 @@ class PruningMethod:
     modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
     needs: ClassVar[str | None] = "statistics"
     has_fixed_counts: ClassVar[bool] = False
+    is_aligned: ClassVar[bool] = False
     with_feature = False
 
     def __init_subclass__(cls, **kwargs):
@@ -276,9 +278,7 @@ class PruningMethod:
         for chunk in chunking.chunks(sequences):
             if self.needs in WITH_STATISTICS:
                 with_keys = self.needs == "statistics_and_keys"
-                output, found = attend_with_statistics(
-                    query_key_value, chunk, self.spec, dropout, all_maps, with_keys
-                )
+                output, found = attend_with_statistics(query_key_value, chunk, self.spec, dropout, all_maps, with_keys)
             else:
                 output, found = attend_fused(query_key_value, chunk, self.spec, self.needs, dropout, all_maps)
             outputs.append(output)

@@ -16,8 +16,8 @@ A pruned layer, step by step:
 
 Merging into similar tokens changes two steps:
 
-5. s' = s (1 - max_m cos(k_n, k_m)), m: the tokens with s_m > s_n, takes s's place   `cosine_similarity`, `distinctness`
-6. keep s' > theta, merge each other token into the most similar one that stays      `merge_into_similar`
+5. s' = s (1 - max_m cos(k_n, k_m)), m: the tokens with s_m > s_n    `cosine_similarity`, `distinctness`
+6. keep s' > theta, theta of s'; merge the rest into their like      `merge_into_similar`
 """
 
 from contextlib import nullcontext
@@ -192,9 +192,7 @@ def cosine_similarity(keys: torch.Tensor) -> torch.Tensor:
         return keys @ keys.transpose(1, 2)
 
 
-def distinctness(
-    importance: torch.Tensor, similarity: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def distinctness(importance: torch.Tensor, similarity: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Compute how little of each token (B, N) more important ones say: 1 - the largest similarity to one of these.
 
     The most important token has 2, as if it were the opposite of all others. importance (B, N); similarity (B, N, N);
