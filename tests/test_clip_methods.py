@@ -5,6 +5,8 @@ import torch
 
 from madtp_hf import MadtpClipModel, calibrate
 from madtp_hf.budgets.passes import measure
+from madtp_hf.modeling.pruning_method import Decision, PruningMethod
+from madtp_hf.modeling.token_pruning import merge_weights, most_important
 
 from .conftest import close
 from .helpers.clip import make_clip_inputs, make_clip_model
@@ -55,3 +57,28 @@ def test_class_attention_prunes_both_towers_otherwise_than_madtp(path):
         assert (output[tokens][-1] <= output[tokens][0]).all() and (output[tokens][-1] < output[tokens][0]).any()
     assert torch.isfinite(output.logits_per_image).all()
     assert not torch.equal(output.logits_per_image, madtp.logits_per_image)
+
+
+@pytest.mark.parametrize("lengths", [(12,) * 4, LENGTHS], ids=str)
+@torch.no_grad()
+def test_fused_attention_of_causal_texts_finds_what_a_method_needs(lengths):
+    """Texts of equal length have no mask but the causal one."""
+
+    class Half(PruningMethod):
+        needs = "pooling_attention"
+
+        def decide(self, layer, attention, scores, chunk):
+            mask, count = self.spec.mask(chunk), self.spec.counts(chunk)
+            number = torch.as_tensor(count * self.setting["keep_rate"]).long()
+            stays = most_important(attention, number, mask)
+            merges = stays.sum(dim=1, keepdim=True) < count
+            return Decision(
+                merge_weights(attention if mask is None else attention * mask, stays, merges), stays, merges
+            )
+
+    model, inputs = make_clip_model(), make_clip_inputs(lengths)
+    with model.pruning(method=Half, keep_rate=0.5):
+        together = model(**inputs)
+        assert (together.text_tokens[-1] < together.text_tokens[0]).all()
+        one = {n: v[:1, : lengths[0]] if v.ndim == 2 else v[:1] for n, v in inputs.items()}
+        close(model(**one).text_embeds, together.text_embeds[:1], atol=1e-4)

@@ -16,11 +16,12 @@ MODELS = {
 BATCHES = ((9, 5, 7), (8, 4, 6, 5), (12, 3), (5, 7, 9, 11, 13), (6, 10, 4, 8, 9, 3))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, method", [*((name, "madtp") for name in MODELS), ("vqa", "madtp_merge")])
 @torch.no_grad()
-def test_a_pruned_model_is_not_compiled_anew_after_the_third_shape(name):
+def test_a_pruned_model_is_not_compiled_anew_after_the_third_shape(name, method):
     make_model, make_batch = MODELS[name]
     model = make_model().eval()
+    model.set_pruning_method(method)
     model.set_pruning(temperature=3.0)
     torch._dynamo.reset()
     counter, counts = CompileCounter(), []

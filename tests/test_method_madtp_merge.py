@@ -144,3 +144,24 @@ def test_sizes_weight_attention_behind_the_layers_that_prune():
     assert torch.equal(output.vision_tokens[1], output.vision_tokens[-1])
     with_maps = model(**inputs, output_attentions=True)
     close(with_maps.logits, output.logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sizes_are_counted_in_float32_whatever_the_default():
+    model, inputs = make_task_model("vqa"), make_inputs()
+    model.set_pruning_method("madtp_merge")
+    model.set_pruning(temperature=3.0)
+    expected = model(**inputs).logits
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        close(model(**inputs).logits, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_method_of_before_sizes_is_told_what_to_return():
+    with pytest.raises(TypeError, match=r"attention_bias is never called: return the sizes in `Decision\.sizes`"):
+
+        class _Biased(MadtpMergeMethod):
+            def attention_bias(self, layer, chunk):
+                return None

@@ -270,15 +270,16 @@ def test_variants_prune_both_branches_otherwise_than_madtp(task, method):
     assert torch.isfinite(variant[TASKS[task].scores]).all()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @every_method
-def test_gradients_flow_and_are_those_of_checkpointed_layers(method):
+def test_gradients_flow_and_are_those_of_checkpointed_layers(method, reentrant):
     def gradients(checkpointing):
         model, inputs = pruned_model("vqa", method).train(), make_inputs()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(**inputs).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -296,7 +297,7 @@ def test_attention_maps_are_returned(method):
     expected = model(**inputs)
     model.set_attn_implementation("eager")
     output = model(**inputs, output_attentions=True)
-    assert [maps.shape[-1] for maps in output.attentions] == expected.vision_tokens[:-1, 0].tolist()
+    assert [maps.shape[-1] for maps in output.attentions] == expected.vision_tokens[:-1].amax(dim=1).tolist()
     close(output.logits, expected.logits, atol=1e-4)
 
 

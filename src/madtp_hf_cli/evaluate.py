@@ -26,7 +26,7 @@ def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[floa
         0.7,
     ]
     batches = make_batches(model, processor, rows, how["batch_size"])
-    if loaded.is_dense and any(get_method(method).is_aligned for method in methods):
+    if loaded.is_dense and any(get_method(method).importance_is_aligned for method in methods):
         init_alignment_from(model, batches)
     for method in methods:
         model.set_pruning_method(method)

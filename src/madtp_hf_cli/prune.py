@@ -14,7 +14,7 @@ def _notes(source: str, rows: list[dict], samples: int, method: str, fitted: boo
 
     alignment = f"the alignment tokens are {'fitted to the same samples' if fitted else 'those of the checkpoint'}"
     chosen = [] if method == "madtp" else [f"tokens are chosen by the method `{method}`"]
-    choice = " and ".join([alignment] * get_method(method).is_aligned + chosen)
+    choice = " and ".join([alignment] * get_method(method).importance_is_aligned + chosen)
     lines = ["| reduction asked | reached | GFLOPs of a sample |", "|---:|---:|---:|"]
     lines += [f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['GFLOPs']:.4g} |" for row in rows]
     return f"""Pruned from `{source}` by `madtp-hf prune`, without training: the weights are the dense model's,
@@ -38,7 +38,7 @@ def calibrate_on(loaded, data, text, reductions, *, samples, seed, batch_size, a
         rows = load_rows(loaded.task, data, text or (), samples=samples, seed=seed, **how)
     batches = make_batches(loaded.model, loaded.processor, rows, batch_size)
     is_fitted = loaded.is_dense if alignment is None else alignment == "fit"
-    is_fitted &= loaded.model.pruning_method.is_aligned
+    is_fitted &= loaded.model.pruning_method.importance_is_aligned
     if is_fitted:
         init_alignment_from(loaded.model, batches)
     with warnings_as_messages():

@@ -60,7 +60,8 @@ class BranchSpec(NamedTuple):
     def sizes(self, sequences: Sequences) -> torch.Tensor:
         """Return the sizes (n, N) of the removable tokens, 1 if none was merged yet."""
         if sequences.sizes is None:
-            return torch.ones(sequences.batch_size, self.num_removable(sequences), device=sequences.device)
+            shape = sequences.batch_size, self.num_removable(sequences)
+            return torch.ones(shape, dtype=torch.float32, device=sequences.device)
         return sequences.pad(sequences.sizes)[:, self.removable(sequences)]
 
     def float_mask(self, sequences: Sequences) -> torch.Tensor | None:
@@ -260,14 +261,14 @@ def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, is
 
 def size_bias(chunk: Sequences) -> torch.Tensor | None:
     """Return what is added to the attention logits of each key, the log of its size, (n, L); None without sizes."""
-    return None if chunk.sizes is None else chunk.pad(chunk.sizes).clamp(min=1).log()  # 1 at the rows of padding
+    return None if chunk.sizes is None else chunk.pad(chunk.sizes).log()
 
 
 def self_attention_mask(chunk: Sequences, is_causal: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the mask of self-attention, (n, 1, 1 or L, L): boolean, or with sizes what is added to the logits."""
+    """Return the mask of self-attention (1 or n, 1, 1 or L, L), or None: boolean or, with sizes, added to logits."""
     mask = None if chunk.mask is None else chunk.mask[:, None, None, :]
     if is_causal:
-        past = causal_mask(chunk.max_seqlen, chunk.device)
+        past = causal_mask(chunk.max_seqlen, chunk.device)[None, None]
         mask = past if mask is None else mask & past
     if chunk.sizes is None:
         return mask

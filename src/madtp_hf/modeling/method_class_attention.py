@@ -8,7 +8,7 @@ class ClassAttentionMethod(MadtpMethod):
     """MADTP with s = s_cls. Its setting is MADTP's: temperature and factor."""
 
     name = "class_attention"
-    is_aligned = False
+    importance_is_aligned = False
 
     def importance(self, statistics, scores, mask):
         return pooling_importance(statistics)

@@ -213,7 +213,7 @@ class MadtpMethod(PruningMethod):
     name = "madtp"
     fields = {"temperature": Field(0, math.inf), "factor": Field(1e-12, ABOVE[-1], default=1.0)}
     off = 0.0
-    is_aligned = True
+    importance_is_aligned = True
     adds_token: ClassVar[bool] = True  # whether the removed tokens become a new one
 
     def __init__(

@@ -12,8 +12,7 @@ class MadtpMergeMethod(MadtpMethod):
     """MADTP with s' = s * distinctness in place of s; each removed token is merged into the most similar survivor.
 
     Similarity is the cosine of the keys' means over heads, as ToMe's. A token's size, the number of tokens that it
-    stands for, weights it as a key of attention from the next layer on. Its setting is MADTP's: temperature and
-    factor.
+    counts as, weights it as a key of attention from the next layer on. Its setting is MADTP's: temperature and factor.
     """
 
     name = "madtp_merge"
@@ -32,7 +31,7 @@ class MadtpMergeMethod(MadtpMethod):
         scores = chunk.pad(scores)[:, spec.removable(chunk)]
         importance = self.importance(statistics, scores, spec.float_mask(chunk))
         similarity = cosine_similarity(statistics.keys)
-        distinct = importance * distinctness(importance, similarity, mask)
+        distinct = importance.clamp(min=0) * distinctness(importance, similarity, mask)
         stays, merges, length = self.select(layer, distinct, scores, chunk)
         into, weight, sizes = merge_into_similar(importance, similarity, spec.sizes(chunk), stays, mask)
-        return Decision(weight, stays, merges, into, sizes, length)
+        return Decision(weight, stays, merges, into, length, sizes=sizes)

@@ -44,10 +44,10 @@ class TomeMethod(FixedCountMethod):
         return super().prunes(layer, sequences) or layer in self.orders  # which it hands on
 
     def decide(self, layer, keys, scores, chunk):
-        shape, device = keys.shape[:2], keys.device
+        shape, device = keys.shape[:2], keys.device  # which the layer before may not share
         left = self.num_left(layer, shape[1])
         sizes = self.spec.sizes(chunk)
-        order = self.orders.get(layer, torch.arange(shape[1], device=device).expand(shape))
+        order = self.orders.get(layer, torch.arange(shape[1], device=device).expand(shape)).to(device)
         stays = torch.ones(shape, dtype=torch.bool, device=device)
         into, weight = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros_like(sizes)
         if left < shape[1]:
@@ -58,7 +58,8 @@ class TomeMethod(FixedCountMethod):
             stays, into = stays.scatter(1, leaving, False), into.scatter(1, leaving, entered)
             order = (stays.cumsum(dim=1) - 1).gather(1, staying)
         self.orders[layer + 1] = order
-        return Decision(weight, stays, torch.ones_like(stays[:, :1]), into, sizes, left + self.spec.num_protected)
+        length = left + self.spec.num_protected
+        return Decision(weight, stays, torch.ones_like(stays[:, :1]), into, length, sizes=sizes)
 
     @staticmethod
     def _pairs(keys: torch.Tensor, order: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:

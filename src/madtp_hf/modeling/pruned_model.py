@@ -93,14 +93,17 @@ _OVERRIDES: ContextVar[dict[int, tuple] | None] = ContextVar("pruning of one thr
 def _run_eagerly(tower: Tower, *args, **options) -> BranchOutput:
     """Run an encoder outside of compiled code, which would be compiled again for other lengths of the sequences.
 
-    The output is padded, because lists of lengths are constants of compiled code.
+    The output is padded, because lists of lengths are constants of compiled code, and has a mask, even if all samples
+    happen to keep as many tokens.
     """
     output = tower(*args, as_branch=True, **options)
     layout = output.sequences
-    if not layout.is_varlen:
-        return output
-    padded = Sequences.padded(layout.batch_size, layout.max_seqlen, layout.device, layout.mask, layout.lengths)
-    return output._replace(states=output.hidden_states.flatten(0, 1), sequences=padded)
+    mask = layout.mask
+    if mask is None:
+        mask = torch.ones(layout.batch_size, layout.max_seqlen, dtype=torch.bool, device=layout.device)
+    padded = Sequences.padded(layout.batch_size, layout.max_seqlen, layout.device, mask, layout.lengths)
+    # A copy, since compiled code would depend on the shape of what a view is of.
+    return output._replace(states=output.hidden_states.flatten(0, 1).clone(), sequences=padded)
 
 
 class PruningPass:
@@ -235,9 +238,9 @@ class PrunedModelMixin(_Host):
             reduction (`float`, *optional*):
                 The share of FLOPs to save, in [0, 1), by the schedule that `madtp_hf.calibrate` has measured.
             setting (`float`):
-                The method's setting by name. `temperature` for MADTP and class attention: the threshold's temperature,
-                0 is off, larger values prune more; with it, `factor` in (0, 1] multiplies the threshold, and smaller
-                values prune less. `keep_rate` for EViT and random tokens, `r` for ToMe. `None` is off.
+                The method's setting by name. `temperature`, the threshold's, for MADTP, merging or not, and class
+                attention: 0 is off, larger values prune more; with it, `factor` in (0, 1] multiplies the threshold,
+                and smaller values prune less. `keep_rate` for EViT and random tokens, `r` for ToMe. `None` is off.
 
         Raises:
             TypeError: if a number is passed without its name.

@@ -28,9 +28,9 @@ class Decision(NamedTuple):
     merges (n, 1) bool: the sequences that get a merged token, placed after the removable tokens that stay.
     into (n, N) int64, optional: the removable token that each removed token is merged into, instead of a new token.
         The staying token's own weight is 1 minus the weights that are merged into it.
-    sizes (n, N), optional: how many tokens of the input each token that stays stands for. Attention of the layers
-        behind weights a key by its size.
     length: the number of rows of each sequence, if it is fixed; sequences that need fewer rows are padded.
+    sizes (n, N), optional, with `into`: as how many tokens each token that stays counts from now on. Attention of the
+        next layers weights a key by its size.
 
     Triton's gate answers for each row of a varlen batch:
 
@@ -44,10 +44,10 @@ class Decision(NamedTuple):
     stays: torch.Tensor | None = None
     merges: torch.Tensor | None = None
     into: torch.Tensor | None = None
-    sizes: torch.Tensor | None = None
     length: int | None = None
     destination: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
 
 class Attended(NamedTuple):
@@ -118,7 +118,7 @@ class PruningMethod:
             mean over heads; `"keys"`, (n, N, d), their mean over heads; or None. All but the first two leave attention
             fused.
         has_fixed_counts: whether the number of tokens that a layer leaves depends on shapes and the setting alone.
-        is_aligned: whether importance depends on the alignment tokens, so that it pays to fit them to data.
+        importance_is_aligned: whether importance depends on the alignment tokens, so that it pays to fit them to data.
         with_feature: whether the loss needs each layer's alignment feature.
     """
 
@@ -128,11 +128,13 @@ class PruningMethod:
     modalities: ClassVar[tuple[str, ...]] = ("vision", "text")
     needs: ClassVar[str | None] = "statistics"
     has_fixed_counts: ClassVar[bool] = False
-    is_aligned: ClassVar[bool] = False
+    importance_is_aligned: ClassVar[bool] = False
     with_feature = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if hasattr(cls, "attention_bias"):  # of versions before 0.3.0; without it, attention would silently change
+            raise TypeError(f"{cls.__name__}.attention_bias is never called: return the sizes in `Decision.sizes`.")
         if cls.__dict__.get("name"):
             METHODS[cls.name] = cls
 

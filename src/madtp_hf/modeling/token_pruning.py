@@ -14,8 +14,9 @@ A pruned layer, step by step:
 6. keep s > theta, merge the rest into one token                     `select_tokens`, `most_important`, `merge_weights`
 7. (the layer's feed-forward on the remaining tokens)
 
-Merging into similar tokens changes two steps:
+Merging into similar tokens changes three steps:
 
+3. attention's logits of key m rise by log z_m, the log of its size  `size_bias` in `attention.py`
 5. s' = s (1 - max_m cos(k_n, k_m)), m: the tokens with s_m > s_n    `cosine_similarity`, `distinctness`
 6. keep s' > theta, theta of s'; merge the rest into their like      `merge_into_similar`
 """
@@ -193,7 +194,7 @@ def cosine_similarity(keys: torch.Tensor) -> torch.Tensor:
 
 
 def distinctness(importance: torch.Tensor, similarity: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute how little of each token (B, N) more important ones say: 1 - the largest similarity to one of these.
+    """Compute how little more important tokens already say of each token (B, N): 1 - the largest similarity to one.
 
     The most important token has 2, as if it were the opposite of all others. importance (B, N); similarity (B, N, N);
     mask (B, N): boolean.
@@ -228,5 +229,5 @@ def merge_into_similar(
     share = (importance / importance.gather(1, into).clamp(min=1e-8)).clamp(0, 1)
     counts = sizes * share * goes
     total = sizes.scatter_add(1, into, counts)
-    # A size is a count, which later layers take as given.
+    # Later layers take sizes as given: no gradient flows through them.
     return into, counts / total.gather(1, into), total.detach()
