@@ -315,8 +315,8 @@ def test_help_fits_a_screen(command):
 @pytest.mark.parametrize(
     "method, note",
     [
-        ("tome", "without labels, and tokens are chosen by the method `tome`"),
-        ("madtp_merge", "the alignment tokens are fitted to the same samples and tokens are chosen by"),
+        ("tome", "without labels. Tokens are chosen by the method `tome`.\n"),
+        ("madtp_merge", "the method `madtp_merge`. The alignment tokens are fitted to the same samples."),
     ],
 )
 def test_other_methods_are_pruned_to_and_compared(method, note, dense, photos, tmp_path):

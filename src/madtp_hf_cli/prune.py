@@ -12,13 +12,14 @@ def _notes(source: str, rows: list[dict], samples: int, method: str, fitted: boo
     """Return what the model card says about pruning without training."""
     from madtp_hf.modeling.pruning_method import get_method
 
-    alignment = f"the alignment tokens are {'fitted to the same samples' if fitted else 'those of the checkpoint'}"
-    chosen = [] if method == "madtp" else [f"tokens are chosen by the method `{method}`"]
-    choice = " and ".join([alignment] * get_method(method).importance_is_aligned + chosen)
+    choice = [] if method == "madtp" else [f"Tokens are chosen by the method `{method}`."]
+    if get_method(method).importance_is_aligned:
+        origin = "fitted to the same samples" if fitted else "those of the checkpoint"
+        choice.append(f"The alignment tokens are {origin}.")
     lines = ["| reduction asked | reached | GFLOPs of a sample |", "|---:|---:|---:|"]
     lines += [f"| {row['reduction asked']:g} | {row['reached']:.1%} | {row['GFLOPs']:.4g} |" for row in rows]
     return f"""Pruned from `{source}` by `madtp-hf prune`, without training: the weights are the dense model's,
-budgets were calibrated on {samples} samples without labels, and {choice}.
+and budgets were calibrated on {samples} samples without labels. {" ".join(choice)}
 No accuracy was measured: measure it before you rely on a budget.
 
 """ + "\n".join(lines)
