@@ -254,7 +254,7 @@ def attention_maps(query, key, mask=None, is_causal: bool = False) -> torch.Tens
 def attend_and_keep_maps(query_key_value: torch.Tensor, sequences: Sequences, is_causal: bool, dropout: float = 0.0):
     """Compute self-attention of (R, 3, H, d); return its output (R, H * d) and its maps (B, H, L, L)."""
     query, key, value = (states.transpose(1, 2) for states in sequences.pad(query_key_value).unbind(2))
-    maps = attention_maps(query, key, self_attention_mask(sequences, is_causal, query.dtype))
+    maps = attention_maps(query, key, layout_mask(sequences, is_causal, query.dtype))
     output = F.dropout(maps, dropout) @ value
     return sequences.unpad(output.transpose(1, 2).flatten(2)), maps
 
@@ -264,8 +264,8 @@ def size_bias(chunk: Sequences) -> torch.Tensor | None:
     return None if chunk.sizes is None else chunk.pad(chunk.sizes).log()
 
 
-def self_attention_mask(chunk: Sequences, is_causal: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the mask of self-attention (1 or n, 1, 1 or L, L), or None: boolean or, with sizes, added to logits."""
+def layout_mask(chunk: Sequences, is_causal: bool, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return self-attention's mask (1 or n, 1, 1 or L, L), or None: boolean or, with sizes, what is added to logits."""
     mask = None if chunk.mask is None else chunk.mask[:, None, None, :]
     if is_causal:
         past = causal_mask(chunk.max_seqlen, chunk.device)[None, None]
@@ -442,7 +442,7 @@ def attend_fused(
         The output (rows of the chunk, H * d), and what the method needs.
     """
     query, key, value = chunk.pad(query_key_value).permute(2, 0, 3, 1, 4).unbind()  # (n, H, L, d) each
-    mask = self_attention_mask(chunk, spec.is_causal, query.dtype)
+    mask = layout_mask(chunk, spec.is_causal, query.dtype)
     if all_maps is None:
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
     else:
