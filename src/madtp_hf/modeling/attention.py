@@ -265,7 +265,7 @@ def size_bias(chunk: Sequences) -> torch.Tensor | None:
 
 
 def layout_mask(chunk: Sequences, is_causal: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return self-attention's mask (1 or n, 1, 1 or L, L), or None: boolean or, with sizes, what is added to logits."""
+    """Return the mask of attention within a chunk, (1 or n, 1, 1 or L, L), or None; with sizes, a bias of logits."""
     mask = None if chunk.mask is None else chunk.mask[:, None, None, :]
     if is_causal:
         past = causal_mask(chunk.max_seqlen, chunk.device)[None, None]
