@@ -16,10 +16,11 @@
 
     python benchmarks/selection_finetuned.py --tasks vqa --photographs FOLDER \\
         --model examples/blip-vqa-garments --seeds 0 --learning_rate 3e-4 --teacher --distillation_weight 4 \\
-        --methods dense dense_finetuned first_2_layers class_attention tome random \\
+        --methods dense dense_finetuned madtp_data first_2_layers class_attention evit random \\
         --output benchmarks/results/selection_finetuned_photographs.json
 
-With `--tasks clip` and `--model examples/clip-garments`, the last made selection_finetuned_photographs_clip.json.
+With `--seeds 0 1 2 --methods madtp_merge tome`, the last added their rows. With `--tasks clip` and `--model
+examples/clip-garments`, it made selection_finetuned_photographs_clip.json, without EViT.
 
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the
