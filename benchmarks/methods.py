@@ -44,7 +44,7 @@ class WithoutAlignment(TermsMethod):
 
 
 class MergeWithoutDistinctness(MadtpMergeMethod):
-    """Tokens are chosen as MADTP chooses them, and merged into their like."""
+    """Tokens are chosen as MADTP chooses them, and merged into similar ones."""
 
     name = "merge_without_distinctness"
 

@@ -15,7 +15,7 @@ found on the validation split, the metric is of the test split. Methods:
 - `class_attention`, `without_self`, `without_class`, `without_alignment`: MADTP with another importance, random
   alignment tokens as `madtp`
 - `first_layer`, `first_2_layers`: as `madtp_data`, but these layers alone prune
-- `madtp_merge`, `merge_first_2_layers`: the same two, merging tokens into their like; `merge_without_distinctness`,
+- `madtp_merge`, `merge_first_2_layers`: the same two, merging similar tokens; `merge_without_distinctness`,
   `merge_without_sizes`, `merge_into_one`: without a part of it, see methods.py
 - `tome`, `evit`, `random` (tokens drawn by the seed): see methods.py
 - `smaller_image`: the dense model on smaller images, positions interpolated; the size whose FLOPs are nearest

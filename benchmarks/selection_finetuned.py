@@ -30,7 +30,7 @@ Methods, tables and the rest as in selection.py. Beside them:
 
 - `dense`: the dense model as it is; `dense_finetuned`: trained without pruning, for the same steps
 - `first_layer`, `first_2_layers`: MADTP that prunes in these layers alone
-- `madtp_merge`, `merge_first_2_layers`: MADTP that merges tokens into their like, in all layers or in two
+- `madtp_merge`, `merge_first_2_layers`: MADTP that merges similar tokens, in all layers or in two
 - `own_0.5`, `own_0.8`: MADTP trained for one budget alone, and evaluated there
 
 All but `own_` draw the reduction of a step from 0.5, 0.65 and 0.8 by `ReductionCallback`. Each step also trains the

@@ -1,4 +1,4 @@
-"""MADTP that merges tokens into their like: two layers against the equations, and what its models promise."""
+"""MADTP that merges similar tokens: two layers against the equations, and what its models promise."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_clip_prunes_both_towers_and_not_by_the_batch(path):
 
 @torch.no_grad()
 def test_sizes_weight_attention_behind_the_layers_that_prune():
-    """With pruning in the first layer alone, the others attend by size, with maps and without."""
+    """With pruning in the first layer alone, the others weight keys by size, with maps and without."""
     model, inputs = make_task_model("vqa", pruning_layers=1), make_inputs()
     model.set_pruning_method("madtp_merge")
     model.set_pruning(temperature=3.0)

@@ -25,7 +25,8 @@ _METHODS = {
     "madtp": "[MADTP](https://arxiv.org/abs/2403.02991): each layer drops the image and text tokens that matter to"
     " neither modality",
     "madtp_merge": "[MADTP](https://arxiv.org/abs/2403.02991) with merging: each layer merges the image and text"
-    " tokens that matter to neither modality, or resemble one that matters more, into their like",
+    " tokens that matter to neither modality, or are similar to one that matters more, into the most similar ones that"
+    " stay",
     "class_attention": "class attention under [MADTP](https://arxiv.org/abs/2403.02991)'s threshold",
     "evit": "[EViT](https://arxiv.org/abs/2202.07800): three layers drop the tokens that the class token attends to"
     " least",

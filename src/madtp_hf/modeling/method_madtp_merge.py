@@ -1,4 +1,4 @@
-"""MADTP that takes redundancy into account: tokens go if a more important one is like them, and merge into their like.
+"""MADTP with merging: tokens similar to a more important one are removed too, and merged into similar tokens.
 
 The equations are in `token_pruning.py`.
 """

@@ -29,8 +29,8 @@ class Decision(NamedTuple):
     into (n, N) int64, optional: the removable token that each removed token is merged into, instead of a new token.
         The staying token's own weight is 1 minus the weights that are merged into it.
     length: the number of rows of each sequence, if it is fixed; sequences that need fewer rows are padded.
-    sizes (n, N), optional, with `into`: as how many tokens each token that stays counts from now on. Attention of the
-        next layers weights a key by its size.
+    sizes (n, N), optional, with `into`: how many tokens each token that stays counts as. Later layers weight each key
+        by its size (proportional attention).
 
     Triton's gate answers for each row of a varlen batch:
 

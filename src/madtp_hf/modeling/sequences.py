@@ -35,8 +35,8 @@ class Sequences:
     num_rows: the number of rows.
     first_row: in a chunk of a batch, the chunk's first row in the batch.
     batch_rows: in a chunk whose rows are not contiguous, their numbers in the batch, padded; else None.
-    sizes (R,): if tokens were merged into others, as how many tokens each row counts: attention weights a key by it. A
-        chunk has those of the whole batch.
+    sizes (R,): if tokens were merged into others, how many tokens each row counts as; attention weights each key by
+        it. A chunk has those of the whole batch.
     """
 
     def __init__(self, batch_size, max_seqlen, device, mask=None, offsets=None, lengths=None, first_row=0):

@@ -18,7 +18,7 @@ Merging into similar tokens changes three steps:
 
 3. attention's logits of key m rise by log z_m, the log of its size  `size_bias` in `attention.py`
 5. s' = s (1 - max_m cos(k_n, k_m)), m: the tokens with s_m > s_n    `cosine_similarity`, `distinctness`
-6. keep s' > theta, theta of s'; merge the rest into their like      `merge_into_similar`
+6. keep s' > theta, theta of s'; merge the rest into similar ones    `merge_into_similar`
 """
 
 from contextlib import nullcontext
@@ -194,7 +194,7 @@ def cosine_similarity(keys: torch.Tensor) -> torch.Tensor:
 
 
 def distinctness(importance: torch.Tensor, similarity: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute how little more important tokens already say of each token (B, N): 1 - the largest similarity to one.
+    """Compute how different each token (B, N) is from all more important ones: 1 - the largest similarity to one.
 
     The most important token has 2, as if it were the opposite of all others. importance (B, N); similarity (B, N, N);
     mask (B, N): boolean.
