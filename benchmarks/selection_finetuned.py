@@ -51,7 +51,7 @@ from madtp_hf import ReductionCallback
 
 
 TARGETS = [0.5, 0.65, 0.8]  # of a training step
-REDUCTIONS = [0.0, 0.5, 0.7, 0.8]  # evaluated; 0: with pruning off
+REDUCTIONS = [0.0, 0.3, 0.5, 0.7, 0.8]  # evaluated; 0: with pruning off
 METHODS = (
     "dense",
     "dense_finetuned",

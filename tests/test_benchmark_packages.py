@@ -1,4 +1,4 @@
-"""CLIP_benchmark and mteb themselves, on digit scenes in memory: their numbers are those of `evaluate_task`."""
+"""CLIP_benchmark, mteb and lmms-eval themselves, on digit scenes: their numbers are those of `evaluate_task`."""
 
 import json
 import sys
@@ -128,3 +128,50 @@ def test_clip_benchmark(clip, scenes, tmp_path, monkeypatch):
         assert found["text_retrieval_recall@1"] == pytest.approx(own["image_to_text@1 %"], abs=1e-5)
         mean = sum(found.values()) / len(found)
         assert len(found) == 6 and mean == pytest.approx(own["mean %"], abs=1e-5)
+
+
+LMMS_TASK = """
+task: digit_questions
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.images
+doc_to_text: !function utils.question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 16}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}]
+"""
+LMMS_UTILS = """
+def images(document):
+    return [document["image"].convert("RGB")]
+
+
+def question(document, lmms_eval_specific_kwargs=None):
+    return document["question"] + "\\nAnswer the question using a single word or phrase."
+"""
+
+
+def test_lmms_eval(digits, tmp_path):
+    """lmms-eval finds the model by its entry point, and reads the rows itself."""
+    needs("lmms_eval", "lmms-eval")
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    checkpoint = pruned("blip-vqa-digits", "vqa", digits.load_digit_questions("validation", 16), tmp_path / "vqa")
+    questions = digits.load_digit_questions("test", 64)
+    (tmp_path / "tasks").mkdir()
+    questions.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "tasks/digits.yaml").write_text(LMMS_TASK.format(rows=tmp_path / "rows.parquet"))
+    (tmp_path / "tasks/utils.py").write_text(LMMS_UTILS)
+    for reduction, own in own_numbers(checkpoint, "vqa", questions).items():
+        found = simple_evaluate(
+            "madtp_hf",
+            f"pretrained={checkpoint},reduction={reduction}",
+            tasks=["digit_questions"],
+            batch_size=8,
+            device="cpu",
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        )
+        assert found["results"]["digit_questions"]["exact_match,none"] == pytest.approx(own["accuracy %"])
