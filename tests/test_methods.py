@@ -580,24 +580,29 @@ def test_bad_input(model):
         type(model).from_blip(model, pruning_method="nothing")
 
 
-def test_other_layers_switch_pruning_off_and_drop_the_schedule(model):
+def test_other_layers_switch_pruning_off_and_drop_the_schedule(model, caplog):
     model.config.pruning_schedule = [{"reduction": 0.5, "temperature": 2.0, "factor": 1.0}]
     model.set_pruning(reduction=0.5)
     model.config.pruning_layers = None  # as it is
     assert model.is_pruning
+    assert not caplog.records
     model.config.pruning_layers = 2
     assert not model.is_pruning and model.config.pruning_schedule is None
+    assert "dropped, because with pruning_layers=2" in caplog.text and "madtp_hf.calibrate(" in caplog.text
     with pytest.raises(ValueError, match="pruning_layers=0: expected a whole number of at least 1"):
         model.config.pruning_layers = 0
 
 
-def test_another_method_switches_pruning_off_and_drops_the_schedule(model):
+def test_another_method_switches_pruning_off_and_drops_the_schedule(model, caplog):
     model.config.pruning_schedule = [{"reduction": 0.5, "temperature": 3.0}]
     model.set_pruning(reduction=0.5)
     model.set_pruning_method("madtp")
-    assert model.is_pruning
+    assert model.is_pruning and not caplog.records
     model.set_pruning_method("evit")
     assert not model.is_pruning and model.config.pruning_schedule is None
+    assert "dropped, because it is of the pruning method 'madtp'" in caplog.text
+    model.set_pruning_method("tome")  # nothing to drop
+    assert len(caplog.records) == 1
 
 
 # A setting for one thread

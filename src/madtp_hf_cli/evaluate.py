@@ -29,6 +29,7 @@ def _compare(loaded, rows: list[dict], methods: list[str], reductions: list[floa
     if loaded.is_dense and any(get_method(method).importance_is_aligned for method in methods):
         init_alignment_from(model, batches)
     for method in methods:
+        model.config.pruning_schedule = None  # each method gets its own
         model.set_pruning_method(method)
         with warnings_as_messages():
             reached = [entry["reduction"] for entry in calibrate(model, batches, wanted)]

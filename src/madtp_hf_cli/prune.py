@@ -101,6 +101,7 @@ def prune(
         get_method(method)
     loaded = load(model, task, device=device).require_trained()
     pruned, processor = loaded.model, loaded.processor
+    pruned.config.pruning_schedule = None  # it is calibrated anew
     if method is not None:
         pruned.set_pruning_method(method)
     if layers is not None:

@@ -4,12 +4,15 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from transformers.utils import logging
+
 from .versions import VERSION, warn_if_untested
 
 
 # A checkpoint's configuration is imported before its other code, so the warning precedes imports that another version
 # of transformers may lack.
 warn_if_untested()
+logger = logging.get_logger("transformers.models.madtp")
 
 MODALITIES = ("vision", "text")
 # Output fields of pruning, which `Trainer` leaves out of its predictions.
@@ -199,9 +202,17 @@ class PruningConfigMixin:
                     f" vision and {least[1]} for text."
                 )
         if name == "pruning_layers" and value != getattr(self, name, value):
-            # What was calibrated with other layers saves something else.
-            self.pruning_setting = self.pruning_schedule = self.pruning_token_counts = None
+            self.drop_schedule(f"with pruning_layers={value} it would save something else")
         super().__setattr__(name, value)
+
+    def drop_schedule(self, reason: str) -> None:
+        """Turn pruning off and drop what was calibrated, with a warning that gives the reason."""
+        if self.pruning_schedule:
+            logger.warning(
+                f"The calibrated schedule is dropped, because {reason}. Pruning is off: calibrate again by"
+                " madtp_hf.calibrate(model, dataloader, reductions)."
+            )
+        self.pruning_setting = self.pruning_schedule = self.pruning_token_counts = None
 
     def token_counts(self, setting: dict | None = None) -> dict[str, tuple[int, ...]] | None:
         """Return how many tokens each layer of either branch leaves; None if granularity is not "frozen".

@@ -332,7 +332,7 @@ class PrunedModelMixin(_Host):
     def set_pruning_method(self, method: str | type[PruningMethod]) -> None:
         """Choose tokens by another method, from the next forward pass on. It is stored in the configuration.
 
-        Pruning is off afterwards, and a calibrated schedule is dropped, because it belongs to the former method.
+        Pruning is off afterwards. A calibrated schedule belongs to the former method and is dropped, with a warning.
 
         Args:
             method (`str` or a subclass of `PruningMethod`):
@@ -352,9 +352,8 @@ class PrunedModelMixin(_Host):
             )
         get_method(method)
         if method != self.config.pruning_method:
+            self.config.drop_schedule(f"it is of the pruning method {self.config.pruning_method!r}")
             self.config.pruning_method = method
-            self.config.pruning_setting = None
-            self.config.pruning_schedule = self.config.pruning_token_counts = None
 
     def start_pass(self, reduction: float | None = None) -> PruningPass:
         """Return the pruning of a forward pass that begins: its own, else this thread's, else the configuration's."""
