@@ -8,7 +8,7 @@ also counts the path through Triton's kernels: each kernel counts as one launch,
 
     python benchmarks/launches.py --kernels --output benchmarks/results/launches.json
     python benchmarks/launches.py --size tiny --batch_sizes 4   # a quick trial
-    python benchmarks/launches.py --method madtp_merge --batch_sizes 4 \\
+    python benchmarks/launches.py --method madtp_merge --kernels --batch_sizes 4 \\
         --output benchmarks/results/launches_madtp_merge.json
 
 The counts depend on layers and tokens: the default model has those of BLIP-base at 384 px, 12 layers per branch, and

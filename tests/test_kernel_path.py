@@ -87,6 +87,41 @@ def test_other_settings(setting):
     assert ("gate" in called) == ("pruning_granularity" not in setting)
 
 
+@every_task
+@torch.no_grad()
+def test_merging_gives_the_same_output_through_kernels(task):
+    model, inputs = make_model(task, 3.0), TASKS[task].make_inputs(lengths=LENGTHS)
+    inputs.pop("labels", None)
+    if task == "vqa":
+        inputs["decoder_input_ids"] = torch.full((len(LENGTHS), 1), 38)
+    model.set_pruning_method("madtp_merge")
+    model.set_pruning(temperature=3.0)
+    expected = model(**inputs, output_positions=True)
+    found, called = run_on_kernel_path(model, inputs)
+    check_same(found, expected, TASKS[task].scores)
+    assert (expected.vision_tokens[-1] < expected.vision_tokens[0]).any()
+    assert set(called) >= {"scored_varlen_attention", "gate_and_assign", "merge_similar"} and "gate" not in called
+
+
+@torch.no_grad()
+def test_layers_after_the_last_that_merges_weight_keys_by_size_in_kernels():
+    model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    model.set_pruning_method("madtp_merge")
+    model.config.pruning_layers = 1
+    model.set_pruning(temperature=3.0)
+    expected = model(**inputs, output_positions=True)
+    sized = []
+
+    def call(function, names, *args):
+        sized.append(function.__name__ == "varlen_attention" and len(args) == 8)
+        return function(*args)
+
+    with kernel_path(call):
+        found = model(**inputs, output_positions=True)
+    check_same(found, expected, "logits")
+    assert sum(sized) == 3 + 2  # of 4 layers of vision and 3 of text, all but the first
+
+
 @pytest.mark.parametrize("method", ("class_attention", "without_self"))
 @torch.no_grad()
 def test_another_importance_is_not_the_gates(method):

@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from madtp_hf.modeling import triton_kernels
+from madtp_hf.modeling import triton_kernels, triton_merging
 from madtp_hf.modeling.triton_kernels import DTYPES, GATE_BLOCKS, MERGE_BLOCKS, block_sizes
+from madtp_hf.modeling.triton_merging import MERGING_BLOCKS, SIMILARITY_BLOCKS
 
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -23,12 +24,13 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OF_DTYPE = {"query", "key", "value", "output", "scores", "states"}
 INTEGERS = {"cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "new_cu_seqlens", "destination", "lengths"}
 FLOATS = {"log_sums", "output_norm", "received", "pooled", "parts", "importance"}
+FLOATS |= {"sizes", "mean_key", "ranked", "counts"}
 ROLES = {"CAUSAL": True, "PROTECTS_LAST": True}
 
 
 def compile_kernel(name, capability, dtype, constants, options):
     """Compile as for pointers and strides that are multiples of 16, as those of BLIP and CLIP are."""
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_kernels, name, None) or getattr(triton_merging, name)
     signature, attributes = {}, {}
     for place, parameter in enumerate(kernel.arg_names):
         if parameter in constants:
@@ -55,10 +57,21 @@ def split(blocks):
 
 def kernels(dtype, width):
     attend, received = block_sizes(dtype, width)
-    yield "_attend", {"WIDTH": width, "CAUSAL": True, "SCORED": True}, attend
-    yield "_sum_received", {"HEADS": 12, "WIDTH": width, **ROLES}, received
-    yield "_gate", {"NUM_COLUMNS": 100, "HEADS": 12, "HEADS_BLOCK": 16, "PROTECTS_LAST": True}, GATE_BLOCKS
+    for sized in (False, True):
+        optional = {"SIZED": sized} | ({} if sized else {"sizes": None})
+        yield "_attend", {"WIDTH": width, "CAUSAL": True, "SCORED": True, **optional}, attend
+        yield "_sum_received", {"HEADS": 12, "WIDTH": width, **ROLES, **optional}, received
+    last, similar = {"PROTECTS_LAST": True}, {"WIDTH": width, "PROTECTS_LAST": True}
+    statistics = {"NUM_COLUMNS": 100, "HEADS": 12, "HEADS_BLOCK": 16, **last}
+    yield "_gate", statistics, GATE_BLOCKS
     yield "_merge", {"WIDTH": 768}, MERGE_BLOCKS
+    yield "_mean_key", {"HEADS": 12, "WIDTH": width, "ROWS": SIMILARITY_BLOCKS["ROWS"]}, {}
+    yield "_importance", statistics, GATE_BLOCKS
+    yield "_rank", similar, SIMILARITY_BLOCKS
+    yield "_select", {"NUM_COLUMNS": 100, **last}, GATE_BLOCKS
+    yield "_assign", {**similar, "SIZED": True}, SIMILARITY_BLOCKS
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    yield "_merge_similar", {"WIDTH": 768, "PRECISION": precision}, MERGING_BLOCKS
 
 
 @pytest.fixture(autouse=True)

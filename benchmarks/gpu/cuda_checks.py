@@ -201,6 +201,14 @@ def check_kernels(setup: Setup, model, inputs, reduction) -> list[dict]:
     found, same = difference(output.logits, expected.logits), same_counts(output, expected)
     row = {"check": "float32 against the CPU", "difference": found, **count_differences(output, expected)}
     rows.append({**row, "passed": found < FLOAT32_BOUND and same})
+    rows += compare_kernels(model, inputs, name)
+    model.set_pruning_method("madtp_merge")
+    model.set_pruning(temperature=1.0)
+    return rows + compare_kernels(model.float(), inputs, f"{name}, merging,")
+
+
+def compare_kernels(model, inputs, name: str) -> list[dict]:
+    rows = []
     for dtype in (torch.float32, torch.bfloat16):
         model, typed = model.to(dtype), to(inputs, dtype)
         with kernels(True) as state:

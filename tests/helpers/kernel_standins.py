@@ -1,7 +1,7 @@
 """Stand-ins for the Triton kernels in plain torch, one sample at a time.
 
 With them the kernel path runs, and its launches are counted, without a GPU. Shapes and meanings are those of
-`madtp_hf.modeling.triton_kernels`.
+`madtp_hf.modeling.triton_kernels` and `triton_merging`.
 """
 
 import contextlib
@@ -10,13 +10,15 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
-from madtp_hf.modeling import attention, chunks, method_madtp, repack
+from madtp_hf.modeling import attention, chunks, method_madtp, method_madtp_merge, repack
 from madtp_hf.modeling.attention import attention_maps
 from madtp_hf.modeling.token_pruning import (
     AttentionStatistics,
+    cosine_similarity,
+    distinctness,
     importance_threshold,
+    merge_into_similar,
     merge_weights,
     select_tokens,
     token_importance,
@@ -30,6 +32,10 @@ LAUNCHES = {
     "scored_varlen_attention": ("_attend", "_sum_received"),
     "gate": ("_gate", "cumsum"),
     "merge": ("_merge",),
+}
+MERGING_LAUNCHES = {
+    "gate_and_assign": ("_mean_key", "_importance", "_rank", "_select", "_assign", "cumsum"),
+    "merge_similar": ("_merge_similar",),
 }
 
 
@@ -45,19 +51,31 @@ def samples(cu_seqlens: torch.Tensor) -> list[slice]:
     return [slice(*ends) for ends in itertools.pairwise(cu_seqlens.tolist())]
 
 
-def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal=False):
+def maps_of(query, key, is_causal, sizes) -> torch.Tensor:
+    """Return one sample's attention maps (H, Lq, Lk)."""
+    bias = None
+    if sizes is not None:
+        bias = sizes.log().expand(query.shape[1], -1)
+        if is_causal:
+            bias = bias.where(torch.ones_like(bias, dtype=torch.bool).tril(), -torch.inf)
+    return attention_maps(query.float(), key.float(), bias, is_causal and bias is None)
+
+
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal=False, sizes=None):
     outputs = []
     for asking, asked in zip(samples(cu_seqlens_q), samples(cu_seqlens_k)):
-        states = (query[asking], key[asked], value[asked])
-        outputs.append(F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in states), is_causal=is_causal))
+        q, k, v = (x.transpose(0, 1) for x in (query[asking], key[asked], value[asked]))
+        outputs.append(maps_of(q, k, is_causal, None if sizes is None else sizes[asked]).to(v.dtype) @ v)
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
 
-def scored_varlen_attention(query, key, value, cu_seqlens, max_seqlen, is_causal=False, protects_last=False):
+def scored_varlen_attention(
+    query, key, value, cu_seqlens, max_seqlen, is_causal=False, protects_last=False, sizes=None
+):
     outputs, received, pooling_attention = [], [], []
     for rows in samples(cu_seqlens):
         q, k, v = (x[rows].transpose(0, 1) for x in (query, key, value))
-        maps = attention_maps(q.float(), k.float(), is_causal=is_causal)
+        maps = maps_of(q, k, is_causal, None if sizes is None else sizes[rows])
         outputs.append((maps.to(v.dtype) @ v).transpose(0, 1))
         received.append(maps[:, 1:].amax(dim=0).sum(dim=0))
         pooling_attention.append(maps[:, -1 if protects_last else 0])
@@ -112,6 +130,55 @@ def merge(states, importance, destination, cu_seqlens, new_cu_seqlens, num_rows)
     return output
 
 
+def gate_and_assign(
+    scores,
+    received,
+    pooling_attention,
+    output_norm,
+    key,
+    sizes,
+    cu_seqlens,
+    max_seqlen,
+    temperature,
+    min_kept,
+    protects_last=False,
+    factor=1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    importance = torch.zeros(scores.shape[0])
+    counts = torch.ones(scores.shape[0]) if sizes is None else sizes.clone()
+    destinations, lengths = [], [0]
+    for rows in samples(cu_seqlens):
+        tokens = slice(rows.start + 1, max(rows.stop - protects_last, rows.start + 1))
+        to = torch.zeros(0, dtype=torch.int32)
+        if tokens.stop > tokens.start:
+            statistics = AttentionStatistics(
+                received[None, :, tokens].sum(dim=1), pooling_attention[:, None, tokens], output_norm[:, None, tokens]
+            )
+            s = token_importance(statistics, scores[None, tokens])
+            similarity = cosine_similarity(key[None, tokens].float().mean(dim=2))
+            ranked = s.clamp(min=0) * distinctness(s, similarity)
+            theta = importance_threshold(scores[None, tokens], ranked, temperature, factor=factor)
+            stays, _ = select_tokens(ranked <= theta, min_kept=min_kept)
+            into, weight, new_sizes = merge_into_similar(s, similarity, counts[None, tokens], stays)
+            importance[tokens] = s[0]
+            counts[tokens] = counts[tokens].where(stays[0], (weight * new_sizes.gather(1, into))[0])
+            position = stays[0].cumsum(0)
+            to = torch.where(stays[0], position, -1 - position[into[0]])
+        length = 1 + int((to >= 0).sum()) + (protects_last and rows.stop - rows.start > 1)
+        behind = torch.full((rows.stop - tokens.stop,), length - 1)
+        destinations.append(torch.cat([torch.zeros(1).int(), to.int(), behind.int()]))
+        lengths.append(length)
+    return importance, torch.cat(destinations), counts, torch.tensor(lengths, dtype=torch.int32).cumsum(0).int()
+
+
+def merge_similar(states, destination, counts, cu_seqlens, new_cu_seqlens, num_rows, max_seqlen):
+    starts = new_cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    into = (starts + torch.where(destination < 0, -1 - destination, destination)).long()
+    sizes = torch.zeros(num_rows).index_add(0, into, counts)
+    total = torch.zeros(num_rows, states.shape[1]).index_add(0, into, states.float() * counts[:, None])
+    return (total / sizes[:, None]).to(states.dtype), sizes
+
+
 @contextlib.contextmanager
 def kernel_path(call: Callable = lambda function, names, *args: function(*args)):
     """Run models as with Triton on a GPU, with these functions in place of the kernels. CPU only.
@@ -120,13 +187,15 @@ def kernel_path(call: Callable = lambda function, names, *args: function(*args))
     """
 
     def standing_in(function):
-        return lambda *args: call(function, LAUNCHES[function.__name__], *args)
+        return lambda *args: call(function, (LAUNCHES | MERGING_LAUNCHES)[function.__name__], *args)
 
     places = {
         varlen_attention: (attention,),
-        scored_varlen_attention: (method_madtp,),
+        scored_varlen_attention: (method_madtp, method_madtp_merge),
         gate: (method_madtp,),
+        gate_and_assign: (method_madtp_merge,),
         merge: (repack,),
+        merge_similar: (repack,),
     }
     with contextlib.ExitStack() as stack:
         for function, modules in places.items():

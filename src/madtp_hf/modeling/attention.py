@@ -457,7 +457,13 @@ def attend_fused(
 
 
 def attend_by_size(query_key_value: torch.Tensor, sequences: Sequences, spec: BranchSpec, dropout: float = 0.0):
-    """Compute self-attention of (R, 3, H, d) -> (R, H * d) over rows that have sizes, which no varlen kernel takes."""
+    """Compute self-attention of (R, 3, H, d) -> (R, H * d) over rows that have sizes."""
+    if takes_kernels(query_key_value, sequences, dropout=dropout):
+        layout = (sequences.cu_seqlens, sequences.cu_seqlens, sequences.max_seqlen)
+        states = query_key_value.unbind(1)
+        output = in_kernels(varlen_attention, *states, *layout, spec.is_causal, sequences.sizes)
+        if output is not None:
+            return output.flatten(1)
     width = query_key_value.shape[2] * query_key_value.shape[3]
     chunking = divide(sequences, width) if sequences.is_varlen else whole(sequences)
     chunks = chunking.chunks(sequences)

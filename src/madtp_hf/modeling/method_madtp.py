@@ -357,19 +357,21 @@ class MadtpMethod(PruningMethod):
             features.append(alignment_feature(chunk_scores, chunk_tokens, self.spec.mask(chunk)))
         return scores, chunking.join_samples(features)
 
-    def attend_in_kernels(self, query_key_value, scores, sequences: Sequences) -> Attended | None:
-        """Compute self-attention, importance and the decision in Triton's kernels, for the branches that they know.
+    def fits_kernels(self, scores: torch.Tensor) -> bool:
+        """Return whether Triton's kernels can decide from these scores (R, T), for this branch.
 
-        These have one protected token at the front and at most one at the end, and the last protected one pools.
+        It must have one protected token at the front and at most one at the end, and the last protected one pools.
         """
         spec = self.spec
         known = spec.num_prefix_tokens == 1 and spec.num_suffix_tokens in (0, 1)
         pools = spec.pooling == "last" if spec.num_suffix_tokens else spec.pooling == "first"
-        if (
-            self.granularity != "instance"
-            or not (known and pools)
-            or (scores.requires_grad and torch.is_grad_enabled())
-        ):
+        needs_gradient = scores.requires_grad and torch.is_grad_enabled()
+        return self.granularity == "instance" and known and pools and not needs_gradient
+
+    def attend_in_kernels(self, query_key_value, scores, sequences: Sequences) -> Attended | None:
+        """Compute self-attention, importance and the decision in Triton's kernels; None if they do not fit."""
+        spec = self.spec
+        if not self.fits_kernels(scores):
             return None
         protects_last = spec.num_suffix_tokens == 1
         output, *statistics = scored_varlen_attention(

@@ -3,9 +3,13 @@
 The equations are in `token_pruning.py`.
 """
 
+from .chunks import whole
 from .method_madtp import MadtpMethod
-from .pruning_method import Decision
+from .pruning_method import Attended, Decision
+from .sequences import Sequences
 from .token_pruning import cosine_similarity, distinctness, merge_into_similar
+from .triton_kernels import scored_varlen_attention
+from .triton_merging import gate_and_assign
 
 
 class MadtpMergeMethod(MadtpMethod):
@@ -25,6 +29,22 @@ class MadtpMergeMethod(MadtpMethod):
         prunes = config.pruning_layers is None or layer < config.pruning_layers
         similarity = tokens**2 * (branch.hidden_size // branch.num_attention_heads) if prunes else 0.0
         return super().layer_flops(config, branch, layer, tokens) + similarity
+
+    def attend_in_kernels(self, query_key_value, scores, sequences: Sequences) -> Attended | None:
+        """Compute self-attention, importance and the decision in Triton's kernels; None if they do not fit."""
+        spec, sizes = self.spec, sequences.sizes
+        if not self.fits_kernels(scores):
+            return None
+        protects_last = spec.num_suffix_tokens == 1
+        query, key, value = query_key_value.unbind(1)
+        layout = sequences.cu_seqlens, sequences.max_seqlen
+        output, *statistics = scored_varlen_attention(query, key, value, *layout, spec.is_causal, protects_last, sizes)
+        setting = self.temperature, self.min_kept, protects_last, self.factor
+        importance, destination, counts, cu_seqlens = gate_and_assign(
+            scores, *statistics, key, sizes, *layout, *setting
+        )
+        decision = Decision(importance, destination=destination, cu_seqlens=cu_seqlens, sizes=counts)
+        return Attended(output.flatten(1), whole(sequences), [decision])
 
     def decide(self, layer, statistics, scores, chunk):
         spec, mask = self.spec, self.spec.mask(chunk)

@@ -36,7 +36,9 @@ class Decision(NamedTuple):
 
     weight (R,): each row's importance; removed rows are weighted by their share of it.
     destination (R,) int32: for a row that stays, its position among its sequence's new rows; for a row that goes, -1 -
-        the position of the merged row.
+        the position of the row that it is merged into.
+    sizes (R,), optional, if rows are merged into rows that stay: a row's size or, if it goes, as how many tokens it
+        counts in the row that it is merged into.
     cu_seqlens (B + 1,) int32: where each sequence's new rows begin and end.
     """
 

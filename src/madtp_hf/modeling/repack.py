@@ -16,6 +16,7 @@ from .pruning_method import Attended, Decision
 from .sequences import Sequences, scatter_rows, take_tokens
 from .token_pruning import without_autocast
 from .triton_kernels import merge
+from .triton_merging import merge_similar
 
 
 class ChunkRepacking(NamedTuple):
@@ -173,20 +174,23 @@ def _move(repacking: ChunkRepacking, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _repack_in_kernel(states: torch.Tensor, sequences: Sequences, decision: Decision) -> Repacked:
-    offsets = decision.cu_seqlens.tolist()
+    offsets, sizes = decision.cu_seqlens.tolist(), None
     if offsets[-1] == sequences.num_rows:
         return Repacked(states, sequences)
-    states = merge(
-        states, decision.weight, decision.destination, sequences.cu_seqlens, decision.cu_seqlens, offsets[-1]
-    )
+    row_counts = [end - start for start, end in itertools.pairwise(offsets)]
+    layouts = sequences.cu_seqlens, decision.cu_seqlens, offsets[-1]
+    if decision.sizes is None:
+        states = merge(states, decision.weight, decision.destination, *layouts)
+    else:
+        states, sizes = merge_similar(states, decision.destination, decision.sizes, *layouts, max(row_counts))
 
     def moved(positions: torch.Tensor) -> torch.Tensor:
         starts = decision.cu_seqlens[:-1].repeat_interleave(sequences.lengths, output_size=sequences.num_rows)
         numbers = torch.where(decision.destination >= 0, starts + decision.destination + 1, 0).long()
         return scatter_rows(positions, numbers, offsets[-1], fill=-1)
 
-    row_counts = [end - start for start, end in itertools.pairwise(offsets)]
     layout = Sequences.varlen(row_counts, states.device, before=sequences)
+    layout.sizes = sizes
     if layout.is_varlen:
         layout.cu_seqlens = decision.cu_seqlens
     return Repacked(states, layout, moved)

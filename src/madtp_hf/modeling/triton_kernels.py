@@ -91,16 +91,18 @@ def varlen_attention(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     is_causal: bool = False,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention of each sample's queries to the sample's own keys, in one launch.
 
     query (Rq, H, d), key, value (Rk, H, d): with any strides; copied if the last stride is not 1. max_seqlen_q: the
     largest number of queries in a sample, or more. is_causal: query i of a sample attends to keys 0 to i; both
-    `cu_seqlens` must then be the same. Returns (Rq, H, d), contiguous.
+    `cu_seqlens` must then be the same. sizes (Rk,) float32, above 0: weight the keys, as if each were there that many
+    times. Returns (Rq, H, d), contiguous.
     """
-    query, key, value = (_last_stride_1(x) for x in (query, key, value))
+    query, key, value = (last_stride_1(x) for x in (query, key, value))
     output = query.new_empty(query.shape)
-    _launch_attend(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal, output, None, None)
+    _launch_attend(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal, sizes, output, None, None)
     return output
 
 
@@ -112,11 +114,12 @@ def scored_varlen_attention(
     max_seqlen: int,
     is_causal: bool = False,
     protects_last: bool = False,
+    sizes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute self-attention, and the evidence for token importance from its probabilities A, in two launches.
 
-    A is never materialised. query, key, value (R, H, d): as in `varlen_attention`. Returns four tensors, in which all
-    entries are valid, also those of protected rows:
+    A is never materialised. query, key, value (R, H, d), sizes (R,): as in `varlen_attention`. Returns four tensors,
+    in which all entries are valid, also those of protected rows:
 
     output (R, H, d), contiguous
     received (query blocks, R) float32: the maximum over heads of A, summed over a block of the sample's queries
@@ -124,23 +127,24 @@ def scored_varlen_attention(
     pooling_attention (H, R) float32: the probability with which the pooling row attends to each row
     output_norm (H, R) float32: the L2 norm of each row of the output, after rounding to its dtype
     """
-    query, key, value = (_last_stride_1(x) for x in (query, key, value))
+    query, key, value = (last_stride_1(x) for x in (query, key, value))
     num_rows, num_heads, width = query.shape
     output = query.new_empty(query.shape)
     # Separate tensors, because Triton's layouts, and so the order of sums, depend on the alignment of pointers.
     log_sums, pooling_attention, output_norm = (
         query.new_empty(num_heads, num_rows, dtype=torch.float32) for _ in range(3)
     )
-    _launch_attend(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, is_causal, output, log_sums, output_norm)
+    out = output, log_sums, output_norm
+    _launch_attend(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, is_causal, sizes, *out)
 
     blocks = block_sizes(query.dtype, width)[1]
     query_blocks, key_blocks = (triton.cdiv(max_seqlen, blocks[name]) for name in ("QUERIES", "KEYS"))
     received = log_sums.new_empty(query_blocks, num_rows)
-    _launch(
+    launch(
         _sum_received, (key_blocks, query_blocks, cu_seqlens.shape[0] - 1),
-        query, *query.stride()[:2], key, *key.stride()[:2], cu_seqlens, log_sums, received, pooling_attention,
+        query, *query.stride()[:2], key, *key.stride()[:2], cu_seqlens, sizes, log_sums, received, pooling_attention,
         num_rows, _scale(width),
-        HEADS=num_heads, WIDTH=width, CAUSAL=is_causal, PROTECTS_LAST=protects_last, **blocks,
+        HEADS=num_heads, WIDTH=width, CAUSAL=is_causal, PROTECTS_LAST=protects_last, SIZED=sizes is not None, **blocks,
     )  # fmt: skip
     return output, received, pooling_attention, output_norm
 
@@ -168,12 +172,12 @@ def gate(
         -1 - the position of the merged row, which is the sample's last, with `protects_last` the last but one
     new_cu_seqlens (B + 1,) int32
     """
-    scores = _last_stride_1(scores)
+    scores = last_stride_1(scores)
     num_rows, num_heads, batch_size = scores.shape[0], pooling_attention.shape[0], cu_seqlens.shape[0] - 1
     parts, importance = received.new_empty(3, num_rows), received.new_empty(num_rows)
     destination = cu_seqlens.new_empty(num_rows, dtype=torch.int32)
     lengths = cu_seqlens.new_empty(batch_size + 1, dtype=torch.int32)
-    _launch(
+    launch(
         _gate, (batch_size,),
         scores, scores.stride(0), received, pooling_attention, output_norm, cu_seqlens, parts, importance, destination,
         lengths, num_rows, received.shape[0], temperature, min_kept, factor,
@@ -196,10 +200,10 @@ def merge(
     states (R, D): the rows before the reduction; importance, destination, new_cu_seqlens: from `gate`; num_rows: the
     last entry of `new_cu_seqlens`. Returns (num_rows, D), in the dtype of `states`.
     """
-    states = _last_stride_1(states)
+    states = last_stride_1(states)
     width = states.shape[1]
     output = states.new_empty(num_rows, width)
-    _launch(
+    launch(
         _merge, (triton.cdiv(width, MERGE_BLOCKS["COLUMNS"]), cu_seqlens.shape[0] - 1),
         states, states.stride(0), importance, destination, cu_seqlens, new_cu_seqlens, output,
         WIDTH=width, **MERGE_BLOCKS,
@@ -207,7 +211,7 @@ def merge(
     return output
 
 
-def _last_stride_1(x: torch.Tensor) -> torch.Tensor:
+def last_stride_1(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -215,7 +219,7 @@ def _scale(width: int) -> float:
     return width**-0.5 * math.log2(math.e)
 
 
-def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Launch a kernel on the device of its first argument; builtin exceptions of Triton become `KernelError`."""
     with torch.cuda.device_of(arguments[0]):
         try:
@@ -226,15 +230,15 @@ def _launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
 
 
 def _launch_attend(
-    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal, output, log_sums, output_norm
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, is_causal, sizes, output, log_sums, output_norm
 ):
     num_rows, num_heads, width = query.shape
     blocks = block_sizes(query.dtype, width)[0]
-    _launch(
+    launch(
         _attend, (triton.cdiv(max_seqlen_q, blocks["QUERIES"]), num_heads, cu_seqlens_q.shape[0] - 1),
         query, *query.stride()[:2], key, *key.stride()[:2], value, *value.stride()[:2], cu_seqlens_q, cu_seqlens_k,
-        output, log_sums, output_norm, num_rows, _scale(width),
-        WIDTH=width, CAUSAL=is_causal, SCORED=log_sums is not None, **blocks,
+        sizes, output, log_sums, output_norm, num_rows, _scale(width),
+        WIDTH=width, CAUSAL=is_causal, SIZED=sizes is not None, SCORED=log_sums is not None, **blocks,
     )  # fmt: skip
 
 
@@ -247,6 +251,15 @@ if triton is not None:
         return start.to(tl.int64), tl.load(cu_seqlens + sample + 1) - start
 
     @triton.jit
+    def _sample_tokens(cu_seqlens, sample, PROTECTS_LAST: tl.constexpr):
+        """Load a sample's first row, its length, and how many of its rows are removable: those from the second on."""
+        start, length = _sample_rows(cu_seqlens, sample)
+        num_tokens = length - 1
+        if PROTECTS_LAST:
+            num_tokens = tl.maximum(length - 2, 0)
+        return start, length, num_tokens
+
+    @triton.jit
     def _head_rows(states, row_stride, head_stride, start, head, rows, WIDTH: tl.constexpr):
         """Return pointers (rows, d) to a head's entries in some rows of a sample, in (R, H, d)."""
         first = states + start * row_stride + head.to(tl.int64) * head_stride
@@ -255,12 +268,14 @@ if triton is not None:
     @triton.jit(do_not_specialize=["num_rows"])
     def _attend(
         query, query_row, query_head, key, key_row, key_head, value, value_row, value_head,
-        cu_seqlens_q, cu_seqlens_k, output, log_sums, output_norm, num_rows, scale,
-        WIDTH: tl.constexpr, CAUSAL: tl.constexpr, SCORED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+        cu_seqlens_q, cu_seqlens_k, sizes, output, log_sums, output_norm, num_rows, scale,
+        WIDTH: tl.constexpr, CAUSAL: tl.constexpr, SIZED: tl.constexpr, SCORED: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         """Attend from a block of a head's queries: store output (R, H, d).
 
-        If SCORED, also store the output's norms and the log2 of the softmax's sums, (H, R) each.
+        If SCORED, also store the output's norms and the log2 of the softmax's sums, (H, R) each. If SIZED, weight the
+        keys.
         """
         head, sample = tl.program_id(1), tl.program_id(2)
         start, num_queries = _sample_rows(cu_seqlens_q, sample)
@@ -285,8 +300,11 @@ if triton is not None:
             seen = keys[None, :] < num_keys
             if CAUSAL:
                 seen = seen & (keys[None, :] <= rows[:, None])
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if SIZED:
+                logits += tl.log2(tl.load(sizes + key_start + keys, keys < num_keys, 1.0))[None, :]
             # Every query attends to the first key, so `highest` is finite from the first block on.
-            logits = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+            logits = tl.where(seen, logits, float("-inf"))
             now_highest = tl.maximum(highest, tl.max(logits, 1))
             p = tl.exp2(logits - now_highest[:, None])
             shrink = tl.exp2(highest - now_highest)
@@ -305,9 +323,9 @@ if triton is not None:
     @triton.jit(do_not_specialize=["num_rows"])
     def _sum_received(
         query, query_row, query_head, key, key_row, key_head,
-        cu_seqlens, log_sums, received, pooled, num_rows, scale,
+        cu_seqlens, sizes, log_sums, received, pooled, num_rows, scale,
         HEADS: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, PROTECTS_LAST: tl.constexpr,
-        QUERIES: tl.constexpr, KEYS: tl.constexpr,
+        SIZED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         """Recompute A for a block of queries and keys of a sample: store received (blocks, R), pooled (H, R)."""
         block, sample = tl.program_id(1), tl.program_id(2)
@@ -328,6 +346,8 @@ if triton is not None:
         if nothing:  # no queries, or none that attends to these keys
             tl.store(received + place, tl.zeros([KEYS], tl.float32), keys < length)
             return
+        if SIZED:
+            bias = tl.log2(tl.load(sizes + start + keys, keys < length, 1.0))
         # The exponential is monotonic, so the maximum over heads can be taken before it.
         strongest = tl.full([QUERIES, KEYS], float("-inf"), tl.float32)
         for index in range(HEADS):
@@ -339,6 +359,8 @@ if triton is not None:
             of_head = head.to(tl.int64) * num_rows + start
             log_sum = tl.load(log_sums + of_head + rows, rows < length, 0.0)
             log = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - log_sum[:, None]
+            if SIZED:
+                log += bias[None, :]
             if CAUSAL:
                 log = tl.where(keys[None, :] <= rows[:, None], log, float("-inf"))
             strongest = tl.maximum(strongest, log)
@@ -416,21 +438,14 @@ if triton is not None:
             lowest = tl.minimum(lowest, tl.where(columns < NUM_COLUMNS, tl.div_rn(seen, total), float("inf")))
         return tl.min(lowest, 0)
 
-    @triton.jit(do_not_specialize=["num_rows", "query_blocks", "min_kept", "factor"])
-    def _gate(
-        scores, scores_row, received, pooled, output_norm, cu_seqlens, parts, importance, destination, lengths,
-        num_rows, query_blocks, temperature, min_kept, factor,
-        NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PROTECTS_LAST: tl.constexpr,
+    @triton.jit
+    def _store_importance(
+        scores, scores_row, received, pooled, output_norm, parts, importance, num_rows, query_blocks,
+        start, length, num_tokens,
+        NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """Gate one sample: store its rows' importance and destination, and its new length in lengths[sample + 1]."""
-        sample = tl.program_id(0)
-        start, length = _sample_rows(cu_seqlens, sample)
-        num_tokens = length - 1
-        if PROTECTS_LAST:
-            num_tokens = tl.maximum(length - 2, 0)
-        scores += start * scores_row  # offsets in the sample fit into int32, which saves registers
-        # Row r of the sample is removable if 1 <= r <= num_tokens.
+        """Store the importance of a sample's rows. Row r of the sample is removable if 1 <= r <= num_tokens."""
         received_sums = tl.zeros([ROWS], tl.float32)
         aligned_sums = tl.zeros([ROWS], tl.float32)
         for first in range(0, length, ROWS):
@@ -457,8 +472,17 @@ if triton is not None:
             by_alignment = tl.div_rn(aligned, aligned_sum)
             s = tl.div_rn(by_all + by_reader + by_alignment, 3.0)
             tl.store(importance + start + rows, tl.where(is_token, s, 0.0), rows < length)
-        tl.debug_barrier()
 
+    @triton.jit
+    def _store_destination(
+        scores, scores_row, importance, destination, lengths, sample, start, length, num_tokens,
+        temperature, min_kept, factor,
+        NUM_COLUMNS: tl.constexpr, ADDS_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """Select a sample's rows by importance: store their destination, and the new length in lengths[sample + 1].
+
+        ADDS_ROW: 1 if removed rows are merged into a new row, which they have as their destination, else 0.
+        """
         theta = factor * _threshold(
             scores, scores_row, importance, start, length, num_tokens, temperature, NUM_COLUMNS, ROWS, COLUMNS
         )
@@ -469,7 +493,7 @@ if triton is not None:
             kept += (is_token & (tl.load(importance + start + rows, is_token, 0.0) > theta)).to(tl.int32)
         num_kept = tl.sum(kept, 0)
         merges = (num_kept >= min_kept) & (num_tokens - num_kept > 1)
-        new_length = tl.where(merges, length - num_tokens + num_kept + 1, length)
+        new_length = tl.where(merges, length - num_tokens + num_kept + ADDS_ROW, length)
         tl.store(lengths + sample + 1, new_length)
         if sample == 0:
             tl.store(lengths, 0)
@@ -484,6 +508,27 @@ if triton is not None:
             of_protected = tl.where(rows == 0, 0, new_length - 1)
             tl.store(destination + start + rows, tl.where(is_token, of_token, of_protected), rows < length)
             before += tl.sum(stays, 0)
+
+    @triton.jit(do_not_specialize=["num_rows", "query_blocks", "min_kept", "factor"])
+    def _gate(
+        scores, scores_row, received, pooled, output_norm, cu_seqlens, parts, importance, destination, lengths,
+        num_rows, query_blocks, temperature, min_kept, factor,
+        NUM_COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PROTECTS_LAST: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """Gate one sample: store its rows' importance and destination, and its new length."""
+        sample = tl.program_id(0)
+        start, length, num_tokens = _sample_tokens(cu_seqlens, sample, PROTECTS_LAST)
+        scores += start * scores_row  # offsets in the sample fit into int32, which saves registers
+        _store_importance(
+            scores, scores_row, received, pooled, output_norm, parts, importance, num_rows, query_blocks,
+            start, length, num_tokens, NUM_COLUMNS, HEADS, HEADS_BLOCK, ROWS, COLUMNS,
+        )  # fmt: skip
+        tl.debug_barrier()
+        _store_destination(
+            scores, scores_row, importance, destination, lengths, sample, start, length, num_tokens,
+            temperature, min_kept, factor, NUM_COLUMNS, 1, ROWS, COLUMNS,
+        )  # fmt: skip
 
     @triton.jit
     def _merge(
