@@ -53,6 +53,7 @@ from .texts import tokenize  # noqa: F401
 from .token_pruning import AttentionStatistics  # noqa: F401
 from .training_passes import runs_training_passes
 from .triton_kernels import is_available  # noqa: F401
+from .triton_merging import merge_similar  # noqa: F401
 from .versions import VERSION  # noqa: F401
 
 
