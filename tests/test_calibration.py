@@ -141,7 +141,7 @@ def test_a_captions_padding_and_prompt_are_counted_as_they_are_read():
 
 
 @pytest.mark.filterwarnings("ignore:The schedule rests on")
-@pytest.mark.parametrize("draw", range(3))
+@pytest.mark.parametrize("draw", (0, *(pytest.param(draw, marks=pytest.mark.slow) for draw in (1, 2))))
 @pytest.mark.parametrize("task", TASKS)
 def test_small_reductions_are_reached_whatever_the_draw(task, draw):
     """No temperature saves so little with these alignment tokens, of one norm; a factor on the threshold does."""
@@ -180,7 +180,7 @@ def test_a_model_is_calibrated_on_the_path_that_it_was_trained_on(model, batches
     assert first["temperature"] == 0.5 and first["factor"] < 1 and last["temperature"] >= 0.5
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [t if t == "nlvr2" else pytest.param(t, marks=pytest.mark.slow) for t in TASKS])
 def test_any_budget_on_an_untrained_model_of_default_settings(task):
     """As `benchmarks/any_budget.py` does on larger ones."""
     found = reach(random_model(task, 3, 32, seed=4), random_batches(task, 64, 32, seed=0), [0.05, 0.1, 0.3, 0.5, 0.95])

@@ -238,9 +238,7 @@ KEEPS_VALUES = (to_half_and_back, to_bfloat16_and_back, to_float64)  # but for r
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize(
-    "name", [n if n in ("vqa", "clip") else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", [n if n == "vqa" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_outputs_are_those_of_a_model_that_changed_before_it_was_prepared(name, change):
     inputs = make_inputs(name)
     for precision in PRECISIONS:

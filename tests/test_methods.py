@@ -40,6 +40,15 @@ OURS = ("madtp", "madtp_merge", "class_attention", "evit", "tome", "random")
 every_task = pytest.mark.parametrize("task", list(TASKS))
 every_fixed = pytest.mark.parametrize("method", list(COUNTS))
 every_method = pytest.mark.parametrize("method", OURS)
+# Every method on one task, and every task with one method; the other combinations are slow.
+every_combination = pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        (task, method) if task == "vqa" or method == "madtp" else pytest.param(task, method, marks=pytest.mark.slow)
+        for task in TASKS
+        for method in OURS
+    ],
+)
 
 
 def pruned_model(task, method, setting=None, **overrides):
@@ -316,8 +325,7 @@ def calibrated(task, method, reductions, pruning_layers=None, **options):
     return model, batches
 
 
-@every_method
-@every_task
+@every_combination
 @torch.no_grad()
 def test_each_method_is_calibrated_for_each_task(task, method):
     model, batches = calibrated(task, method, [0.2, 0.4])
@@ -426,8 +434,7 @@ class Rows(torch.utils.data.Dataset):
         return {name: value[index] for name, value in self.columns.items()}
 
 
-@every_method
-@every_task
+@every_combination
 def test_each_method_trains_at_a_target(task, method, tmp_path):
     model, _ = calibrated(task, method, [0.3])
     callback = ReductionCallback(0.3)
@@ -476,7 +483,9 @@ def load_elsewhere(model, tmp_path):
     return name
 
 
-@pytest.mark.parametrize("method", ("madtp_merge", "class_attention", "tome"))
+@pytest.mark.parametrize(
+    "method", ("madtp_merge", *(pytest.param(other, marks=pytest.mark.slow) for other in ("class_attention", "tome")))
+)
 def test_a_saved_method_loads_without_the_package(method, tmp_path):
     assert load_elsewhere(pruned_model("vqa", method), tmp_path) == method
 

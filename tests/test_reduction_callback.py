@@ -55,7 +55,7 @@ def train(model, callback, folder, rows=None, data_collator=None, **settings):
 @pytest.mark.parametrize(
     "target, start",
     [
-        (target, start) if row == column else pytest.param(target, start, marks=pytest.mark.slow)
+        (target, start) if row == column == 0 else pytest.param(target, start, marks=pytest.mark.slow)
         for row, target in enumerate((0.1, 0.35, 0.5))
         for column, start in enumerate((0.0, 0.01, 1000.0))
     ],

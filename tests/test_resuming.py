@@ -32,7 +32,7 @@ def uninterrupted(tmp_path_factory):
     return torch.load(folder / "final.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", (0, pytest.param(1, marks=pytest.mark.slow)))
 def test_killed_three_times(uninterrupted, tmp_path, seed):
     """At steps drawn by chance, and once half-way through writing a checkpoint."""
     draw = random.Random(seed)

@@ -323,7 +323,7 @@ class Measured(ReductionCallback):
         super().on_step_end(*args, **kwargs)
 
 
-@pytest.mark.parametrize("queue_size", (0, 12))
+@pytest.mark.parametrize("queue_size", (pytest.param(0, marks=pytest.mark.slow), 12))
 def test_it_learns_under_pruning(model, queue_size, tmp_path):
     """The few pairs there are become each other's nearest, while the callback holds the model at its reduction."""
     inputs = pairs(8)

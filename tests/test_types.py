@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow  # `make lint` checks this program with all else
 def test_a_strictly_typed_program_can_use_the_package():
     mypy = pytest.importorskip("mypy.api")
     root = Path(__file__).parent.parent

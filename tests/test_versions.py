@@ -66,7 +66,8 @@ def _next_minor(version: str, step: int) -> str:
     ("installed", "says"),
     [
         pytest.param(TESTED_TRANSFORMERS[0], None, marks=pytest.mark.slow),
-        (TESTED_TRANSFORMERS[1].rpartition(".")[0] + ".9", None),  # a patch of what was tested
+        # A patch of what was tested.
+        pytest.param(TESTED_TRANSFORMERS[1].rpartition(".")[0] + ".9", None, marks=pytest.mark.slow),
         (
             _next_minor(TESTED_TRANSFORMERS[1], 1) + ".dev0",
             f"was tested with transformers up to {TESTED_TRANSFORMERS[1]} and this is "
