@@ -296,14 +296,14 @@ class PruningArguments:
         return [0.0, *(reduction for reduction in self.reductions if reduction in reached)]
 
     def settings(self, args, trainer) -> dict:
-        """Return the training settings for results and model card; `args` has `model` and `train_samples`."""
+        """Return the training settings for results and model card; `args` has `model` and `dataset`."""
         training, steps = trainer.args, trainer.state.global_step
         settings = {"from": public_name(args.model), "steps": steps}
         if steps:
             batch_size = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
             settings |= {
                 "training data": public_name(args.dataset) if args.dataset else "digit scenes",
-                "training rows": args.train_samples or "all",
+                "training rows": len(trainer.train_dataset),
                 "batch size": batch_size,
                 "learning rate": training.learning_rate,
                 "learning rate schedule": str(
@@ -312,8 +312,12 @@ class PruningArguments:
                 "seed": training.seed,
             }
             if not self.dense:
-                settings |= {"target reduction": self.target_reduction, "number of targets": self.num_targets}
-        return settings
+                settings["target reduction"] = self.target_reduction
+                if len(self.target_reduction) > 1:
+                    settings["number of targets"] = self.num_targets
+        evaluated = self.budgets(trainer.accelerator.unwrap_model(trainer.model))
+        missed = [reduction for reduction in self.reductions if reduction not in evaluated]
+        return settings | ({"reductions not reached": missed} if missed else {})
 
 
 def save_run(

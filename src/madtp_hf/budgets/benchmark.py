@@ -218,5 +218,5 @@ def run_benchmark(loaded, images, text, reductions, batch_sizes, rounds, out, **
         "versions": {"madtp_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps({"results": results, **facts}, indent=2))
+    Path(out).write_text(json.dumps({"results": results, **facts}, indent=2) + "\n")
     return f"{type(model).__name__} on {machine}", results

@@ -316,4 +316,4 @@ def report(title: str, rows: list[dict], folder, **facts) -> None:
         "python": platform.python_version(),
     }
     content = {"title": title, "results": rows, **facts, "versions": versions}
-    (folder / "results.json").write_text(json.dumps(content, indent=2))
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -160,8 +160,8 @@ def _at(row: dict) -> str:
 
 def _remarks(results: dict, task: Task) -> list[str]:
     """Return sentences on the other results: before fine-tuning, the saved budget, the baseline, the time, ..."""
-    remarks = []
-    if results.get("dense_before_training"):
+    remarks, trained = [], (results.get("settings") or {}).get("steps") != 0
+    if results.get("dense_before_training") and trained:
         remarks.append(f"Before fine-tuning, pruning off: {_sentence(results['dense_before_training'])}.")
     if results.get("before_fine_tuning"):
         before = "; ".join(f"{_sentence(row)}{_at(row)}" for row in results["before_fine_tuning"])
@@ -180,7 +180,7 @@ def _remarks(results: dict, task: Task) -> list[str]:
         remarks.append(f"{task.baseline}: {_sentence(baseline)}.")
     if _is_number(results.get("seconds")):
         machine = f" ({results['machine']})" if results.get("machine") else ""
-        what = "Evaluation" if (results.get("settings") or {}).get("steps") == 0 else "Training and evaluation"
+        what = "Training and evaluation" if trained else "Evaluation"
         remarks.append(f"{what} took {results['seconds']:.0f} s{machine}.")
     if results.get("source"):
         remarks.append(f"Source: {results['source']}.")
@@ -277,6 +277,12 @@ def _made(results: dict, base_model) -> str | None:
     return f"Made{source}." if source else None
 
 
+def _setting(name: str, value) -> str:
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    return (" to " if name == "target reduction" else ", ").join(map(str, value))
+
+
 def _measured(results: dict, task) -> dict:
     """Return the template's values that say what was measured, on which data and with which settings."""
     dataset, settings = _dataset(results), results.get("settings") or {}
@@ -286,8 +292,7 @@ def _measured(results: dict, task) -> dict:
     else:
         where = f"On {name}" if name else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
-    shown = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
-    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
+    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {_setting(k, v)} |" for k, v in settings.items())]
     return {
         "has_times": bool(results) and any(name.startswith(_FASTER) for name in _columns(results["results"])),
         "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),
