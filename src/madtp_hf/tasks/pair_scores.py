@@ -1,6 +1,7 @@
 """What retrieval with BLIP and with CLIP share: images with all of their captions, and the recalls of scores."""
 
 import itertools
+import math
 
 import torch
 from torch.utils.data import DataLoader
@@ -8,6 +9,9 @@ from torch.utils.data import DataLoader
 from ..data.collators import read_texts
 from ..metrics import load_metric
 from ..modeling.images import read_image
+
+
+RECALLED = (1, 5, 10)  # of the metric `retrieval_recall`
 
 
 class CaptionedImages:
@@ -46,9 +50,14 @@ class CaptionedImages:
         return _recalls(self._captions, image_to_text, text_to_image)
 
     def by_chance(self) -> dict[str, float]:
-        """Return the `recalls` of random scores."""
-        chance = torch.rand(len(self), len(self.texts), generator=torch.Generator().manual_seed(0))
-        return self.recalls(chance, chance.T)
+        """Return the expected `recalls` of random scores."""
+        images, texts, chance = len(self), len(self.texts), {}
+        for k in RECALLED:
+            drawn = min(k, texts)
+            missed = [math.comb(texts - len(own), drawn) / math.comb(texts, drawn) for own in self._captions]
+            chance[f"image_to_text@{k} %"] = 1 - sum(missed) / images
+        chance |= {f"text_to_image@{k} %": min(k, images) / images for k in RECALLED}
+        return chance | {"mean %": sum(chance.values()) / len(chance)}
 
 
 def score_recalls(predictions, rows) -> dict[str, float]:
