@@ -38,6 +38,19 @@ every_role = pytest.mark.parametrize(
     ("is_causal", "protects_last"), [(False, False), (True, False), (False, True), (True, True)]
 )
 MIXED = (3, 130, 1, 65, 2)
+runs_itself = pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels are run already")
+
+
+def run_in_the_interpreter(file: str):
+    """Run a file of tests in Triton's interpreter, which has to be chosen before triton is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def cumulative(lengths):
@@ -402,13 +415,6 @@ def test_disabling_warns_once(monkeypatch):
         triton_kernels.disable(KERNEL_ERRORS[0]("no compiler"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels are run already")
+@runs_itself
 def test_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_the_interpreter(__file__)

@@ -1,10 +1,5 @@
 """The kernels of merging against the equations in torch, on a GPU; without one in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -26,7 +21,6 @@ from madtp_hf.modeling.triton_merging import gate_and_assign, merge_similar
 
 from .test_triton_kernels import (
     DEVICE,
-    INTERPRETED,
     MIXED,
     TOLERANCE,
     assert_near,
@@ -35,6 +29,8 @@ from .test_triton_kernels import (
     every_dtype,
     every_role,
     gate_inputs,
+    run_in_the_interpreter,
+    runs_itself,
     runs_kernels,
     samples_of,
     token_rows,
@@ -186,13 +182,6 @@ def test_a_sample_does_not_see_its_batch(is_causal, protects_last):
     assert new[-1] < sum(lengths)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="the kernels are run already")
+@runs_itself
 def test_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_the_interpreter(__file__)
