@@ -22,17 +22,22 @@ def pruned(temperature=3.0, config_overrides=None, **overrides):
     return model
 
 
-@pytest.mark.parametrize("temperature", (0.3, 3.0, 30.0))
+@pytest.mark.parametrize(
+    ("method", "temperature"), [("madtp", 0.3), ("madtp", 3.0), ("madtp", 30.0), ("madtp_merge", 3.0)]
+)
 @torch.no_grad()
-def test_kernels_give_the_same_output(temperature):
+def test_kernels_give_the_same_output(method, temperature):
     model, inputs = pruned(temperature, text_config=WIDE_HEADS, vision_config=WIDE_HEADS), make_clip_inputs(LENGTHS)
+    model.set_pruning_method(method)
+    model.set_pruning(temperature=temperature)
     expected = model(**inputs, output_positions=True)
     found, called = run_on_kernel_path(model, inputs)
     for name in ("vision_tokens", "text_tokens"):
         assert torch.equal(found[name], expected[name])
     for name in ("text_embeds", "image_embeds"):
         close(found[name], expected[name], atol=1e-4)
-    assert {"scored_varlen_attention", "gate", "merge"} <= set(called)
+    decides = {"gate", "merge"} if method == "madtp" else {"gate_and_assign", "merge_similar"}
+    assert {"scored_varlen_attention"} | decides <= set(called)
     assert (expected.text_tokens[-1] < expected.text_tokens[0]).any()
 
 

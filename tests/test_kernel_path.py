@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from madtp_hf.modeling import attention, triton_kernels
+
 from .conftest import TASKS, TEMPERATURES, close, make_task_model
 from .helpers.kernel_standins import LAUNCHES, kernel_path
 
@@ -101,6 +103,32 @@ def test_merging_gives_the_same_output_through_kernels(task):
     check_same(found, expected, TASKS[task].scores)
     assert (expected.vision_tokens[-1] < expected.vision_tokens[0]).any()
     assert set(called) >= {"scored_varlen_attention", "gate_and_assign", "merge_similar"} and "gate" not in called
+
+
+@pytest.mark.parametrize("method", ("madtp", "madtp_merge"))
+@torch.no_grad()
+def test_rows_are_merged_in_torch_where_a_kernel_cannot_be_built(method, monkeypatch):
+    model, inputs = make_model("vqa", 3.0), TASKS["vqa"].make_inputs(lengths=LENGTHS)
+    model.set_pruning_method(method)
+    model.set_pruning(temperature=3.0)
+    expected = model(**inputs, output_positions=True)
+    failed = []
+
+    class NoCompiler(RuntimeError):
+        pass
+
+    def call(function, names, *args):
+        if function.__name__ in ("merge", "merge_similar"):
+            failed.append(function.__name__)
+            raise NoCompiler("no compiler")
+        return function(*args)
+
+    monkeypatch.setattr(attention, "KERNEL_ERRORS", NoCompiler)
+    monkeypatch.setattr(triton_kernels, "_enabled", True)
+    with kernel_path(call), pytest.warns(UserWarning, match="no compiler"):
+        found = model(**inputs, output_positions=True)
+    check_same(found, expected, "logits")
+    assert failed
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 
 from madtp_hf.modeling import triton_kernels, triton_merging
 from madtp_hf.modeling.triton_kernels import DTYPES, GATE_BLOCKS, MERGE_BLOCKS, block_sizes
-from madtp_hf.modeling.triton_merging import MERGING_BLOCKS, SIMILARITY_BLOCKS
+from madtp_hf.modeling.triton_merging import MERGE_SIMILAR_BLOCKS, SIMILARITY_BLOCKS
 
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -61,6 +61,7 @@ def kernels(dtype, width):
         optional = {"SIZED": sized} | ({} if sized else {"sizes": None})
         yield "_attend", {"WIDTH": width, "CAUSAL": True, "SCORED": True, **optional}, attend
         yield "_sum_received", {"HEADS": 12, "WIDTH": width, **ROLES, **optional}, received
+        yield "_assign", {"WIDTH": width, "PROTECTS_LAST": True, **optional}, SIMILARITY_BLOCKS
     last, similar = {"PROTECTS_LAST": True}, {"WIDTH": width, "PROTECTS_LAST": True}
     statistics = {"NUM_COLUMNS": 100, "HEADS": 12, "HEADS_BLOCK": 16, **last}
     yield "_gate", statistics, GATE_BLOCKS
@@ -69,9 +70,8 @@ def kernels(dtype, width):
     yield "_importance", statistics, GATE_BLOCKS
     yield "_rank", similar, SIMILARITY_BLOCKS
     yield "_select", {"NUM_COLUMNS": 100, **last}, GATE_BLOCKS
-    yield "_assign", {**similar, "SIZED": True}, SIMILARITY_BLOCKS
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    yield "_merge_similar", {"WIDTH": 768, "PRECISION": precision}, MERGING_BLOCKS
+    precision = "tf32" if dtype == torch.bfloat16 else "ieee"
+    yield "_merge_similar", {"WIDTH": 768, "PRECISION": precision}, MERGE_SIMILAR_BLOCKS
 
 
 @pytest.fixture(autouse=True)

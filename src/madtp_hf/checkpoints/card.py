@@ -280,7 +280,8 @@ def _made(results: dict, base_model) -> str | None:
 def _setting(name: str, value) -> str:
     if not isinstance(value, (list, tuple)):
         return str(value)
-    return (" to " if name == "target reduction" else ", ").join(map(str, value))
+    is_range = name == "target reduction" and len(value) == 2
+    return (" to " if is_range else ", ").join(map(str, value))
 
 
 def _measured(results: dict, task) -> dict:

@@ -202,14 +202,14 @@ class PruningConfigMixin:
                     f" vision and {least[1]} for text."
                 )
         if name == "pruning_layers" and value != getattr(self, name, value):
-            self.drop_schedule(f"with pruning_layers={value} it would save something else")
+            self.drop_schedule(f"it was calibrated with pruning_layers={getattr(self, name)}")
         super().__setattr__(name, value)
 
     def drop_schedule(self, reason: str) -> None:
         """Turn pruning off and drop what was calibrated, with a warning that gives the reason."""
         if self.pruning_schedule:
             logger.warning(
-                f"The calibrated schedule is dropped, because {reason}. Pruning is off: calibrate again by"
+                f"The calibrated schedule is dropped, because {reason}. Pruning is off: calibrate again with"
                 " madtp_hf.calibrate(model, dataloader, reductions)."
             )
         self.pruning_setting = self.pruning_schedule = self.pruning_token_counts = None

@@ -7,7 +7,14 @@ from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+# Only reading images needs Pillow. transformers refuses to load any file of a checkpoint whose imports, unless in a
+# `try`, are not installed.
+try:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+except ImportError as error:
+    raise ImportError("Reading images needs Pillow: pip install pillow.") from error
 
 
 MAX_PIXELS: int = Image.MAX_IMAGE_PIXELS or 2**30 // 12  # Pillow's own, unless that is switched off

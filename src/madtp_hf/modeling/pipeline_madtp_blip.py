@@ -11,13 +11,12 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.image_utils import httpx  # the client that transformers itself fetches images with
 
-from .images import UnreadableImage, read_image
+from .images import Image, UnreadableImage, read_image
 from .texts import tokenize
 
 

@@ -352,7 +352,7 @@ class PrunedModelMixin(_Host):
             )
         get_method(method)
         if method != self.config.pruning_method:
-            self.config.drop_schedule(f"it is of the pruning method {self.config.pruning_method!r}")
+            self.config.drop_schedule(f"it was calibrated with pruning_method={self.config.pruning_method!r}")
             self.config.pruning_method = method
 
     def start_pass(self, reduction: float | None = None) -> PruningPass:
@@ -635,8 +635,10 @@ def place(model: PreTrainedModel, device_map) -> PreTrainedModel:
     automatic = ("auto", "balanced", "balanced_low_0", "sequential")
     if not isinstance(device_map, dict) and device_map not in automatic:
         return model.to(device_map)
-    from accelerate import dispatch_model, infer_auto_device_map
-
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError as error:
+        raise ImportError(f"device_map={device_map!r} needs accelerate: pip install accelerate.") from error
     if isinstance(device_map, str):
         device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
     return dispatch_model(model, device_map)

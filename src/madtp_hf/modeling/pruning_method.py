@@ -34,7 +34,7 @@ class Decision(NamedTuple):
 
     Triton's gate answers for each row of a varlen batch:
 
-    weight (R,): each row's importance; removed rows are weighted by their share of it.
+    weight (R,): each row's importance; without `sizes`, removed rows are weighted by their share of it.
     destination (R,) int32: for a row that stays, its position among its sequence's new rows; for a row that goes, -1 -
         the position of the row that it is merged into.
     sizes (R,), optional, if rows are merged into rows that stay: a row's size or, if it goes, as how many tokens it

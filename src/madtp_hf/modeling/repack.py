@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention import BranchSpec
+from .attention import BranchSpec, in_kernels
 from .padding import LONGER_THAN_ANY
 from .pruning_method import Attended, Decision
 from .sequences import Sequences, scatter_rows, take_tokens
@@ -174,15 +174,17 @@ def _move(repacking: ChunkRepacking, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _repack_in_kernel(states: torch.Tensor, sequences: Sequences, decision: Decision) -> Repacked:
-    offsets, sizes = decision.cu_seqlens.tolist(), None
+    offsets = decision.cu_seqlens.tolist()
     if offsets[-1] == sequences.num_rows:
         return Repacked(states, sequences)
     row_counts = [end - start for start, end in itertools.pairwise(offsets)]
     layouts = sequences.cu_seqlens, decision.cu_seqlens, offsets[-1]
     if decision.sizes is None:
-        states = merge(states, decision.weight, decision.destination, *layouts)
+        output = in_kernels(merge, states, decision.weight, decision.destination, *layouts)
+        merged = None if output is None else (output, None)
     else:
-        states, sizes = merge_similar(states, decision.destination, decision.sizes, *layouts, max(row_counts))
+        merged = in_kernels(merge_similar, states, decision.destination, decision.sizes, *layouts, max(row_counts))
+    states, sizes = _merge_rows(states, sequences, decision, offsets[-1]) if merged is None else merged
 
     def moved(positions: torch.Tensor) -> torch.Tensor:
         starts = decision.cu_seqlens[:-1].repeat_interleave(sequences.lengths, output_size=sequences.num_rows)
@@ -194,3 +196,16 @@ def _repack_in_kernel(states: torch.Tensor, sequences: Sequences, decision: Deci
     if layout.is_varlen:
         layout.cu_seqlens = decision.cu_seqlens
     return Repacked(states, layout, moved)
+
+
+def _merge_rows(states: torch.Tensor, sequences: Sequences, decision: Decision, num_rows: int):
+    """Do what the kernels `merge` and `merge_similar` do, in torch: the new rows (num_rows, D), and sizes or None."""
+    destination, counts = decision.destination, decision.sizes
+    starts = decision.cu_seqlens[:-1].repeat_interleave(sequences.lengths, output_size=sequences.num_rows)
+    into = (starts + torch.where(destination < 0, -1 - destination, destination)).long()
+    if counts is None:
+        counts = torch.where(destination < 0, decision.weight, 1.0)
+    total = counts.new_zeros(num_rows).index_add(0, into, counts)
+    weighted = states.float() * (counts / total[into]).unsqueeze(1)
+    merged = weighted.new_zeros(num_rows, states.shape[1]).index_add(0, into, weighted).to(states.dtype)
+    return merged, None if decision.sizes is None else total

@@ -1,8 +1,8 @@
 """Triton kernels for merging similar tokens in varlen batches on CUDA. No gradients.
 
-Layout, arithmetic, reproducibility and errors are those of `triton_kernels.py`. A row's *size* is the number of tokens
-that it counts as. Similarity is the cosine of two rows' keys, their mean over heads. The equations are those of
-`token_pruning.distinctness` and `token_pruning.merge_into_similar`.
+Layout, arithmetic, reproducibility and errors are those of `triton_kernels.py`, but that rows in bfloat16 are averaged
+in TF32. A row's *size* is the number of tokens that it counts as. Similarity is the cosine of two rows' mean keys, over
+heads. The equations are those of `token_pruning.distinctness` and `token_pruning.merge_into_similar`.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .triton_kernels import GATE_BLOCKS, last_stride_1, launch, triton
 
 
 SIMILARITY_BLOCKS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
-MERGING_BLOCKS = {"NEW_ROWS": 64, "ROWS": 32, "COLUMNS": 64, "num_warps": 4}
+MERGE_SIMILAR_BLOCKS = {"NEW_ROWS": 64, "ROWS": 32, "COLUMNS": 64, "num_warps": 4}
 
 
 def gate_and_assign(
@@ -93,24 +93,23 @@ def merge_similar(
     width = states.shape[1]
     output, sizes = states.new_empty(num_rows, width), counts.new_empty(num_rows)
     grid = (
-        triton.cdiv(width, MERGING_BLOCKS["COLUMNS"]),
-        triton.cdiv(max_seqlen, MERGING_BLOCKS["NEW_ROWS"]),
+        triton.cdiv(width, MERGE_SIMILAR_BLOCKS["COLUMNS"]),
+        triton.cdiv(max_seqlen, MERGE_SIMILAR_BLOCKS["NEW_ROWS"]),
         cu_seqlens.shape[0] - 1,
     )
-    # Tensor cores take float32 as TF32, which is precise enough for a mean that is stored in half precision.
-    precision = "ieee" if states.dtype == torch.float32 else "tf32"
+    # Tensor cores take TF32, whose mantissa of 10 bits is precise enough for a mean that is stored with 7 bits.
+    precision = "tf32" if states.dtype == torch.bfloat16 else "ieee"
     launch(
         _merge_similar, grid,
         states, states.stride(0), destination, counts, cu_seqlens, new_cu_seqlens, output, sizes,
-        WIDTH=width, PRECISION=precision, **MERGING_BLOCKS,
+        WIDTH=width, PRECISION=precision, **MERGE_SIMILAR_BLOCKS,
     )  # fmt: skip
     return output, sizes
 
 
 if triton is not None:
-    import triton.language as tl
-
-    from .triton_kernels import _sample_rows, _sample_tokens, _store_destination, _store_importance
+    # `tl` as well: transformers takes an `import` outside of `try` for a package that loading requires.
+    from .triton_kernels import _sample_rows, _sample_tokens, _store_destination, _store_importance, tl
 
     @triton.jit(do_not_specialize=["num_rows"])
     def _mean_key(
@@ -168,7 +167,8 @@ if triton is not None:
             similarity = _similarity(mean_key, start, rows, others, length, WIDTH)
             nearest = tl.maximum(nearest, tl.max(tl.where(is_more_important, similarity, -1.0), 1))
         is_token = (rows >= 1) & (rows <= num_tokens)
-        tl.store(ranked + start + rows, tl.where(is_token, tl.maximum(s, 0.0) * (1 - nearest), 0.0), rows < length)
+        s = tl.where(s < 0, 0.0, s)  # NaN stays NaN: then the threshold is NaN and all tokens stay, as in torch
+        tl.store(ranked + start + rows, tl.where(is_token, s * (1 - nearest), 0.0), rows < length)
 
     @triton.jit(do_not_specialize=["min_kept", "factor"])
     def _select(
@@ -249,14 +249,21 @@ if triton is not None:
             total += tl.sum(_counts_there(destination, counts, start, first, length, new_rows, ROWS), 1)
         total = tl.where(is_row, total, 1.0)
         mixed = tl.zeros([NEW_ROWS, COLUMNS], tl.float32)
+        broken = tl.zeros([NEW_ROWS, COLUMNS], tl.float32)
         for first in range(0, length, ROWS):
             rows = first + tl.arange(0, ROWS)
             there = _counts_there(destination, counts, start, first, length, new_rows, ROWS)
-            # Divided first: the weight of a row that none is merged into is 1, so that it is copied to the last bit.
+            # Divided first: the weight of a row that none is merged into is 1, so that it is copied exactly.
             weight = tl.div_rn(there, total[:, None])
             inside = (rows[:, None] < length) & (columns[None, :] < WIDTH)
-            x = tl.load(states + (start + rows)[:, None] * states_row + columns[None, :], inside, 0.0)
-            mixed = tl.dot(weight, x.to(tl.float32), mixed, input_precision=PRECISION)
+            x = tl.load(states + (start + rows)[:, None] * states_row + columns[None, :], inside, 0.0).to(tl.float32)
+            # 0 times infinity is NaN, in rows that it does not belong to: only those that it does are made NaN.
+            is_finite = tl.abs(x) < float("inf")
+            mixed = tl.dot(weight, tl.where(is_finite, x, 0.0), mixed, input_precision=PRECISION)
+            lost = tl.where(is_finite, 0.0, 1.0)
+            if tl.max(tl.max(lost, 1), 0) > 0:
+                broken = tl.dot(tl.where(weight > 0, 1.0, 0.0), lost, broken, input_precision="ieee")
+        mixed = tl.where(broken > 0, float("nan"), mixed)
         place = (new_start + new_rows)[:, None] * WIDTH + columns[None, :]
         tl.store(output + place, mixed.to(output.dtype.element_ty), is_row[:, None] & (columns[None, :] < WIDTH))
         tl.store(sizes + new_start + new_rows, total, is_row & (tl.program_id(0) == 0))
