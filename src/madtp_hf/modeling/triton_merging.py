@@ -1,8 +1,9 @@
 """Triton kernels for merging similar tokens in varlen batches on CUDA. No gradients.
 
 Layout, arithmetic, reproducibility and errors are those of `triton_kernels.py`, but that rows in bfloat16 are averaged
-in TF32. A row's *size* is the number of tokens that it counts as. Similarity is the cosine of two rows' mean keys, over
-heads. The equations are those of `token_pruning.distinctness` and `token_pruning.merge_into_similar`.
+in TF32. A row's *size* is the number of tokens that it counts as. The similarity of two rows is the cosine of their
+keys, each the mean over heads. The equations are those of `token_pruning.distinctness` and
+`token_pruning.merge_into_similar`.
 """
 
 import torch
