@@ -105,6 +105,12 @@ def cell(summary: dict | None, asked: float) -> str:
     return f"({text} at {summary['reached']:.2f})" if abs(summary["reached"] - asked) > MISSED else text
 
 
+def _counted(summary: dict | None, asked: float, seeds: int) -> str:
+    """Return a `cell`, and in square brackets how many seeds it has, if not all."""
+    few = summary is not None and summary["seeds"] < seeds
+    return cell(summary, asked) + (f" [{summary['seeds']}]" if few else "")
+
+
 def budget_table(summaries: dict, methods) -> list[str]:
     """A line a method, a column a budget."""
     pruned = [of for method, of in summaries.items() if not method.startswith("dense")]
@@ -114,7 +120,7 @@ def budget_table(summaries: dict, methods) -> list[str]:
         if method in summaries and not method.startswith("dense"):
             of = summaries[method]
             seeds = max(summary["seeds"] for summary in of.values())
-            lines.append([LABELS[method], seeds, *(cell(of.get(budget), budget) for budget in budgets)])
+            lines.append([LABELS[method], seeds, *(_counted(of.get(budget), budget, seeds) for budget in budgets)])
     return markdown(["method", "seeds", *(f"{budget:g}" if budget else "off" for budget in budgets)], lines)
 
 
