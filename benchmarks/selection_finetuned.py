@@ -15,12 +15,13 @@
         --output benchmarks/results/selection_finetuned_dense_pass.json
 
     python benchmarks/selection_finetuned.py --tasks vqa --photographs FOLDER \\
-        --model examples/blip-vqa-garments --seeds 0 --learning_rate 3e-4 --teacher --distillation_weight 4 \\
-        --methods dense dense_finetuned madtp_data first_2_layers class_attention evit random \\
+        --model examples/blip-vqa-garments --learning_rate 3e-4 --teacher --distillation_weight 4 \\
+        --methods dense madtp_data first_2_layers class_attention evit random \\
         --output benchmarks/results/selection_finetuned_photographs.json
 
-With `--seeds 0 1 2 --methods madtp_merge tome`, the last added their rows. With `--tasks clip` and `--model
-examples/clip-garments`, it made selection_finetuned_photographs_clip.json, without EViT.
+With `--methods madtp_merge tome`, and with `--methods dense_finetuned --seeds 0`, the last added their rows. With
+`--tasks clip` and `--model examples/clip-garments`, it made selection_finetuned_photographs_clip.json. Rows that were
+made before 0.3 was among the reductions do not have it.
 
 Every row is one training run of the same steps, data and optimizer (`examples/prune_digit_vqa.py`'s recipe), from the
 shipped dense model; the seed draws scenes, their order, and what is random in a method. The learning rate is the
