@@ -106,7 +106,7 @@ def cell(summary: dict | None, asked: float) -> str:
 
 
 def _counted(summary: dict | None, asked: float, seeds: int) -> str:
-    """Return a `cell`, and in square brackets how many seeds it has, if not all."""
+    """Return a `cell`, with its number of seeds in square brackets if it has fewer than `seeds`."""
     few = summary is not None and summary["seeds"] < seeds
     return cell(summary, asked) + (f" [{summary['seeds']}]" if few else "")
 

@@ -126,11 +126,13 @@ def make_runs(task: str, dense, model, inputs: dict, call: Callable, args, reduc
         half = copy.deepcopy(dense).to(torch.bfloat16)
         halved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
         runs.append(Run({"run": "transformers, bfloat16"}, functools.partial(call, half, halved), model=half))
-    for name in (*baselines, "madtp"):
-        model.config.pruning_schedule = None  # each method's own; MADTP's is restored
+    for name in baselines:
+        model.config.pruning_schedule = None  # each method has its own
         model.set_pruning_method(name)
-        for reduction in () if name == "madtp" else calibrate_all(model, [inputs], args.baseline_reductions):
+        for reduction in calibrate_all(model, [inputs], args.baseline_reductions):
             runs.append(run({"run": name, "asked": reduction}, model.setting_for(reduction), method=name))
+    model.config.pruning_schedule = None
+    model.set_pruning_method("madtp")
     model.config.pruning_schedule = schedule
     return runs
 

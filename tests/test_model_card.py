@@ -94,7 +94,7 @@ def test_a_card_shows_every_budget_to_people_and_to_the_hub(tmp_path):
     assert before in card.text
     baseline = f"baseline, from the words of the questions: accuracy {results['baseline']['accuracy %']:.1%}"
     assert baseline in card.text
-    assert "| target reduction | 0.5 to 0.8 |" in card.text and "torch 2.13.0" in card.text
+    assert "| target reduction | 0.5, 0.8 |" in card.text and "torch 2.13.0" in card.text
     assert "calibrated at\n0.3, 0.5, 0.8" in card.text and "As it loads, it prunes at reduction 0.8." in card.text
     assert "2403.02991" in card.text and "2201.12086" in card.text and "budgets.png" not in card.text
     (usage,) = code_blocks(card)

@@ -277,13 +277,6 @@ def _made(results: dict, base_model) -> str | None:
     return f"Made{source}." if source else None
 
 
-def _setting(name: str, value) -> str:
-    if not isinstance(value, (list, tuple)):
-        return str(value)
-    is_range = name == "target reduction" and len(value) == 2
-    return (" to " if is_range else ", ").join(map(str, value))
-
-
 def _measured(results: dict, task) -> dict:
     """Return the template's values that say what was measured, on which data and with which settings."""
     dataset, settings = _dataset(results), results.get("settings") or {}
@@ -293,7 +286,8 @@ def _measured(results: dict, task) -> dict:
     else:
         where = f"On {name}" if name else "On data that is not recorded"
     where += f", {dataset['split']} split" if dataset.get("split") else ""
-    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {_setting(k, v)} |" for k, v in settings.items())]
+    shown = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
+    rows = ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in shown.items())]
     return {
         "has_times": bool(results) and any(name.startswith(_FASTER) for name in _columns(results["results"])),
         "has_flops": bool(results) and "GFLOPs" in _columns(results["results"]),

@@ -9,8 +9,8 @@ from io import BytesIO
 import numpy as np
 
 
-# Only reading images needs Pillow. transformers refuses to load any file of a checkpoint whose imports, unless in a
-# `try`, are not installed.
+# Only reading images needs Pillow. transformers loads a checkpoint's files only if all of their imports are installed,
+# except those in a `try`.
 try:
     from PIL import Image, ImageOps, UnidentifiedImageError
 except ImportError as error:

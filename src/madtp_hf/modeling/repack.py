@@ -199,7 +199,10 @@ def _repack_in_kernel(states: torch.Tensor, sequences: Sequences, decision: Deci
 
 
 def _merge_rows(states: torch.Tensor, sequences: Sequences, decision: Decision, num_rows: int):
-    """Do what the kernels `merge` and `merge_similar` do, in torch: the new rows (num_rows, D), and sizes or None."""
+    """Merge as the kernels `merge` and `merge_similar` do, in torch.
+
+    Returns the new rows (num_rows, D), and their sizes, None if the decision has none.
+    """
     destination, counts = decision.destination, decision.sizes
     starts = decision.cu_seqlens[:-1].repeat_interleave(sequences.lengths, output_size=sequences.num_rows)
     into = (starts + torch.where(destination < 0, -1 - destination, destination)).long()
